@@ -1,0 +1,544 @@
+"""The one module that talks to llama.cpp, through llama-cpp-python's low-level C API.
+
+It offers rows in and logits out, operations on KV sequences, text to tokens and back, and samplers; failures come out as this
+package's errors. If the binding changes, this file changes and no other.
+
+llama.cpp writes its log through one process-wide callback. It is pointed at the logging module (logger `acd_local.llama`)
+on import, so that file descriptors 1 and 2 are never written to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from llama_cpp import llama_cpp as C
+from numpy.typing import NDArray
+
+from acd_local.errors import EngineClosedError, InternalError, ModelError, NumericalError, OutOfMemoryError, UsageError
+
+Logits = NDArray[np.float32]
+TokenIds = NDArray[np.int32]
+
+ATTR_UNKNOWN = C.LLAMA_TOKEN_ATTR_UNKNOWN
+ATTR_UNUSED = C.LLAMA_TOKEN_ATTR_UNUSED
+ATTR_CONTROL = C.LLAMA_TOKEN_ATTR_CONTROL
+ATTR_USER_DEFINED = C.LLAMA_TOKEN_ATTR_USER_DEFINED
+ATTR_LSTRIP = C.LLAMA_TOKEN_ATTR_LSTRIP
+ATTR_RSTRIP = C.LLAMA_TOKEN_ATTR_RSTRIP
+
+KV_TYPES = {"f16": C.GGML_TYPE_F16, "q8_0": C.GGML_TYPE_Q8_0}
+
+# Rows per llama_decode call. Also the granularity of cancellation on backends without an abort callback.
+BATCH_ROWS = 512
+
+
+class DecodeAborted(Exception):
+    """llama_decode was stopped by `Context.cancel()`. The caches hold only whole, finished batches."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log: llama.cpp -> logging
+
+
+class _LogSink:
+    """Joins llama.cpp's log fragments into lines, hands them to logging and remembers the last problems."""
+
+    LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.DEBUG}  # its INFO is our DEBUG
+
+    def __init__(self) -> None:
+        self.logger = logging.getLogger("acd_local.llama")
+        self.problems: deque[str] = deque(maxlen=16)
+        self._level = logging.DEBUG
+        self._line = ""
+        self._lock = threading.Lock()
+
+    def __call__(self, level: int, text: bytes | None, _user_data: object) -> None:
+        if sys.is_finalizing():
+            return
+        with self._lock:
+            if level != 5:  # 5 continues the line before
+                self._level = self.LEVELS.get(level, logging.DEBUG)
+            self._line += (text or b"").decode("utf-8", "replace")
+            *lines, self._line = self._line.split("\n")
+        for line in filter(None, map(str.strip, lines)):
+            if self._level >= logging.INFO:
+                self.problems.append(line)
+            if self.logger.isEnabledFor(self._level):
+                self.logger.log(self._level, line)
+
+    def last_problem(self, default: str) -> str:
+        """The most telling recent line, without llama.cpp's function-name prefix."""
+        lines = [line.split(": ", 1)[-1] for line in self.problems]
+        vague = ("failed to load model", "failed to initialize the context", "failed to create context")
+        telling = [line for line in lines if not any(line.startswith(v) and line.endswith(v) for v in vague)]
+        return telling[-1] if telling else (lines[-1] if lines else default)
+
+
+logging.getLogger("acd_local").addHandler(logging.NullHandler())  # a library's default: say nothing unless asked
+_log_sink = _LogSink()
+_log_callback = C.llama_log_callback(_log_sink)
+C.llama_log_set(_log_callback, ctypes.c_void_p(0))
+C.llama_backend_init()
+
+
+def _strlen() -> Any:
+    """libc's strlen as an abort callback: true when the byte it is pointed at is not NUL.
+
+    ggml calls the abort callback once per graph node; a Python function there would cost a millisecond per token.
+    """
+    libc = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
+    return ctypes.cast(libc.strlen, C.ggml_abort_callback)
+
+
+_abort_if_flag_set = _strlen()
+
+
+def supports_gpu_offload() -> bool:
+    """Whether this build of llama.cpp can put layers on a GPU (llama_supports_gpu_offload)."""
+    return bool(C.llama_supports_gpu_offload())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and vocabulary
+
+
+class Model:
+    """A loaded GGUF file (llama_model_load_from_file).
+
+    Args:
+        path: the file; for a split model its first part. Check it with `probe.verify` first: llama.cpp can abort the
+            process on a damaged file.
+        gpu_layers: layers to offload; None means all where the build supports it and none elsewhere.
+
+    Raises:
+        ModelError: llama.cpp refuses the file.
+        OutOfMemoryError: the weights do not fit.
+    """
+
+    def __init__(self, path: Path | str, *, gpu_layers: int | None = None) -> None:
+        self.path = Path(path)
+        params = C.llama_model_default_params()
+        params.n_gpu_layers = (-1 if supports_gpu_offload() else 0) if gpu_layers is None else gpu_layers
+        _log_sink.problems.clear()
+        self._ptr: Any = C.llama_model_load_from_file(str(self.path).encode(), params)
+        if not self._ptr:
+            cause = _log_sink.last_problem("llama.cpp gave no reason")
+            if "alloc" in cause:
+                raise OutOfMemoryError(f"not enough memory to load {self.path}: {cause}")
+            raise ModelError(f"llama.cpp cannot load {self.path}: {cause}")
+        self.vocab = Vocab(self._ptr)
+        self.n_vocab = self.vocab.n_tokens
+        self.n_embd = int(C.llama_model_n_embd(self._ptr))
+        self.n_ctx_train = int(C.llama_model_n_ctx_train(self._ptr))
+        self.n_swa = int(C.llama_model_n_swa(self._ptr))
+        self.keeps_state = bool(C.llama_model_is_recurrent(self._ptr) or C.llama_model_is_hybrid(self._ptr))
+
+    @property
+    def pointer(self) -> Any:
+        if not self._ptr:
+            raise EngineClosedError("the model was closed")
+        return self._ptr
+
+    def metadata(self, key: str) -> str | None:
+        """A scalar GGUF metadata value as text, None if absent (llama_model_meta_val_str)."""
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = int(C.llama_model_meta_val_str(self.pointer, key.encode(), buffer, size))
+            if length < 0:
+                return None
+            if length < size:
+                return buffer.value.decode("utf-8", "replace")
+            size = length + 1
+
+    def chat_template(self) -> str | None:
+        """The Jinja chat template stored in the file, None if there is none."""
+        raw = C.llama_model_chat_template(self.pointer, None)
+        return raw.decode("utf-8", "replace") if raw else None
+
+    def close(self) -> None:
+        if self._ptr:
+            C.llama_model_free(self._ptr)
+            self._ptr = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Vocab:
+    """Text to token ids and back, and what each token is (llama_vocab_*). Reading is thread-safe."""
+
+    def __init__(self, model_pointer: Any) -> None:
+        self._ptr: Any = C.llama_model_get_vocab(model_pointer)
+        self.n_tokens = int(C.llama_vocab_n_tokens(self._ptr))
+        self.bos = int(C.llama_vocab_bos(self._ptr))
+        self.eos = int(C.llama_vocab_eos(self._ptr))
+        self.add_bos = bool(C.llama_vocab_get_add_bos(self._ptr))
+        self._attrs = [int(C.llama_vocab_get_attr(self._ptr, i)) for i in range(self.n_tokens)]
+        self._pieces: dict[int, bytes] = {}
+
+    @property
+    def pointer(self) -> Any:
+        return self._ptr
+
+    def attr(self, token: int) -> int:
+        """Attribute bits of a token, see the ATTR_ constants."""
+        return self._attrs[token]
+
+    def attrs(self) -> Sequence[int]:
+        """Attribute bits of all tokens, by id; shape (n_vocab,)."""
+        return self._attrs
+
+    def is_eog(self, token: int) -> bool:
+        """Whether the token ends an answer (EOS, EOT, ...)."""
+        return bool(C.llama_vocab_is_eog(self._ptr, token))
+
+    def eog_tokens(self) -> frozenset[int]:
+        """All tokens that end an answer."""
+        return frozenset(i for i in range(self.n_tokens) if self.is_eog(i))
+
+    def text(self, token: int) -> str:
+        """The token as it stands in the vocabulary (not unescaped); control tokens read as templates write them."""
+        return bytes(C.llama_vocab_get_text(self._ptr, token)).decode("utf-8", "replace")
+
+    def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
+        """Text to token ids without BOS (llama_tokenize with add_special=False).
+
+        With `parse_special` control tokens written in the text become control tokens: for template scaffolding only.
+        """
+        raw = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace").encode()
+        capacity = len(raw) + 8
+        while True:
+            out = (C.llama_token * capacity)()
+            n = int(C.llama_tokenize(self._ptr, raw, len(raw), out, capacity, False, parse_special))
+            if n >= 0:
+                return list(out[:n])
+            if n == -(2**31):
+                raise UsageError("the text is too long to tokenize (over 2^31 tokens)")
+            capacity = -n
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token adds to the text; empty for control tokens (llama_token_to_piece)."""
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self._read_piece(token, special=False)
+        return piece
+
+    def literal(self, token: int) -> str:
+        """The token's text with control tokens written out, as chat templates write them."""
+        return self._read_piece(token, special=True).decode("utf-8", "replace")
+
+    def _read_piece(self, token: int, *, special: bool) -> bytes:
+        size = 32
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = int(C.llama_token_to_piece(self._ptr, token, buffer, size, 0, special))
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n  # a longer piece is not cut: ask again with its size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Context: KV sequences
+
+
+class Context:
+    """A llama_context with `n_seq` KV sequences of `n_ctx` tokens each, every sequence in a buffer of its own.
+
+    kv_unified is off: llama.cpp then gives each sequence n_ctx / n_seq_max cells, picks the long-rope factors by that
+    number (llama_model::get_rope_factors), and one stream's rows do not attend over the other's cells.
+
+    Args:
+        n_ctx: tokens per sequence.
+        kv_type: "f16" or "q8_0".
+        threads: CPU threads.
+
+    Raises:
+        UsageError: the model's head size cannot take this KV type.
+        OutOfMemoryError: the KV cache or compute buffers do not fit.
+    """
+
+    def __init__(self, model: Model, *, n_ctx: int, n_seq: int, kv_type: str = "f16", threads: int = 1) -> None:
+        if kv_type not in KV_TYPES:
+            raise UsageError(f"unknown KV type {kv_type!r}: choose one of {', '.join(KV_TYPES)}")
+        self.model = model
+        self.n_seq = n_seq
+        params = C.llama_context_default_params()
+        params.n_ctx = n_seq * -(-n_ctx // 256) * 256  # llama.cpp rounds each sequence up to 256 cells
+        params.n_seq_max = n_seq
+        params.n_batch = params.n_ubatch = BATCH_ROWS
+        params.n_outputs_max = max(32, n_seq)  # logits rows per decode: sizes the output matrix' compute buffer
+        params.n_outputs_max_per_seq = 1
+        params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = KV_TYPES[kv_type]
+        params.kv_unified = False
+        params.no_perf = True
+        _log_sink.problems.clear()
+        self._ptr: Any = C.llama_init_from_model(model.pointer, params)
+        if not self._ptr:
+            cause = _log_sink.last_problem("llama.cpp gave no reason")
+            if "cache type" in cause:
+                raise UsageError(f"KV type {kv_type} does not fit this model, use --kv-type f16 ({cause})")
+            raise OutOfMemoryError(f"could not create a context of {n_seq} x {n_ctx} tokens, try a smaller --ctx-size ({cause})")
+        self._memory = C.llama_get_memory(self._ptr)
+        self.n_batch = int(C.llama_n_batch(self._ptr))
+        self._flag = ctypes.create_string_buffer(2)
+        C.llama_set_abort_callback(self._ptr, _abort_if_flag_set, ctypes.cast(self._flag, ctypes.c_void_p))
+        self._rows = _BatchRows(self.n_batch)
+
+    @property
+    def pointer(self) -> Any:
+        if not self._ptr:
+            raise EngineClosedError("the engine was closed")
+        return self._ptr
+
+    def decode(self, tokens: TokenIds, seqs: TokenIds, positions: TokenIds, outputs: NDArray[np.int8]) -> None:
+        """Run one batch of rows, all arrays of shape (rows,), rows <= n_batch (llama_decode).
+
+        Raises:
+            DecodeAborted: `cancel()` was called; rows of unfinished batches are not in the caches.
+        """
+        batch = self._rows.fill(tokens, seqs, positions, outputs)
+        result = int(C.llama_decode(self.pointer, batch))
+        if result == 0:
+            return
+        if result == 2:
+            raise DecodeAborted
+        if result == -2:
+            raise OutOfMemoryError("llama.cpp ran out of memory while decoding, try a smaller --ctx-size")
+        raise InternalError(f"llama_decode failed with {result}: {_log_sink.last_problem('no message')}")
+
+    def logits(self, n_outputs: int) -> Logits:
+        """View of the last decode's logits, shape (n_outputs, n_vocab), in the order of the rows that asked for them.
+
+        Valid until the next decode: copy what has to live longer (llama_get_logits).
+        """
+        pointer = C.llama_get_logits(self.pointer)
+        if not pointer:
+            raise InternalError("llama.cpp returned no logits")
+        address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
+        size = n_outputs * self.model.n_vocab
+        flat: Logits = np.frombuffer((ctypes.c_float * size).from_address(address), np.float32)  # type: ignore[call-overload]
+        return flat.reshape(n_outputs, self.model.n_vocab)
+
+    def truncate(self, seq: int, length: int) -> bool:
+        """Drop positions >= length from a sequence; False where the memory cannot (llama_memory_seq_rm)."""
+        return bool(C.llama_memory_seq_rm(self._mem, seq, length, -1))
+
+    def position_range(self, seq: int) -> tuple[int, int]:
+        """Smallest and largest position present, (-1, -1) when empty (llama_memory_seq_pos_min / _max)."""
+        return int(C.llama_memory_seq_pos_min(self._mem, seq)), int(C.llama_memory_seq_pos_max(self._mem, seq))
+
+    def save_sequence(self, seq: int) -> bytes:
+        """The sequence's cells (or recurrent state) as bytes (llama_state_seq_get_data)."""
+        size = int(C.llama_state_seq_get_size(self.pointer, seq))
+        buffer = (ctypes.c_uint8 * size)()
+        written = int(C.llama_state_seq_get_data(self.pointer, buffer, size, seq))
+        if written == 0:
+            raise InternalError("llama.cpp could not save a sequence")
+        return bytes(memoryview(buffer)[:written])
+
+    def load_sequence(self, seq: int, state: bytes) -> None:
+        """Replace a sequence by a saved one (llama_state_seq_set_data)."""
+        source = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if int(C.llama_state_seq_set_data(self.pointer, source, len(state), seq)) == 0:
+            raise InternalError(f"llama.cpp could not restore a sequence: {_log_sink.last_problem('no message')}")
+
+    def cancel(self) -> None:
+        """Stop a running decode within one graph node (CPU), and refuse new ones. Safe from any thread."""
+        self._flag[0] = b"x"
+
+    def resume(self) -> None:
+        """Allow decoding again after `cancel()`."""
+        self._flag[0] = b"\0"
+
+    @property
+    def cancelled(self) -> bool:
+        return self._flag[0] != b"\0"
+
+    @property
+    def _mem(self) -> Any:
+        _ = self.pointer
+        return self._memory
+
+    def close(self) -> None:
+        if self._ptr:
+            C.llama_free(self._ptr)
+            self._ptr = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _BatchRows:
+    """A llama_batch over numpy memory, filled by slices instead of element by element."""
+
+    def __init__(self, capacity: int) -> None:
+        self._token = np.zeros(capacity, np.int32)
+        self._pos = np.zeros(capacity, np.int32)
+        self._n_seq = np.ones(capacity, np.int32)
+        self._seq = np.zeros(capacity, np.int32)
+        self._output = np.zeros(capacity, np.int8)
+        rows = self._seq.ctypes.data + np.arange(capacity, dtype=np.uintp) * self._seq.itemsize
+        self._seq_rows = np.ascontiguousarray(rows)  # llama_batch.seq_id: one pointer per row
+        self._batch = C.llama_batch()
+        fields = {f[0]: f[1] for f in C.llama_batch._fields_}
+        for name, array in (
+            ("token", self._token),
+            ("pos", self._pos),
+            ("n_seq_id", self._n_seq),
+            ("seq_id", self._seq_rows),
+            ("logits", self._output),
+        ):
+            setattr(self._batch, name, ctypes.cast(array.ctypes.data, fields[name]))
+
+    def fill(self, tokens: TokenIds, seqs: TokenIds, positions: TokenIds, outputs: NDArray[np.int8]) -> Any:
+        n = len(tokens)
+        if n > len(self._token):
+            raise InternalError(f"a batch of {n} rows exceeds the {len(self._token)} this context takes")
+        self._token[:n] = tokens
+        self._seq[:n] = seqs
+        self._pos[:n] = positions
+        self._output[:n] = outputs
+        self._batch.n_tokens = n
+        return self._batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers
+
+
+class Candidates:
+    """llama_token_data_array over numpy memory: the candidate list that llama.cpp's samplers narrow down."""
+
+    DTYPE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+    def __init__(self, n_vocab: int) -> None:
+        self._data = np.zeros(n_vocab, self.DTYPE)
+        self._address = ctypes.cast(self._data.ctypes.data, C.llama_token_data_p)
+        self._array = C.llama_token_data_array()
+        self._ref = ctypes.byref(self._array)
+
+    def fill(self, ids: TokenIds, scores: Logits) -> None:
+        """Set the list to `ids` with `scores`, both of shape (n,), in ascending id order."""
+        n = len(ids)
+        self._data["id"][:n] = ids
+        self._data["logit"][:n] = scores
+        self._data["p"][:n] = 0.0
+        self._array.data = self._address
+        self._array.size = n
+        self._array.selected = -1
+        self._array.sorted = False
+
+    def apply(self, sampler: Sampler) -> None:
+        C.llama_sampler_apply(sampler.pointer, self._ref)
+
+    def selected(self) -> int:
+        """The id that the last sampler chose."""
+        index = int(self._array.selected)
+        if not 0 <= index < int(self._array.size):
+            raise NumericalError("the sampler chose no token: no candidate was left")
+        return int(self._array.data[index].id)
+
+    def scores(self) -> Logits:
+        """Scores in list order; only meaningful while no sampler reordered the list."""
+        return self._data["logit"][: int(self._array.size)]
+
+
+class Sampler:
+    """Owner of one llama_sampler."""
+
+    def __init__(self, pointer: Any) -> None:
+        self._ptr = pointer
+
+    @property
+    def pointer(self) -> Any:
+        return self._ptr
+
+    def accept(self, token: int) -> None:
+        C.llama_sampler_accept(self._ptr, token)
+
+    def clone(self) -> Sampler:
+        return Sampler(C.llama_sampler_clone(self._ptr))
+
+    def close(self) -> None:
+        if self._ptr:
+            C.llama_sampler_free(self._ptr)
+            self._ptr = None
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.close()
+
+
+def greedy() -> Sampler:
+    return Sampler(C.llama_sampler_init_greedy())
+
+
+def dist(seed: int) -> Sampler:
+    return Sampler(C.llama_sampler_init_dist(seed))
+
+
+def top_k(k: int) -> Sampler:
+    return Sampler(C.llama_sampler_init_top_k(k))
+
+
+def top_p(p: float) -> Sampler:
+    return Sampler(C.llama_sampler_init_top_p(p, 0))
+
+
+def min_p(p: float) -> Sampler:
+    return Sampler(C.llama_sampler_init_min_p(p, 0))
+
+
+def typical(p: float) -> Sampler:
+    return Sampler(C.llama_sampler_init_typical(p, 0))
+
+
+def temperature(t: float) -> Sampler:
+    return Sampler(C.llama_sampler_init_temp(t))
+
+
+def xtc(probability: float, threshold: float, seed: int) -> Sampler:
+    return Sampler(C.llama_sampler_init_xtc(probability, threshold, 0, seed))
+
+
+def penalties(n_vocab: int, last_n: int, repeat: float, frequency: float, presence: float) -> Sampler:
+    return Sampler(C.llama_sampler_init_penalties(n_vocab, last_n, repeat, frequency, presence))
+
+
+def mirostat_v1(n_vocab: int, seed: int, tau: float, eta: float) -> Sampler:
+    return Sampler(C.llama_sampler_init_mirostat(n_vocab, seed, tau, eta, 100))
+
+
+def mirostat_v2(seed: int, tau: float, eta: float) -> Sampler:
+    return Sampler(C.llama_sampler_init_mirostat_v2(seed, tau, eta))
+
+
+def dry(vocab: Vocab, multiplier: float, base: float, allowed_length: int, last_n: int, breakers: Sequence[str]) -> Sampler:
+    raw = (ctypes.c_char_p * len(breakers))(*(b.encode() for b in breakers))
+    return Sampler(
+        C.llama_sampler_init_dry(vocab.pointer, multiplier, base, allowed_length, last_n, raw, len(breakers))
+    )
+
+
+def grammar(vocab: Vocab, gbnf: str) -> Sampler:
+    """A GBNF grammar. Check it with `grammar_check` first: llama.cpp writes what is wrong to stderr, or aborts."""
+    pointer = C.llama_sampler_init_grammar(vocab.pointer, gbnf.encode(), b"root")
+    if not pointer:
+        raise UsageError("llama.cpp refuses the grammar")
+    return Sampler(pointer)
