@@ -1,7 +1,7 @@
 """Every error this package raises on purpose, as one tree.
 
-Each class carries the process exit code the command line tools end with and the short machine name that the JSON outputs
-use, so that no layer has to map messages to codes.
+Each class carries the process exit code the command line tools end with and the short machine name that the JSON
+outputs use, so that no layer has to map messages to codes.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """The one module that talks to llama.cpp, through llama-cpp-python's low-level C API.
 
-It offers rows in and logits out, operations on KV sequences, text to tokens and back, and samplers; failures come out as this
-package's errors. If the binding changes, this file changes and no other.
+It offers rows in and logits out, operations on KV sequences, text to tokens and back, and samplers; failures come out
+as this package's errors. If the binding changes, this file changes and no other.
 
-llama.cpp writes its log through one process-wide callback. It is pointed at the logging module (logger `acd_local.llama`)
-on import, so that file descriptors 1 and 2 are never written to.
+llama.cpp writes its log through one process-wide callback. It is pointed at the logging module (logger
+`acd_local.llama`) on import, so that file descriptors 1 and 2 are never written to.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import sys
 import threading
@@ -48,10 +49,12 @@ class DecodeAborted(Exception):
 # Log: llama.cpp -> logging
 
 
+# enum ggml_log_level (1 debug, 2 info, 3 warn, 4 error) -> logging, one step quieter: its INFO is 100 lines per load.
+_LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.WARNING}
+
+
 class _LogSink:
     """Joins llama.cpp's log fragments into lines, hands them to logging and remembers the last problems."""
-
-    LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.DEBUG}  # its INFO is our DEBUG
 
     def __init__(self) -> None:
         self.logger = logging.getLogger("acd_local.llama")
@@ -65,7 +68,7 @@ class _LogSink:
             return
         with self._lock:
             if level != 5:  # 5 continues the line before
-                self._level = self.LEVELS.get(level, logging.DEBUG)
+                self._level = _LOG_LEVELS.get(level, logging.DEBUG)
             self._line += (text or b"").decode("utf-8", "replace")
             *lines, self._line = self._line.split("\n")
         for line in filter(None, map(str.strip, lines)):
@@ -290,7 +293,9 @@ class Context:
             cause = _log_sink.last_problem("llama.cpp gave no reason")
             if "cache type" in cause:
                 raise UsageError(f"KV type {kv_type} does not fit this model, use --kv-type f16 ({cause})")
-            raise OutOfMemoryError(f"could not create a context of {n_seq} x {n_ctx} tokens, try a smaller --ctx-size ({cause})")
+            raise OutOfMemoryError(
+                f"could not create a context of {n_seq} x {n_ctx} tokens, try a smaller --ctx-size ({cause})"
+            )
         self._memory = C.llama_get_memory(self._ptr)
         self.n_batch = int(C.llama_n_batch(self._ptr))
         self._flag = ctypes.create_string_buffer(2)
@@ -529,7 +534,9 @@ def mirostat_v2(seed: int, tau: float, eta: float) -> Sampler:
     return Sampler(C.llama_sampler_init_mirostat_v2(seed, tau, eta))
 
 
-def dry(vocab: Vocab, multiplier: float, base: float, allowed_length: int, last_n: int, breakers: Sequence[str]) -> Sampler:
+def dry(
+    vocab: Vocab, multiplier: float, base: float, allowed_length: int, last_n: int, breakers: Sequence[str]
+) -> Sampler:
     raw = (ctypes.c_char_p * len(breakers))(*(b.encode() for b in breakers))
     return Sampler(
         C.llama_sampler_init_dry(vocab.pointer, multiplier, base, allowed_length, last_n, raw, len(breakers))
@@ -542,3 +549,45 @@ def grammar(vocab: Vocab, gbnf: str) -> Sampler:
     if not pointer:
         raise UsageError("llama.cpp refuses the grammar")
     return Sampler(pointer)
+
+
+def schema_to_gbnf(schema: str) -> str:
+    """JSON schema text to a GBNF grammar (llama_cpp.llama_grammar's converter); remote references are not fetched.
+
+    Raises:
+        UsageError: the text is no JSON, or no schema that the converter knows.
+    """
+    from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+    try:
+        return str(json_schema_to_gbnf(schema))
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"the JSON schema is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    except Exception as error:  # the converter has no error type of its own
+        raise UsageError(f"the JSON schema cannot be turned into a grammar: {error or type(error).__name__}") from None
+
+
+def try_grammar(model_path: Path, gbnf: str) -> None:
+    """Parse a grammar against a model's vocabulary and apply it once, in this process.
+
+    llama.cpp reports faults on stderr, and some only by aborting or by never returning: run it in a child process.
+
+    Raises:
+        UsageError: llama.cpp refuses the grammar.
+    """
+    params = C.llama_model_default_params()
+    params.vocab_only = True
+    pointer = C.llama_model_load_from_file(str(model_path).encode(), params)
+    if not pointer:
+        raise ModelError(f"llama.cpp cannot load the vocabulary of {model_path}")
+    vocab = Vocab(pointer)
+    _log_sink.problems.clear()
+    try:
+        sampler = grammar(vocab, gbnf)
+    except UsageError:
+        raise UsageError(_log_sink.last_problem("llama.cpp refuses the grammar")) from None
+    candidates = Candidates(vocab.n_tokens)
+    candidates.fill(np.arange(vocab.n_tokens, dtype=np.int32), np.zeros(vocab.n_tokens, np.float32))
+    candidates.apply(sampler)

@@ -1,0 +1,103 @@
+"""Safer answers from any local GGUF model, with no training: adversarial contrastive decoding on llama.cpp.
+
+    import acd_local
+
+    engine = acd_local.load("demo")
+    chat = engine.chat(system="You write for children.")
+    for chunk in chat.stream("Why is the sky blue?"):
+        print(chunk.text, end="")
+
+Importing this package loads neither numpy nor llama.cpp: names are fetched on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from acd_local.answers import Answer, Chunk, ContrastStats, Timings, TokenRecord
+    from acd_local.chat import Chat
+    from acd_local.errors import (
+        AcdError,
+        ContextError,
+        EngineBusyError,
+        EngineClosedError,
+        InternalError,
+        ModelError,
+        NumericalError,
+        OutOfMemoryError,
+        PairError,
+        UsageError,
+    )
+    from acd_local.options import Options
+    from acd_local.pairs import PromptPair
+    from acd_local.runtime.cancel import CancelToken
+    from acd_local.runtime.template import Message
+    from acd_local.session import AnswerStream, Engine, TurnsDropped
+    from acd_local.session import Engine as load
+
+_HOMES = {
+    "acd_local.answers": ("Answer", "Chunk", "ContrastStats", "Timings", "TokenRecord"),
+    "acd_local.chat": ("Chat",),
+    "acd_local.errors": (
+        "AcdError",
+        "ContextError",
+        "EngineBusyError",
+        "EngineClosedError",
+        "InternalError",
+        "ModelError",
+        "NumericalError",
+        "OutOfMemoryError",
+        "PairError",
+        "UsageError",
+    ),
+    "acd_local.options": ("Options",),
+    "acd_local.pairs": ("PromptPair",),
+    "acd_local.runtime.cancel": ("CancelToken",),
+    "acd_local.runtime.template": ("Message",),
+    "acd_local.session": ("AnswerStream", "Engine", "TurnsDropped"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names} | {"load": "acd_local.session"}
+
+__all__ = [  # noqa: RUF022 - by meaning, as the reader needs them
+    "load",
+    "Engine",
+    "Chat",
+    "AnswerStream",
+    "Answer",
+    "Chunk",
+    "TokenRecord",
+    "ContrastStats",
+    "Timings",
+    "Options",
+    "Message",
+    "PromptPair",
+    "CancelToken",
+    "TurnsDropped",
+    "AcdError",
+    "ContextError",
+    "EngineBusyError",
+    "EngineClosedError",
+    "InternalError",
+    "ModelError",
+    "NumericalError",
+    "OutOfMemoryError",
+    "PairError",
+    "UsageError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'acd_local' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOME_OF[name]), "Engine" if name == "load" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,99 @@
+"""What an answer is: its pieces while it streams, and the finished record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from acd_local.runtime.generate import TokenTrace
+
+FinishReason = Literal["stop", "stop_string", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of text, whole characters only, never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """One sampled token.
+
+    Attributes:
+        token, text: its id and text (U+FFFD where it holds part of a character; "" for a token that ends the answer).
+        safe_token, safe_text: what the same draw on the safe stream alone would have given.
+        trace: log probabilities and rank, where asked for.
+    """
+
+    token: int
+    text: str
+    safe_token: int
+    safe_text: str
+    trace: TokenTrace | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the contrast made a difference here."""
+        return self.token != self.safe_token
+
+
+@dataclass(frozen=True)
+class ContrastStats:
+    """What the contrast did over one answer.
+
+    Attributes:
+        alpha, beta, raw: the settings in force.
+        positions: sampled positions, the one that ended the answer included.
+        changed: positions where the same draw on the safe stream alone would have given another token.
+        mean_divergence: mean KL(S || A) over positions, nats; None without a second stream.
+    """
+
+    alpha: float
+    beta: float
+    raw: bool
+    positions: int = 0
+    changed: int = 0
+    mean_divergence: float | None = None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds, and tokens that had to be decoded.
+
+    Attributes:
+        prompt_tokens: rows decoded for the prompt over both streams; what was cached costs nothing.
+        prompt_seconds: from the call to the first logits, tokenization included.
+        answer_seconds: from there to the last token.
+        tokens_per_second: answer tokens over answer_seconds; 0.0 for answers of at most one token.
+    """
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    answer_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer.
+
+    Attributes:
+        prompt_tokens: length of the safe stream's prompt; completion_tokens: sampled tokens that added text.
+        context_used: tokens held by the (safe, adversarial) stream at the end.
+        seed: the seed that repeats it.
+        dropped_turns: messages left out at the front because the context was full.
+        tokens: one record per sampled token.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    seed: int
+    contrast: ContrastStats
+    timings: Timings
+    context_used: tuple[int, int] = (0, 0)
+    dropped_turns: int = 0
+    tokens: tuple[TokenRecord, ...] = field(default=(), repr=False)

@@ -1,0 +1,152 @@
+"""Command line flags that several commands share, and how they become an engine and its options."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from acd_local.errors import UsageError
+
+if TYPE_CHECKING:
+    from acd_local.options import Options
+    from acd_local.session import Engine
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+ENGINE_FLAGS = ("pair", "ctx_size", "threads", "gpu_layers", "kv_type", "layout")
+
+_ENGINE = (
+    click.option("--pair", metavar="NAME|FILE", help="Prompt pair; default: the best one for the model."),
+    click.option(
+        "--ctx-size", "-c", type=int, metavar="N", help="Tokens per stream; default 4096 or the model's limit."
+    ),
+    click.option("--threads", "-t", type=int, metavar="N", help="CPU threads; default: the physical cores."),
+    click.option(
+        "--gpu-layers",
+        "-ngl",
+        type=int,
+        metavar="N",
+        help="Layers on the GPU; default: all where the build can, else 0.",
+    ),
+    click.option(
+        "--kv-type", type=click.Choice(["f16", "q8_0"]), default="f16", show_default=True, help="KV cache type."
+    ),
+    click.option(
+        "--layout",
+        type=click.Choice(["shared", "split"]),
+        default="shared",
+        show_default=True,
+        help="Both streams in one llama_context, or one each.",
+    ),
+)
+
+_CONTRAST = (
+    click.option(
+        "--alpha", type=float, metavar="X", help="Strength of the contrast, >= 0; default: the pair's, or 0.5."
+    ),
+    click.option(
+        "--beta", type=float, metavar="X", help="Keep tokens with p >= beta * max p; default: the pair's, or 0.1."
+    ),
+    click.option("--raw-contrast", is_flag=True, help="Do not divide by 1 - alpha; with --beta 0 the paper's formula."),
+    click.option("--plain", is_flag=True, help="The safe prompt alone, no contrast."),
+)
+
+_LIMITS = (
+    click.option("--max-tokens", "-n", type=int, metavar="N", help="Longest answer; default: what the context leaves."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
+    click.option(
+        "--overflow",
+        type=click.Choice(["drop", "error"]),
+        help="Where a conversation outgrows the context: drop its oldest turns (default), or fail.",
+    ),
+)
+
+
+def _number(flag: str, kind: type, text: str) -> Callable[[F], F]:
+    return click.option(flag, type=kind, metavar="N" if kind is int else "X", help=text)
+
+
+_SAMPLING = (
+    _number("--seed", int, "Repeats an answer; default: random, shown by --stats and --json."),
+    _number("--temp", float, "Temperature, 0 is greedy; default 0.8."),
+    _number("--top-k", int, "Keep the k best tokens, 0 keeps all; default 40."),
+    _number("--top-p", float, "Nucleus sampling, 1 is off; default 0.95."),
+    _number("--min-p", float, "Keep tokens with p >= min-p * max p, 0 is off; default 0.05."),
+    _number("--typical", float, "Locally typical sampling, 1 is off; default 1."),
+    _number("--repeat-last-n", int, "Window of the three penalties; default 64."),
+    _number("--repeat-penalty", float, "Repetition penalty, 1 is off; default 1."),
+    _number("--presence-penalty", float, "Presence penalty, 0 is off; default 0."),
+    _number("--frequency-penalty", float, "Frequency penalty, 0 is off; default 0."),
+    _number("--dry-multiplier", float, "DRY repetition penalty, 0 is off; default 0."),
+    _number("--dry-base", float, "DRY base; default 1.75."),
+    _number("--dry-allowed-length", int, "DRY allowed length; default 2."),
+    _number("--dry-penalty-last-n", int, "DRY window; default 64."),
+    _number("--xtc-probability", float, "XTC probability, 0 is off; default 0."),
+    _number("--xtc-threshold", float, "XTC threshold; default 0.1."),
+    _number("--mirostat", int, "Mirostat 1 or 2, 0 is off; default 0."),
+    _number("--mirostat-lr", float, "Mirostat learning rate; default 0.1."),
+    _number("--mirostat-ent", float, "Mirostat target entropy; default 5."),
+    click.option("--grammar", metavar="GBNF", help="GBNF grammar that the answer must follow."),
+    click.option("--grammar-file", type=click.Path(path_type=Path), metavar="FILE", help="The same from a file."),
+    click.option("--json-schema", metavar="JSON", help="JSON schema that the answer must follow."),
+    click.option("--json-schema-file", type=click.Path(path_type=Path), metavar="FILE", help="The same from a file."),
+)
+
+
+def engine_flags(function: F) -> F:
+    return _apply(_ENGINE, function)
+
+
+def answer_flags(function: F) -> F:
+    return _apply((*_CONTRAST, *_LIMITS, *_SAMPLING), function)
+
+
+def _apply(decorators: tuple[Callable[[Any], Any], ...], function: F) -> F:
+    for decorate in reversed(decorators):
+        function = decorate(function)
+    return function
+
+
+def resolve_model(model: str | None) -> str:
+    """The MODEL argument, or ACD_MODEL where no argument is given at all."""
+    if model is None:
+        model = os.environ.get("ACD_MODEL") or None
+    if not model:
+        raise UsageError("no model: give a GGUF file, 'demo' or 'hf:owner/repo/file.gguf', or set ACD_MODEL")
+    return model
+
+
+def make_options(flags: Mapping[str, Any]) -> Options:
+    """Options from the flags that were given; the others keep their defaults."""
+    from acd_local.options import Options
+
+    flags = dict(flags)
+    for name in ("grammar", "json_schema"):
+        path = flags.pop(f"{name}_file", None)
+        if path is not None:
+            if flags.get(name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} and its -file form exclude each other")
+            flags[name] = read_text(path)
+    given = {k: v for k, v in flags.items() if k in Options.names() and v is not None and v != ()}
+    return Options().replace(given)
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UsageError(f"cannot read {path}: {reason}") from None
+
+
+def load_engine(model: str, flags: Mapping[str, Any]) -> Engine:
+    from acd_local.session import Engine
+
+    ngl = flags["gpu_layers"]
+    if ngl is not None and ngl < -1:
+        raise UsageError(f"--gpu-layers must be >= -1, not {ngl}")
+    return Engine(model, **{name: flags[name] for name in ENGINE_FLAGS})

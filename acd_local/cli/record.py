@@ -1,0 +1,73 @@
+"""The JSON and the readable form of an answer, shared by --json, --jsonl, --trace and --stats."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from acd_local.answers import Answer, TokenRecord
+
+
+def answer_record(answer: Answer) -> dict[str, Any]:
+    """text, finish_reason, usage, timings (ms), seed, contrast."""
+    return {
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "usage": {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens},
+        "timings": {
+            "prompt_decoded": answer.timings.prompt_tokens,
+            "prompt_ms": round(answer.timings.prompt_seconds * 1e3, 3),
+            "answer_ms": round(answer.timings.answer_seconds * 1e3, 3),
+            "tokens_per_second": round(answer.timings.tokens_per_second, 3),
+        },
+        "seed": answer.seed,
+        "contrast": contrast_record(answer),
+    }
+
+
+def contrast_record(answer: Answer) -> dict[str, Any]:
+    c = answer.contrast
+    kl = c.mean_divergence
+    return {
+        "alpha": c.alpha,
+        "beta": c.beta,
+        "raw": c.raw,
+        "positions": c.positions,
+        "changed_tokens": c.changed,
+        "mean_kl_nats": None if kl is None or not math.isfinite(kl) else round(kl, 6),
+    }
+
+
+def trace_record(token: TokenRecord) -> dict[str, Any]:
+    """One line of --trace."""
+    trace = token.trace
+    return {
+        "token": token.token,
+        "text": token.text,
+        "safe_logprob": _finite(trace.safe_logprob) if trace else None,
+        "adversarial_logprob": _finite(trace.adversarial_logprob) if trace else None,
+        "safe_rank": trace.safe_rank if trace else None,
+        "changed": token.changed,
+        "safe_choice": {"token": token.safe_token, "text": token.safe_text},
+    }
+
+
+def stats_lines(answer: Answer) -> list[str]:
+    """The readable form for stderr."""
+    c, t = answer.contrast, answer.timings
+    kl = "" if c.mean_divergence is None else f", mean KL(S||A) {c.mean_divergence:.3f} nats"
+    what = "plain (no contrast)" if c.alpha == 0 else f"alpha {c.alpha:g}, beta {c.beta:g}{', raw' if c.raw else ''}"
+    safe, adversarial = answer.context_used
+    return [
+        f"finish     {answer.finish_reason}, seed {answer.seed}",
+        f"tokens     {answer.prompt_tokens} prompt, {answer.completion_tokens} answer; "
+        f"context {safe} safe, {adversarial} adversarial",
+        f"contrast   {what}: {c.changed} of {c.positions} tokens changed{kl}",
+        f"time       {t.prompt_seconds:.2f} s to the first token ({t.prompt_tokens} rows decoded), "
+        f"{t.answer_seconds:.2f} s answer, {t.tokens_per_second:.1f} tokens/s",
+    ]
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, 6)

@@ -1,0 +1,187 @@
+"""What all commands share: errors to exit codes, signals to cancellation, text to a terminal or a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from acd_local.errors import AcdError, InternalError, OutOfMemoryError, UsageError
+
+if TYPE_CHECKING:
+    from acd_local.runtime.cancel import CancelToken
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done (also when the reader of stdout went away)
+  1    internal error, or out of memory
+  2    usage: bad option, bad grammar, no prompt
+  3    model not found or not loadable
+  4    the conversation does not fit the context
+  5    bad prompt pair
+  130  interrupted (Ctrl-C)
+  143  terminated (SIGTERM)"""
+
+
+def run_cli(command: click.Command, program: str, argv: Sequence[str] | None = None) -> int:
+    """Run a click command; every failure becomes one line on stderr and the documented exit code.
+
+    With --json among the arguments the error is also one JSON object on stdout.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    use_utf8()
+    try:
+        result = command.main(args=args, prog_name=program, standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except BrokenPipeError:
+        _forget_stdout()
+        return 0
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except Exception as error:
+        if os.environ.get("ACD_DEBUG"):
+            raise
+        known = _as_acd_error(error)
+        with suppress(BrokenPipeError, OSError):
+            if "--json" in args:
+                print(json.dumps(error_record(known), ensure_ascii=False), flush=True)
+        say(f"{program}: {one_line(str(known))}")
+        return known.exit_code
+
+
+def _as_acd_error(error: Exception) -> AcdError:
+    if isinstance(error, AcdError):
+        return error
+    if isinstance(error, click.ClickException):
+        return UsageError(error.format_message())
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError("out of memory")
+    return InternalError(f"internal error: {type(error).__name__}: {error} (ACD_DEBUG=1 shows where)")
+
+
+def error_record(error: AcdError, text: str = "") -> dict[str, Any]:
+    """The JSON form of a failed answer."""
+    return {"text": text, "finish_reason": "error", "error": {"code": error.code, "message": one_line(str(error))}}
+
+
+def one_line(text: str) -> str:
+    """Text as one line without control characters: file names and model metadata may hold anything."""
+    from acd_local.runtime.text import disarm
+
+    return disarm(" ".join(text.split()))
+
+
+def say(line: str) -> None:
+    """One line on stderr; silently nothing if stderr is gone."""
+    with suppress(OSError, ValueError, AttributeError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def use_utf8() -> None:
+    """Answers are Unicode whatever the locale says."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def _forget_stdout() -> None:
+    """Let the interpreter flush stdout at exit without meeting the broken pipe again."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class AnswerWriter:
+    """Streams an answer to a text file: exactly one newline at the end, controls disarmed on a terminal."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._disarm = out.isatty()
+        self._held = ""
+        self._wrote = False
+
+    def write(self, text: str) -> None:
+        if self._disarm:
+            from acd_local.runtime.text import disarm
+
+            text = disarm(text)
+        text = self._held + text
+        body = text.rstrip("\n")
+        self._held = text[len(body) :]
+        if body:
+            self._out.write(body)
+            self._out.flush()
+            self._wrote = True
+
+    def finish(self) -> None:
+        self._out.write("\n")
+        self._out.flush()
+
+
+class Interrupts:
+    """SIGINT and SIGTERM cancel the current answer, or end the process at once where there is none.
+
+    Python runs its signal handlers on the main thread between bytecodes, and a prefill inside llama.cpp can take a
+    minute. The wake-up descriptor is written by the C-level handler, so a watching thread hears of the signal at once.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._token: CancelToken | None = None
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+
+    def __enter__(self) -> Interrupts:
+        self._old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="acd-signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._old_fd)
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)
+        self._writer.close()
+
+    def cancels(self, token: CancelToken | None) -> None:
+        """From now on signals cancel `token`; None: they end the process."""
+        self._token = token
+        if token is not None and self.signum is not None:
+            token.set()
+
+    @property
+    def exit_code(self) -> int | None:
+        """128 + the signal that came, None if none did."""
+        return None if self.signum is None else 128 + self.signum
+
+    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        """Needed so that the C-level handler is installed; the watcher does the work."""
+
+    def _watch(self) -> None:
+        while data := self._receive():
+            for signum in data:
+                if signum in (signal.SIGINT, signal.SIGTERM):
+                    self._handle(signum)
+
+    def _receive(self) -> bytes:
+        try:
+            return self._reader.recv(16)
+        except OSError:
+            return b""
+
+    def _handle(self, signum: int) -> None:
+        again = self.signum is not None
+        self.signum = signum
+        token = self._token
+        if token is None or again:
+            os._exit(128 + signum)
+        token.set()

@@ -1,0 +1,213 @@
+"""The JSON-lines worker behind `acd-run --jsonl`: how an application in any language embeds the decoder.
+
+One request per line of stdin, one event per line of stdout, both UTF-8 JSON objects. Protocol version 1; the README
+documents it. A reader thread takes lines in while an answer is being made, so that it can be cancelled.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from acd_local.cli import flags
+from acd_local.cli.record import answer_record
+from acd_local.cli.shell import Interrupts, one_line, say
+from acd_local.errors import AcdError, InternalError, UsageError
+
+if TYPE_CHECKING:
+    from acd_local.options import Options
+    from acd_local.runtime.cancel import CancelToken
+    from acd_local.session import Engine
+
+PROTOCOL = 1
+MAX_LINE = 16_000_000  # bytes
+
+_ENVELOPE = {"id", "prompt", "messages", "system", "pair", "cancel"}
+
+
+def serve(model: str, given: Mapping[str, Any], options: Options, interrupts: Interrupts) -> int:
+    """Answer requests until stdin ends or a signal comes; returns the exit code."""
+    engine = flags.load_engine(model, given)
+    if engine.warning:
+        say(f"acd-run: {engine.warning}")
+    return Worker(engine, options, given["system"], interrupts).run()
+
+
+@dataclass
+class Request:
+    """One accepted request, waiting or being answered."""
+
+    id: str | int
+    messages: Any
+    system: str | None
+    pair: str | None
+    options: Options
+    cancel: CancelToken = field(repr=False)
+
+
+class Worker:
+    """Requests in, events out; one answer at a time, in the order of arrival."""
+
+    def __init__(self, engine: Engine, options: Options, system: str | None, interrupts: Interrupts) -> None:
+        self._engine = engine
+        self._options = options
+        self._system = system
+        self._interrupts = interrupts
+        self._queue: queue.Queue[Request | None] = queue.Queue()
+        self._pending: dict[str | int, Request] = {}
+        self._lock = threading.Lock()
+        self._out = threading.Lock()
+        self._gone = threading.Event()  # nobody reads our stdout any more
+
+    def run(self) -> int:
+        from acd_local.runtime.cancel import CancelToken
+
+        stop = CancelToken()
+        stop.interrupting(self._stop)
+        self._interrupts.cancels(stop)
+        self._emit(
+            event="ready", protocol=PROTOCOL, model=self._engine.info.name or str(self._engine.info.path),
+            pair=self._engine.pair.name,
+        )  # fmt: skip
+        threading.Thread(target=self._read, name="acd-requests", daemon=True).start()
+        while not self._gone.is_set() and (request := self._queue.get()) is not None:
+            self._answer(request)
+            with self._lock:
+                self._pending.pop(request.id, None)
+            if stop.is_set:
+                break
+        return self._interrupts.exit_code or 0
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        try:
+            while line := sys.stdin.buffer.readline(MAX_LINE + 1):
+                if len(line) > MAX_LINE:
+                    while line and not line.endswith(b"\n"):
+                        line = sys.stdin.buffer.readline(MAX_LINE)
+                    self._error(None, UsageError(f"the line is longer than {MAX_LINE} bytes"))
+                elif line.strip():
+                    self._take(line)
+        except OSError as error:
+            say(f"acd-run: cannot read stdin: {error.strerror}")
+        self._queue.put(None)
+
+    def _take(self, line: bytes) -> None:
+        raw_id = None
+        try:
+            raw = _parse(line)
+            raw_id = _request_id(raw)
+            if raw.get("cancel") is not None:
+                self._cancel(raw_id, raw)
+                return
+            request = self._request(raw_id, raw)
+        except AcdError as error:
+            self._error(raw_id, error)
+            return
+        with self._lock:
+            taken = request.id in self._pending
+            if not taken:
+                self._pending[request.id] = request
+        if taken:
+            self._error(request.id, UsageError("a request with this id is still being answered"))
+        else:
+            self._queue.put(request)
+
+    def _request(self, request_id: str | int, raw: Mapping[str, Any]) -> Request:
+        from acd_local.runtime.cancel import CancelToken
+        from acd_local.session import check_messages
+
+        if ("prompt" in raw) == ("messages" in raw):
+            raise UsageError("a request has either a prompt or messages")
+        messages = raw.get("prompt", raw.get("messages"))
+        check_messages(messages)
+        for name in ("system", "pair"):
+            if not isinstance(raw.get(name), (str, type(None))):
+                raise UsageError(f"{name} must be a string")
+        changes = {k: v for k, v in raw.items() if k not in _ENVELOPE}
+        if isinstance(changes.get("json_schema"), (dict, bool)):
+            changes["json_schema"] = json.dumps(changes["json_schema"])
+        return Request(
+            request_id,
+            messages,
+            raw.get("system", self._system),
+            raw.get("pair"),
+            self._options.replace(changes),
+            CancelToken(),
+        )
+
+    def _cancel(self, request_id: str | int, raw: Mapping[str, Any]) -> None:
+        if raw["cancel"] is not True:
+            raise UsageError("cancel must be true")
+        with self._lock:
+            request = self._pending.get(request_id)
+        if request is None:
+            raise UsageError("there is no request with this id to cancel")
+        request.cancel.set()
+
+    # -- answering -----------------------------------------------------------------------------------------------------
+
+    def _answer(self, request: Request) -> None:
+        try:
+            stream = self._engine.generate(
+                request.messages,
+                request.options,
+                system=request.system,
+                pair=request.pair,
+                cancel=request.cancel,
+                on_event=lambda event: self._emit(id=request.id, event="dropped", messages=event.messages),
+            )
+            for chunk in stream:
+                self._emit(id=request.id, event="token", text=chunk.text)
+            self._emit(id=request.id, event="done", **answer_record(stream.answer))
+        except AcdError as error:
+            self._error(request.id, error)
+        except Exception as error:
+            self._error(request.id, InternalError(f"internal error: {type(error).__name__}: {error}"))
+
+    def _stop(self) -> None:
+        """A signal: end the running answer and take no further one."""
+        with self._lock:
+            requests = list(self._pending.values())
+        for request in requests:
+            request.cancel.set()
+        self._queue.put(None)
+
+    def _error(self, request_id: str | int | None, error: AcdError) -> None:
+        self._emit(id=request_id, event="error", code=error.code, message=one_line(str(error)))
+
+    def _emit(self, **event: Any) -> None:
+        if self._gone.is_set():
+            return
+        with self._out:
+            try:
+                sys.stdout.write(json.dumps(event) + "\n")  # ASCII: any id survives, whatever reads it
+                sys.stdout.flush()
+            except (BrokenPipeError, ValueError):
+                self._gone.set()
+                self._stop()
+
+
+def _parse(line: bytes) -> Mapping[str, Any]:
+    try:
+        raw = json.loads(line)
+    except RecursionError:
+        raise UsageError("the request is nested too deeply") from None
+    except ValueError as error:
+        raise UsageError(f"the request is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise UsageError("the request is not a JSON object")
+    return raw
+
+
+def _request_id(raw: Mapping[str, Any]) -> str | int:
+    request_id = raw.get("id")
+    if isinstance(request_id, bool) or not isinstance(request_id, (str, int)):
+        raise UsageError("a request needs an id, a string or a whole number")
+    return request_id

@@ -1,0 +1,161 @@
+"""What a caller can choose per answer. One flat, validated record that flags, JSON-lines requests and the API share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from acd_local.errors import UsageError
+
+MAX_SEED = 2**32 - 2  # llama.cpp keeps 2^32 - 1 for "draw a seed"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Contrast, sampling and limits of one answer. Names and defaults follow llama.cpp where it has the option.
+
+    Raises:
+        UsageError: a value is of the wrong type or out of range; the message names the option.
+    """
+
+    # Contrast. None: the prompt pair decides, and where it does not, pairs.DEFAULT_ALPHA and DEFAULT_BETA.
+    alpha: float | None = None
+    beta: float | None = None
+    raw_contrast: bool = False
+    plain: bool = False
+
+    # Limits
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    overflow: Literal["drop", "error"] = "drop"
+
+    # Sampling
+    seed: int | None = None
+    temp: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical: float = 1.0
+    repeat_last_n: int = 64
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    mirostat: int = 0
+    mirostat_lr: float = 0.1
+    mirostat_ent: float = 5.0
+    grammar: str | None = None
+    json_schema: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("stop", "dry_sequence_breakers"):
+            object.__setattr__(self, name, _strings(name, getattr(self, name)))
+        for field in dataclasses.fields(self):
+            _check_type(field.name, field.type, getattr(self, field.name))
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UsageError(f"{name} must be {_describe(low, high)}, not {value}")
+        if self.overflow not in ("drop", "error"):
+            raise UsageError(f"overflow must be 'drop' or 'error', not {self.overflow!r}")
+        if self.grammar is not None and self.json_schema is not None:
+            raise UsageError("grammar and json_schema exclude each other: give one")
+        if "" in self.stop:
+            raise UsageError("stop must not be an empty string")
+
+    @classmethod
+    def names(cls) -> frozenset[str]:
+        return frozenset(field.name for field in dataclasses.fields(cls))
+
+    def replace(self, changes: Mapping[str, Any]) -> Self:
+        """A copy with some options changed.
+
+        Raises:
+            UsageError: an unknown name or a bad value.
+        """
+        unknown = sorted(set(changes) - self.names())
+        if unknown:
+            raise UsageError(f"unknown option {unknown[0]!r}")
+        return dataclasses.replace(self, **changes)
+
+
+def check_alpha_beta(alpha: float, beta: float) -> None:
+    """The range of the contrast's two numbers, for options, pairs and arrays alike.
+
+    A negative alpha would reward what the adversarial prompt prefers and turn the method around.
+
+    Raises:
+        UsageError: alpha is not finite and >= 0, or beta is not in [0, 1].
+    """
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise UsageError(f"alpha must be finite and >= 0, not {alpha}")
+    if not 0 <= beta <= 1:
+        raise UsageError(f"beta must be in [0, 1], not {beta}")
+
+
+_MAX_FLOAT = 3.4e38
+_INT32 = 2**31 - 1
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("alpha", 0.0, _MAX_FLOAT),
+    ("beta", 0.0, 1.0),
+    ("max_tokens", 1, _INT32),
+    ("seed", 0, MAX_SEED),
+    ("temp", 0.0, _MAX_FLOAT),
+    ("top_k", 0, _INT32),
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("typical", 0.0, 1.0),
+    ("repeat_last_n", 0, _INT32),
+    ("repeat_penalty", 1e-6, _MAX_FLOAT),
+    ("presence_penalty", -_MAX_FLOAT, _MAX_FLOAT),
+    ("frequency_penalty", -_MAX_FLOAT, _MAX_FLOAT),
+    ("dry_multiplier", 0.0, _MAX_FLOAT),
+    ("dry_base", 0.0, _MAX_FLOAT),
+    ("dry_allowed_length", 0, _INT32),
+    ("dry_penalty_last_n", 0, _INT32),
+    ("xtc_probability", 0.0, 1.0),
+    ("xtc_threshold", 0.0, 1.0),
+    ("mirostat", 0, 2),
+    ("mirostat_lr", 0.0, _MAX_FLOAT),
+    ("mirostat_ent", 0.0, _MAX_FLOAT),
+)
+
+
+def _describe(low: float, high: float) -> str:
+    if high in (_MAX_FLOAT, _INT32):
+        return "finite" if low == -_MAX_FLOAT else f"finite and >= {low:g}"
+    return f"in [{low:g}, {high:.15g}]"
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise UsageError(f"{name} must be a string or a list of strings, not {value!r}")
+
+
+def _check_type(name: str, annotation: object, value: object) -> None:
+    """Types come from JSON lines too: true is not a number, and 1.5 is not a count."""
+    kinds = {part.strip() for part in str(annotation).split("|")}
+    if value is None:
+        if "None" not in kinds:
+            raise UsageError(f"{name} must not be null")
+        return
+    if "bool" in kinds and not isinstance(value, bool):
+        raise UsageError(f"{name} must be true or false, not {value!r}")
+    if "int" in kinds and (isinstance(value, bool) or not isinstance(value, int)):
+        raise UsageError(f"{name} must be a whole number, not {value!r}")
+    if "float" in kinds and (isinstance(value, bool) or not isinstance(value, (int, float)) or value != value):
+        raise UsageError(f"{name} must be a number, not {value!r}")
+    if "str" in kinds and not isinstance(value, str):
+        raise UsageError(f"{name} must be a string, not {value!r}")

@@ -1,0 +1,107 @@
+"""The contrast between the two streams: which tokens may be said, and their scores. Pure numpy.
+
+Source: logit_ACD = logit_S - alpha * logit_A (Zhao et al. 2024, arXiv 2406.16743), taken over the plausible tokens
+p_S >= beta * max p_S (Li et al. 2023, Contrastive Decoding, equation 4).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from acd_local.errors import NumericalError
+from acd_local.options import check_alpha_beta
+
+MAX_DIVISOR_ALPHA = 0.9
+
+Logits = NDArray[np.float32]
+TokenIds = NDArray[np.int32]
+
+
+def contrast(
+    safe: Logits, adversarial: Logits | None, *, alpha: float, beta: float, raw: bool = False
+) -> tuple[TokenIds, Logits]:
+    """Candidates of the next token and their contrasted scores.
+
+    scores = (logit_S - alpha * logit_A) / (1 - min(alpha, 0.9)) over the tokens with p_S >= beta * max p_S. Without the
+    divisor the scores would be flatter by (1 - alpha) wherever the streams agree, and the temperature would not mean
+    what it says; `raw` leaves it out (with beta 0 that is the paper's plain formula).
+
+    Args:
+        safe: logits of the safe stream, shape (n_vocab,); -inf marks tokens that must not be said.
+        adversarial: logits of the adversarial stream, shape (n_vocab,); not read where alpha is 0.
+        alpha: finite, >= 0.
+        beta: in [0, 1].
+
+    Returns:
+        ids, shape (k,), ascending, and scores, shape (k,), float32. Tokens that are implausible, illegal (-inf in
+        `safe`) or impossible for the adversary (-inf there) are absent, not -inf. k is 0 only if no token is legal.
+
+    Raises:
+        UsageError: alpha or beta is out of range.
+        NumericalError: a logit is NaN or +inf, or no plausible token has a finite score.
+    """
+    check_alpha_beta(alpha, beta)
+    top = _largest(safe, "safe")
+    if top == -math.inf:
+        return np.empty(0, np.int32), np.empty(0, np.float32)
+    ids = plausible(safe, top, beta)
+    scores = safe[ids].astype(np.float64)
+    if alpha > 0:
+        if adversarial is None:
+            raise ValueError("alpha > 0 needs the adversarial stream's logits")
+        _largest(adversarial, "adversarial")
+        reference = adversarial[ids]
+        possible = reference > -np.inf
+        if not possible.all():
+            ids, scores, reference = ids[possible], scores[possible], reference[possible]
+        scores -= alpha * reference.astype(np.float64)
+        if not raw:
+            scores /= 1.0 - min(alpha, MAX_DIVISOR_ALPHA)
+    with np.errstate(over="ignore"):
+        result: Logits = scores.astype(np.float32)
+    if len(ids) == 0 or not np.isfinite(result).all():
+        raise NumericalError(f"the contrast with alpha {alpha:g} leaves no token with a finite score")
+    return ids, result
+
+
+def plausible(safe: Logits, top: float, beta: float) -> TokenIds:
+    """Ids, ascending, with p_S >= beta * max p_S, that is logit_S >= max + ln beta; never those at -inf."""
+    threshold = top + math.log(beta) if beta > 0 else -math.inf
+    mask = safe >= np.float32(threshold) if threshold > -math.inf else safe > -np.inf
+    return np.flatnonzero(mask).astype(np.int32)
+
+
+class Divergence:
+    """KL(S || A) in nats between the two streams' next-token distributions; keeps its scratch memory between calls."""
+
+    def __init__(self, n_vocab: int) -> None:
+        self._safe = np.empty(n_vocab, np.float32)
+        self._adversarial = np.empty(n_vocab, np.float32)
+        self._gap = np.empty(n_vocab, np.float32)
+
+    def __call__(self, safe: Logits, adversarial: Logits) -> float:
+        """Both of shape (n_vocab,). A token at -inf in the safe stream adds nothing; one that only the adversarial
+        stream has at -inf makes the divergence infinite."""
+        s, a, gap = self._safe, self._adversarial, self._gap
+        np.subtract(safe, safe.max(), out=s)
+        np.subtract(adversarial, adversarial.max(), out=a)
+        with np.errstate(invalid="ignore"):
+            np.subtract(s, a, out=gap)
+        np.exp(s, out=s)
+        np.exp(a, out=a)
+        total, other_total = float(s.sum()), float(a.sum())
+        if not np.isfinite(gap.min()):  # min() passes NaN on, and -inf: tokens that the safe stream excludes
+            gap[s == 0] = 0.0
+        mean_gap = float(np.dot(s, gap)) / total
+        return max(0.0, mean_gap - math.log(total) + math.log(other_total))
+
+
+def _largest(logits: Logits, stream: str) -> float:
+    """The largest logit; max() passes NaN on, so one pass finds both NaN and +inf."""
+    top = float(logits.max())
+    if math.isnan(top) or top == math.inf:
+        raise NumericalError(f"the {stream} stream produced {top} logits: the model file is damaged or badly quantized")
+    return top

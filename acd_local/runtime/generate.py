@@ -1,0 +1,134 @@
+"""The decoding loop: one answer, token by token, from two streams.
+
+It knows token ids and logits, no text and no templates. Faster execution strategies sit beside it behind the same
+interface (`Decode`) and have to emit the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from acd_local.runtime.contrast import Divergence, contrast
+from acd_local.runtime.llama import Logits, Vocab
+from acd_local.runtime.sampling import GrammarGuard, TokenSampler
+
+# Feeds one token to both streams and returns their next logits, each (n_vocab,); the second is None where alpha is 0.
+Decode = Callable[[int], tuple[Logits, Logits | None]]
+
+
+@dataclass(frozen=True)
+class ContrastSettings:
+    """The contrast's numbers for one answer, see `contrast.contrast`."""
+
+    alpha: float
+    beta: float
+    raw: bool = False
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """How both streams saw one token: natural-log probabilities, and its rank (1 = first) in the safe stream."""
+
+    safe_logprob: float
+    adversarial_logprob: float | None
+    safe_rank: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One choice of the loop.
+
+    Attributes:
+        token: what was sampled.
+        safe_choice: what the same draw gives on the safe stream's scores alone.
+        divergence: KL(S || A) in nats at this position, None without a second stream.
+        ends: the token ends the answer and adds no text.
+        trace: filled where asked for.
+    """
+
+    token: int
+    safe_choice: int
+    divergence: float | None
+    ends: bool
+    trace: TokenTrace | None
+
+
+class Vocabulary:
+    """What the loop must know of a vocabulary: which tokens end an answer, and which may never be said."""
+
+    def __init__(self, vocab: Vocab, control_mask: int) -> None:
+        self.eog = vocab.eog_tokens()
+        banned = [i for i, attr in enumerate(vocab.attrs()) if attr & control_mask and i not in self.eog]
+        self.banned = np.array(banned, np.int32)
+
+
+def generate(
+    first: tuple[Logits, Logits | None],
+    decode: Decode,
+    sampler: TokenSampler,
+    vocabulary: Vocabulary,
+    settings: ContrastSettings,
+    *,
+    limit: int,
+    grammar: GrammarGuard | None = None,
+    trace: bool = False,
+) -> Iterator[Step]:
+    """Sample up to `limit` tokens from the contrast of two streams.
+
+    Args:
+        first: logits after the prompt, (safe, adversarial), each of shape (n_vocab,).
+        decode: feeds a token back; called once per token but the last.
+
+    Raises:
+        NumericalError: a stream produced NaN.
+    """
+    safe, adversarial = first
+    divergence = Divergence(len(safe))
+    for position in range(limit):
+        # 1. Control tokens that do not end the answer are never said; a grammar narrows further.
+        legal = safe.copy()
+        legal[vocabulary.banned] = -np.inf
+        if grammar is not None:
+            legal = grammar.restrict(legal, settings.beta)
+        # 2. Contrast over the plausible legal tokens.
+        ids, scores = contrast(legal, adversarial, alpha=settings.alpha, beta=settings.beta, raw=settings.raw)
+        if len(ids) == 0:
+            return  # the grammar is complete and the vocabulary has no token to say so
+        # 3. Sample; ask what the safe stream alone would have said with the same draw.
+        safe_choice = token = -1
+        if adversarial is not None:
+            safe_ids, safe_scores = contrast(legal, None, alpha=0.0, beta=settings.beta)
+            safe_choice = sampler.draw(safe_ids, safe_scores, position, dry_run=True)
+        token = sampler.draw(ids, scores, position)
+        sampler.accept(token)
+        # 4. Emit.
+        ends = token in vocabulary.eog
+        yield Step(
+            token=token,
+            safe_choice=token if adversarial is None else safe_choice,
+            divergence=None if adversarial is None else divergence(safe, adversarial),
+            ends=ends,
+            trace=_trace(token, safe, adversarial) if trace else None,
+        )
+        if ends or position + 1 == limit:
+            return
+        # 5. Feed the token back to both streams.
+        if grammar is not None:
+            grammar.accept(token)
+        safe, adversarial = decode(token)
+
+
+def _trace(token: int, safe: Logits, adversarial: Logits | None) -> TokenTrace:
+    return TokenTrace(
+        safe_logprob=_logprob(safe, token),
+        adversarial_logprob=None if adversarial is None else _logprob(adversarial, token),
+        safe_rank=1 + int((safe > safe[token]).sum()),
+    )
+
+
+def _logprob(logits: Logits, token: int) -> float:
+    top = float(logits.max())
+    return float(logits[token]) - top - float(np.log(np.exp(logits - top).sum(dtype=np.float64)))

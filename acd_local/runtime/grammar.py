@@ -1,0 +1,96 @@
+"""Grammars and JSON schemas: checked in a child process before llama.cpp may parse them in ours.
+
+llama.cpp writes grammar errors to stderr, and a few faults abort the process or never return; an application that
+embeds this package must see none of that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+from acd_local.errors import UsageError
+from acd_local.options import Options
+
+TIMEOUT = 20.0  # seconds
+
+
+def from_options(options: Options, model_path: Path) -> str | None:
+    """The checked GBNF grammar that an answer has to follow, None if it is free.
+
+    Raises:
+        UsageError: the grammar or the schema is bad; one line.
+    """
+    if options.json_schema is not None:
+        from acd_local.runtime.llama import schema_to_gbnf
+
+        gbnf: str | None = schema_to_gbnf(options.json_schema)
+    else:
+        gbnf = options.grammar
+    if gbnf is not None:
+        check(gbnf, model_path)
+    return gbnf
+
+
+@lru_cache(maxsize=64)
+def check(gbnf: str, model_path: Path) -> None:
+    """Let llama.cpp parse `gbnf` in a child process; a good verdict is remembered.
+
+    A frozen application has no interpreter to start a child with: there the check is left out.
+
+    Raises:
+        UsageError: llama.cpp refuses the grammar, aborts on it, or takes longer than TIMEOUT.
+    """
+    if not gbnf.strip():
+        raise UsageError("the grammar is empty")
+    if "\0" in gbnf:
+        raise UsageError("the grammar holds a NUL character")
+    if getattr(sys, "frozen", False):
+        return
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "acd_local.runtime.grammar", str(model_path)],
+            input=gbnf,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TIMEOUT,
+            env={**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONPATH": os.pathsep.join(paths)},
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"bad grammar: llama.cpp did not finish it within {TIMEOUT:g} s") from None
+    if done.returncode != 0:
+        raise UsageError(f"bad grammar: {_cause(done.stdout, done.stderr, done.returncode)}")
+
+
+def _cause(stdout: str, stderr: str, code: int) -> str:
+    """llama.cpp's own words where it has any: "parse: error parsing grammar: CAUSE", then the whole grammar."""
+    marker = "error parsing grammar: "
+    if marker in stderr:
+        return " ".join(stderr.split(marker, 1)[1].split("\n\n", 1)[0].split())[:200]
+    try:
+        return str(json.loads(stdout)["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"llama.cpp ended with status {code} on it"
+
+
+def _main() -> int:
+    from acd_local.runtime.llama import try_grammar
+
+    try:
+        try_grammar(Path(sys.argv[1]), sys.stdin.buffer.read().decode("utf-8"))
+    except UsageError as error:
+        print(json.dumps({"error": str(error)}))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

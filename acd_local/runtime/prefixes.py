@@ -1,0 +1,61 @@
+"""System prompts, decoded once per process and restored into the caches of new conversations."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from acd_local.runtime.streams import Cache, Snapshot
+
+# A state takes what its tokens take in the cache (23 kB per token for a 135M model, 128 kB for an 8B one), so only the
+# latest few are kept.
+CAPACITY = 8
+
+Extend = Callable[[Sequence[tuple[Cache, Sequence[int]]]], object]
+
+
+class PrefixStore:
+    """Snapshots of decoded system prompts, keyed by their tokens; the least recently used one goes first."""
+
+    def __init__(self) -> None:
+        self._snapshots: OrderedDict[tuple[int, ...], Snapshot] = OrderedDict()
+
+    def prepare(self, work: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], extend: Extend) -> None:
+        """Bring caches as far as can be had without decoding the new part of a prompt.
+
+        Args:
+            work: (cache, prompt tokens, system prefix tokens: a prefix of the prompt).
+            extend: decodes tokens into several caches at once (`streams.extend`).
+
+        Afterwards every cache holds a proper prefix of its prompt: what it already had in common, or its system
+        prompt, decoded now if this process never did.
+        """
+        missing: list[tuple[Cache, tuple[int, ...]]] = []
+        for cache, prompt, prefix in work:
+            key = tuple(prefix[: len(prompt) - 1])
+            if key != tuple(prompt[: len(key)]):
+                key = ()  # the user's text merged into the scaffold's last token
+            kept = cache.rewind(min(common_prefix(cache.tokens, prompt), len(prompt) - 1))
+            if kept >= len(key):
+                continue
+            snapshot = self._snapshots.get(key)
+            if snapshot is None:
+                missing.append((cache, key))
+            else:
+                self._snapshots.move_to_end(key)
+                cache.restore(snapshot)
+        if not missing:
+            return
+        extend([(cache, key[len(cache.tokens) :]) for cache, key in missing])
+        for cache, key in missing:
+            self._snapshots[key] = cache.save()
+        while len(self._snapshots) > CAPACITY:
+            self._snapshots.popitem(last=False)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    n = min(len(a), len(b))
+    if list(a[:n]) == list(b[:n]):
+        return n
+    return next(i for i in range(n) if a[i] != b[i])

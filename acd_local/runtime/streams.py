@@ -1,0 +1,232 @@
+"""The KV caches: per conversation a safe and an adversarial sequence, in one llama_context or in two.
+
+Both layouts look the same from outside: a Cache knows its context and its sequence, and `extend` groups the rows it is
+given by context, so that the shared layout decodes both streams in one llama_decode and the split layout in two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from acd_local.errors import ContextError, UsageError
+from acd_local.runtime import llama
+from acd_local.runtime.llama import Logits
+
+Layout = Literal["shared", "split"]
+LAYOUTS: tuple[Layout, ...] = ("shared", "split")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A sequence's state after `tokens`, restorable into any cache of the same model, KV type and context size."""
+
+    tokens: tuple[int, ...]
+    state: bytes
+
+
+class Cache:
+    """One KV sequence and the tokens it holds, at positions 0 .. len(tokens) - 1."""
+
+    def __init__(self, context: llama.Context, seq: int, n_ctx: int) -> None:
+        self.context = context
+        self.seq = seq
+        self.n_ctx = n_ctx
+        self.tokens: list[int] = []
+
+    def rewind(self, length: int) -> int:
+        """Forget everything from position `length` on, where the memory can; else everything.
+
+        Returns:
+            How many tokens are left: `length`, or 0 where a partial rollback is impossible (recurrent state) or would
+            leave a sliding window with holes.
+        """
+        if length >= len(self.tokens):
+            return len(self.tokens)
+        if length > 0 and not self.context.model.keeps_state and self.context.truncate(self.seq, length):
+            del self.tokens[length:]
+            if self._window_intact():
+                return length
+        self.clear()
+        return 0
+
+    def _window_intact(self) -> bool:
+        """Sliding-window caches accept any seq_rm but may have dropped cells that the next token attends to.
+
+        The next token, at position n, sees positions n - n_swa + 1 .. n (llama_hparams::is_masked_swa).
+        """
+        window = self.context.model.n_swa
+        if window == 0:
+            return True
+        smallest, largest = self.context.position_range(self.seq)
+        n = len(self.tokens)
+        return largest == n - 1 and smallest <= max(0, n - window + 1)
+
+    def clear(self) -> None:
+        self.context.truncate(self.seq, 0)
+        self.tokens.clear()
+
+    def save(self) -> Snapshot:
+        return Snapshot(tuple(self.tokens), self.context.save_sequence(self.seq))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self.clear()
+        self.context.load_sequence(self.seq, snapshot.state)
+        self.tokens.extend(snapshot.tokens)
+
+    def resync(self) -> None:
+        """After an interrupted decode: keep what llama.cpp kept, or nothing where a state cannot be trusted."""
+        _, largest = self.context.position_range(self.seq)
+        del self.tokens[largest + 1 :]
+        whole = not self.context.model.keeps_state and self.context.truncate(self.seq, len(self.tokens))
+        if not (whole and self._window_intact()):
+            self.clear()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The two streams of one conversation."""
+
+    safe: Cache
+    adversarial: Cache
+
+
+class Streams:
+    """All KV caches of an engine.
+
+    Args:
+        n_ctx: tokens per stream.
+        conversations: how many conversations are held at once; conversation i has sequences 2i and 2i + 1 of the
+            shared context (consecutive: llama.cpp splits batches of divided caches at gaps), or sequence i of each of
+            two contexts.
+    """
+
+    def __init__(
+        self,
+        model: llama.Model,
+        *,
+        n_ctx: int,
+        conversations: int = 1,
+        layout: Layout = "shared",
+        kv_type: str = "f16",
+        threads: int = 1,
+    ) -> None:
+        if layout not in LAYOUTS:
+            raise UsageError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
+        self.n_ctx = n_ctx
+        self.contexts: list[llama.Context] = []
+        try:
+            n_seq = 2 * conversations if layout == "shared" else conversations
+            for _ in range(1 if layout == "shared" else 2):
+                context = llama.Context(model, n_ctx=n_ctx, n_seq=n_seq, kv_type=kv_type, threads=threads)
+                self.contexts.append(context)
+        except BaseException:
+            self.close()
+            raise
+        first, last = self.contexts[0], self.contexts[-1]
+        stride = 2 if layout == "shared" else 1
+        self.slots = [
+            Slot(Cache(first, stride * i, n_ctx), Cache(last, stride * i + stride - 1, n_ctx))
+            for i in range(conversations)
+        ]
+
+    def cancel(self) -> None:
+        for context in self.contexts:
+            context.cancel()
+
+    def resume(self) -> None:
+        for context in self.contexts:
+            context.resume()
+
+    def close(self) -> None:
+        for context in self.contexts:
+            context.close()
+
+
+def extend(work: Sequence[tuple[Cache, Sequence[int]]]) -> list[Logits]:
+    """Decode further tokens of several caches, one llama_decode per context and batch.
+
+    Args:
+        work: (cache, tokens) with at least one token each, every cache at most once.
+
+    Returns:
+        For each item the logits after its last token, shape (n_vocab,), copies.
+
+    Raises:
+        ContextError: a cache would exceed its n_ctx; nothing was decoded.
+        llama.DecodeAborted: cancelled; the caches hold what was finished.
+    """
+    for cache, tokens in work:
+        if len(cache.tokens) + len(tokens) > cache.n_ctx:
+            raise ContextError(
+                f"the conversation needs {len(cache.tokens) + len(tokens)} tokens, the context holds {cache.n_ctx}"
+            )
+    logits: list[Logits | None] = [None] * len(work)
+    for context in dict.fromkeys(cache.context for cache, _ in work):
+        members = sorted((i for i, (c, _) in enumerate(work) if c.context is context), key=lambda i: work[i][0].seq)
+        rows = _extend_context(context, [work[i] for i in members])
+        for i, row in zip(members, rows, strict=True):
+            logits[i] = row
+    return [row for row in logits if row is not None]
+
+
+def _extend_context(context: llama.Context, work: Sequence[tuple[Cache, Sequence[int]]]) -> list[Logits]:
+    done = [0] * len(work)
+    try:
+        for chunk in _chunks([len(tokens) for _, tokens in work], context.n_batch):
+            last = all(d + n == len(tokens) for d, n, (_, tokens) in zip(done, chunk, work, strict=True))
+            _decode_chunk(context, work, done, chunk, outputs=last)
+            for i, n in enumerate(chunk):
+                cache, tokens = work[i]
+                cache.tokens.extend(tokens[done[i] : done[i] + n])
+                done[i] += n
+    except BaseException:
+        for cache, _ in work:
+            cache.resync()
+        raise
+    return list(context.logits(len(work)).copy())
+
+
+def _decode_chunk(
+    context: llama.Context,
+    work: Sequence[tuple[Cache, Sequence[int]]],
+    done: Sequence[int],
+    chunk: Sequence[int],
+    *,
+    outputs: bool,
+) -> None:
+    total = sum(chunk)
+    tokens, seqs = np.empty(total, np.int32), np.empty(total, np.int32)
+    positions, wanted = np.empty(total, np.int32), np.zeros(total, np.int8)
+    at = 0
+    for (cache, pending), d, n in zip(work, done, chunk, strict=True):
+        rows = slice(at, at + n)
+        start = len(cache.tokens)
+        tokens[rows] = pending[d : d + n]
+        seqs[rows] = cache.seq
+        positions[rows] = np.arange(start, start + n)
+        at += n
+        if outputs:
+            wanted[at - 1] = 1
+    context.decode(tokens, seqs, positions, wanted)
+
+
+def _chunks(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """How many rows of each sequence go into which batch, aligned at the ends.
+
+    The last batch holds the last rows of all sequences, so that all logits come out of one decode.
+    """
+    left = list(lengths)
+    chunks: list[list[int]] = []
+    while any(left):
+        room = capacity
+        chunk = [0] * len(left)
+        for rank, i in enumerate(order := sorted(range(len(left)), key=lambda i: left[i])):
+            chunk[i] = min(left[i], room // (len(order) - rank))
+            room -= chunk[i]
+            left[i] -= chunk[i]
+        chunks.append(chunk)
+    return chunks[::-1]

@@ -1,0 +1,68 @@
+"""From token bytes to text that is safe to show: whole characters, stop strings held back, controls disarmed."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Sequence
+
+
+class TextStream:
+    """Turns token bytes into text pieces: UTF-8 is never split, stop strings are never half-printed.
+
+    `push` and `finish` return what may be shown now; text that could still become a stop string waits.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped_by: str | None = None
+
+    def push(self, piece: bytes) -> str:
+        return self._release(self._decoder.decode(piece))
+
+    def finish(self) -> str:
+        """The rest: bytes of an unfinished character become U+FFFD, held text is released."""
+        if self.stopped_by is not None:
+            return ""
+        shown = self._release(self._decoder.decode(b"", final=True))
+        rest, self._held = self._held, ""
+        return shown + ("" if self.stopped_by is not None else rest)
+
+    def _release(self, text: str) -> str:
+        if self.stopped_by is not None:
+            return ""
+        text = self._held + text
+        hits = [(at, s) for s in self._stop if (at := text.find(s)) >= 0]
+        if hits:
+            at, self.stopped_by = min(hits, key=lambda hit: hit[0])
+            self._held = ""
+            return text[:at]
+        keep = max((_overlap(text, s) for s in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0
+
+
+# C0 and C1 controls but tab and newline, DEL, and the invisible bidirectional controls that reorder a line.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def disarm(text: str) -> str:
+    """Make escape and control characters visible and harmless for a terminal: ESC becomes U+241B and so on."""
+    return _UNSAFE.sub(_visible, text)
+
+
+def _visible(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\u2421" if code == 0x7F else f"<U+{code:04X}>"
