@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from acd_local import models, pairs
+from acd_local import pairs
 from acd_local.answers import Answer, Chunk, ContrastStats, FinishReason, Timings, TokenRecord
 from acd_local.chat import Chat
 from acd_local.errors import EngineBusyError, EngineClosedError, UsageError
+from acd_local.models import resolve as resolve_model
 from acd_local.options import MAX_SEED, Options
 from acd_local.pairs import PromptPair
 from acd_local.runtime import grammar, llama, probe
@@ -77,7 +78,7 @@ class Engine:
         gpu_layers: int | None = None,
     ) -> None:
         _check_counts(ctx_size=ctx_size, conversations=conversations, threads=threads)
-        self.info = probe.verify(models.resolve(str(model)))
+        self.info = probe.verify(resolve_model(str(model)))
         self.pair = self._resolve_pair(pair)
         self._model = llama.Model(self.info.path, gpu_layers=gpu_layers)
         try:
@@ -98,7 +99,8 @@ class Engine:
         except BaseException:
             self._model.close()
             raise
-        self._prefixes = PrefixStore()
+        rewinds = not self._model.keeps_state and self._model.n_swa == 0
+        self._prefixes = PrefixStore(eager=conversations > 1 or not rewinds)
         self._lock = threading.RLock()  # held during every call into llama.cpp's contexts
         self._free = threading.Condition()
         self._idle: list[Slot] = list(self._streams.slots)

@@ -286,6 +286,7 @@ class Context:
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = KV_TYPES[kv_type]
         params.kv_unified = False
+        params.swa_full = False  # windows take what they need; Cache.rewind checks what a rollback left
         params.no_perf = True
         _log_sink.problems.clear()
         self._ptr: Any = C.llama_init_from_model(model.pointer, params)

@@ -1,4 +1,4 @@
-"""System prompts, decoded once per process and restored into the caches of new conversations."""
+"""System prompts, decoded once per process and reused by new conversations."""
 
 from __future__ import annotations
 
@@ -11,14 +11,24 @@ from acd_local.runtime.streams import Cache, Snapshot
 # latest few are kept.
 CAPACITY = 8
 
+Key = tuple[int, ...]
 Extend = Callable[[Sequence[tuple[Cache, Sequence[int]]]], object]
 
 
 class PrefixStore:
-    """Snapshots of decoded system prompts, keyed by their tokens; the least recently used one goes first."""
+    """Snapshots of decoded system prompts, keyed by their tokens; the least recently used one goes first.
 
-    def __init__(self) -> None:
-        self._snapshots: OrderedDict[tuple[int, ...], Snapshot] = OrderedDict()
+    Args:
+        eager: decode a new system prompt on its own and save its state at once. Needed where a cache cannot be
+            rewound to it later (recurrent state, sliding windows) or where other caches will want it. Otherwise the
+            whole first prompt is decoded in one go, as llama.cpp would, and the state is saved when the cache turns
+            to something else.
+    """
+
+    def __init__(self, *, eager: bool) -> None:
+        self._eager = eager
+        self._snapshots: OrderedDict[Key, Snapshot] = OrderedDict()
+        self._held: dict[Cache, Key] = {}
 
     def prepare(self, work: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], extend: Extend) -> None:
         """Bring caches as far as can be had without decoding the new part of a prompt.
@@ -28,27 +38,38 @@ class PrefixStore:
             extend: decodes tokens into several caches at once (`streams.extend`).
 
         Afterwards every cache holds a proper prefix of its prompt: what it already had in common, or its system
-        prompt, decoded now if this process never did.
+        prompt, restored or (eager) decoded now; or nothing, where this process never saw its system prompt.
         """
-        missing: list[tuple[Cache, tuple[int, ...]]] = []
+        missing: list[tuple[Cache, Key]] = []
         for cache, prompt, prefix in work:
             key = tuple(prefix[: len(prompt) - 1])
             if key != tuple(prompt[: len(key)]):
                 key = ()  # the user's text merged into the scaffold's last token
+            self._rescue(cache, prompt)
+            self._held[cache] = key
             kept = cache.rewind(min(common_prefix(cache.tokens, prompt), len(prompt) - 1))
             if kept >= len(key):
                 continue
             snapshot = self._snapshots.get(key)
-            if snapshot is None:
-                missing.append((cache, key))
-            else:
+            if snapshot is not None:
                 self._snapshots.move_to_end(key)
                 cache.restore(snapshot)
-        if not missing:
-            return
-        extend([(cache, key[len(cache.tokens) :]) for cache, key in missing])
-        for cache, key in missing:
-            self._snapshots[key] = cache.save()
+            elif self._eager:
+                missing.append((cache, key))
+        if missing:
+            extend([(cache, key[len(cache.tokens) :]) for cache, key in missing])
+            for cache, key in missing:
+                self._save(cache, key)
+
+    def _rescue(self, cache: Cache, prompt: Sequence[int]) -> None:
+        """Save the system prompt that `cache` holds if `prompt` is about to overwrite it for the first time."""
+        key = self._held.get(cache, ())
+        leaves = common_prefix(key, prompt) < len(key) <= len(cache.tokens)
+        if not self._eager and leaves and key not in self._snapshots and cache.rewind(len(key)) == len(key):
+            self._save(cache, key)
+
+    def _save(self, cache: Cache, key: Key) -> None:
+        self._snapshots[key] = cache.save()
         while len(self._snapshots) > CAPACITY:
             self._snapshots.popitem(last=False)
 

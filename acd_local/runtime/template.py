@@ -1,0 +1,350 @@
+"""Messages to token ids through the model's own chat template.
+
+A GGUF carries a Jinja template written by the model's makers. It is untrusted code (sandboxed, with limits on work and
+output), it may not know a system role (folded into the first user turn then), and no message may fool it (see `guard`).
+Rendering follows transformers' `apply_chat_template`, the BOS rule is llama.cpp's server's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal, NoReturn, TypeAlias
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
+import jinja2.runtime
+import jinja2.sandbox
+from jinja2.exceptions import SecurityError
+
+from acd_local.errors import UsageError
+from acd_local.runtime import llama
+from acd_local.runtime.guard import ControlTokens, Sentinels, clean
+
+Role: TypeAlias = Literal["system", "user", "assistant"]
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# What switches thinking off, by the variables' names. A text is passed only to a template that names it itself.
+THINKING_OFF: dict[str, tuple[object, ...]] = {
+    "enable_thinking": (False,),
+    "thinking": (False,),
+    "enable_reasoning": (False,),
+    "reasoning": (False,),
+    "thinking_budget": (0,),
+    "thinking_mode": ("disabled", "off"),
+    "reasoning_effort": ("none", "no_think", "minimal"),
+}
+
+# Beginnings of user messages that tokenizers like to join with what stands in front of them.
+_FIRST_WORDS = ("a", "Z", "7", " x", "  x", "\n", "\n\nx", "\tx", ".", "-", "'s", '"', "(", "<", "é", "中", "🙂")
+
+_MAX_LOOP = 1_000_000  # iterations of range() per rendering
+_MAX_REPEAT = 1_000_000  # length of "text" * n or [list] * n
+_MAX_OUTPUT = 4_000_000  # characters, on top of 16 times the messages
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. A conversation has at most one system message, and it comes first."""
+
+    role: Role
+    content: str
+
+
+class ChatTemplate:
+    """A model's chat template, probed once at construction for what it can do.
+
+    Args:
+        source: Jinja source that overrides the model file's.
+
+    Attributes:
+        folded: whether the system prompt is put in front of the first user turn, because the template rejects, drops,
+            repeats or moves a system message.
+        warning: one line to show when the model file has no usable template and ChatML is used instead, else None.
+    """
+
+    def __init__(self, model: llama.Model, *, source: str | None = None) -> None:
+        self._vocab = model.vocab
+        source = model.chat_template() if source is None else source
+        self.warning: str | None = None
+        if not source:
+            self.warning = "the model file has no chat template: using ChatML, answers may be poor"
+            source = CHATML
+        try:
+            self._renderer = _usable_renderer(source, self._vocab)
+        except _Unusable as error:
+            self.warning = f"the model's chat template cannot be used ({error}): using ChatML, answers may be poor"
+            self._renderer = _Renderer(CHATML, self._vocab)
+        self.folded = not self._renderer.knows_system
+        self._control = ControlTokens(
+            self._vocab, scaffold=self._renderer.scaffold, cut_marks=self._renderer.compared_texts
+        )
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of the whole prompt, with BOS where the model wants it and the opening of the answer at the end.
+
+        No message yields a control token, whatever it says.
+
+        Raises:
+            UsageError: the messages are in an order that the template refuses, or that makes no sense.
+        """
+        turns = self._fold([Message(m.role, clean(m.content)) for m in _checked(messages)])
+        sentinels = Sentinels.absent_from(m.content for m in turns)
+        marked = [
+            Message(m.role, self._control.mark(m.content, sentinels, answer=m.role == "assistant")) for m in turns
+        ]
+        try:
+            text = self._renderer.render(marked)
+        except _Unusable as error:
+            raise UsageError(f"the model's chat template refuses this conversation: {error}") from None
+        ids = self._control.tokenize(text, sentinels)
+        bos = self._vocab.bos
+        if self._vocab.add_bos and bos >= 0 and ids[:1] != [bos]:
+            ids.insert(0, bos)
+        return ids
+
+    def system_prefix(self, system: str) -> list[int]:
+        """The tokens that conversations with this system prompt begin with, whatever the user says; may be empty.
+
+        Found by trying: the longest common prefix of conversations that differ in the user's text and in length.
+        """
+        first = Message("system", system)
+        prompts = [self.encode([first, Message("user", word)]) for word in _FIRST_WORDS]
+        with suppress(UsageError):  # not every template takes a second turn
+            turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+            prompts.append(self.encode([first, *turns]))
+        low, high = min(prompts), max(prompts)  # every other prompt lies between them
+        length = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+        return low[:length]
+
+    def _fold(self, messages: list[Message]) -> list[Message]:
+        if not self.folded or not messages or messages[0].role != "system":
+            return messages
+        system, *rest = messages
+        if not system.content:
+            return rest
+        if rest and rest[0].role == "user":
+            return [Message("user", f"{system.content}\n\n{rest[0].content}"), *rest[1:]]
+        return [Message("user", system.content), *rest]
+
+
+def _checked(messages: Sequence[Message]) -> Sequence[Message]:
+    if not messages:
+        raise UsageError("a conversation needs at least one message")
+    for position, message in enumerate(messages):
+        if message.role not in ("system", "user", "assistant"):
+            raise UsageError(f"unknown role {message.role!r}: use system, user or assistant")
+        if message.role == "system" and position > 0:
+            raise UsageError("a conversation has at most one system message, and it comes first")
+    return messages
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rendering
+
+
+class _Unusable(Exception):
+    """The template cannot render these messages; the text is one line."""
+
+
+class _Refused(jinja2.TemplateError):
+    """The template called raise_exception."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """transformers' `{% generation %}` block: marks answers for training, and only its body matters here."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, which also refuses operations that fill the memory or never end."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and not (isinstance(right, int | float) and abs(right) <= 64):
+            raise SecurityError("the power is too large")
+        if operator == "*":
+            for many, times in ((left, right), (right, left)):
+                if hasattr(many, "__len__") and isinstance(times, int) and len(many) * times > _MAX_REPEAT:
+                    raise SecurityError("the repetition is too long")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Blank(jinja2.ChainableUndefined):
+    """An undefined variable that joins texts as an empty one."""
+
+    def __add__(self, other: Any) -> Any:
+        return other
+
+    __radd__ = __add__
+
+
+def _environment(now: datetime, undefined: type[jinja2.Undefined]) -> _Sandbox:
+    """A Jinja environment with what transformers gives chat templates."""
+
+    def raise_exception(message: object) -> NoReturn:
+        raise _Refused(str(message))
+
+    def to_json(value: object, **options: Any) -> str:
+        return json.dumps(value, **({"ensure_ascii": False} | options))
+
+    extensions = [jinja2.ext.loopcontrols, _Generation]
+    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, undefined=undefined, extensions=extensions)
+    env.filters["tojson"] = to_json
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = now.strftime  # the same for the whole process: decoded prefixes stay valid
+    return env
+
+
+class _Renderer:
+    """A compiled template that is known to render at least one user message.
+
+    Attributes:
+        knows_system: a system message appears once, in front of the first user turn.
+        scaffold: every string constant of the template, and the rendered probes.
+        compared_texts: string constants that the template looks for in other texts.
+
+    Args:
+        undefined: what stands for variables that nobody set, such as `tools`.
+
+    Raises:
+        _Unusable: the template cannot be compiled, or cannot render one user message.
+    """
+
+    def __init__(self, source: str, vocab: llama.Vocab, undefined: type[jinja2.Undefined] = jinja2.Undefined) -> None:
+        with _one_line_errors():
+            env = _environment(datetime.now(), undefined)
+            tree = env.parse(source)
+            self._template = env.from_string(source)
+            constants = {str(c.value) for c in tree.find_all(jinja2.nodes.Const) if isinstance(c.value, str)}
+            written = [t.data for t in tree.find_all(jinja2.nodes.TemplateData)]
+            asked_for = jinja2.meta.find_undeclared_variables(tree)
+            self.compared_texts = _compared_texts(tree)
+        self._variables: dict[str, object] = {
+            "bos_token": vocab.literal(vocab.bos) if vocab.bos >= 0 else "",
+            "eos_token": vocab.literal(vocab.eos) if vocab.eos >= 0 else "",
+            "add_generation_prompt": True,
+        }
+        for name, values in THINKING_OFF.items():
+            fitting = [v for v in values if not isinstance(v, str) or v in constants]
+            if name in asked_for and fitting:
+                self._variables[name] = fitting[0]
+        self._as_parts = False
+        probes = self._probe()
+        self.scaffold = "\0".join([*constants, *written, *probes])
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt as text.
+
+        Raises:
+            _Unusable: the template refuses the messages, or fails on them.
+        """
+        turns = [{"role": m.role, "content": self._content(m)} for m in messages]
+        limit = _MAX_OUTPUT + 16 * sum(len(m.content) for m in messages)
+        pieces: list[str] = []
+        with _one_line_errors():
+            for piece in self._template.generate(messages=turns, range=_bounded_range(), **self._variables):
+                pieces.append(piece)
+                limit -= len(piece)
+                if limit < 0:
+                    raise SecurityError("the output is too long")
+        return "".join(pieces)
+
+    def _content(self, message: Message) -> object:
+        return [{"type": "text", "text": message.content}] if self._as_parts else message.content
+
+    def _probe(self) -> list[str]:
+        """Find out what the template can do; returns what it wrote."""
+        system, user = Message("system", "system007"), Message("user", "user008")
+        more = [Message("assistant", "answer009"), Message("user", "user010")]
+        single = self._attempt([user])
+        if single is None or user.content not in single:
+            self._as_parts = True
+            single = self.render([user])
+            if user.content not in single:
+                raise _Unusable("it drops the user's message")
+        several = self._attempt([user, *more])
+        # Templates that refuse several turns at all are asked with one.
+        full = self._attempt([system, user] if several is None else [system, user, *more])
+        self.knows_system = (
+            full is not None and full.count(system.content) == 1 and full.find(system.content) < full.find(user.content)
+        )
+        return [text for text in (single, several, full) if text is not None]
+
+    def _attempt(self, messages: Sequence[Message]) -> str | None:
+        try:
+            return self.render(messages)
+        except _Unusable:
+            return None
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turns whatever goes wrong inside a template into `_Unusable` with one line."""
+    try:
+        yield
+    except _Unusable:
+        raise
+    except Exception as error:  # a template can raise anything, MemoryError and RecursionError included
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise _Unusable(text[:300]) from None
+
+
+def _usable_renderer(source: str, vocab: llama.Vocab) -> _Renderer:
+    """The template with undefined variables as Jinja has them; if it stumbles over one, with blanks."""
+    try:
+        return _Renderer(source, vocab)
+    except _Unusable as error:
+        with suppress(_Unusable):
+            return _Renderer(source, vocab, _Blank)
+        raise error
+
+
+def _bounded_range() -> Callable[..., range]:
+    left = _MAX_LOOP
+
+    def bounded(*args: int) -> range:
+        nonlocal left
+        numbers = range(*args)
+        left -= len(numbers)
+        if left < 0:
+            raise SecurityError("the loops are too long")
+        return numbers
+
+    return bounded
+
+
+def _compared_texts(tree: jinja2.nodes.Template) -> frozenset[str]:
+    """String constants that stand where a template looks into a text: `in`, `==`, arguments of methods and filters.
+
+    Also those that are given a name first (`set think_end = '</think>'`).
+    """
+    nodes = jinja2.nodes
+    found: list[Any] = []
+    for node in tree.find_all((nodes.Compare, nodes.Filter, nodes.Test, nodes.Call, nodes.Assign)):
+        if isinstance(node, nodes.Compare):
+            found += node.find_all(nodes.Const)
+        elif isinstance(node, nodes.Assign):
+            found.append(node.node)
+        elif not isinstance(node, nodes.Call) or isinstance(node.node, nodes.Getattr):
+            found += node.args  # type: ignore[attr-defined]
+    values = (n.value for n in found if isinstance(n, nodes.Const))
+    return frozenset(v for v in values if isinstance(v, str) and v)

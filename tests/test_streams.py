@@ -1,0 +1,233 @@
+"""KV caches: both layouts, rollback, snapshots and interruption give the logits of a fresh evaluation."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_gguf
+from reference import TOLERANCE, fresh_logits
+
+from acd_local.errors import ContextError, UsageError
+from acd_local.runtime import llama
+from acd_local.runtime.prefixes import PrefixStore, common_prefix
+from acd_local.runtime.streams import LAYOUTS, Cache, Streams, _chunks, extend
+
+WRITERS = {
+    "full": tiny_gguf.write_llama,
+    "longrope": tiny_gguf.write_phi3,
+    "sliding": tiny_gguf.write_gemma3,
+    "recurrent": tiny_gguf.write_mamba,
+    "hybrid": tiny_gguf.write_granite_hybrid,
+    "conv-hybrid": tiny_gguf.write_lfm2,
+}
+RNG = np.random.default_rng(0)
+
+
+def tokens(n: int) -> list[int]:
+    return [int(t) for t in RNG.integers(20, 200, n)]
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def model(request: pytest.FixtureRequest, tiny: Callable[..., Path]) -> Iterator[llama.Model]:
+    with llama.Model(tiny("chatml", writer=WRITERS[request.param])) as model:
+        yield model
+
+
+@pytest.fixture(params=LAYOUTS)
+def streams(request: pytest.FixtureRequest, model: llama.Model) -> Iterator[Streams]:
+    streams = Streams(model, n_ctx=512, conversations=2, layout=request.param)
+    yield streams
+    streams.close()
+
+
+def assert_holds(cache: Cache, expected: list[int], logits: np.ndarray) -> None:
+    assert cache.tokens == expected
+    np.testing.assert_allclose(logits, fresh_logits(cache.context.model, expected), atol=TOLERANCE)
+
+
+def test_lockstep_decoding_equals_fresh_evaluation(streams: Streams) -> None:
+    slot, other = streams.slots
+    a, b, c = tokens(37), tokens(23), tokens(30)
+    logits = extend([(slot.safe, a), (slot.adversarial, b), (other.safe, c)])
+    for cache, expected, row in zip((slot.safe, slot.adversarial, other.safe), (a, b, c), logits, strict=True):
+        assert_holds(cache, expected, row)
+    for step in tokens(4):
+        logits = extend([(slot.safe, [step]), (slot.adversarial, [step])])
+        a, b = [*a, step], [*b, step]
+    assert_holds(slot.safe, a, logits[0])
+    assert_holds(slot.adversarial, b, logits[1])
+
+
+@pytest.mark.parametrize("back", [1, 5, 60])
+def test_rewinding_then_going_on_elsewhere(streams: Streams, back: int) -> None:
+    cache = streams.slots[0].adversarial
+    first, second = tokens(90), tokens(40)
+    extend([(cache, first)])
+    kept = cache.rewind(len(first) - back)
+    assert kept in (0, len(first) - back)
+    assert cache.tokens == first[:kept]
+    rest = [*first[kept : len(first) - back], *second]
+    (row,) = extend([(cache, rest)])
+    assert_holds(cache, [*first[: len(first) - back], *second], row)
+
+
+def test_full_attention_rewinds_in_place(tiny: Callable[..., Path]) -> None:
+    with llama.Model(tiny("chatml")) as model:
+        streams = Streams(model, n_ctx=256)
+        cache = streams.slots[0].safe
+        extend([(cache, tokens(50))])
+        assert cache.rewind(10) == 10
+        assert cache.rewind(80) == 10
+        streams.close()
+
+
+def test_a_sliding_window_that_lost_cells_is_not_trusted(tiny: Callable[..., Path]) -> None:
+    """llama_memory_seq_rm says yes here, and the logits would be wrong."""
+    with llama.Model(tiny("chatml", writer=tiny_gguf.write_gemma3, n_ctx=4096)) as model:
+        assert model.n_swa > 0
+        streams = Streams(model, n_ctx=2048)
+        cache = streams.slots[0].safe
+        long = tokens(1800)
+        extend([(cache, long)])
+        smallest, _ = cache.context.position_range(cache.seq)
+        assert smallest > 300, "the window must have dropped early cells for this test to mean something"
+        assert cache.rewind(300) == 0
+        extend([(cache, long[:300])])
+        (row,) = extend([(cache, [77])])
+        np.testing.assert_allclose(row, fresh_logits(model, [*long[:300], 77], 2048), atol=TOLERANCE)
+        streams.close()
+
+
+def test_snapshots_restore_into_other_sequences(streams: Streams) -> None:
+    system, question = tokens(25), tokens(12)
+    one, two = streams.slots
+    extend([(one.safe, system)])
+    snapshot = one.safe.save()
+    extend([(one.safe, tokens(9))])
+    target = two.safe
+    extend([(target, tokens(40))])
+    target.restore(snapshot)
+    (row,) = extend([(target, question)])
+    assert_holds(target, system + question, row)
+
+
+class Counted:
+    """`extend` that remembers how many rows each call decoded."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def __call__(self, work: Sequence[tuple[Cache, Sequence[int]]]) -> list[np.ndarray]:
+        self.rows.append(sum(len(t) for _, t in work))
+        return extend(work)
+
+
+def test_eager_prefix_store_decodes_a_system_prompt_once(streams: Streams) -> None:
+    store, counted = PrefixStore(eager=True), Counted()
+    safe_system, adversarial_system = tokens(30), tokens(26)
+    for slot in streams.slots:
+        prompts = [safe_system + tokens(10), adversarial_system + tokens(10)]
+        store.prepare(
+            [(slot.safe, prompts[0], safe_system), (slot.adversarial, prompts[1], adversarial_system)], counted
+        )
+        assert slot.safe.tokens == safe_system
+        work = [(c, p[len(c.tokens) :]) for c, p in zip((slot.safe, slot.adversarial), prompts, strict=True)]
+        logits = extend(work)
+        assert_holds(slot.safe, prompts[0], logits[0])
+        assert_holds(slot.adversarial, prompts[1], logits[1])
+    assert counted.rows == [56]
+
+
+def test_lazy_prefix_store_decodes_nothing_itself_and_finds_old_system_prompts_again(tiny: Callable[..., Path]) -> None:
+    with llama.Model(tiny("chatml")) as model:
+        streams = Streams(model, n_ctx=512)
+        store, counted, cache = PrefixStore(eager=False), Counted(), streams.slots[0].safe
+        one, two = tokens(30), tokens(26)
+        reused = []
+        for system in (one, one, two, one, two):
+            prompt = system + tokens(10)
+            store.prepare([(cache, prompt, system)], counted)
+            reused.append(len(cache.tokens))
+            (row,) = extend([(cache, prompt[len(cache.tokens) :])])
+            assert_holds(cache, prompt, row)
+        assert counted.rows == []
+        assert reused == [0, 30, 0, 30, 26]
+        streams.close()
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_prefix_store_ignores_a_prefix_that_is_none(streams: Streams, eager: bool) -> None:
+    cache, prompt = streams.slots[0].safe, tokens(10)
+    PrefixStore(eager=eager).prepare([(cache, prompt, [1, 2, 3])], extend)
+    assert cache.tokens == []
+
+
+def test_the_limit_per_stream_is_ours_to_enforce(streams: Streams) -> None:
+    slot = streams.slots[0]
+    extend([(slot.safe, tokens(500))])
+    with pytest.raises(ContextError, match="513"):
+        extend([(slot.adversarial, tokens(5)), (slot.safe, tokens(13))])
+    assert len(slot.safe.tokens) == 500
+    assert slot.adversarial.tokens == []
+    extend([(slot.safe, tokens(12))])
+
+
+def test_cancelling_a_long_prefill(tiny: Callable[..., Path]) -> None:
+    path = tiny("chatml", n_embd=256, n_layers=4, n_ctx=8192)
+    with llama.Model(path) as model:
+        streams = Streams(model, n_ctx=8192)
+        cache, prompt = streams.slots[0].safe, tokens(8000)
+        started = time.perf_counter()
+        timer = threading.Timer(0.1, streams.cancel)
+        timer.start()
+        with pytest.raises(llama.DecodeAborted):
+            extend([(cache, prompt)])
+        assert cache.tokens == prompt[: len(cache.tokens)]
+        assert len(cache.tokens) < 8000
+        assert time.perf_counter() - started < 20
+        with pytest.raises(llama.DecodeAborted):
+            extend([(cache, [5])])
+        streams.resume()
+        done = len(cache.tokens)
+        (row,) = extend([(cache, prompt[done : done + 100])])
+        expected = fresh_logits(model, prompt[: done + 100], 8192)
+        np.testing.assert_allclose(row, expected, atol=TOLERANCE)
+        streams.close()
+
+
+def test_both_layouts_and_kv_types_agree_about_bad_arguments(tiny: Callable[..., Path]) -> None:
+    with llama.Model(tiny("chatml")) as model:
+        with pytest.raises(UsageError, match="layout"):
+            Streams(model, n_ctx=256, layout="both")  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="KV type"):
+            Streams(model, n_ctx=256, kv_type="q4_0")
+
+
+def test_q8_kv_needs_a_fitting_head_size(tiny: Callable[..., Path]) -> None:
+    with llama.Model(tiny("chatml", n_embd=64, n_head=4)) as model, pytest.raises(UsageError, match="--kv-type f16"):
+        Streams(model, n_ctx=256, kv_type="q8_0")
+    with llama.Model(tiny("chatml", n_embd=128, n_head=4, n_head_kv=2)) as model:
+        streams = Streams(model, n_ctx=256, kv_type="q8_0")
+        prompt = tokens(20)
+        (row,) = extend([(streams.slots[0].safe, prompt)])
+        np.testing.assert_allclose(row, fresh_logits(model, prompt), atol=0.5)
+        streams.close()
+
+
+def test_chunks_hold_all_last_rows_together() -> None:
+    for lengths in ([1], [5, 5], [1000, 3], [700, 300, 1], [512, 512], [1, 1, 1]):
+        chunks = _chunks(lengths, 512)
+        assert [sum(column) for column in zip(*chunks, strict=True)] == lengths
+        assert all(0 < sum(chunk) <= 512 for chunk in chunks)
+        assert all(chunks[-1])
+
+
+def test_common_prefix() -> None:
+    assert common_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
+    assert common_prefix([1, 2], [1, 2, 3]) == 2
+    assert common_prefix([], [1]) == 0
