@@ -110,8 +110,11 @@ class Engine:
 
     @property
     def warning(self) -> str | None:
-        """Something about the model that its user should know, one line."""
-        return self.template.warning
+        """Something about model and pair that the user should know, one line."""
+        notes = [self.template.warning]
+        if not pairs.fits(self.pair, self.info):
+            notes.append(f"the prompt pair {self.pair.name!r} was made for another model")
+        return "; ".join(filter(None, notes)) or None
 
     def generate(
         self,
@@ -210,8 +213,7 @@ class Engine:
                 self._free.notify()
 
     def _extend(self, work: Sequence[tuple[Cache, Sequence[int]]], cancel: CancelToken) -> list[Logits]:
-        with self._lock:
-            self._check_open()
+        with self._open():
             self._streams.resume()
             cancel.interrupting(self._streams.cancel)
             try:
@@ -236,11 +238,17 @@ class Engine:
             rows += sum(len(tokens) for _, tokens in items)
             return self._extend(items, cancel)
 
-        with self._lock:
-            self._check_open()
+        with self._open():
             self._prefixes.prepare(work, counted)
         logits = counted([(cache, tokens[len(cache.tokens) :]) for cache, tokens, _ in work])
         return (logits[0], logits[1] if len(logits) > 1 else None), rows
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """Hold the engine open: everything that touches llama.cpp's memory runs inside."""
+        with self._lock:
+            self._check_open()
+            yield
 
     def _check_open(self) -> None:
         if self._closed:
@@ -333,27 +341,34 @@ class AnswerStream:
         started = time.perf_counter()
         engine, options, settings = self._engine, self._options, self.settings
         gbnf = grammar.from_options(options, engine.info.path)
-        prompt = engine._builder.build(
-            self.pair,
-            self._system,
-            self._turns,
-            contrast=settings.alpha > 0,
-            max_tokens=options.max_tokens,
-            overflow=options.overflow,
-        )
+        with engine._open():
+            prompt = engine._builder.build(
+                self.pair,
+                self._system,
+                self._turns,
+                contrast=settings.alpha > 0,
+                max_tokens=options.max_tokens,
+                overflow=options.overflow,
+            )
         if prompt.dropped and self._on_event is not None:
             self._on_event(TurnsDropped(prompt.dropped))
         text = TextStream(options.stop)
-        reason: FinishReason = "length"
+        reason: FinishReason
         used, rows = (0, 0), 0
         first_logits = started
         try:
             with engine._slot(prompt.safe, self._cancel) as slot:
                 first, rows = engine._prefill(slot, prompt, self._cancel)
                 first_logits = time.perf_counter()
-                for step in self._steps(slot, prompt, first, gbnf):
-                    used = (len(slot.safe.tokens), len(slot.adversarial.tokens))
-                    piece = self._record(step)
+                steps = self._steps(slot, prompt, first, gbnf)
+                while True:
+                    with engine._open():
+                        step = next(steps, None)
+                        piece = b"" if step is None else self._record(step)
+                        used = (len(slot.safe.tokens), len(slot.adversarial.tokens))
+                    if step is None:
+                        reason = "length" if len(self._records) >= prompt.room else "stop"
+                        break
                     if step.ends:
                         reason = "stop"
                         break
@@ -363,8 +378,6 @@ class AnswerStream:
                     if text.stopped_by is not None:
                         reason = "stop_string"
                         break
-                else:
-                    reason = "length" if len(self._records) >= prompt.room else "stop"
         except DecodeAborted:
             reason = "cancelled"
         if rest := text.finish():

@@ -127,7 +127,7 @@ def test_alpha_zero_never_touches_the_second_stream(tiny: Callable[..., Path]) -
             assert engine._streams.slots[0].adversarial.tokens == []
 
 
-# -- on a vocabulary of a few tokens ------------------------------------------------------------------------------------
+# -- on a vocabulary of a few tokens -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

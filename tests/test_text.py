@@ -64,7 +64,7 @@ def test_stop_strings_never_show(text: str, stops: list[str]) -> None:
         assert stream.stopped_by is None
     else:
         # Letter by letter, the stop string that ends first decides.
-        end, begin = min((text.find(s) + len(s), text.find(s)) for s in stops if s in text)
+        _, begin = min((text.find(s) + len(s), text.find(s)) for s in stops if s in text)
         assert out == text[:begin]
         assert not any(s in out for s in stops)
 

@@ -171,6 +171,7 @@ class Model:
         if self._ptr:
             C.llama_model_free(self._ptr)
             self._ptr = None
+            self.vocab.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -188,12 +189,19 @@ class Vocab:
         self.bos = int(C.llama_vocab_bos(self._ptr))
         self.eos = int(C.llama_vocab_eos(self._ptr))
         self.add_bos = bool(C.llama_vocab_get_add_bos(self._ptr))
+        self._eog: frozenset[int] | None = None
         self._attrs = [int(C.llama_vocab_get_attr(self._ptr, i)) for i in range(self.n_tokens)]
         self._pieces: dict[int, bytes] = {}
 
     @property
     def pointer(self) -> Any:
+        if not self._ptr:
+            raise EngineClosedError("the model was closed")
         return self._ptr
+
+    def forget(self) -> None:
+        """The model was freed: from now on every use raises EngineClosedError."""
+        self._ptr = None
 
     def attr(self, token: int) -> int:
         """Attribute bits of a token, see the ATTR_ constants."""
@@ -205,15 +213,17 @@ class Vocab:
 
     def is_eog(self, token: int) -> bool:
         """Whether the token ends an answer (EOS, EOT, ...)."""
-        return bool(C.llama_vocab_is_eog(self._ptr, token))
+        return bool(C.llama_vocab_is_eog(self.pointer, token))
 
     def eog_tokens(self) -> frozenset[int]:
         """All tokens that end an answer."""
-        return frozenset(i for i in range(self.n_tokens) if self.is_eog(i))
+        if self._eog is None:
+            self._eog = frozenset(i for i in range(self.n_tokens) if self.is_eog(i))
+        return self._eog
 
     def text(self, token: int) -> str:
         """The token as it stands in the vocabulary (not unescaped); control tokens read as templates write them."""
-        return bytes(C.llama_vocab_get_text(self._ptr, token)).decode("utf-8", "replace")
+        return bytes(C.llama_vocab_get_text(self.pointer, token)).decode("utf-8", "replace")
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
         """Text to token ids without BOS (llama_tokenize with add_special=False).
@@ -224,7 +234,7 @@ class Vocab:
         capacity = len(raw) + 8
         while True:
             out = (C.llama_token * capacity)()
-            n = int(C.llama_tokenize(self._ptr, raw, len(raw), out, capacity, False, parse_special))
+            n = int(C.llama_tokenize(self.pointer, raw, len(raw), out, capacity, False, parse_special))
             if n >= 0:
                 return list(out[:n])
             if n == -(2**31):
@@ -246,7 +256,7 @@ class Vocab:
         size = 32
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = int(C.llama_token_to_piece(self._ptr, token, buffer, size, 0, special))
+            n = int(C.llama_token_to_piece(self.pointer, token, buffer, size, 0, special))
             if n >= 0:
                 return buffer.raw[:n]
             size = -n  # a longer piece is not cut: ask again with its size

@@ -58,7 +58,7 @@ class PromptBuilder:
             turns: user and assistant messages, the last from the user.
             contrast: whether the adversarial stream is needed.
             max_tokens: the answer's room, None for a default.
-            overflow: where it does not fit, "drop" the oldest whole turns until half of the context is free, or "error".
+            overflow: where it does not fit, "drop" the oldest whole turns until half the context is free, or "error".
 
         Raises:
             ContextError: the last message alone does not fit, or turns would have to be dropped under "error".

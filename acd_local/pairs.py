@@ -1,0 +1,555 @@
+"""Prompt pairs: a safeguarding and an adversarial system prompt in one TOML file, read, checked and chosen for a model.
+
+A pair file is named after the pair (`prompts/NAME.toml`) and looks like this:
+
+    format = 1
+    name = "default"
+    safe = '''...'''            # positive stream: the system prompt the answer is written under
+    adversarial = '''...'''     # negative stream: only ever a reference, never sampled from
+    alpha = 0.5                 # optional: strength of the contrast, finite, >= 0
+    beta = 0.1                  # optional: plausibility threshold, in [0, 1]
+    [models]                    # optional: the models it was made for; without it, any model
+    architecture = "llama"
+    tokenizer = "<sha256>"      # GGUFInfo.tokenizer
+    names = ["..."]             # general.name of the GGUF
+    [provenance]                # free: method, date, author, base model, seed, notes
+    [figures]                   # free: measured numbers
+
+The adversarial text has a type of its own, `AdversarialText`, which is no `str`: handing it to anything that takes a
+system prompt is an error for mypy and at run time. Every problem is a `PairError` of one line that names file, line
+and field. This module needs the standard library alone (and platformdirs for the user's folder).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from acd_local.errors import PairError, UsageError
+
+if TYPE_CHECKING:
+    from acd_local.runtime.gguf_header import GGUFInfo
+
+__all__ = [
+    "DEFAULT_ALPHA",
+    "DEFAULT_BETA",
+    "FORMAT",
+    "AdversarialText",
+    "ModelMatch",
+    "PromptPair",
+    "available",
+    "best_for",
+    "check",
+    "find",
+    "fits",
+    "load",
+    "refuse_adversarial",
+    "scan",
+    "search_path",
+]
+
+FORMAT = 1
+DEFAULT_ALPHA = 0.5
+DEFAULT_BETA = 0.1
+MAX_BYTES = 1_000_000
+MAX_ALPHA = 3.4e38  # float32, in which logits are contrasted
+
+_KEYS = ("format", "name", "safe", "adversarial", "alpha", "beta", "models", "provenance", "figures")
+_MODEL_KEYS = ("architecture", "tokenizer", "names")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>")
+_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder what a reviewer sees
+
+
+# --- The pair ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class AdversarialText:
+    """The adversarial prompt. Not a `str`, and nothing turns it into one but the accessor for the negative stream."""
+
+    _text: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self._text, str):
+            raise UsageError(f"adversarial text must be a string, not {type(self._text).__name__}")
+
+    def reveal_for_negative_stream(self) -> str:
+        """The text itself, for the negative stream and for showing or checking a pair; never for a positive prompt."""
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"AdversarialText(<{len(self._text)} characters>)"
+
+    def __str__(self) -> str:
+        raise TypeError("AdversarialText is no str: it belongs to the negative stream alone")
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True)
+class ModelMatch:
+    """The models a pair was made for. Empty fields say nothing; all empty means any model."""
+
+    architecture: str = ""
+    tokenizer: str = ""
+    names: tuple[str, ...] = ()
+
+    @property
+    def is_generic(self) -> bool:
+        return not (self.architecture or self.tokenizer or self.names)
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """A checked prompt pair.
+
+    Attributes:
+        name: what `--pair` calls it; the stem of its file.
+        safe: safeguarding system prompt (positive stream), surrounding white space removed.
+        adversarial: adversarial system prompt (negative stream).
+        alpha, beta: the pair's own settings; None leaves the default.
+        models: which models it fits.
+        provenance, figures: where it comes from and what was measured with it; free tables.
+        path: its file; None if it was made in Python.
+
+    Raises:
+        PairError: a text is empty, both are the same, or a number is out of range.
+    """
+
+    name: str
+    safe: str
+    adversarial: AdversarialText
+    alpha: float | None = None
+    beta: float | None = None
+    models: ModelMatch = field(default_factory=ModelMatch)
+    provenance: Mapping[str, object] = field(default_factory=dict, hash=False)
+    figures: Mapping[str, object] = field(default_factory=dict, hash=False)
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            _checked_name(self.name)
+            if not isinstance(self.adversarial, AdversarialText):
+                raise _Fault("adversarial", f"must be an AdversarialText, not {type(self.adversarial).__name__}")
+            safe, adversarial = _checked_texts(self.safe, self.adversarial.reveal_for_negative_stream())
+            checked = {
+                "safe": safe,
+                "adversarial": AdversarialText(adversarial),
+                "alpha": _checked_number("alpha", self.alpha, MAX_ALPHA),
+                "beta": _checked_number("beta", self.beta, 1.0),
+            }
+        except _Fault as fault:
+            raise PairError(f"prompt pair {_printable(str(self.name))}: {fault.field}: {fault}") from None
+        for key, value in checked.items():
+            object.__setattr__(self, key, value)
+
+
+def refuse_adversarial(text: str, pair: PromptPair) -> None:
+    """Refuse a text meant for the positive stream (`--system`, `/system`) that holds the pair's adversarial prompt.
+
+    Compared without regard to case, white space and Unicode compatibility forms. An adversarial prompt shorter than 20
+    characters may be part of an innocent text, so there only equality counts.
+
+    Raises:
+        UsageError: it does, or `text` is no string.
+    """
+    if not isinstance(text, str):
+        raise UsageError(f"a system prompt must be a string, not {type(text).__name__}")
+    given, forbidden = _fold(text), _fold(pair.adversarial.reveal_for_negative_stream())
+    if given == forbidden or (len(forbidden) >= 20 and forbidden in given):
+        raise UsageError(
+            f"the system prompt contains the adversarial prompt of pair {pair.name!r}, which may only stand in the "
+            "negative stream: use another text"
+        )
+
+
+# --- Checks of single values ------------------------------------------------------------------------------------------
+
+
+class _Fault(Exception):
+    """What is wrong with one field; the caller adds the place."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def _checked_text(key: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise _Fault(key, f"must be a string, not {_kind(value)}")
+    for character in value:
+        if (unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t") or character in _BIDI:
+            raise _Fault(key, f"holds the control character U+{ord(character):04X}: remove it")
+    text = value.strip()
+    if not text:
+        raise _Fault(key, "is empty: write the prompt's text")
+    return text
+
+
+def _checked_texts(safe: object, adversarial: object) -> tuple[str, str]:
+    texts = _checked_text("safe", safe), _checked_text("adversarial", adversarial)
+    if _fold(texts[0]) == _fold(texts[1]):
+        raise _Fault("adversarial", "is the same text as safe: there would be nothing to contrast")
+    return texts
+
+
+def _checked_name(value: object) -> str:
+    if not isinstance(value, str):
+        raise _Fault("name", f"must be a string, not {_kind(value)}")
+    if not _NAME.fullmatch(value):
+        shown = _printable(value)[:80]
+        raise _Fault("name", f"{shown!r} is no pair name: up to 64 of A-Z a-z 0-9 . _ -, letter or digit first")
+    return value
+
+
+def _checked_number(key: str, value: object, most: float) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _Fault(key, f"must be a number, not {_kind(value)}")
+    if not 0 <= value <= most:
+        allowed = "finite and >= 0" if most == MAX_ALPHA else f"in [0, {most:g}]"
+        shown = value if isinstance(value, float) or abs(value) < 10**9 else "this number"
+        raise _Fault(key, f"{shown} is out of range: it must be {allowed}")
+    return float(value)
+
+
+def _checked_models(value: object) -> ModelMatch:
+    if not isinstance(value, dict):
+        raise _Fault("models", f"must be a table, not {_kind(value)}")
+    for key in value:
+        if key not in _MODEL_KEYS:
+            raise _Fault(f"models.{key}", f"unknown field; [models] knows {', '.join(_MODEL_KEYS)}")
+    match = {key: _checked_text(f"models.{key}", value[key]) for key in ("architecture", "tokenizer") if key in value}
+    tokenizer = match.get("tokenizer", "").lower()
+    if tokenizer and not _SHA256.fullmatch(tokenizer):
+        raise _Fault("models.tokenizer", "must be a SHA-256 as 64 hex digits: the tokenizer fingerprint of a GGUF file")
+    names = value.get("names", [])
+    if not isinstance(names, list):
+        raise _Fault("models.names", f"must be an array of strings, not {_kind(names)}")
+    return ModelMatch(match.get("architecture", ""), tokenizer, tuple(_checked_text("models.names", n) for n in names))
+
+
+def _kind(value: object) -> str:
+    """The TOML name of a value's type."""
+    kinds = {bool: "a boolean", int: "an integer", float: "a float", str: "a string", list: "an array", dict: "a table"}
+    return kinds.get(type(value), "a date or time" if hasattr(value, "isoformat") else type(value).__name__)
+
+
+def _fold(text: str) -> str:
+    """A text as it is compared: case, white space and compatibility forms do not count."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _printable(text: str) -> str:
+    """`text` on one line: what would not print is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# --- Reading a file ---------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str]) -> PromptPair:
+    """Read and check one pair file.
+
+    Raises:
+        PairError: one line with file, line and field. Besides broken files this refuses a pair that has a known pair's
+            adversarial text as its safe text, or a shipped pair's safe text as its adversarial one.
+    """
+    pair = _parse(Path(path))
+    _check_places(pair, _scan_unchecked()[0])
+    return pair
+
+
+def check(path: str | os.PathLike[str]) -> list[str]:
+    """Warnings about a pair file that is valid, one line each; for `acd pairs check`.
+
+    Raises:
+        PairError: the file is not valid.
+    """
+    pair = load(path)
+    texts = {"safe": pair.safe, "adversarial": pair.adversarial.reveal_for_negative_stream()}
+    warnings = []
+    for key, text in texts.items():
+        if (words := len(text.split())) > 200:
+            warnings.append(f"{key}: {words} words; over 200 words cost context and time in every chat")
+        if token := _CONTROL_TOKEN.search(text):
+            warnings.append(f"{key}: {token[0]!r} looks like a control token; the model will see plain characters")
+    short, long = sorted(texts, key=lambda key: len(texts[key]))
+    if len(texts[long]) > 3 * len(texts[short]):
+        warnings.append(f"{long}: over 3 times as long as {short}; the contrast may then be one of style, not safety")
+    if pair.alpha is not None and pair.alpha >= 1:
+        warnings.append(f"alpha: {pair.alpha:g} is large; safety falls again as alpha grows (recommended: 0.4 to 0.5)")
+    if not pair.provenance:
+        warnings.append("provenance: missing; say how, when and on which model the pair was made")
+    return warnings
+
+
+def _parse(path: Path) -> PromptPair:
+    """Everything `load` does except comparing with the other known pairs."""
+    source = _read(path)
+    try:
+        table = tomllib.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise PairError(_syntax_message(path, source, error)) from None
+    try:
+        return _build(table, path)
+    except _Fault as fault:
+        raise _located(path, source, fault) from None
+
+
+def _build(table: dict[str, Any], path: Path) -> PromptPair:
+    """The pair of a parsed file; raises _Fault."""
+    version = table.get("format")
+    if version is None:
+        raise _Fault("format", f"missing; write format = {FORMAT}")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise _Fault("format", f"must be the integer {FORMAT}")
+    if version > FORMAT:
+        raise _Fault("format", f"newer than this acd-local reads ({FORMAT}): upgrade acd-local")
+    for key in table:
+        if key not in _KEYS:
+            raise _Fault(key, f"unknown field; a pair has {', '.join(_KEYS)}")
+    for key in ("name", "safe", "adversarial"):
+        if key not in table:
+            raise _Fault(key, "missing")
+    if _checked_name(table["name"]) != path.stem:
+        raise _Fault("name", f"is {table['name']!r}, but the file is called {_printable(path.name)!r}: make them agree")
+    for key in ("provenance", "figures"):
+        if not isinstance(table.get(key, {}), dict):
+            raise _Fault(key, f"must be a table, not {_kind(table[key])}")
+    safe, adversarial = _checked_texts(table["safe"], table["adversarial"])
+    return PromptPair(
+        name=table["name"],
+        safe=safe,
+        adversarial=AdversarialText(adversarial),
+        alpha=_checked_number("alpha", table.get("alpha"), MAX_ALPHA),
+        beta=_checked_number("beta", table.get("beta"), 1.0),
+        models=_checked_models(table.get("models", {})),
+        provenance=table.get("provenance", {}),
+        figures=table.get("figures", {}),
+        path=path,
+    )
+
+
+def _read(path: Path) -> str:
+    shown = _printable(str(path))
+    try:
+        if not path.is_file():
+            if path.exists():
+                raise PairError(f"{shown}: not a file; a prompt pair is one TOML file")
+            raise PairError(f"{shown}: no such file; known pairs: {_known_names()}")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise PairError(f"{shown}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if len(data) > MAX_BYTES:
+        raise PairError(f"{shown}: larger than {MAX_BYTES // 1_000_000} MB: this is no prompt pair")
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise PairError(f"{shown}: line {line}: not UTF-8: save the file in that encoding") from None
+
+
+def _syntax_message(path: Path, source: str, error: Exception) -> str:
+    """tomllib's message with its position in front."""
+    shown = _printable(str(path))
+    if isinstance(error, RecursionError):
+        return f"{shown}: nested too deeply: this is no prompt pair"
+    text = _printable(str(error))
+    if place := re.search(r" \(at line (\d+), column (\d+)\)$", text):
+        return f"{shown}: line {place[1]}: column {place[2]}: {text[: place.start()]}"
+    if place := re.search(r" \(at end of document\)$", text):
+        return f"{shown}: line {len(source.splitlines()) or 1}: {text[: place.start()]} (at the end of the file)"
+    return f"{shown}: {text}"
+
+
+def _located(path: Path, source: str, fault: _Fault) -> PairError:
+    line = _line_of(source, fault.field)
+    place = f"line {line}: " if line else ""
+    return PairError(f"{_printable(str(path))}: {place}{_printable(fault.field)[:80]}: {fault}")
+
+
+def _line_of(source: str, name: str) -> int | None:
+    """The line where a field ("safe", "models.tokenizer") or table ("models") starts; None if it is not found.
+
+    A line that looks right may stand inside a multi-line string: it counts only if everything above it parses, and
+    leaves the wanted table open.
+    """
+    table, _, key = name.rpartition(".") if name.startswith("models.") else ("", "", name)
+    looks_right = re.compile(rf"\s*(?:\[\s*|(?:{table}\s*\.\s*)?)[\"']?{re.escape(key)}[\"']?\s*[=\].]")
+    lines = source.split("\n")
+    candidates = [number for number, line in enumerate(lines, 1) if looks_right.match(line)]
+    for number in candidates[:20]:
+        try:
+            above = tomllib.loads("\n".join([*lines[: number - 1], "acd-probe = 0"]))
+        except (ValueError, RecursionError):
+            continue
+        if lines[number - 1].lstrip().startswith("[") or "acd-probe" in (above.get(table, {}) if table else above):
+            return number
+    return _line_of(source, table) if table else None
+
+
+# --- Finding and choosing ---------------------------------------------------------------------------------------------
+
+
+def search_path() -> tuple[Path, ...]:
+    """The folders pairs are looked up in, first match first: $ACD_PROMPTS_DIR, the user's own, the shipped ones."""
+    import platformdirs
+
+    folders = [Path(platformdirs.user_config_dir("acd-local", appauthor=False)) / "prompts", _shipped()]
+    if extra := os.environ.get("ACD_PROMPTS_DIR"):
+        folders.insert(0, Path(extra))
+    return tuple(folders)
+
+
+def _shipped() -> Path:
+    """Inside the package when installed; the repository's prompts/ in a checkout or an editable install."""
+    package = Path(__file__).resolve().parent
+    if not (package / "prompts").is_dir() and (package.parent / "pyproject.toml").is_file():
+        return package.parent / "prompts"
+    return package / "prompts"
+
+
+def scan() -> tuple[list[PromptPair], list[PairError]]:
+    """Every known pair, sorted by name, and what is wrong with the files that are none.
+
+    Of several valid pairs with the same name the first one along `search_path()` counts.
+    """
+    parsed, errors = _scan_unchecked()
+    pairs: dict[str, PromptPair] = {}
+    for pair in parsed:
+        try:
+            _check_places(pair, parsed)
+        except PairError as error:
+            errors.append(error)
+        else:
+            pairs.setdefault(pair.name, pair)
+    return [pairs[name] for name in sorted(pairs)], errors
+
+
+def available() -> list[PromptPair]:
+    """Every known pair, sorted by name; broken files are left out (`scan()` reports them)."""
+    return scan()[0]
+
+
+def find(name_or_path: str | os.PathLike[str]) -> PromptPair:
+    """The pair that `--pair` means: a path if it holds a separator or ends in .toml, else a name.
+
+    Raises:
+        PairError: there is none, or its file is broken.
+    """
+    wanted = os.fspath(name_or_path)
+    separators = {"/", os.sep, os.altsep or os.sep}
+    if wanted.endswith(".toml") or any(separator in wanted for separator in separators):
+        return load(wanted)
+    if _NAME.fullmatch(wanted):
+        for folder in search_path():
+            if (path := folder / f"{wanted}.toml").is_file():
+                return load(path)
+    shown = _printable(wanted)[:80]
+    raise PairError(f"no prompt pair {shown!r}; known pairs: {_known_names()}; a path must end in .toml")
+
+
+def fits(pair: PromptPair, info: GGUFInfo) -> bool:
+    """Whether a pair is meant for a model.
+
+    Architecture and tokenizer, where given, must agree. A list of names must hold the model's name, unless the
+    tokenizer is given too: then models that share it (fine-tunes, renamed files) are welcome.
+    """
+    match = pair.models
+    if match.architecture and match.architecture != info.architecture:
+        return False
+    if match.tokenizer and match.tokenizer != info.tokenizer:
+        return False
+    return bool(not match.names or match.tokenizer or _names_model(match, info))
+
+
+def best_for(info: GGUFInfo) -> PromptPair:
+    """The best fitting known pair: tokenizer counts most, then name, then architecture; else the generic `default`.
+
+    Broken files are passed over.
+
+    Raises:
+        PairError: no known pair fits, not even a generic one.
+    """
+    pairs, errors = scan()
+    fitting = [pair for pair in pairs if fits(pair, info)]
+    if not fitting:
+        found = f": {errors[0]}" if errors else f" in {', '.join(_printable(str(folder)) for folder in search_path())}"
+        raise PairError(f"no prompt pair for this model{found}")
+    return max(fitting, key=lambda pair: (_score(pair, info), pair.name == "default"))  # a tie: the first by name
+
+
+def _score(pair: PromptPair, info: GGUFInfo) -> int:
+    match = pair.models
+    return 4 * bool(match.tokenizer) + 2 * _names_model(match, info) + bool(match.architecture)
+
+
+def _names_model(match: ModelMatch, info: GGUFInfo) -> bool:
+    """Names agree up to case and punctuation: "SmolLM2 135M Instruct" is "smollm2-135m-instruct"."""
+
+    def bare(name: str) -> str:
+        return "".join(filter(str.isalnum, _fold(name)))
+
+    return bool(bare(info.name)) and bare(info.name) in map(bare, match.names)
+
+
+def _scan_unchecked() -> tuple[list[PromptPair], list[PairError]]:
+    """Every parsable pair along the search path, shadowed ones included, and the errors of the others."""
+    pairs, errors = [], []
+    for path in _files():
+        try:
+            pairs.append(_parse(path))
+        except PairError as error:
+            errors.append(error)
+    return pairs, errors
+
+
+def _files() -> list[Path]:
+    files: list[Path] = []
+    for folder in search_path():
+        try:
+            files += sorted(path for path in folder.glob("*.toml") if path.is_file() and not path.name.startswith("."))
+        except OSError:  # a folder we may not read holds no pairs for us
+            continue
+    return files
+
+
+def _known_names() -> str:
+    return ", ".join(dict.fromkeys(sorted(_printable(path.stem) for path in _files()))) or "none"
+
+
+def _check_places(pair: PromptPair, known: Iterable[PromptPair]) -> None:
+    """Refuse a pair whose texts stand in the wrong places: that would turn the method around.
+
+    Shipped pairs are compared with shipped pairs only, so that no file of the user's can disable them.
+    """
+    shipped = _shipped().resolve()
+
+    def is_shipped(other: PromptPair) -> bool:
+        return other.path is not None and other.path.resolve().parent == shipped
+
+    def refuse(key: str, message: str) -> PairError:
+        path = pair.path or Path(pair.name)
+        return _located(path, _read(path), _Fault(key, message))
+
+    safe, adversarial = _fold(pair.safe), _fold(pair.adversarial.reveal_for_negative_stream())
+    for other in known:
+        if is_shipped(pair) and not is_shipped(other):
+            continue
+        where = f"of pair {other.name!r} ({_printable(str(other.path))})"
+        if safe == _fold(other.adversarial.reveal_for_negative_stream()):
+            raise refuse("safe", f"is the adversarial text {where}, which may only stand in the negative stream")
+        if is_shipped(other) and adversarial == _fold(other.safe):
+            raise refuse("adversarial", f"is the safe text {where}: the contrast would make answers less safe")

