@@ -12,7 +12,7 @@ from llama_cpp import llama_cpp as C
 from acd_local.runtime import llama
 
 # The KV cache is f16, and flash attention on the CPU accumulates single rows in f16 and blocks of rows in f32: logits
-# of the same tokens in other batch shapes differ by up to about 0.05. Wrong logits differ by their standard deviation, 2.
+# of the same tokens in other batch shapes differ by up to 0.05. Wrong logits differ by their standard deviation, 2.
 TOLERANCE = 0.08
 
 

@@ -44,34 +44,54 @@ def contrast(
         NumericalError: a logit is NaN or +inf, or no plausible token has a finite score.
     """
     check_alpha_beta(alpha, beta)
+    ids, scores = plausible(safe, beta)
+    if alpha == 0 or len(ids) == 0:
+        return ids, scores
+    if adversarial is None:
+        raise ValueError("alpha > 0 needs the adversarial stream's logits")
+    return against(ids, scores, adversarial, alpha=alpha, raw=raw)
+
+
+def plausible(safe: Logits, beta: float) -> tuple[TokenIds, Logits]:
+    """The tokens with p_S >= beta * max p_S, that is logit_S >= max + ln beta, never those at -inf, and their logits.
+
+    This is the contrast with alpha 0; `against` takes it further.
+
+    Returns:
+        ids, shape (k,), ascending, and logits, shape (k,).
+
+    Raises:
+        NumericalError: a logit is NaN or +inf.
+    """
     top = _largest(safe, "safe")
     if top == -math.inf:
         return np.empty(0, np.int32), np.empty(0, np.float32)
-    ids = plausible(safe, top, beta)
-    scores = safe[ids].astype(np.float64)
-    if alpha > 0:
-        if adversarial is None:
-            raise ValueError("alpha > 0 needs the adversarial stream's logits")
-        _largest(adversarial, "adversarial")
-        reference = adversarial[ids]
-        possible = reference > -np.inf
-        if not possible.all():
-            ids, scores, reference = ids[possible], scores[possible], reference[possible]
-        scores -= alpha * reference.astype(np.float64)
+    mask = safe >= np.float32(top + math.log(beta)) if beta > 0 else safe > -np.inf
+    ids = np.flatnonzero(mask).astype(np.int32)
+    return ids, safe[ids]
+
+
+def against(
+    ids: TokenIds, safe_logits: Logits, adversarial: Logits, *, alpha: float, raw: bool = False
+) -> tuple[TokenIds, Logits]:
+    """Contrast plausible tokens, both of shape (k,), with the adversarial stream's logits, shape (n_vocab,).
+
+    Raises:
+        NumericalError: a logit is NaN or +inf, or no token has a finite score.
+    """
+    _largest(adversarial, "adversarial")
+    reference = adversarial[ids]
+    possible = reference > -np.inf
+    if not possible.all():
+        ids, safe_logits, reference = ids[possible], safe_logits[possible], reference[possible]
+    with np.errstate(over="ignore"):
+        scores = safe_logits.astype(np.float64) - alpha * reference.astype(np.float64)
         if not raw:
             scores /= 1.0 - min(alpha, MAX_DIVISOR_ALPHA)
-    with np.errstate(over="ignore"):
         result: Logits = scores.astype(np.float32)
     if len(ids) == 0 or not np.isfinite(result).all():
         raise NumericalError(f"the contrast with alpha {alpha:g} leaves no token with a finite score")
     return ids, result
-
-
-def plausible(safe: Logits, top: float, beta: float) -> TokenIds:
-    """Ids, ascending, with p_S >= beta * max p_S, that is logit_S >= max + ln beta; never those at -inf."""
-    threshold = top + math.log(beta) if beta > 0 else -math.inf
-    mask = safe >= np.float32(threshold) if threshold > -math.inf else safe > -np.inf
-    return np.flatnonzero(mask).astype(np.int32)
 
 
 class Divergence:
@@ -93,9 +113,10 @@ class Divergence:
         np.exp(s, out=s)
         np.exp(a, out=a)
         total, other_total = float(s.sum()), float(a.sum())
-        if not np.isfinite(gap.min()):  # min() passes NaN on, and -inf: tokens that the safe stream excludes
-            gap[s == 0] = 0.0
         mean_gap = float(np.dot(s, gap)) / total
+        if math.isnan(mean_gap):  # 0 * inf: tokens that the safe stream excludes
+            gap[s == 0] = 0.0
+            mean_gap = float(np.dot(s, gap)) / total
         return max(0.0, mean_gap - math.log(total) + math.log(other_total))
 
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from acd_local.runtime.contrast import Divergence, contrast
+from acd_local.runtime.contrast import Divergence, against, plausible
 from acd_local.runtime.llama import Logits, Vocab
 from acd_local.runtime.sampling import GrammarGuard, TokenSampler
 
 # Feeds one token to both streams and returns their next logits, each (n_vocab,); the second is None where alpha is 0.
+# The loop may write into them.
 Decode = Callable[[int], tuple[Logits, Logits | None]]
 
 
@@ -79,7 +80,7 @@ def generate(
     """Sample up to `limit` tokens from the contrast of two streams.
 
     Args:
-        first: logits after the prompt, (safe, adversarial), each of shape (n_vocab,).
+        first: logits after the prompt, (safe, adversarial), each of shape (n_vocab,); they are overwritten.
         decode: feeds a token back; called once per token but the last.
 
     Raises:
@@ -88,28 +89,28 @@ def generate(
     safe, adversarial = first
     divergence = Divergence(len(safe))
     for position in range(limit):
+        kl = None if adversarial is None else divergence(safe, adversarial)
         # 1. Control tokens that do not end the answer are never said; a grammar narrows further.
-        legal = safe.copy()
+        legal = safe.copy() if trace else safe  # the arrays are ours until the next decode
         legal[vocabulary.banned] = -np.inf
         if grammar is not None:
             legal = grammar.restrict(legal, settings.beta)
         # 2. Contrast over the plausible legal tokens.
-        ids, scores = contrast(legal, adversarial, alpha=settings.alpha, beta=settings.beta, raw=settings.raw)
+        ids, scores = safe_ids, safe_scores = plausible(legal, settings.beta)
         if len(ids) == 0:
             return  # the grammar is complete and the vocabulary has no token to say so
-        # 3. Sample; ask what the safe stream alone would have said with the same draw.
-        safe_choice = token = -1
         if adversarial is not None:
-            safe_ids, safe_scores = contrast(legal, None, alpha=0.0, beta=settings.beta)
-            safe_choice = sampler.draw(safe_ids, safe_scores, position, dry_run=True)
+            ids, scores = against(safe_ids, safe_scores, adversarial, alpha=settings.alpha, raw=settings.raw)
+        # 3. Sample; ask what the safe stream alone would have said with the same draw.
+        safe_choice = None if adversarial is None else sampler.draw(safe_ids, safe_scores, position, dry_run=True)
         token = sampler.draw(ids, scores, position)
         sampler.accept(token)
         # 4. Emit.
         ends = token in vocabulary.eog
         yield Step(
             token=token,
-            safe_choice=token if adversarial is None else safe_choice,
-            divergence=None if adversarial is None else divergence(safe, adversarial),
+            safe_choice=token if safe_choice is None else safe_choice,
+            divergence=kl,
             ends=ends,
             trace=_trace(token, safe, adversarial) if trace else None,
         )

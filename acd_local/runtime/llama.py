@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -312,6 +313,7 @@ class Context:
         self._flag = ctypes.create_string_buffer(2)
         C.llama_set_abort_callback(self._ptr, _abort_if_flag_set, ctypes.cast(self._flag, ctypes.c_void_p))
         self._rows = _BatchRows(self.n_batch)
+        self.seconds = 0.0  # spent inside llama.cpp by decode() and logits(), for the benchmark
 
     @property
     def pointer(self) -> Any:
@@ -326,7 +328,9 @@ class Context:
             DecodeAborted: `cancel()` was called; rows of unfinished batches are not in the caches.
         """
         batch = self._rows.fill(tokens, seqs, positions, outputs)
+        started = time.perf_counter()
         result = int(C.llama_decode(self.pointer, batch))
+        self.seconds += time.perf_counter() - started
         if result == 0:
             return
         if result == 2:
@@ -340,7 +344,9 @@ class Context:
 
         Valid until the next decode: copy what has to live longer (llama_get_logits).
         """
-        pointer = C.llama_get_logits(self.pointer)
+        started = time.perf_counter()
+        pointer = C.llama_get_logits(self.pointer)  # waits for the backend
+        self.seconds += time.perf_counter() - started
         if not pointer:
             raise InternalError("llama.cpp returned no logits")
         address = ctypes.cast(pointer, ctypes.c_void_p).value or 0

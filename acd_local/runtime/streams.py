@@ -36,6 +36,7 @@ class Cache:
         self.seq = seq
         self.n_ctx = n_ctx
         self.tokens: list[int] = []
+        self.logits: Logits = np.empty(context.model.n_vocab, np.float32)  # after the last decoded token
 
     def rewind(self, length: int) -> int:
         """Forget everything from position `length` on, where the memory can; else everything.
@@ -153,7 +154,8 @@ def extend(work: Sequence[tuple[Cache, Sequence[int]]]) -> list[Logits]:
         work: (cache, tokens) with at least one token each, every cache at most once.
 
     Returns:
-        For each item the logits after its last token, shape (n_vocab,), copies.
+        For each item the logits after its last token, shape (n_vocab,): the cache's own array, which the caller may
+        write into and the next `extend` of that cache overwrites. (A new array per token would cost page faults.)
 
     Raises:
         ContextError: a cache would exceed its n_ctx; nothing was decoded.
@@ -164,16 +166,13 @@ def extend(work: Sequence[tuple[Cache, Sequence[int]]]) -> list[Logits]:
             raise ContextError(
                 f"the conversation needs {len(cache.tokens) + len(tokens)} tokens, the context holds {cache.n_ctx}"
             )
-    logits: list[Logits | None] = [None] * len(work)
     for context in dict.fromkeys(cache.context for cache, _ in work):
-        members = sorted((i for i, (c, _) in enumerate(work) if c.context is context), key=lambda i: work[i][0].seq)
-        rows = _extend_context(context, [work[i] for i in members])
-        for i, row in zip(members, rows, strict=True):
-            logits[i] = row
-    return [row for row in logits if row is not None]
+        group = sorted((item for item in work if item[0].context is context), key=lambda item: item[0].seq)
+        _extend_context(context, group)
+    return [cache.logits for cache, _ in work]
 
 
-def _extend_context(context: llama.Context, work: Sequence[tuple[Cache, Sequence[int]]]) -> list[Logits]:
+def _extend_context(context: llama.Context, work: Sequence[tuple[Cache, Sequence[int]]]) -> None:
     done = [0] * len(work)
     try:
         for chunk in _chunks([len(tokens) for _, tokens in work], context.n_batch):
@@ -187,7 +186,8 @@ def _extend_context(context: llama.Context, work: Sequence[tuple[Cache, Sequence
         for cache, _ in work:
             cache.resync()
         raise
-    return list(context.logits(len(work)).copy())
+    for (cache, _), row in zip(work, context.logits(len(work)), strict=True):
+        np.copyto(cache.logits, row)
 
 
 def _decode_chunk(

@@ -1,0 +1,180 @@
+"""acd: models on this machine, prompt pairs, and the benchmark."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from acd_local.cli import flags
+from acd_local.cli.shell import EXIT_CODES, one_line, run_cli, say
+
+PROGRAM = "acd"
+
+
+@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="acd-local", prog_name=PROGRAM)
+def command() -> None:
+    """Adversarial contrastive decoding for local GGUF models. Answers come from acd-run and acd-chat."""
+
+
+@command.command("models")
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+def list_models(as_json: bool) -> None:
+    """List GGUF models that Hugging Face, LM Studio, ollama and llama.cpp keep on this machine.
+
+    Files are only read, never changed or moved. Give a PATH from the list to acd-run.
+    """
+    from acd_local import models, pairs
+
+    rows: list[dict[str, Any]] = []
+    for found in models.discover():
+        info = found.info
+        rows.append(
+            {
+                "source": found.source,
+                "label": found.label,
+                "path": str(found.path),
+                "size": info.size if info else None,
+                "architecture": info.architecture if info else None,
+                "quantization": info.file_type if info else None,
+                "pair": pairs.best_for(info).name if info else None,
+                "error": found.error,
+            }
+        )
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False, indent=1))
+    elif not rows:
+        say("no GGUF models found (looked at the Hugging Face, LM Studio, ollama and llama.cpp caches)")
+    else:
+        for row in rows:
+            print(_model_line(row))
+
+
+def _model_line(row: dict[str, Any]) -> str:
+    name = one_line(f"{row['source']:<12} {row['label']}")
+    if row["error"]:
+        return f"{name}\n    unusable: {one_line(row['error'])}"
+    size = f"{row['size'] / 1e9:.2f} GB" if row["size"] >= 1e9 else f"{row['size'] / 1e6:.0f} MB"
+    what = " ".join(filter(None, (size, row["architecture"], row["quantization"])))
+    return f"{name}\n    {what}, pair: {row['pair']}\n    {one_line(row['path'])}"
+
+
+@command.group("pairs")
+def pairs_group() -> None:
+    """List, show and check prompt pairs."""
+
+
+@pairs_group.command("list")
+def list_pairs() -> None:
+    """List the known pairs with their alpha and beta and the models they were made for."""
+    from acd_local import pairs
+
+    known, broken = pairs.scan()
+    for pair in known:
+        alpha = pairs.DEFAULT_ALPHA if pair.alpha is None else pair.alpha
+        beta = pairs.DEFAULT_BETA if pair.beta is None else pair.beta
+        made_for = ", ".join(pair.models.names) or pair.models.architecture or "any model"
+        print(one_line(f"{pair.name:<28} alpha {alpha:g}  beta {beta:g}  {made_for}"))
+    for error in broken:
+        say(f"{PROGRAM}: {one_line(str(error))}")
+
+
+@pairs_group.command("show")
+@click.argument("pair")
+def show_pair(pair: str) -> None:
+    """Show one pair, a NAME or a FILE: both prompts, settings, provenance and measured figures."""
+    from acd_local import pairs
+    from acd_local.runtime.text import disarm
+
+    found = pairs.find(pair)
+    print(f"name         {found.name}")
+    print(f"file         {one_line(str(found.path))}")
+    print(f"alpha, beta  {found.alpha if found.alpha is not None else f'default ({pairs.DEFAULT_ALPHA})'}, ", end="")
+    print(found.beta if found.beta is not None else f"default ({pairs.DEFAULT_BETA})")
+    match = found.models
+    made_for = {"architecture": match.architecture, "tokenizer": match.tokenizer, "names": ", ".join(match.names)}
+    for title, table in (("models", made_for), ("provenance", found.provenance), ("figures", found.figures)):
+        for key, value in table.items():
+            if value:
+                print(f"{title:<12} {key}: {one_line(str(value))}")
+    print(f"\nsafe prompt (what the answer is written under)\n{disarm(found.safe)}")
+    print("\nadversarial prompt (the negative reference; nothing is ever sampled from it)")
+    print(disarm(found.adversarial.reveal_for_negative_stream()))
+
+
+@pairs_group.command("check")
+@click.argument("file")
+def check_pair(file: str) -> None:
+    """Check a pair FILE: exit 0 if it is valid (remarks on stderr), 5 with the line and field if not."""
+    from acd_local import pairs
+
+    for remark in pairs.check(file):
+        say(f"{PROGRAM}: remark: {one_line(remark)}")
+    print(f"{one_line(file)}: valid")
+
+
+@command.command("bench")
+@click.argument("model", required=False)
+@click.option("--tokens", type=click.IntRange(4), default=64, show_default=True, help="Answer tokens per measurement.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How often each case is measured.")
+@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads; default: the physical cores.")
+@click.option("--ctx-size", "-c", type=click.IntRange(512), default=2048, show_default=True, help="Tokens per stream.")
+@click.option("--no-memory", is_flag=True, help="Do not measure peak memory (one process per case).")
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+def run_bench(
+    model: str | None,
+    tokens: int,
+    rounds: int,
+    threads: int | None,
+    ctx_size: int,
+    no_memory: bool,
+    as_json: bool,
+) -> None:
+    """Measure what the contrast costs on MODEL, in turns with plain llama.cpp decoding.
+
+    Medians over the rounds; ratios are taken within a round.
+    """
+    from acd_local import bench
+
+    report = bench.run(
+        flags.resolve_model(model),
+        tokens=tokens,
+        rounds=rounds,
+        threads=threads,
+        ctx_size=ctx_size,
+        memory=not no_memory,
+        progress=lambda line: say(f"{PROGRAM} bench: {line}"),
+    )
+    rows = [case.summary() for case in report.cases]
+    if as_json:
+        head = {k: getattr(report, k) for k in ("model", "n_vocab", "threads", "tokens", "rounds")}
+        print(json.dumps(head | {"cases": rows}, ensure_ascii=False))
+        return
+    print(f"{one_line(report.model)}: vocabulary {report.n_vocab}, {report.threads} threads, ", end="")
+    print(f"{report.tokens} tokens x {report.rounds} rounds, medians")
+    print(f"{'':<20}{'tokens/s':>10}{'time ratio':>12}{'outside':>12}{'first token':>22}{'peak':>11}")
+    print(f"{'':<20}{'':>10}{'to plain':>12}{'llama_decode':>14}{'cold':>9}{'warm':>11}{'memory':>11}")
+    for row in rows:
+        print(_bench_line(row))
+
+
+def _bench_line(row: dict[str, Any]) -> str:
+    def cell(value: float | None, form: str, width: int) -> str:
+        return (form.format(value) if value is not None else "-").rjust(width)
+
+    return (
+        f"{row['case']:<20}"
+        + cell(row["tokens_per_second"], "{:.1f}", 10)
+        + cell(row["ratio_to_plain"], "{:.2f}", 12)
+        + cell(row["outside_decode_ms"], "{:.2f} ms", 14)
+        + cell(row["first_token_cold_s"], "{:.2f} s", 9)
+        + cell(row["first_token_warm_s"], "{:.2f} s", 11)
+        + cell(row["peak_mb"], "{:.0f} MB", 11)
+    )
+
+
+def main() -> None:
+    sys.exit(run_cli(command, PROGRAM))
