@@ -108,13 +108,13 @@ class Divergence:
         s, a, gap = self._safe, self._adversarial, self._gap
         np.subtract(safe, safe.max(), out=s)
         np.subtract(adversarial, adversarial.max(), out=a)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):  # inf - inf and 0 * inf: tokens that the safe stream excludes
             np.subtract(s, a, out=gap)
-        np.exp(s, out=s)
-        np.exp(a, out=a)
-        total, other_total = float(s.sum()), float(a.sum())
-        mean_gap = float(np.dot(s, gap)) / total
-        if math.isnan(mean_gap):  # 0 * inf: tokens that the safe stream excludes
+            np.exp(s, out=s)
+            np.exp(a, out=a)
+            total, other_total = float(s.sum()), float(a.sum())
+            mean_gap = float(np.dot(s, gap)) / total
+        if math.isnan(mean_gap):
             gap[s == 0] = 0.0
             mean_gap = float(np.dot(s, gap)) / total
         return max(0.0, mean_gap - math.log(total) + math.log(other_total))
