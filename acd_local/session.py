@@ -112,6 +112,8 @@ class Engine:
     def warning(self) -> str | None:
         """Something about model and pair that the user should know, one line."""
         notes = [self.template.warning]
+        if 0 < self._model.n_ctx_train < self.n_ctx:
+            notes.append(f"the model was trained for {self._model.n_ctx_train} tokens, not {self.n_ctx}")
         if not pairs.fits(self.pair, self.info):
             notes.append(f"the prompt pair {self.pair.name!r} was made for another model")
         return "; ".join(filter(None, notes)) or None

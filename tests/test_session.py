@@ -249,6 +249,28 @@ def test_overflow_drops_old_turns_until_half_is_free(tiny: Callable[..., Path]) 
             engine.generate(turns, SHORT.replace({"overflow": "error"})).run()
 
 
+def test_a_long_answer_limit_does_not_cost_the_conversation(tiny: Callable[..., Path]) -> None:
+    with Engine(tiny("chatml"), ctx_size=1024, threads=1) as engine:
+        turns = [Message("user", "water"), Message("assistant", "sky"), Message("user", "wine")]
+        with engine.generate(turns, Options(max_tokens=5000, temp=0.0)) as stream:
+            next(stream)
+            assert engine._streams.slots[0].safe.tokens.count(engine.vocab.bos) == 5  # nothing was dropped
+        with pytest.raises(ContextError, match="overflow"):
+            engine.generate(turns, Options(max_tokens=5000, overflow="error")).run()
+
+
+def test_warnings_about_model_and_pair(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    with Engine(tiny("chatml", n_ctx=512), ctx_size=1024, threads=1) as engine:
+        assert engine.warning == "the model was trained for 512 tokens, not 1024"
+    (tmp_path / "other.toml").write_text(
+        'format = 1\nname = "other"\nsafe = "Be kind."\nadversarial = "Be rude."\n[models]\narchitecture = "falcon"\n'
+    )
+    with Engine(tiny("chatml"), pair=str(tmp_path / "other.toml"), ctx_size=512, threads=1) as engine:
+        assert engine.warning == "the prompt pair 'other' was made for another model"
+    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+        assert engine.warning is None
+
+
 def test_a_message_that_can_never_fit(tiny: Callable[..., Path]) -> None:
     with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
         with pytest.raises(ContextError, match=r"\d+ tokens long.* 512 ") as caught:

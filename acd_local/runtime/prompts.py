@@ -91,6 +91,8 @@ class PromptBuilder:
         longest = max(map(len, encoded))
         if longest + room <= self._n_ctx:
             return encoded, 0
+        if overflow == "drop" and longest + min(room, self._n_ctx // 2) <= self._n_ctx:
+            return encoded, 0  # dropping turns frees half of the context: a longer answer gets what there is
         starts = [i for i, turn in enumerate(turns) if turn.role == "user" and i > 0]
         if overflow == "error" and (starts or explicit):
             raise ContextError(
