@@ -23,7 +23,7 @@ class TokenRecord:
 
     Attributes:
         token, text: its id and text (U+FFFD where it holds part of a character; "" for a token that ends the answer).
-        safe_token, safe_text: what the same draw on the safe stream alone would have given.
+        safe_token, safe_text: what the same draw on the safe stream alone (alpha 0, same beta) would have given.
         trace: log probabilities and rank, where asked for.
     """
 
@@ -46,7 +46,8 @@ class ContrastStats:
     Attributes:
         alpha, beta, raw: the settings in force.
         positions: sampled positions, the one that ended the answer included.
-        changed: positions where the same draw on the safe stream alone would have given another token.
+        changed: positions where the same draw on the safe stream alone (alpha 0, same beta) would have given another
+            token.
         mean_divergence: mean KL(S || A) over positions, nats; None without a second stream.
     """
 

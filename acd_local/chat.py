@@ -61,8 +61,8 @@ class Chat:
     ) -> ChatStream:
         """Say something; iterate over the result for the answer.
 
-        The turn joins `messages` when the answer ends, is cancelled or is closed half-way (with what was said until
-        then); after an error the conversation is as it was.
+        The turn joins `messages` when the answer ends, or is cancelled or closed half-way (with what was said until
+        then). After an error, or if it was stopped before its first word, the conversation is as it was.
 
         Args:
             options: changes to the chat's options for this answer, by name (see `Options`).
@@ -199,6 +199,8 @@ class ChatStream:
 
     def _remember(self) -> None:
         chat = self._chat
+        if not self._inner.text and not self._inner.complete:
+            return  # stopped before the first word: as if it had not been asked
         if self._replace:
             del chat.messages[-2:]
         chat.messages += [self._question, Message("assistant", self._inner.text)]

@@ -321,6 +321,11 @@ class AnswerStream:
         return self._answer
 
     @property
+    def complete(self) -> bool:
+        """Whether the answer came to its own end: not running, failed, closed or cancelled."""
+        return self._answer is not None and self._answer.finish_reason != "cancelled"
+
+    @property
     def text(self) -> str:
         """The text so far."""
         return "".join(self._text)

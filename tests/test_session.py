@@ -335,6 +335,11 @@ def test_a_cancelled_chat_turn_is_remembered(engine: Engine) -> None:
     chat.cancel()
     assert stream.run().finish_reason == "cancelled"
     assert chat.messages[-1] == Message("assistant", stream.text)
+    before = list(chat.messages)
+    unheard = chat.stream("Never mind")
+    unheard._inner.cancel()
+    assert unheard.run().text == ""
+    assert chat.messages == before
     abandoned = chat.stream("Again")
     next(abandoned)
     abandoned.close()

@@ -1,0 +1,106 @@
+"""acd-chat: a conversation on the terminal, or line by line through a pipe."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from acd_local.cli import flags
+from acd_local.cli.shell import EXIT_CODES, Interrupts, run_cli, say
+
+if TYPE_CHECKING:
+    from acd_local.cli.chat_app import ChatApp
+    from acd_local.cli.chat_input import Source
+    from acd_local.cli.chat_signals import Signals
+    from acd_local.options import Options
+    from acd_local.session import Engine
+
+PROGRAM = "acd-chat"
+
+
+@click.command(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("model", required=False)
+@flags.engine_flags
+@flags.answer_flags
+@click.option("--system", "-s", metavar="TEXT", help="Your own system prompt; it follows the pair's.")
+@click.option("--load", metavar="FILE", help="Go on with a saved chat; --pair and --system win over its own.")
+@click.option("--no-color", is_flag=True, help="No colours; NO_COLOR does the same.")
+@click.version_option(package_name="acd-local", prog_name=PROGRAM)
+def command(model: str | None, **given: Any) -> int:
+    """Chat with MODEL, decoded by the contrast of two opposite system prompts.
+
+    MODEL is a GGUF file, 'demo' or hf:owner/repo/file.gguf; ACD_MODEL is used where no argument is given. /help in the
+    chat lists its commands. Without a terminal each line of stdin is one message, and only answers go to stdout.
+    """
+    model = flags.resolve_model(model)
+    options = flags.make_options(given)
+    with Interrupts() as interrupts:
+        engine = flags.load_engine(model, given)
+        if not _is_terminal(sys.stdin):
+            from acd_local.cli.chat_signals import PipeSignals
+
+            return _converse(engine, options, given, PipeSignals(interrupts))
+    from acd_local.cli.chat_signals import TerminalSignals
+
+    with TerminalSignals() as signals:
+        return _converse(engine, options, given, signals)
+
+
+def _converse(engine: Engine, options: Options, given: dict[str, Any], signals: Signals) -> int:
+    from acd_local.cli.chat_app import ChatApp
+    from acd_local.cli.chat_commands import load_chat
+
+    if engine.warning:
+        say(f"{PROGRAM}: {engine.warning}")
+    app = ChatApp(engine, _view(given), signals, options, given["system"])
+    if _is_terminal(sys.stdin):
+        app.view.notice(f"{app.model_name} · pair {app.chat.pair.name} · /help lists commands, Ctrl-D leaves")
+    if given["load"] is not None:
+        load_chat(app, given["load"], pair=engine.pair if given["pair"] else None, system=given["system"])
+    if sys.stdin is not None:
+        with _source(app, given) as source:
+            app.run(source)
+    return 0
+
+
+def _view(given: dict[str, Any]) -> Any:
+    if _is_terminal(sys.stdin) and _is_terminal(sys.stdout) and not _is_dumb():
+        from acd_local.cli.chat_rich import RichView, open_console
+
+        return RichView(open_console(no_color=given["no_color"]))
+    from acd_local.cli.chat_view import PlainView
+
+    return PlainView(sys.stdout)
+
+
+@contextmanager
+def _source(app: ChatApp, given: dict[str, Any]) -> Iterator[Source]:
+    """The prompt needs a terminal that it can draw on: stdout, or stderr where stdout is redirected."""
+    at_terminal = _is_terminal(sys.stdin)
+    if at_terminal and not _is_dumb() and (_is_terminal(sys.stdout) or _is_terminal(sys.stderr)):
+        from acd_local.cli.chat_commands import completions
+        from acd_local.cli.chat_prompt import PromptSource, quiet_keyboard
+
+        with quiet_keyboard():
+            yield PromptSource(app.toolbar, completions(), no_color=given["no_color"])
+    else:
+        from acd_local.cli.chat_input import LineSource
+
+        yield LineSource(sys.stdin.buffer, sys.stderr if at_terminal else None)
+
+
+def _is_terminal(stream: Any) -> bool:
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def _is_dumb() -> bool:
+    return os.environ.get("TERM", "") in ("dumb", "unknown")
+
+
+def main() -> None:
+    sys.exit(run_cli(command, PROGRAM))

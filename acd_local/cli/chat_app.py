@@ -1,0 +1,179 @@
+"""A running chat: takes lines, sends them or carries them out, shows what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from acd_local.answers import Answer
+from acd_local.chat import ChatStream
+from acd_local.cli.chat_commands import run_command
+from acd_local.errors import AcdError, UsageError
+from acd_local.options import Options
+from acd_local.session import AnswerStream, Engine, TurnsDropped, resolve_contrast
+
+if TYPE_CHECKING:
+    from acd_local.cli.chat_input import Source
+    from acd_local.cli.chat_signals import Signals
+    from acd_local.cli.chat_view import View
+
+STOPPED = "(stopped)"
+CUT = "(cut off: token limit)"
+
+
+class ChatApp:
+    """One conversation with its view.
+
+    Attributes:
+        draft: a message that could not be answered, for the user to try again.
+    """
+
+    def __init__(self, engine: Engine, view: View, signals: Signals, options: Options, system: str | None) -> None:
+        self.engine = engine
+        self.view = view
+        self.chat = engine.chat(system=system, options=options)
+        self.draft = ""
+        self._signals = signals
+        self._last: Answer | None = None
+
+    def run(self, source: Source) -> None:
+        """Until the end of the input or /exit."""
+        while True:
+            draft, self.draft = self.draft, ""
+            try:
+                line = source.read(draft)
+                if line is None or not self.handle(line):
+                    return
+            except UsageError as error:
+                self.view.notice(str(error))
+            except KeyboardInterrupt:
+                self.view.notice("Ctrl-D or /exit leaves the chat")
+
+    def handle(self, line: str) -> bool:
+        """Carry out a command or send a message; False after /exit. Errors are shown, and the chat goes on."""
+        if not line.strip():
+            return True
+        is_command = line.startswith("/") and not line.startswith("//")
+        try:
+            if is_command:
+                return run_command(self, line)
+            self.say(line[1:] if line.startswith("//") else line)
+            return True
+        except BrokenPipeError:
+            raise
+        except AcdError as error:
+            self.view.notice(str(error))
+        except Exception as error:
+            self.view.notice(f"internal error: {type(error).__name__}: {error}")
+        if not is_command:
+            self.draft = line
+        return True
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        self._answer(lambda: self.chat.stream(text, on_event=self._on_event), text)
+
+    def regenerate(self) -> None:
+        self._answer(lambda: self.chat.regenerate(on_event=self._on_event), "")
+
+    def _answer(self, start: Callable[[], ChatStream], text: str) -> None:
+        before = list(self.chat.messages)
+        stream = start()
+        with self.view.answer() as writer, self._signals.answering(stream.cancel), stream:
+            for chunk in stream:
+                writer.write(chunk.text)
+            answer = stream.answer
+            writer.finish(_mark(answer))
+        if answer.finish_reason == "cancelled" and not answer.text:
+            self.chat.messages[:] = before  # nothing was said: as if it had not been asked
+            self.draft = text
+        else:
+            self._last = answer
+
+    def compare(self, text: str) -> None:
+        """Answer with and without contrast, with one seed; the chat stays as it is."""
+        options = self.chat.options.replace({"plain": False})
+        first = self._aside(text, options)
+        second = self._aside(text, options.replace({"plain": True, "seed": first.seed}))
+        answers: list[Answer] = []
+        labels = [f"with contrast ({self.contrast_label(plain=False)})", "without contrast"]
+        with self.view.compare(labels) as writer:
+            for column, stream in enumerate((first, second)):
+                with self._signals.answering(stream.cancel), stream:
+                    for chunk in stream:
+                        writer.write(column, chunk.text)
+                    answers.append(stream.answer)
+                if answers[-1].finish_reason == "cancelled":
+                    break
+            writer.finish(_comparison(answers))
+        if answers[0].text:
+            self._last = answers[0]
+
+    def _aside(self, text: str, options: Options) -> AnswerStream:
+        messages: list[Any] = [*self.chat.messages, {"role": "user", "content": text}]
+        return self.engine.generate(
+            messages, options, system=self.chat.system, pair=self.chat.pair, on_event=self._on_event
+        )
+
+    def _on_event(self, event: TurnsDropped) -> None:
+        self.view.notice(f"context full: left out the oldest {event.messages} messages")
+
+    def last_answer(self) -> Answer:
+        if self._last is None:
+            raise UsageError("there is no answer yet")
+        return self._last
+
+    def forget_answer(self) -> None:
+        self._last = None
+
+    # -- state in words -----------------------------------------------------------------------------------------------
+
+    def contrast_label(self, *, plain: bool | None = None) -> str:
+        """Settings in force; `plain` asks for those that would be."""
+        options = self.chat.options if plain is None else self.chat.options.replace({"plain": plain})
+        settings = resolve_contrast(options, self.chat.pair)
+        if options.plain:
+            return "plain"
+        return f"alpha {settings.alpha:g}, beta {settings.beta:g}{', raw' if settings.raw else ''}"
+
+    @property
+    def model_name(self) -> str:
+        return self.engine.info.name or self.engine.info.path.stem
+
+    def toolbar(self, width: int) -> str:
+        """Model, pair, contrast, context per stream, speed: in short forms where the window is narrow."""
+        alpha = self.contrast_label().partition(",")[0]
+        pair, name = self.chat.pair.name, self.model_name
+        context, short_context, speed = self._figures()
+        long = " · ".join([name, f"pair {pair}", alpha, *context, *speed])
+        if len(long) <= width:
+            return long
+        rest = "".join(f" · {part}" for part in [pair, alpha, *short_context, *speed])
+        room = width - len(rest)
+        if room >= 4:
+            return (name if len(name) <= room else f"{name[: room - 1]}…") + rest
+        return rest.removeprefix(" · ")[:width]
+
+    def _figures(self) -> tuple[list[str], list[str], list[str]]:
+        """Context used per stream, the same in short, and speed; empty before the first answer."""
+        answer, n = self._last, self.engine.n_ctx
+        if answer is None:
+            return [], [], []
+        streams = answer.context_used[: 1 if answer.contrast.alpha == 0 else 2]
+        named = [f"{stream} {used}/{n}" for stream, used in zip(("safe", "adversarial"), streams, strict=False)]
+        short = " ".join(f"{used}/{n}" for used in streams)
+        return [f"context {', '.join(named)}"], [short], [f"{answer.timings.tokens_per_second:.1f} tokens/s"]
+
+
+def _mark(answer: Answer) -> str | None:
+    """Why the answer ends, where that is not the model's own doing."""
+    return {"cancelled": STOPPED, "length": CUT}.get(answer.finish_reason)
+
+
+def _comparison(answers: list[Answer]) -> str:
+    if answers[-1].finish_reason == "cancelled":
+        return STOPPED
+    with_contrast, without = answers
+    same = ", both answers are the same" if with_contrast.text == without.text else ""
+    return f"seed {with_contrast.seed}{same}"
