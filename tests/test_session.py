@@ -299,10 +299,15 @@ def test_default_context_is_4096_or_the_models_own_limit(tiny: Callable[..., Pat
 
 
 def test_cancel_from_another_thread_while_decoding(engine: Engine) -> None:
-    stream = engine.generate("Hi", Options(temp=1.0))
-    threading.Timer(0.15, stream.cancel).start()
+    stream = engine.generate("Hi", SHORT)
+    next(stream)
+    said_before = len(stream._records)
+    thread = threading.Thread(target=stream.cancel)
+    thread.start()
+    thread.join()
     answer = stream.run()
     assert answer.finish_reason == "cancelled"
+    assert len(answer.tokens) == said_before
     assert answer.text == stream.text
     assert said("Hi", engine)
 
