@@ -48,7 +48,7 @@ class ContrastStats:
         positions: sampled positions, the one that ended the answer included.
         changed: positions where the same draw on the safe stream alone (alpha 0, same beta) would have given another
             token.
-        mean_divergence: mean KL(S || A) over positions, nats; None without a second stream.
+        mean_divergence: mean KL(S || A) over positions, nats; None where it was not asked for.
     """
 
     alpha: float

@@ -56,6 +56,7 @@ class Chat:
         text: str,
         *,
         on_event: Callable[[TurnsDropped], None] | None = None,
+        divergence: bool = False,
         trace: bool = False,
         **options: Any,
     ) -> ChatStream:
@@ -65,12 +66,13 @@ class Chat:
         then). After an error, or if it was stopped before its first word, the conversation is as it was.
 
         Args:
+            on_event, divergence, trace: as in `Engine.generate`.
             options: changes to the chat's options for this answer, by name (see `Options`).
 
         Raises:
             UsageError, ContextError, EngineBusyError: from the first `next`.
         """
-        return ChatStream(self, text, self.options.replace(options), trace, on_event)
+        return ChatStream(self, text, self.options.replace(options), on_event, divergence=divergence, trace=trace)
 
     def ask(self, text: str, on_text: Callable[[str], None] | None = None, **options: Any) -> Answer:
         """Say something and wait for the whole answer; `on_text` receives it as it comes."""
@@ -80,6 +82,7 @@ class Chat:
         self,
         *,
         on_event: Callable[[TurnsDropped], None] | None = None,
+        divergence: bool = False,
         trace: bool = False,
         **options: Any,
     ) -> ChatStream:
@@ -87,7 +90,8 @@ class Chat:
         if len(self.messages) < 2:
             raise UsageError("there is no answer to make again")
         options.setdefault("seed", None)
-        return ChatStream(self, self.messages[-2].content, self.options.replace(options), trace, on_event, replace=True)
+        changed, question = self.options.replace(options), self.messages[-2].content
+        return ChatStream(self, question, changed, on_event, divergence=divergence, trace=trace, replace=True)
 
     def undo(self) -> bool:
         """Forget the last user message and its answer; False if there is none."""
@@ -153,9 +157,10 @@ class ChatStream:
         chat: Chat,
         text: str,
         options: Options,
-        trace: bool,
         on_event: Callable[[TurnsDropped], None] | None,
         *,
+        divergence: bool,
+        trace: bool,
         replace: bool = False,
     ) -> None:
         self._chat = chat
@@ -163,7 +168,13 @@ class ChatStream:
         self._replace = replace
         self._on_event = on_event
         self._inner: AnswerStream = chat._engine.generate(
-            self._sent_messages(), options, system=chat.system, pair=chat.pair, trace=trace, on_event=self._dropped
+            self._sent_messages(),
+            options,
+            system=chat.system,
+            pair=chat.pair,
+            divergence=divergence,
+            trace=trace,
+            on_event=self._dropped,
         )
         self._dropped_now = 0
         self._chunks = self._run()

@@ -125,6 +125,7 @@ class Engine:
         *,
         system: str | None = None,
         pair: PromptPair | str | None = None,
+        divergence: bool = False,
         trace: bool = False,
         on_event: OnEvent | None = None,
         cancel: CancelToken | None = None,
@@ -136,6 +137,7 @@ class Engine:
             options: sampling, contrast and limits of this answer.
             system: the application's system prompt; it follows the pair's in both streams.
             pair: another pair for this answer.
+            divergence: measure KL(S || A) at every position (0.2 ms per token at a vocabulary of 49k).
             trace: record both streams' log probabilities per token.
             on_event: called when turns had to be dropped.
             cancel: set it to stop the answer from elsewhere; by default the stream has its own.
@@ -153,6 +155,7 @@ class Engine:
             options or Options(),
             system if own_system is None else own_system,
             self.pair if pair is None else self._resolve_pair(pair),
+            divergence,
             trace,
             on_event,
             cancel or CancelToken(),
@@ -276,6 +279,7 @@ class AnswerStream:
         options: Options,
         system: str | None,
         pair: PromptPair,
+        divergence: bool,
         trace: bool,
         on_event: OnEvent | None,
         cancel: CancelToken,
@@ -285,6 +289,7 @@ class AnswerStream:
         self._options = options
         self._system = system
         self.pair = pair
+        self._divergence = divergence
         self._trace = trace
         self._on_event = on_event
         self._cancel = cancel
@@ -410,6 +415,7 @@ class AnswerStream:
             self.settings,
             limit=prompt.room,
             grammar=None if gbnf is None else GrammarGuard(engine.vocab, gbnf),
+            divergence=self._divergence,
             trace=self._trace,
         )
 

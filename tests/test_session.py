@@ -45,7 +45,7 @@ def said(text_or_messages: object, engine: Engine, **options: object) -> str:
 
 
 def test_an_answer_streams_and_reports(engine: Engine) -> None:
-    stream = engine.generate("What is water?", Options(max_tokens=12, seed=5))
+    stream = engine.generate("What is water?", Options(max_tokens=12, seed=5), divergence=True)
     pieces = [chunk.text for chunk in stream]
     answer = stream.answer
     assert "".join(pieces) == answer.text == stream.text

@@ -80,18 +80,15 @@ def against(
         NumericalError: a logit is NaN or +inf, or no token has a finite score.
     """
     _largest(adversarial, "adversarial")
-    reference = adversarial[ids]
-    possible = reference > -np.inf
-    if not possible.all():
-        ids, safe_logits, reference = ids[possible], safe_logits[possible], reference[possible]
-    with np.errstate(over="ignore"):
-        scores = safe_logits.astype(np.float64) - alpha * reference.astype(np.float64)
-        if not raw:
-            scores /= 1.0 - min(alpha, MAX_DIVISOR_ALPHA)
-        result: Logits = scores.astype(np.float32)
-    if len(ids) == 0 or not np.isfinite(result).all():
-        raise NumericalError(f"the contrast with alpha {alpha:g} leaves no token with a finite score")
-    return ids, result
+    divisor = 1.0 if raw else 1.0 - min(alpha, MAX_DIVISOR_ALPHA)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scores: Logits = ((safe_logits - np.float64(alpha) * adversarial[ids]) / divisor).astype(np.float32)
+    if not np.isfinite(scores).all():
+        possible = adversarial[ids] > -np.inf
+        ids, scores = ids[possible], scores[possible]
+        if len(ids) == 0 or not np.isfinite(scores).all():
+            raise NumericalError(f"the contrast with alpha {alpha:g} leaves no token with a finite score")
+    return ids, scores
 
 
 class Divergence:
@@ -101,6 +98,7 @@ class Divergence:
         self._safe = np.empty(n_vocab, np.float32)
         self._adversarial = np.empty(n_vocab, np.float32)
         self._gap = np.empty(n_vocab, np.float32)
+        self._ones = np.ones(n_vocab, np.float32)
 
     def __call__(self, safe: Logits, adversarial: Logits) -> float:
         """Both of shape (n_vocab,). A token at -inf in the safe stream adds nothing; one that only the adversarial
@@ -112,7 +110,7 @@ class Divergence:
             np.subtract(s, a, out=gap)
             np.exp(s, out=s)
             np.exp(a, out=a)
-            total, other_total = float(s.sum()), float(a.sum())
+            total, other_total = float(np.dot(s, self._ones)), float(np.dot(a, self._ones))  # faster than sum()
             mean_gap = float(np.dot(s, gap)) / total
         if math.isnan(mean_gap):
             gap[s == 0] = 0.0

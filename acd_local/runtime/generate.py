@@ -45,7 +45,7 @@ class Step:
     Attributes:
         token: what was sampled.
         safe_choice: what the same draw gives on the safe stream's scores alone.
-        divergence: KL(S || A) in nats at this position, None without a second stream.
+        divergence: KL(S || A) in nats at this position, where asked for and there is a second stream.
         ends: the token ends the answer and adds no text.
         trace: filled where asked for.
     """
@@ -75,6 +75,7 @@ def generate(
     *,
     limit: int,
     grammar: GrammarGuard | None = None,
+    divergence: bool = False,
     trace: bool = False,
 ) -> Iterator[Step]:
     """Sample up to `limit` tokens from the contrast of two streams.
@@ -82,14 +83,15 @@ def generate(
     Args:
         first: logits after the prompt, (safe, adversarial), each of shape (n_vocab,); they are overwritten.
         decode: feeds a token back; called once per token but the last.
+        divergence, trace: fill these fields of the steps; each takes a few passes over the vocabulary.
 
     Raises:
         NumericalError: a stream produced NaN.
     """
     safe, adversarial = first
-    divergence = Divergence(len(safe))
+    measure = Divergence(len(safe)) if divergence else None
     for position in range(limit):
-        kl = None if adversarial is None else divergence(safe, adversarial)
+        kl = None if adversarial is None or measure is None else measure(safe, adversarial)
         # 1. Control tokens that do not end the answer are never said; a grammar narrows further.
         legal = safe.copy() if trace else safe  # the arrays are ours until the next decode
         legal[vocabulary.banned] = -np.inf

@@ -313,6 +313,8 @@ class Context:
         self._flag = ctypes.create_string_buffer(2)
         C.llama_set_abort_callback(self._ptr, _abort_if_flag_set, ctypes.cast(self._flag, ctypes.c_void_p))
         self._rows = _BatchRows(self.n_batch)
+        self._view: Logits = np.empty((0, 0), np.float32)
+        self._view_of = (0, 0)
         self.seconds = 0.0  # spent inside llama.cpp by decode() and logits(), for the benchmark
 
     @property
@@ -350,9 +352,11 @@ class Context:
         if not pointer:
             raise InternalError("llama.cpp returned no logits")
         address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
-        size = n_outputs * self.model.n_vocab
-        flat: Logits = np.frombuffer((ctypes.c_float * size).from_address(address), np.float32)  # type: ignore[call-overload]
-        return flat.reshape(n_outputs, self.model.n_vocab)
+        if (address, n_outputs) != self._view_of:  # llama.cpp rarely moves its buffer
+            size = n_outputs * self.model.n_vocab
+            flat: Logits = np.frombuffer((ctypes.c_float * size).from_address(address), np.float32)  # type: ignore[call-overload]
+            self._view, self._view_of = flat.reshape(n_outputs, self.model.n_vocab), (address, n_outputs)
+        return self._view
 
     def truncate(self, seq: int, length: int) -> bool:
         """Drop positions >= length from a sequence; False where the memory cannot (llama_memory_seq_rm)."""

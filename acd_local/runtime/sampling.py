@@ -107,6 +107,8 @@ class TokenSampler:
 
 def _truncation(o: Options) -> list[llama.Sampler]:
     stages = []
+    if o.temp == 0:  # these three never take the best token away
+        return [llama.typical(o.typical)] if o.typical < 1 else []
     if o.top_k > 0:
         stages.append(llama.top_k(o.top_k))
     if o.typical < 1:

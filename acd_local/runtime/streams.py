@@ -219,6 +219,8 @@ def _chunks(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
     The last batch holds the last rows of all sequences, so that all logits come out of one decode.
     """
+    if sum(lengths) <= capacity:
+        return [list(lengths)]
     left = list(lengths)
     chunks: list[list[int]] = []
     while any(left):
