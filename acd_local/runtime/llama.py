@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 from llama_cpp import llama_cpp as C
@@ -28,6 +28,7 @@ from acd_local.errors import EngineClosedError, InternalError, ModelError, Numer
 
 Logits = NDArray[np.float32]
 TokenIds = NDArray[np.int32]
+Row: TypeAlias = Sequence[int] | NDArray[Any]
 
 ATTR_UNKNOWN = C.LLAMA_TOKEN_ATTR_UNKNOWN
 ATTR_UNUSED = C.LLAMA_TOKEN_ATTR_UNUSED
@@ -323,8 +324,8 @@ class Context:
             raise EngineClosedError("the engine was closed")
         return self._ptr
 
-    def decode(self, tokens: TokenIds, seqs: TokenIds, positions: TokenIds, outputs: NDArray[np.int8]) -> None:
-        """Run one batch of rows, all arrays of shape (rows,), rows <= n_batch (llama_decode).
+    def decode(self, tokens: Row, seqs: Row, positions: Row, outputs: Row) -> None:
+        """Run one batch of rows, all arguments of shape (rows,), rows <= n_batch (llama_decode).
 
         Raises:
             DecodeAborted: `cancel()` was called; rows of unfinished batches are not in the caches.
@@ -432,7 +433,7 @@ class _BatchRows:
         ):
             setattr(self._batch, name, ctypes.cast(array.ctypes.data, fields[name]))
 
-    def fill(self, tokens: TokenIds, seqs: TokenIds, positions: TokenIds, outputs: NDArray[np.int8]) -> Any:
+    def fill(self, tokens: Row, seqs: Row, positions: Row, outputs: Row) -> Any:
         n = len(tokens)
         if n > len(self._token):
             raise InternalError(f"a batch of {n} rows exceeds the {len(self._token)} this context takes")

@@ -198,19 +198,18 @@ def _decode_chunk(
     *,
     outputs: bool,
 ) -> None:
-    total = sum(chunk)
-    tokens, seqs = np.empty(total, np.int32), np.empty(total, np.int32)
-    positions, wanted = np.empty(total, np.int32), np.zeros(total, np.int8)
-    at = 0
+    tokens: list[int] = []
+    seqs: list[int] = []
+    positions: list[int] = []
+    wanted: list[int] = []
     for (cache, pending), d, n in zip(work, done, chunk, strict=True):
-        rows = slice(at, at + n)
         start = len(cache.tokens)
-        tokens[rows] = pending[d : d + n]
-        seqs[rows] = cache.seq
-        positions[rows] = np.arange(start, start + n)
-        at += n
+        tokens += pending[d : d + n]
+        seqs += [cache.seq] * n
+        positions += range(start, start + n)
+        wanted += [0] * n
         if outputs:
-            wanted[at - 1] = 1
+            wanted[-1] = 1
     context.decode(tokens, seqs, positions, wanted)
 
 
