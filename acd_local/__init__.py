@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from acd_local.answers import Answer, Chunk, ContrastStats, Timings, TokenRecord
+    from acd_local.answering import AnswerStream
+    from acd_local.answers import Answer, Chunk, ContrastStats, Timings, TokenRecord, TurnsDropped
     from acd_local.chat import Chat
     from acd_local.errors import (
         AcdError,
@@ -35,11 +36,12 @@ if TYPE_CHECKING:
     from acd_local.pairs import PromptPair
     from acd_local.runtime.cancel import CancelToken
     from acd_local.runtime.template import Message
-    from acd_local.session import AnswerStream, Engine, TurnsDropped
+    from acd_local.session import Engine
     from acd_local.session import Engine as load
 
 _HOMES = {
-    "acd_local.answers": ("Answer", "Chunk", "ContrastStats", "Timings", "TokenRecord"),
+    "acd_local.answering": ("AnswerStream",),
+    "acd_local.answers": ("Answer", "Chunk", "ContrastStats", "Timings", "TokenRecord", "TurnsDropped"),
     "acd_local.chat": ("Chat",),
     "acd_local.errors": (
         "AcdError",
@@ -57,7 +59,7 @@ _HOMES = {
     "acd_local.pairs": ("PromptPair",),
     "acd_local.runtime.cancel": ("CancelToken",),
     "acd_local.runtime.template": ("Message",),
-    "acd_local.session": ("AnswerStream", "Engine", "TurnsDropped"),
+    "acd_local.session": ("Engine",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names} | {"load": "acd_local.session"}
 

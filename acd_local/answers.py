@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from acd_local.runtime.generate import TokenTrace
 
 FinishReason = Literal["stop", "stop_string", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class TurnsDropped:
+    """Event: the context was full, so the oldest `messages` of the conversation were left out of both streams."""
+
+    messages: int
+
+
+OnEvent = Callable[[TurnsDropped], None]
 
 
 @dataclass(frozen=True)

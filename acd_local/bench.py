@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from acd_local.errors import InternalError
+from acd_local.answering import AnswerStream
+from acd_local.errors import InternalError, UsageError
 from acd_local.options import Options
 from acd_local.runtime import llama
 from acd_local.runtime.streams import LAYOUTS
 from acd_local.runtime.template import Message
 from acd_local.runtime.threads import physical_cores
-from acd_local.session import AnswerStream, Engine
+from acd_local.session import Engine
 
 QUESTIONS = (
     "How do I get red wine out of a carpet?",
@@ -106,6 +107,8 @@ def run(
         rounds: how often every case is measured.
         memory: also start one process per case for its peak memory.
     """
+    if tokens < 2 or rounds < 1:
+        raise UsageError(f"a benchmark needs at least 2 tokens and 1 round, not {tokens} and {rounds}")
     threads = threads or physical_cores()
     settings: dict[str, Any] = {"threads": threads, "ctx_size": ctx_size}
     with ExitStack() as stack:
@@ -173,14 +176,14 @@ def _decode(context: llama.Context, tokens: list[int], start: int) -> llama.Logi
 def _engine(engine: Engine, question: str, tokens: int, case: Case, plain_s: float, *, counts: bool) -> None:
     """The whole engine, text and statistics included."""
     stream, contexts = _ask(engine, question, tokens, plain=case.name == ENGINE_PLAIN), engine._streams.contexts
-    next(stream, None)
-    inside, started = sum(context.seconds for context in contexts), time.perf_counter()
+    started, inside = time.perf_counter(), 0.0
     for _ in stream:
-        pass
+        inside = inside or sum(context.seconds for context in contexts)  # once the prompt is decoded
     seconds = time.perf_counter() - started
     inside = sum(context.seconds for context in contexts) - inside
-    steps = max(1, len(stream.answer.tokens) - 1)
-    first, per_token = stream.answer.timings.prompt_seconds, seconds / steps
+    timings, steps = stream.answer.timings, max(1, len(stream.answer.tokens) - 1)
+    first, seconds = timings.prompt_seconds, seconds - timings.prompt_seconds
+    per_token = seconds / steps
     if counts:
         case.tokens_per_second.append(1 / per_token)
         case.ratio.append(per_token / plain_s)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from acd_local.answers import Answer, Chunk
+from acd_local.answering import AnswerStream, Handle
+from acd_local.answers import Answer, Chunk, OnEvent, TurnsDropped
 from acd_local.errors import EngineBusyError, UsageError
 from acd_local.options import Options
 from acd_local.pairs import PromptPair, refuse_adversarial
@@ -16,7 +17,7 @@ from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.template import Message
 
 if TYPE_CHECKING:
-    from acd_local.session import AnswerStream, Engine, TurnsDropped
+    from acd_local.session import Engine
 
 FILE_FORMAT = 1
 
@@ -31,6 +32,8 @@ class Chat:
         system: the application's system prompt, appended to the pair's.
         options: defaults of every answer.
         pair: the prompt pair in use.
+        first_sent: index of the first message that is still sent.
+        answering: what cancels the answer that is being made; None while there is none.
     """
 
     def __init__(
@@ -41,21 +44,21 @@ class Chat:
         options: Options | None = None,
         pair: PromptPair | None = None,
     ) -> None:
-        self._engine = engine
+        self.engine = engine
         self.pair = pair or engine.pair
         if system:
             refuse_adversarial(system, self.pair)
         self.system = system
         self.options = options or Options()
         self.messages: list[Message] = []
-        self._first = 0  # index of the first message that is still sent
-        self._cancel: CancelToken | None = None
+        self.first_sent = 0
+        self.answering: CancelToken | None = None
 
     def stream(
         self,
         text: str,
         *,
-        on_event: Callable[[TurnsDropped], None] | None = None,
+        on_event: OnEvent | None = None,
         divergence: bool = False,
         trace: bool = False,
         **options: Any,
@@ -72,7 +75,10 @@ class Chat:
         Raises:
             UsageError, ContextError, EngineBusyError: from the first `next`.
         """
-        return ChatStream(self, text, self.options.replace(options), on_event, divergence=divergence, trace=trace)
+        if not isinstance(text, str):
+            raise UsageError(f"a message must be a text, not {type(text).__name__}")
+        changed = self.options.replace(options)
+        return ChatStream(_Turn(self, text, changed, on_event, divergence=divergence, trace=trace))
 
     def ask(self, text: str, on_text: Callable[[str], None] | None = None, **options: Any) -> Answer:
         """Say something and wait for the whole answer; `on_text` receives it as it comes."""
@@ -81,7 +87,7 @@ class Chat:
     def regenerate(
         self,
         *,
-        on_event: Callable[[TurnsDropped], None] | None = None,
+        on_event: OnEvent | None = None,
         divergence: bool = False,
         trace: bool = False,
         **options: Any,
@@ -90,27 +96,34 @@ class Chat:
         if len(self.messages) < 2:
             raise UsageError("there is no answer to make again")
         options.setdefault("seed", None)
-        changed, question = self.options.replace(options), self.messages[-2].content
-        return ChatStream(self, question, changed, on_event, divergence=divergence, trace=trace, replace=True)
+        changed = self.options.replace(options)
+        return ChatStream(_Turn(self, None, changed, on_event, divergence=divergence, trace=trace))
 
     def undo(self) -> bool:
         """Forget the last user message and its answer; False if there is none."""
+        self.check_idle()
         if not self.messages:
             return False
         del self.messages[-2:]
-        self._first = min(self._first, len(self.messages))
+        self.first_sent = 0  # there may be room again for turns that were dropped
         return True
 
     def clear(self) -> None:
         """Forget all turns."""
+        self.check_idle()
         self.messages.clear()
-        self._first = 0
+        self.first_sent = 0
 
     def cancel(self) -> None:
         """Stop the answer that is being made, if any. Safe from any thread."""
-        token = self._cancel
+        token = self.answering
         if token is not None:
             token.set()
+
+    def check_idle(self) -> None:
+        """Raises EngineBusyError while an answer of this chat is being made."""
+        if self.answering is not None:
+            raise EngineBusyError("this chat is still answering: wait for it or cancel it")
 
     def save(self, path: Path | str) -> None:
         """Write the conversation as JSON, whole or not at all.
@@ -118,21 +131,24 @@ class Chat:
         Raises:
             UsageError: the file cannot be written.
         """
-        path = Path(path).expanduser()
         record = {
             "format": FILE_FORMAT,
-            "model": {"name": self._engine.info.name, "tokenizer": self._engine.info.tokenizer},
+            "model": {"name": self.engine.info.name, "tokenizer": self.engine.info.tokenizer},
             "pair": str(self.pair.path or self.pair.name),
             "pair_name": self.pair.name,
             "system": self.system,
             "messages": [{"role": m.role, "content": m.content} for m in self.messages],
         }
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+        partial = None
         try:
-            partial.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
-        except (OSError, ValueError) as error:
-            partial.unlink(missing_ok=True)
+            target = Path(path).expanduser()
+            partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+            partial.write_text(text, encoding="utf-8", errors="replace")
+            partial.replace(target)
+        except (OSError, ValueError, RuntimeError) as error:
+            if partial is not None:
+                partial.unlink(missing_ok=True)
             raise UsageError(f"cannot save the chat to {path}: {_reason(error)}") from None
 
     def load(self, path: Path | str) -> None:
@@ -141,117 +157,87 @@ class Chat:
         Raises:
             UsageError: the file is missing or no saved chat; this chat is as it was.
         """
+        self.check_idle()
         record = read_saved(path)
         if record["system"]:
             refuse_adversarial(record["system"], self.pair)
         self.system = record["system"]
         self.messages = [Message(m["role"], m["content"]) for m in record["messages"]]
-        self._first = 0
+        self.first_sent = 0
 
 
-class ChatStream:
-    """An answer being made within a chat; see `AnswerStream` for what it offers."""
+class ChatStream(Handle):
+    """An answer being made within a chat."""
+
+
+class _Turn:
+    """One question and its answer in the making."""
 
     def __init__(
         self,
         chat: Chat,
-        text: str,
+        question: str | None,
         options: Options,
-        on_event: Callable[[TurnsDropped], None] | None,
+        on_event: OnEvent | None,
         *,
         divergence: bool,
         trace: bool,
-        replace: bool = False,
     ) -> None:
         self._chat = chat
-        self._question = Message("user", text)
-        self._replace = replace
+        self._question = question  # None: the last one again
+        self._options = options
         self._on_event = on_event
-        self._inner: AnswerStream = chat._engine.generate(
-            self._sent_messages(),
-            options,
-            system=chat.system,
-            pair=chat.pair,
-            divergence=divergence,
-            trace=trace,
-            on_event=self._dropped,
-        )
-        self._dropped_now = 0
-        self._chunks = self._run()
+        self._observe = {"divergence": divergence, "trace": trace}
+        self._inner: AnswerStream | None = None
+        self._dropped = 0
+        self.cancel = CancelToken()
+        self.result: Answer | None = None
 
-    def _sent_messages(self) -> list[Message]:
+    @property
+    def text(self) -> str:
+        return self._inner.text if self._inner is not None else ""
+
+    def chunks(self) -> Generator[Chunk, None, None]:
         chat = self._chat
-        past = chat.messages[chat._first : len(chat.messages) - 2 * self._replace]
-        return [*past, self._question]
-
-    def _dropped(self, event: TurnsDropped) -> None:
-        self._dropped_now = event.messages
-        if self._on_event is not None:
-            self._on_event(event)
-
-    def _run(self) -> Generator[Chunk, None, None]:
-        chat = self._chat
-        if chat._cancel is not None:
-            raise EngineBusyError("this chat is still answering: wait for it or cancel it")
-        chat._cancel = self._inner._cancel
+        chat.check_idle()
+        past = chat.messages if self._question is not None else chat.messages[:-2]
+        text = self._question if self._question is not None else chat.messages[-2].content
+        question = Message("user", text)
+        stream = self._inner = self.start(chat.engine, [*past[chat.first_sent :], question])
         failed = False
+        chat.answering = self.cancel
         try:
-            yield from self._inner
+            yield from stream
+            self.result = stream.answer
         except GeneratorExit:
             raise
         except BaseException:
             failed = True
             raise
         finally:
-            chat._cancel = None
-            self._inner.close()
-            if not failed:
-                self._remember()
+            chat.answering = None
+            stream.close()
+            complete = self.result is not None and self.result.finish_reason != "cancelled"
+            if not failed and (complete or stream.text):  # stopped before the first word: as if not asked
+                chat.messages[len(past) :] = [question, Message("assistant", stream.text)]
+                chat.first_sent += self._dropped
 
-    def _remember(self) -> None:
+    def start(self, engine: Engine, messages: list[Message]) -> AnswerStream:
         chat = self._chat
-        if not self._inner.text and not self._inner.complete:
-            return  # stopped before the first word: as if it had not been asked
-        if self._replace:
-            del chat.messages[-2:]
-        chat.messages += [self._question, Message("assistant", self._inner.text)]
-        chat._first += self._dropped_now
+        return engine.generate(
+            messages,
+            self._options,
+            system=chat.system,
+            pair=chat.pair,
+            on_event=self._note,
+            cancel=self.cancel,
+            **self._observe,
+        )
 
-    def __iter__(self) -> Iterator[Chunk]:
-        return self
-
-    def __next__(self) -> Chunk:
-        return next(self._chunks)
-
-    def run(self, on_text: Callable[[str], None] | None = None) -> Answer:
-        """Decode to the end, handing text to `on_text` as it comes."""
-        for chunk in self:
-            if on_text is not None:
-                on_text(chunk.text)
-        return self.answer
-
-    @property
-    def answer(self) -> Answer:
-        """The finished answer; raises UsageError before the end."""
-        return self._inner.answer
-
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return self._inner.text
-
-    def cancel(self) -> None:
-        """End the answer within one decoding step. Safe from any thread."""
-        self._inner.cancel()
-
-    def close(self) -> None:
-        self._chunks.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _note(self, event: TurnsDropped) -> None:
+        self._dropped = event.messages
+        if self._on_event is not None:
+            self._on_event(event)
 
 
 def read_saved(path: Path | str) -> Mapping[str, Any]:
@@ -260,10 +246,9 @@ def read_saved(path: Path | str) -> Mapping[str, Any]:
     Raises:
         UsageError: one line that says what is wrong with the file.
     """
-    path = Path(path).expanduser()
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        record = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError) as error:  # RecursionError is a RuntimeError
         raise UsageError(f"cannot load a chat from {path}: {_reason(error)}") from None
     if not isinstance(record, dict) or not isinstance(record.get("format"), int):
         raise UsageError(f"{path} is no saved chat: it has no format number")

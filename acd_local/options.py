@@ -137,11 +137,12 @@ def _describe(low: float, high: float) -> str:
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    raise UsageError(f"{name} must be a string or a list of strings, not {value!r}")
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+        raise UsageError(f"{name} must be a string or a list of strings, not {value!r}")
+    for item in items:
+        _check_unicode(name, item)
+    return tuple(items)
 
 
 def _check_type(name: str, annotation: object, value: object) -> None:
@@ -159,3 +160,13 @@ def _check_type(name: str, annotation: object, value: object) -> None:
         raise UsageError(f"{name} must be a number, not {value!r}")
     if "str" in kinds and not isinstance(value, str):
         raise UsageError(f"{name} must be a string, not {value!r}")
+    if isinstance(value, str):
+        _check_unicode(name, value)
+
+
+def _check_unicode(name: str, text: str) -> None:
+    """JSON can carry half a surrogate pair, which has no UTF-8 form for llama.cpp."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{name} holds half a surrogate pair, which is no text") from None

@@ -3,49 +3,35 @@
 from __future__ import annotations
 
 import atexit
-import secrets
 import threading
-import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from acd_local import pairs
-from acd_local.answers import Answer, Chunk, ContrastStats, FinishReason, Timings, TokenRecord
+from acd_local.answering import Answering, AnswerStream
+from acd_local.answers import OnEvent
 from acd_local.chat import Chat
 from acd_local.errors import EngineBusyError, EngineClosedError, UsageError
 from acd_local.models import resolve as resolve_model
-from acd_local.options import MAX_SEED, Options
+from acd_local.options import Options
 from acd_local.pairs import PromptPair
-from acd_local.runtime import grammar, llama, probe
+from acd_local.runtime import llama, probe
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.generate import ContrastSettings, Step, Vocabulary, generate
+from acd_local.runtime.generate import Vocabulary
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.prefixes import PrefixStore, common_prefix
 from acd_local.runtime.prompts import Prompt, PromptBuilder
-from acd_local.runtime.sampling import GrammarGuard, TokenSampler
 from acd_local.runtime.streams import Cache, Layout, Slot, Streams, extend
 from acd_local.runtime.template import ChatTemplate, Message
-from acd_local.runtime.text import TextStream
 from acd_local.runtime.threads import physical_cores
 
 DEFAULT_CTX_SIZE = 4096
 
 # Never sampled unless they end the answer.
 _NOT_TEXT = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN | llama.ATTR_UNUSED
-
-
-@dataclass(frozen=True)
-class TurnsDropped:
-    """Event: the context was full, so the oldest `messages` of the conversation were left out of both streams."""
-
-    messages: int
-
-
-OnEvent = Callable[[TurnsDropped], None]
 
 
 class Engine:
@@ -149,7 +135,7 @@ class Engine:
         turns, own_system = _turns(messages)
         if own_system is not None and system is not None:
             raise UsageError("give the system prompt as `system` or as the first message, not both")
-        return AnswerStream(
+        work = Answering(
             self,
             turns,
             options or Options(),
@@ -160,6 +146,7 @@ class Engine:
             on_event,
             cancel or CancelToken(),
         )
+        return AnswerStream(work)
 
     def chat(
         self,
@@ -191,8 +178,8 @@ class Engine:
     # -- used by AnswerStream -----------------------------------------------------------------------------------------
 
     @contextmanager
-    def _slot(self, prompt: Sequence[int], cancel: CancelToken) -> Iterator[Slot]:
-        """The free slot that already holds most of `prompt`; waits for one unless this thread holds them all."""
+    def _slot(self, prompt: Prompt, cancel: CancelToken) -> Iterator[Slot]:
+        """The free slot that fits `prompt` best; waits for one unless this thread holds them all."""
         me = threading.get_ident()
         with self._free:
             while not self._idle:
@@ -206,7 +193,7 @@ class Engine:
                         "or load with conversations=2"
                     )
                 self._free.wait(0.05)
-            slot = max(self._idle, key=lambda s: common_prefix(s.safe.tokens, prompt))
+            slot = max(self._idle, key=lambda s: _gain(s.safe.tokens, prompt))  # of equals the longest unused
             self._idle.remove(slot)
             self._holders.append(me)
         try:
@@ -218,18 +205,16 @@ class Engine:
                 self._free.notify()
 
     def _extend(self, work: Sequence[tuple[Cache, Sequence[int]]], cancel: CancelToken) -> list[Logits]:
-        with self._open():
+        with self._open(), cancel.interrupting(self._streams.cancel):
             self._streams.resume()
-            cancel.interrupting(self._streams.cancel)
+            self._check_open()  # close() may have asked for a stop just before
+            if cancel.is_set:
+                raise DecodeAborted
             try:
-                if cancel.is_set:
-                    raise DecodeAborted
                 return extend(work)
             except DecodeAborted:
                 self._check_open()
                 raise
-            finally:
-                cancel.interrupting(None)
 
     def _prefill(self, slot: Slot, prompt: Prompt, cancel: CancelToken) -> tuple[tuple[Logits, Logits | None], int]:
         """Logits after the prompt, and how many rows were decoded for them."""
@@ -266,221 +251,10 @@ class Engine:
         return found
 
 
-class AnswerStream:
-    """One answer while it is made: iterate for text chunks, then read `answer`.
-
-    Closing it early (close(), a `with` block, or dropping it) stops decoding and frees its slot.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        turns: Sequence[Message],
-        options: Options,
-        system: str | None,
-        pair: PromptPair,
-        divergence: bool,
-        trace: bool,
-        on_event: OnEvent | None,
-        cancel: CancelToken,
-    ) -> None:
-        self._engine = engine
-        self._turns = turns
-        self._options = options
-        self._system = system
-        self.pair = pair
-        self._divergence = divergence
-        self._trace = trace
-        self._on_event = on_event
-        self._cancel = cancel
-        self.seed = secrets.randbelow(MAX_SEED + 1) if options.seed is None else options.seed
-        self.settings = resolve_contrast(options, pair)
-        self._records: list[TokenRecord] = []
-        self._text: list[str] = []
-        self._divergences: list[float] = []
-        self._answer: Answer | None = None
-        self._chunks = self._run()
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return self
-
-    def __next__(self) -> Chunk:
-        return next(self._chunks)
-
-    def run(self, on_text: Callable[[str], None] | None = None) -> Answer:
-        """Decode to the end, handing text to `on_text` as it comes."""
-        for chunk in self:
-            if on_text is not None:
-                on_text(chunk.text)
-        return self.answer
-
-    @property
-    def answer(self) -> Answer:
-        """The finished answer; only there once the iteration ended.
-
-        Raises:
-            UsageError: it has not.
-        """
-        if self._answer is None:
-            raise UsageError("the answer is not finished: iterate over the stream first")
-        return self._answer
-
-    @property
-    def complete(self) -> bool:
-        """Whether the answer came to its own end: not running, failed, closed or cancelled."""
-        return self._answer is not None and self._answer.finish_reason != "cancelled"
-
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return "".join(self._text)
-
-    def cancel(self) -> None:
-        """End the answer within one decoding step, also during a long prompt. Safe from any thread."""
-        self._cancel.set()
-
-    def close(self) -> None:
-        self._chunks.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _run(self) -> Generator[Chunk, None, None]:
-        """Build the prompt, decode it, run the loop, turn tokens into text."""
-        started = time.perf_counter()
-        engine, options, settings = self._engine, self._options, self.settings
-        gbnf = grammar.from_options(options, engine.info.path)
-        with engine._open():
-            prompt = engine._builder.build(
-                self.pair,
-                self._system,
-                self._turns,
-                contrast=settings.alpha > 0,
-                max_tokens=options.max_tokens,
-                overflow=options.overflow,
-            )
-        if prompt.dropped and self._on_event is not None:
-            self._on_event(TurnsDropped(prompt.dropped))
-        text = TextStream(options.stop)
-        reason: FinishReason
-        used, rows = (0, 0), 0
-        first_logits = started
-        try:
-            with engine._slot(prompt.safe, self._cancel) as slot:
-                first, rows = engine._prefill(slot, prompt, self._cancel)
-                first_logits = time.perf_counter()
-                steps = self._steps(slot, prompt, first, gbnf)
-                while True:
-                    with engine._open():
-                        step = next(steps, None)
-                        piece = b"" if step is None else self._record(step)
-                        used = (len(slot.safe.tokens), len(slot.adversarial.tokens))
-                    if step is None:
-                        reason = "length" if len(self._records) >= prompt.room else "stop"
-                        break
-                    if step.ends:
-                        reason = "stop"
-                        break
-                    if shown := text.push(piece):
-                        self._text.append(shown)
-                        yield Chunk(shown)
-                    if text.stopped_by is not None:
-                        reason = "stop_string"
-                        break
-        except DecodeAborted:
-            reason = "cancelled"
-        if rest := text.finish():
-            self._text.append(rest)
-            yield Chunk(rest)
-        self._answer = self._finish(reason, prompt, used, rows, (started, first_logits, time.perf_counter()))
-
-    def _steps(
-        self, slot: Slot, prompt: Prompt, first: tuple[Logits, Logits | None], gbnf: str | None
-    ) -> Iterator[Step]:
-        engine = self._engine
-        caches = [slot.safe] if prompt.adversarial is None else [slot.safe, slot.adversarial]
-
-        def decode(token: int) -> tuple[Logits, Logits | None]:
-            logits = engine._extend([(cache, [token]) for cache in caches], self._cancel)
-            return logits[0], logits[1] if len(logits) > 1 else None
-
-        return generate(
-            first,
-            decode,
-            TokenSampler(engine.vocab, self._options, self.seed, prompt.safe),
-            engine._vocabulary,
-            self.settings,
-            limit=prompt.room,
-            grammar=None if gbnf is None else GrammarGuard(engine.vocab, gbnf),
-            divergence=self._divergence,
-            trace=self._trace,
-        )
-
-    def _record(self, step: Step) -> bytes:
-        vocab = self._engine.vocab
-        piece = b"" if step.ends else vocab.piece(step.token)
-        safe_piece = piece if step.safe_choice == step.token else vocab.piece(step.safe_choice)
-        self._records.append(
-            TokenRecord(
-                step.token,
-                piece.decode("utf-8", "replace"),
-                step.safe_choice,
-                safe_piece.decode("utf-8", "replace"),
-                step.trace,
-            )
-        )
-        if step.divergence is not None:
-            self._divergences.append(step.divergence)
-        return piece
-
-    def _finish(
-        self,
-        reason: FinishReason,
-        prompt: Prompt,
-        used: tuple[int, int],
-        rows: int,
-        times: tuple[float, float, float],
-    ) -> Answer:
-        started, first_logits, ended = times
-        records, s = self._records, self.settings
-        completion = sum(1 for r in records if r.token not in self._engine._vocabulary.eog)
-        seconds = ended - first_logits if records else 0.0
-        return Answer(
-            text=self.text,
-            finish_reason=reason,
-            prompt_tokens=len(prompt.safe),
-            completion_tokens=completion,
-            seed=self.seed,
-            contrast=ContrastStats(
-                alpha=s.alpha,
-                beta=s.beta,
-                raw=s.raw,
-                positions=len(records),
-                changed=sum(r.changed for r in records),
-                mean_divergence=sum(self._divergences) / len(self._divergences) if self._divergences else None,
-            ),
-            timings=Timings(
-                prompt_tokens=rows,
-                prompt_seconds=(first_logits if records else ended) - started,
-                answer_seconds=seconds,
-                tokens_per_second=len(records) / seconds if len(records) > 1 and seconds > 0 else 0.0,
-            ),
-            context_used=used,
-            dropped_turns=prompt.dropped,
-            tokens=tuple(records),
-        )
-
-
-def resolve_contrast(options: Options, pair: PromptPair) -> ContrastSettings:
-    """Which numbers apply: the option, else the pair's, else the default; `plain` is the safe prompt alone."""
-    if options.plain:
-        return ContrastSettings(0.0, 0.0)
-    alpha = next(v for v in (options.alpha, pair.alpha, pairs.DEFAULT_ALPHA) if v is not None)
-    beta = next(v for v in (options.beta, pair.beta, pairs.DEFAULT_BETA) if v is not None)
-    return ContrastSettings(float(alpha), float(beta), options.raw_contrast)
+def _gain(held: Sequence[int], prompt: Prompt) -> tuple[int, int]:
+    """What continuing in a slot saves, less what it forgets, in tokens; a system prompt is cheap to restore."""
+    common = common_prefix(held, prompt.safe)
+    return max(0, common - len(prompt.safe_prefix)) - (len(held) - common), common
 
 
 def check_messages(messages: Any) -> None:

@@ -16,7 +16,7 @@ from acd_local.errors import NumericalError
 from acd_local.options import Options
 from acd_local.runtime import llama
 from acd_local.runtime.generate import ContrastSettings, Vocabulary, generate
-from acd_local.runtime.sampling import TokenSampler, position_seed
+from acd_local.runtime.sampling import GrammarGuard, TokenSampler, position_seed
 from acd_local.runtime.template import Message
 from acd_local.session import Engine
 
@@ -135,7 +135,12 @@ def vocab(tiny: Callable[..., Path]) -> llama.Vocab:
     return llama.Model(tiny("chatml")).vocab
 
 
-def loop(vocab: llama.Vocab, rows: list[tuple[np.ndarray, np.ndarray | None]], **settings: float) -> list[int]:
+def loop(
+    vocab: llama.Vocab,
+    rows: list[tuple[np.ndarray, np.ndarray | None]],
+    gbnf: str | None = None,
+    **settings: float,
+) -> list[int]:
     feed = iter(rows[1:])
     steps = generate(
         rows[0],
@@ -144,6 +149,7 @@ def loop(vocab: llama.Vocab, rows: list[tuple[np.ndarray, np.ndarray | None]], *
         Vocabulary(vocab, llama.ATTR_CONTROL),
         ContrastSettings(settings.get("alpha", 0.5), settings.get("beta", 0.1)),
         limit=len(rows),
+        grammar=None if gbnf is None else GrammarGuard(vocab, gbnf),
     )
     return [step.token for step in steps]
 
@@ -178,10 +184,35 @@ def test_control_tokens_are_never_said_but_ends_are(vocab: llama.Vocab) -> None:
     assert loop(vocab, [(logits, None), (logits, None)], alpha=0.0) == [end]
 
 
+@pytest.mark.parametrize("gbnf", [None, "root ::= [a-z]+"])
 @pytest.mark.parametrize("stream", [0, 1])
-@pytest.mark.parametrize("token", [0, 40, 333])
-def test_nan_ends_the_run(vocab: llama.Vocab, stream: int, token: int) -> None:
+@pytest.mark.parametrize("kind", ["plausible", "implausible", "control"])
+def test_nan_ends_the_run(vocab: llama.Vocab, stream: int, kind: str, gbnf: str | None) -> None:
+    control = next(i for i, a in enumerate(vocab.attrs()) if a & llama.ATTR_CONTROL and not vocab.is_eog(i))
     rows = [row(vocab, t40=1.0), row(vocab, t40=1.0)]
-    rows[stream][token] = np.nan
+    rows[stream][{"plausible": 40, "implausible": 333, "control": control}[kind]] = np.nan
     with pytest.raises(NumericalError):
-        loop(vocab, [(rows[0], rows[1])])
+        loop(vocab, [(rows[0], rows[1])], gbnf=gbnf)
+
+
+def test_tokens_that_the_model_file_suppresses_are_never_said(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    import gguf
+
+    path = tmp_path / "suppress.gguf"
+    reader = gguf.GGUFReader(tiny("chatml"))
+    writer = gguf.GGUFWriter(path, "llama")
+    for field in reader.fields.values():
+        if field.name not in ("general.architecture",) and not field.name.startswith("GGUF."):
+            value, kind = field.contents(), field.types[0]
+            sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, value, kind, sub_type=sub)
+    writer.add_array("tokenizer.ggml.suppress_tokens", [40, 41])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with llama.Model(path) as model:
+        assert model.vocab.suppressed_tokens() == {40, 41}
+        assert {40, 41} <= set(Vocabulary(model.vocab, llama.ATTR_CONTROL).banned.tolist())

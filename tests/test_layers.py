@@ -20,6 +20,7 @@ LAYERS = (
     {"runtime/probe", "runtime/sampling", "runtime/streams", "runtime/guard", "runtime/grammar"},
     {"runtime/prefixes", "runtime/template", "runtime/generate"},
     {"runtime/prompts", "answers"},
+    {"answering"},
     {"chat", "session"},
     {"bench"},
 )

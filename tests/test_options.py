@@ -37,6 +37,8 @@ from acd_local.options import Options
         ("overflow", "shift"),
         ("grammar", 5),
         ("colour", "red"),
+        ("grammar", 'root ::= "\ud800"'),
+        ("stop", ["\ud800"]),
     ],
 )
 def test_bad_values_are_refused_by_name(name: str, value: object) -> None:

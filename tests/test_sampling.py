@@ -97,6 +97,32 @@ def test_min_p_top_p_and_typical_narrow(model: llama.Model) -> None:
     assert set(draw_many(model, Options(**wide | {"typical": 0.3}), n=2000)) < everything
 
 
+@pytest.mark.parametrize("options", [{"typical": 0.5}, {"xtc_probability": 1.0}, {"typical": 0.5, "top_k": 5}])
+def test_greedy_with_samplers_that_remove_the_best_token(model: llama.Model, options: dict[str, float]) -> None:
+    """The chain in llama.cpp's order, then the best of what is left."""
+    o = Options(temp=0.0, **options)  # type: ignore[arg-type]
+    for seed in range(40):
+        ids, scores = candidates(50, seed=seed)
+        listing = llama.Candidates(model.vocab.n_tokens)
+        listing.fill(ids, scores)
+        stages = [llama.top_k(o.top_k)]
+        stages += [llama.typical(o.typical)] if o.typical < 1 else []
+        stages += [llama.top_p(o.top_p), llama.min_p(o.min_p)]
+        if o.xtc_probability:
+            stages.append(llama.xtc(o.xtc_probability, o.xtc_threshold, position_seed(1, seed)))
+        for stage in [*stages, llama.greedy()]:
+            listing.apply(stage)
+        assert TokenSampler(model.vocab, o, 1).draw(ids, scores, seed) == listing.selected()
+
+
+def test_huge_windows_do_not_take_memory(model: llama.Model) -> None:
+    options = Options(
+        temp=0.0, repeat_penalty=1.5, repeat_last_n=2**31 - 1, dry_multiplier=1, dry_penalty_last_n=2**31 - 1
+    )
+    sampler = TokenSampler(model.vocab, options, 1, history=[4], n_ctx=512)
+    assert sampler.draw(np.array([4, 5], np.int32), np.array([2.0, 1.9], np.float32), 0) == 5
+
+
 def test_repetition_penalties_count_the_history(model: llama.Model) -> None:
     ids, scores = np.array([4, 5], np.int32), np.array([2.0, 1.9], np.float32)
     for penalty in ({"repeat_penalty": 1.5}, {"frequency_penalty": 0.5}, {"presence_penalty": 0.5}):
@@ -190,6 +216,7 @@ def test_grammar_restriction_is_exact_over_the_plausible_set(model: llama.Model)
         ('other ::= "a"', "root"),
         ("   ", "empty"),
         ("nonsense", "expecting"),
+        ('root ::= "x" (("a"?){60} "b"?){60} "c"', "did not finish"),
     ],
 )
 def test_bad_grammars_are_one_line_and_silent(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -107,8 +108,8 @@ def test_json_schema(engine: Engine) -> None:
 
 
 def test_flag_beats_pair_beats_default(engine: Engine) -> None:
+    from acd_local.answering import resolve_contrast
     from acd_local.pairs import AdversarialText, PromptPair
-    from acd_local.session import resolve_contrast
 
     bare = PromptPair("bare", "Be kind.", AdversarialText("Be rude."))
     pair = PromptPair("own", "Be kind.", AdversarialText("Be rude."), alpha=0.7, beta=0.3)
@@ -301,7 +302,7 @@ def test_default_context_is_4096_or_the_models_own_limit(tiny: Callable[..., Pat
 def test_cancel_from_another_thread_while_decoding(engine: Engine) -> None:
     stream = engine.generate("Hi", SHORT)
     next(stream)
-    said_before = len(stream._records)
+    said_before = len(stream._work._records)
     thread = threading.Thread(target=stream.cancel)
     thread.start()
     thread.join()
@@ -342,7 +343,7 @@ def test_a_cancelled_chat_turn_is_remembered(engine: Engine) -> None:
     assert chat.messages[-1] == Message("assistant", stream.text)
     before = list(chat.messages)
     unheard = chat.stream("Never mind")
-    unheard._inner.cancel()
+    unheard.cancel()
     assert unheard.run().text == ""
     assert chat.messages == before
     abandoned = chat.stream("Again")
@@ -380,6 +381,99 @@ def test_a_thread_cannot_wait_for_itself(engine: Engine) -> None:
         next(one)
         with pytest.raises(EngineBusyError, match="still answering"):
             chat.ask("Hi")
+
+
+def test_dropped_streams_free_their_slot(engine: Engine) -> None:
+    """Without waiting for the garbage collector."""
+    gc.disable()
+    try:
+        for _ in engine.generate("Hi", SHORT):
+            break
+        assert said("Hi", engine)
+        chat = engine.chat(options=SHORT)
+        for _ in chat.stream("Hi"):
+            break
+        assert len(chat.messages) == 2
+        assert chat.ask("Hi").text
+
+        def fail(text: str) -> None:
+            raise RuntimeError("the window is gone")
+
+        with pytest.raises(RuntimeError):
+            chat.ask("Hi", fail)
+        assert chat.ask("Hi").text
+    finally:
+        gc.enable()
+
+
+def test_conversations_keep_their_caches(tiny: Callable[..., Path]) -> None:
+    with Engine(tiny("chatml"), ctx_size=768, conversations=2, threads=1) as engine:
+        one, two = engine.chat(options=SHORT), engine.chat(options=SHORT)
+        for turn in range(3):
+            for chat in (one, two):
+                rows = chat.ask(f"Question {turn}?").timings.prompt_tokens
+                if turn:
+                    assert rows < 120, "only the new turn is decoded, in both streams"
+
+
+def test_a_token_cancels_answers_of_several_engines_and_nothing_else(tiny: Callable[..., Path]) -> None:
+    with Engine(tiny("chatml"), ctx_size=512, threads=1) as a, Engine(tiny("chatml"), ctx_size=512, threads=1) as b:
+        token = CancelToken()
+        streams = [e.generate("Hi", SHORT, cancel=token) for e in (a, b)]
+        for stream in streams:
+            next(stream)
+        token.set()
+        assert [s.run().finish_reason for s in streams] == ["cancelled"] * 2
+        assert said("Hi", a)
+        assert said("Hi", b)
+
+
+def test_an_interrupt_does_not_outlive_its_decode() -> None:
+    token, calls = CancelToken(), []
+    with token.interrupting(lambda: calls.append(1)):
+        pass
+    token.set()
+    assert calls == []
+    with token.interrupting(lambda: calls.append(2)):
+        token.set()
+    assert calls == [2]
+
+
+def test_a_chat_is_left_alone_while_it_answers(engine: Engine) -> None:
+    chat = engine.chat(options=SHORT)
+    chat.ask("Hi")
+    with chat.stream("More") as stream:
+        next(stream)
+        for change in (chat.undo, chat.clear, lambda: chat.load("x.json")):
+            with pytest.raises(EngineBusyError):
+                change()
+    assert len(chat.messages) == 4
+
+
+def test_undo_after_an_overflow_sends_old_turns_again(tiny: Callable[..., Path]) -> None:
+    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+        chat = engine.chat(options=SHORT)
+        for turn in range(6):
+            chat.ask(f"Question {turn} about water?")
+        assert chat.first_sent > 2
+        while len(chat.messages) > 2:
+            chat.undo()
+        chat.ask("What did I ask?")
+        text = b"".join(engine.vocab.piece(t) for t in engine._streams.slots[0].safe.tokens).decode("utf-8", "replace")
+        assert "Question 0" in text
+
+
+def test_engines_that_are_dropped_free_their_memory(tiny: Callable[..., Path]) -> None:
+    from acd_local.runtime import llama
+
+    engine = Engine(tiny("chatml"), ctx_size=512, threads=1)
+    said("Hi", engine)
+    finalizers = [engine._model._free, *(c._free for c in engine._streams.contexts)]
+    assert all(f.alive for f in finalizers)
+    del engine
+    gc.collect()
+    assert not any(f.alive for f in finalizers)
+    assert isinstance(llama.supports_gpu_offload(), bool)
 
 
 def test_two_conversations_in_one_thread_with_two_slots(tiny: Callable[..., Path]) -> None:
@@ -441,7 +535,16 @@ def test_bad_arguments(tiny: Callable[..., Path]) -> None:
         acd_local.load("/nonexistent.gguf")
     with pytest.raises(PairError):
         acd_local.load(path, pair="no-such-pair")
-    for bad in ({"ctx_size": 0}, {"conversations": 0}, {"threads": -1}, {"ctx_size": 1.5}, {"layout": "x"}):
+    for bad in (
+        {"ctx_size": 0},
+        {"ctx_size": 1.5},
+        {"ctx_size": 2**31},
+        {"ctx_size": 2**40},
+        {"conversations": 0},
+        {"conversations": 129},
+        {"threads": -1},
+        {"layout": "x"},
+    ):
         with pytest.raises(UsageError):
             acd_local.load(path, **bad)
 
@@ -458,8 +561,11 @@ def test_save_and_load(engine: Engine, tmp_path: Path) -> None:
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(UsageError, match=r"bad\.json"):
             other.load(tmp_path / "bad.json")
-    with pytest.raises(UsageError, match="cannot save"):
-        chat.save(tmp_path / "missing" / "chat.json")
+    for place in (tmp_path / "missing" / "chat.json", "", "/", "~nobody-of-this-name/x"):
+        with pytest.raises(UsageError, match="cannot save"):
+            chat.save(place)
+    with pytest.raises(UsageError, match="cannot load"):
+        other.load("~nobody-of-this-name/x")
 
 
 # -- the package as a guest --------------------------------------------------------------------------------------------

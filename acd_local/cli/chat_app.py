@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from acd_local.answers import Answer
+from acd_local.answering import AnswerStream, resolve_contrast
+from acd_local.answers import Answer, TurnsDropped
 from acd_local.chat import ChatStream
 from acd_local.cli.chat_commands import run_command
 from acd_local.errors import AcdError, UsageError
 from acd_local.options import Options
-from acd_local.session import AnswerStream, Engine, TurnsDropped, resolve_contrast
+from acd_local.session import Engine
 
 if TYPE_CHECKING:
     from acd_local.cli.chat_input import Source

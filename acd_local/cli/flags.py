@@ -19,10 +19,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 ENGINE_FLAGS = ("pair", "ctx_size", "threads", "gpu_layers", "kv_type", "layout")
 
+_RANGES = {
+    "ctx_size": (1, 2**24),  # beyond any model; much larger numbers overflow llama.cpp's counts
+    "threads": (1, 512),  # GGML_MAX_N_THREADS
+    "gpu_layers": (-1, 2**31 - 1),
+}
+
+# Help texts name the defaults by hand: None on the command line means "not given", so that a pair can decide.
 _ENGINE = (
     click.option("--pair", metavar="NAME|FILE", help="Prompt pair; default: the best one for the model."),
     click.option(
-        "--ctx-size", "-c", type=int, metavar="N", help="Tokens per stream; default 4096 or the model's limit."
+        "--ctx-size",
+        "-c",
+        type=int,
+        metavar="N",
+        help="Tokens that each stream holds; default 4096 or the model's limit.",
     ),
     click.option("--threads", "-t", type=int, metavar="N", help="CPU threads; default: the physical cores."),
     click.option(
@@ -30,17 +41,14 @@ _ENGINE = (
         "-ngl",
         type=int,
         metavar="N",
-        help="Layers on the GPU; default: all where the build can, else 0.",
+        help="Layers on the GPU, -1 for all; default: all where the build can.",
     ),
-    click.option(
-        "--kv-type", type=click.Choice(["f16", "q8_0"]), default="f16", show_default=True, help="KV cache type."
-    ),
+    click.option("--kv-type", type=click.Choice(["f16", "q8_0"]), default="f16", help="KV cache type; default f16."),
     click.option(
         "--layout",
         type=click.Choice(["shared", "split"]),
         default="shared",
-        show_default=True,
-        help="Both streams in one llama_context, or one each.",
+        help="Both streams in one llama_context, or one each; default shared.",
     ),
 )
 
@@ -61,7 +69,7 @@ _LIMITS = (
     click.option(
         "--overflow",
         type=click.Choice(["drop", "error"]),
-        help="Where a conversation outgrows the context: drop its oldest turns (default), or fail.",
+        help="Where a conversation outgrows the context: drop its oldest turns, or fail; default drop.",
     ),
 )
 
@@ -97,17 +105,34 @@ _SAMPLING = (
 )
 
 
+class Command(click.Command):
+    """A command whose --help shows its own options first, then the shared ones by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Option) and (row := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(getattr(parameter, "section", "Options"), []).append(row)
+        widest = max(len(flag) for rows in sections.values() for flag, _ in rows)
+        for name, rows in sections.items():
+            with formatter.section(name):
+                formatter.write_dl([(flag.ljust(widest), text) for flag, text in rows])
+
+
 def engine_flags(function: F) -> F:
-    return _apply(_ENGINE, function)
+    return _apply("Model", _ENGINE, function)
 
 
 def answer_flags(function: F) -> F:
-    return _apply((*_CONTRAST, *_LIMITS, *_SAMPLING), function)
+    for section, options in (("Sampling", _SAMPLING), ("Limits", _LIMITS), ("Contrast", _CONTRAST)):
+        function = _apply(section, options, function)
+    return function
 
 
-def _apply(decorators: tuple[Callable[[Any], Any], ...], function: F) -> F:
+def _apply(section: str, decorators: tuple[Callable[[Any], Any], ...], function: F) -> F:
     for decorate in reversed(decorators):
         function = decorate(function)
+        function.__click_params__[-1].section = section  # type: ignore[attr-defined]
     return function
 
 
@@ -132,21 +157,38 @@ def make_options(flags: Mapping[str, Any]) -> Options:
                 raise UsageError(f"--{name.replace('_', '-')} and its -file form exclude each other")
             flags[name] = read_text(path)
     given = {k: v for k, v in flags.items() if k in Options.names() and v is not None and v != ()}
+    for name in ("grammar", "json_schema", "stop"):
+        check_text(f"--{name.replace('_', '-')}", "".join(given.get(name, "")))
     return Options().replace(given)
 
 
-def read_text(path: Path) -> str:
+def check_text(name: str, text: str | None) -> None:
+    """Refuse arguments that are no UTF-8: they would reach the model as question marks."""
     try:
-        return path.read_text(encoding="utf-8")
+        (text or "").encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(f"{name} is not UTF-8 text") from None
+
+
+def read_text(path: Path) -> str:
+    """A text file's content; a byte order mark is left out."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(f"cannot read {path}: {reason}") from None
 
 
+def check_engine_flags(flags: Mapping[str, Any]) -> None:
+    """What llama.cpp would overflow or abort on."""
+    for name, (low, high) in _RANGES.items():
+        value = flags[name]
+        if value is not None and not low <= value <= high:
+            raise UsageError(f"--{name.replace('_', '-')} must be in [{low}, {high}], not {value}")
+
+
 def load_engine(model: str, flags: Mapping[str, Any]) -> Engine:
+    check_engine_flags(flags)
     from acd_local.session import Engine
 
-    ngl = flags["gpu_layers"]
-    if ngl is not None and ngl < -1:
-        raise UsageError(f"--gpu-layers must be >= -1, not {ngl}")
     return Engine(model, **{name: flags[name] for name in ENGINE_FLAGS})

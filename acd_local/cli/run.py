@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
 import threading
 from pathlib import Path
@@ -11,21 +13,27 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from acd_local.cli import flags
-from acd_local.cli.shell import EXIT_CODES, AnswerWriter, Interrupts, run_cli, say
-from acd_local.errors import AcdError, UsageError
+from acd_local.cli.shell import EXIT_CODES, AnswerWriter, Interrupts, as_json, error_record, one_line, run_cli, say
+from acd_local.errors import AcdError, InternalError, UsageError
 
 if TYPE_CHECKING:
+    from acd_local.answering import AnswerStream
     from acd_local.answers import Answer
     from acd_local.options import Options
-    from acd_local.session import AnswerStream, Engine
+    from acd_local.session import Engine
 
 PROGRAM = "acd-run"
 STDIN_PATIENCE = 2.0  # seconds before saying what we wait for
 
 
-@click.command(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("model", required=False)
-@click.argument("prompt", required=False)
+@click.command(
+    cls=flags.Command,
+    epilog=EXIT_CODES,
+    options_metavar="",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.argument("model", required=False, metavar="MODEL")
+@click.argument("prompt", required=False, metavar="[PROMPT] [OPTIONS]")
 @flags.engine_flags
 @flags.answer_flags
 @click.option("--system", "-s", metavar="TEXT", help="Your own system prompt; it follows the pair's.")
@@ -43,6 +51,9 @@ def command(model: str | None, prompt: str | None, **given: Any) -> int:
     """
     model = flags.resolve_model(model)
     options = flags.make_options(given)
+    flags.check_engine_flags(given)
+    flags.check_text("PROMPT", prompt)
+    flags.check_text("--system", given["system"])
     with Interrupts() as interrupts:
         if given["jsonl"]:
             _refuse_with_jsonl(prompt, given)
@@ -51,10 +62,10 @@ def command(model: str | None, prompt: str | None, **given: Any) -> int:
             return serve(model, given, options, interrupts)
         text = _prompt_text(prompt, read_stdin=not given["no_stdin"])
         trace_file = _open_trace(given["trace"])
-        engine = flags.load_engine(model, given)
-        if engine.warning:
-            say(f"{PROGRAM}: {engine.warning}")
-        return _answer(engine, text, options, given, trace_file, interrupts)
+        with flags.load_engine(model, given) as engine:
+            if engine.warning:
+                say(f"{PROGRAM}: {one_line(engine.warning)}")
+            return _answer(engine, text, options, given, trace_file, interrupts)
 
 
 def _answer(
@@ -74,14 +85,14 @@ def _answer(
         text,
         options,
         system=given["system"],
+        divergence=given["as_json"] or given["stats"],
         trace=trace_file is not None,
-        on_event=lambda event: say(f"{PROGRAM}: context full: left out the oldest {event.messages} messages"),
         cancel=cancel,
     )
     if given["as_json"]:
         answer = _run_json(stream)
         record = {"model": engine.info.name or str(engine.info.path), "pair": stream.pair.name} | answer_record(answer)
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        print(as_json(record), flush=True)
     else:
         answer = _run_text(stream)
     if trace_file is not None:
@@ -93,30 +104,24 @@ def _answer(
 
 
 def _run_text(stream: AnswerStream) -> Answer:
+    """The answer as it comes; an empty one is an empty line, an error before the first text leaves stdout empty."""
     writer = AnswerWriter(sys.stdout)
-    started = False
     try:
-        for chunk in stream:
-            writer.write(chunk.text)
-            started = True
-    finally:
-        if started:
+        answer = stream.run(writer.write)
+    except AcdError:
+        if stream.text:
             writer.finish()
-    if not started:
-        writer.finish()  # an empty answer is an empty line
-    return stream.answer
+        raise
+    writer.finish()
+    return answer
 
 
 def _run_json(stream: AnswerStream) -> Answer:
-    from acd_local.cli.shell import error_record
-
     try:
         return stream.run()
     except AcdError as error:
-        if not stream.text:
-            raise
-        print(json.dumps(error_record(error, stream.text), ensure_ascii=False), flush=True)
-        say(f"{PROGRAM}: {error}")
+        print(as_json(error_record(error, stream.text)), flush=True)
+        say(f"{PROGRAM}: {one_line(str(error))}")
         raise click.exceptions.Exit(error.exit_code) from None
 
 
@@ -125,6 +130,7 @@ def _refuse_with_jsonl(prompt: str | None, given: dict[str, Any]) -> None:
         "PROMPT": prompt is not None,
         "--json": given["as_json"],
         "--no-stdin": given["no_stdin"],
+        "--stats": given["stats"],
         "--trace": given["trace"] is not None,
     }
     for name, present in clashes.items():
@@ -134,8 +140,8 @@ def _refuse_with_jsonl(prompt: str | None, given: dict[str, Any]) -> None:
 
 def _prompt_text(prompt: str | None, *, read_stdin: bool) -> str:
     """Piped stdin, a blank line, PROMPT."""
-    piped = _read_stdin() if read_stdin and sys.stdin is not None and not sys.stdin.isatty() else ""
-    parts = [part for part in (piped.strip("\n"), prompt or "") if part.strip()]
+    piped = _read_stdin() if read_stdin and not sys.stdin.isatty() else ""
+    parts = [part for part in (piped.strip("\r\n"), prompt or "") if part.strip()]
     if not parts:
         raise UsageError("no prompt: give it as an argument or on stdin")
     return "\n\n".join(parts)
@@ -160,20 +166,27 @@ def _read_stdin() -> str:
 
 
 def _open_trace(path: Path | None) -> TextIO | None:
+    """Opened before the slow work, emptied after it: what a failed run leaves is the old trace."""
     if path is None:
         return None
     try:
-        return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+        return path.open("a", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"cannot write {path}: {reason}") from None
 
 
 def _write_trace(out: TextIO, answer: Answer) -> None:
     from acd_local.cli.record import trace_record
 
-    with out:
-        for token in answer.tokens:
-            out.write(json.dumps(trace_record(token), ensure_ascii=False) + "\n")
+    try:
+        with out:
+            if stat.S_ISREG(os.fstat(out.fileno()).st_mode):
+                out.truncate(0)
+            for token in answer.tokens:
+                out.write(json.dumps(trace_record(token), ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InternalError(f"cannot write {out.name}: {error.strerror}") from None
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
@@ -35,14 +36,19 @@ Exit codes:
 def run_cli(command: click.Command, program: str, argv: Sequence[str] | None = None) -> int:
     """Run a click command; every failure becomes one line on stderr and the documented exit code.
 
-    With --json among the arguments the error is also one JSON object on stdout.
+    With --json among the arguments the error is also one JSON object on stdout, with --jsonl one event line.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    use_utf8()
+    prepare_streams()
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # ggml would attach a debugger to this process when it aborts
     try:
-        result = command.main(args=args, prog_name=program, standalone_mode=False)
+        # Not command.main(): it turns a closed pipe into exit code 1.
+        with command.make_context(program, list(args)) as context:
+            result = command.invoke(context)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as leaving:  # --help, --version
+        return leaving.exit_code
     except BrokenPipeError:
         _forget_stdout()
         return 0
@@ -51,27 +57,51 @@ def run_cli(command: click.Command, program: str, argv: Sequence[str] | None = N
     except Exception as error:
         if os.environ.get("ACD_DEBUG"):
             raise
-        known = _as_acd_error(error)
-        with suppress(BrokenPipeError, OSError):
-            if "--json" in args:
-                print(json.dumps(error_record(known), ensure_ascii=False), flush=True)
-        say(f"{program}: {one_line(str(known))}")
+        known = as_acd_error(error)
+        _say_in_json(args, known)
+        say(f"{program}: {short_line(str(known))}")
         return known.exit_code
 
 
-def _as_acd_error(error: Exception) -> AcdError:
+def as_acd_error(error: Exception) -> AcdError:
+    """Any exception as one of ours: what nobody expected is an internal error."""
     if isinstance(error, AcdError):
         return error
     if isinstance(error, click.ClickException):
         return UsageError(error.format_message())
     if isinstance(error, MemoryError):
         return OutOfMemoryError("out of memory")
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f": {error.filename}"
+        return InternalError(f"{error.strerror}{where}")
     return InternalError(f"internal error: {type(error).__name__}: {error} (ACD_DEBUG=1 shows where)")
+
+
+def _say_in_json(args: Sequence[str], error: AcdError) -> None:
+    try:
+        if "--json" in args:
+            print(as_json(error_record(error)), flush=True)
+        elif "--jsonl" in args:
+            print(json.dumps(error_event(None, error)), flush=True)
+        else:
+            sys.stdout.flush()
+    except OSError:
+        _forget_stdout()
 
 
 def error_record(error: AcdError, text: str = "") -> dict[str, Any]:
     """The JSON form of a failed answer."""
-    return {"text": text, "finish_reason": "error", "error": {"code": error.code, "message": one_line(str(error))}}
+    return {"text": text, "finish_reason": "error", "error": {"code": error.code, "message": short_line(str(error))}}
+
+
+def error_event(request_id: str | int | None, error: AcdError) -> dict[str, Any]:
+    """The worker's form of it."""
+    return {"id": request_id, "event": "error", "code": error.code, "message": short_line(str(error))}
+
+
+def as_json(record: object) -> str:
+    """One line of JSON; pure ASCII for a terminal, so that an answer's control characters stay escaped."""
+    return json.dumps(record, ensure_ascii=sys.stdout.isatty())
 
 
 def one_line(text: str) -> str:
@@ -81,16 +111,27 @@ def one_line(text: str) -> str:
     return disarm(" ".join(text.split()))
 
 
+def short_line(text: str, limit: int = 1000) -> str:
+    """The same, cut where a message quotes something endless."""
+    line = one_line(text)
+    return line if len(line) <= limit else f"{line[:limit]} ..."
+
+
 def say(line: str) -> None:
     """One line on stderr; silently nothing if stderr is gone."""
     with suppress(OSError, ValueError, AttributeError):
         print(line, file=sys.stderr, flush=True)
 
 
-def use_utf8() -> None:
-    """Answers are Unicode whatever the locale says."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+def prepare_streams() -> None:
+    """Standard streams that are there, wait when they must, and write UTF-8 whatever the locale says."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us: no other file may take its place
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123
+        stream = getattr(sys, name)
+        with suppress(OSError, ValueError, AttributeError):
+            os.set_blocking(stream.fileno(), True)  # the flag belongs to the file: others may have left it off
+        if mode == "w" and hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
 
 
@@ -106,8 +147,7 @@ class AnswerWriter:
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._disarm = out.isatty()
-        self._held = ""
-        self._wrote = False
+        self._held = ""  # newlines that may turn out to be the last
 
     def write(self, text: str) -> None:
         if self._disarm:
@@ -120,7 +160,6 @@ class AnswerWriter:
         if body:
             self._out.write(body)
             self._out.flush()
-            self._wrote = True
 
     def finish(self) -> None:
         self._out.write("\n")
@@ -132,10 +171,14 @@ class Interrupts:
 
     Python runs its signal handlers on the main thread between bytecodes, and a prefill inside llama.cpp can take a
     minute. The wake-up descriptor is written by the C-level handler, so a watching thread hears of the signal at once.
+    A second signal ends the process, unless it comes with the first: `timeout` and terminals signal process and group.
     """
+
+    ECHO = 0.5  # seconds in which a second signal is the same wish
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._since = 0.0
         self._token: CancelToken | None = None
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
@@ -171,6 +214,7 @@ class Interrupts:
             for signum in data:
                 if signum in (signal.SIGINT, signal.SIGTERM):
                     self._handle(signum)
+        self._reader.close()
 
     def _receive(self) -> bytes:
         try:
@@ -179,9 +223,9 @@ class Interrupts:
             return b""
 
     def _handle(self, signum: int) -> None:
-        again = self.signum is not None
-        self.signum = signum
-        token = self._token
-        if token is None or again:
+        token, now = self._token, time.monotonic()
+        if self.signum is None:
+            self.signum, self._since = signum, now
+        if token is None or now - self._since > self.ECHO:
             os._exit(128 + signum)
         token.set()

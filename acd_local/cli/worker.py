@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from acd_local.cli import flags
 from acd_local.cli.record import answer_record
-from acd_local.cli.shell import Interrupts, one_line, say
-from acd_local.errors import AcdError, InternalError, UsageError
+from acd_local.cli.shell import Interrupts, as_acd_error, error_event, one_line, say
+from acd_local.errors import UsageError
 
 if TYPE_CHECKING:
     from acd_local.options import Options
@@ -32,10 +32,10 @@ _ENVELOPE = {"id", "prompt", "messages", "system", "pair", "cancel"}
 
 def serve(model: str, given: Mapping[str, Any], options: Options, interrupts: Interrupts) -> int:
     """Answer requests until stdin ends or a signal comes; returns the exit code."""
-    engine = flags.load_engine(model, given)
-    if engine.warning:
-        say(f"acd-run: {engine.warning}")
-    return Worker(engine, options, given["system"], interrupts).run()
+    with flags.load_engine(model, given) as engine:
+        if engine.warning:
+            say(f"acd-run: {one_line(engine.warning)}")
+        return Worker(engine, options, given["system"], interrupts).run()
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Worker:
         self._pending: dict[str | int, Request] = {}
         self._lock = threading.Lock()
         self._out = threading.Lock()
-        self._gone = threading.Event()  # nobody reads our stdout any more
+        self._broken: OSError | None = None  # stdout cannot be written any more
 
     def run(self) -> int:
         from acd_local.runtime.cancel import CancelToken
@@ -70,77 +70,83 @@ class Worker:
         stop = CancelToken()
         stop.interrupting(self._stop)
         self._interrupts.cancels(stop)
-        self._emit(
-            event="ready", protocol=PROTOCOL, model=self._engine.info.name or str(self._engine.info.path),
-            pair=self._engine.pair.name,
-        )  # fmt: skip
+        info = self._engine.info
+        self._emit(event="ready", protocol=PROTOCOL, model=info.name or str(info.path), pair=self._engine.pair.name)
         threading.Thread(target=self._read, name="acd-requests", daemon=True).start()
-        while not self._gone.is_set() and (request := self._queue.get()) is not None:
+        while not self._over(stop) and (request := self._queue.get()) is not None:
             self._answer(request)
-            with self._lock:
-                self._pending.pop(request.id, None)
-            if stop.is_set:
-                break
+        if self._broken is not None:
+            raise self._broken  # a closed pipe ends quietly, a full disk does not
         return self._interrupts.exit_code or 0
+
+    def _over(self, stop: CancelToken) -> bool:
+        return stop.is_set or self._broken is not None
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
+        # A reader of its own: the interpreter closes sys.stdin at exit, and aborts while a thread waits inside it.
+        requests = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115
         try:
-            while line := sys.stdin.buffer.readline(MAX_LINE + 1):
+            while line := requests.readline(MAX_LINE + 1):
                 if len(line) > MAX_LINE:
                     while line and not line.endswith(b"\n"):
-                        line = sys.stdin.buffer.readline(MAX_LINE)
+                        line = requests.readline(MAX_LINE)
                     self._error(None, UsageError(f"the line is longer than {MAX_LINE} bytes"))
                 elif line.strip():
                     self._take(line)
         except OSError as error:
             say(f"acd-run: cannot read stdin: {error.strerror}")
-        self._queue.put(None)
+        finally:
+            self._queue.put(None)
 
     def _take(self, line: bytes) -> None:
-        raw_id = None
+        request_id = None
         try:
             raw = _parse(line)
-            raw_id = _request_id(raw)
+            request_id = _request_id(raw)
             if raw.get("cancel") is not None:
-                self._cancel(raw_id, raw)
-                return
-            request = self._request(raw_id, raw)
-        except AcdError as error:
-            self._error(raw_id, error)
-            return
-        with self._lock:
-            taken = request.id in self._pending
-            if not taken:
-                self._pending[request.id] = request
-        if taken:
-            self._error(request.id, UsageError("a request with this id is still being answered"))
-        else:
-            self._queue.put(request)
+                self._cancel(request_id, raw)
+            else:
+                self._accept(self._request(request_id, raw))
+        except RecursionError:
+            self._error(request_id, UsageError("the request is nested too deeply"))
+        except Exception as error:  # whatever a line holds, the worker lives on
+            self._error(request_id, error)
 
     def _request(self, request_id: str | int, raw: Mapping[str, Any]) -> Request:
         from acd_local.runtime.cancel import CancelToken
         from acd_local.session import check_messages
 
+        _check_text(raw)
         if ("prompt" in raw) == ("messages" in raw):
             raise UsageError("a request has either a prompt or messages")
+        if "prompt" in raw and not isinstance(raw["prompt"], str):
+            raise UsageError("prompt must be a string")
         messages = raw.get("prompt", raw.get("messages"))
         check_messages(messages)
         for name in ("system", "pair"):
             if not isinstance(raw.get(name), (str, type(None))):
                 raise UsageError(f"{name} must be a string")
+        own_system = isinstance(messages, list) and messages[0]["role"] == "system"
         changes = {k: v for k, v in raw.items() if k not in _ENVELOPE}
         if isinstance(changes.get("json_schema"), (dict, bool)):
             changes["json_schema"] = json.dumps(changes["json_schema"])
         return Request(
             request_id,
             messages,
-            raw.get("system", self._system),
+            raw.get("system", None if own_system else self._system),
             raw.get("pair"),
             self._options.replace(changes),
             CancelToken(),
         )
+
+    def _accept(self, request: Request) -> None:
+        with self._lock:
+            if request.id in self._pending:
+                raise UsageError("a request with this id is still being answered")
+            self._pending[request.id] = request
+        self._queue.put(request)
 
     def _cancel(self, request_id: str | int, raw: Mapping[str, Any]) -> None:
         if raw["cancel"] is not True:
@@ -161,44 +167,45 @@ class Worker:
                 system=request.system,
                 pair=request.pair,
                 cancel=request.cancel,
+                divergence=True,
                 on_event=lambda event: self._emit(id=request.id, event="dropped", messages=event.messages),
             )
             for chunk in stream:
                 self._emit(id=request.id, event="token", text=chunk.text)
-            self._emit(id=request.id, event="done", **answer_record(stream.answer))
-        except AcdError as error:
-            self._error(request.id, error)
+            last = {"id": request.id, "event": "done"} | answer_record(stream.answer)
         except Exception as error:
-            self._error(request.id, InternalError(f"internal error: {type(error).__name__}: {error}"))
+            last = error_event(request.id, as_acd_error(error))
+        with self._lock:
+            del self._pending[request.id]  # first: whoever reads the last event may use the id again
+        self._emit(**last)
 
     def _stop(self) -> None:
-        """A signal: end the running answer and take no further one."""
+        """A signal, or nobody reads: end the running answer and take no further one."""
         with self._lock:
             requests = list(self._pending.values())
         for request in requests:
             request.cancel.set()
         self._queue.put(None)
 
-    def _error(self, request_id: str | int | None, error: AcdError) -> None:
-        self._emit(id=request_id, event="error", code=error.code, message=one_line(str(error)))
+    def _error(self, request_id: str | int | None, error: Exception) -> None:
+        self._emit(**error_event(request_id, as_acd_error(error)))
 
     def _emit(self, **event: Any) -> None:
-        if self._gone.is_set():
-            return
         with self._out:
+            if self._broken is not None:
+                return
             try:
                 sys.stdout.write(json.dumps(event) + "\n")  # ASCII: any id survives, whatever reads it
                 sys.stdout.flush()
-            except (BrokenPipeError, ValueError):
-                self._gone.set()
-                self._stop()
+            except OSError as error:
+                self._broken = error
+        if self._broken is not None:
+            self._stop()
 
 
 def _parse(line: bytes) -> Mapping[str, Any]:
     try:
         raw = json.loads(line)
-    except RecursionError:
-        raise UsageError("the request is nested too deeply") from None
     except ValueError as error:
         raise UsageError(f"the request is not JSON: {error}") from None
     if not isinstance(raw, dict):
@@ -211,3 +218,10 @@ def _request_id(raw: Mapping[str, Any]) -> str | int:
     if isinstance(request_id, bool) or not isinstance(request_id, (str, int)):
         raise UsageError("a request needs an id, a string or a whole number")
     return request_id
+
+
+def _check_text(raw: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(raw, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError("the request holds half a surrogate pair, which is no text") from None

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class CancelToken:
     """Set once, by any thread, at any time; the answer that carries it ends with finish_reason "cancelled".
 
-    A decode that is running right now is stopped too: whoever decodes registers how with `interrupting`.
+    A decode that is running right now is stopped too: whoever decodes registers how, with `interrupting`.
     """
 
     def __init__(self) -> None:
         self._set = threading.Event()
-        self._interrupt: Callable[[], None] | None = None
+        self._interrupts: list[Callable[[], None]] = []
+        self._lock = threading.RLock()  # a late interrupt must not hit whoever decodes next
 
     @property
     def is_set(self) -> bool:
@@ -22,10 +24,17 @@ class CancelToken:
 
     def set(self) -> None:
         self._set.set()
-        interrupt = self._interrupt
-        if interrupt is not None:
-            interrupt()
+        with self._lock:
+            for interrupt in self._interrupts:
+                interrupt()
 
-    def interrupting(self, interrupt: Callable[[], None] | None) -> None:
-        """What `set` has to call while a decode runs; None when none does. Check `is_set` after registering."""
-        self._interrupt = interrupt
+    @contextmanager
+    def interrupting(self, interrupt: Callable[[], None]) -> Iterator[None]:
+        """While inside, `set` calls `interrupt`. Check `is_set` after entering."""
+        with self._lock:
+            self._interrupts.append(interrupt)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._interrupts.remove(interrupt)

@@ -118,6 +118,17 @@ class Divergence:
         return max(0.0, mean_gap - math.log(total) + math.log(other_total))
 
 
+def check_finite(safe: Logits, adversarial: Logits | None) -> None:
+    """Look at everything a model produced, before any token is set aside.
+
+    Raises:
+        NumericalError: a logit is NaN or +inf.
+    """
+    _largest(safe, "safe")
+    if adversarial is not None:
+        _largest(adversarial, "adversarial")
+
+
 def _largest(logits: Logits, stream: str) -> float:
     """The largest logit; max() passes NaN on, so one pass finds both NaN and +inf."""
     top = float(logits.max())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from acd_local.runtime.contrast import Divergence, against, plausible
+from acd_local.runtime.contrast import Divergence, against, check_finite, plausible
 from acd_local.runtime.llama import Logits, Vocab
 from acd_local.runtime.sampling import GrammarGuard, TokenSampler
 
@@ -58,12 +58,15 @@ class Step:
 
 
 class Vocabulary:
-    """What the loop must know of a vocabulary: which tokens end an answer, and which may never be said."""
+    """What the loop must know of a vocabulary: which tokens end an answer, and which may never be said.
+
+    The latter are control tokens that end nothing, and those the model file itself suppresses.
+    """
 
     def __init__(self, vocab: Vocab, control_mask: int) -> None:
         self.eog = vocab.eog_tokens()
-        banned = [i for i, attr in enumerate(vocab.attrs()) if attr & control_mask and i not in self.eog]
-        self.banned = np.array(banned, np.int32)
+        control = {i for i, attr in enumerate(vocab.attrs()) if attr & control_mask and i not in self.eog}
+        self.banned = np.array(sorted(control | vocab.suppressed_tokens()), np.int32)
 
 
 def generate(
@@ -91,6 +94,7 @@ def generate(
     safe, adversarial = first
     measure = Divergence(len(safe)) if divergence else None
     for position in range(limit):
+        check_finite(safe, adversarial)
         kl = None if adversarial is None or measure is None else measure(safe, adversarial)
         # 1. Control tokens that do not end the answer are never said; a grammar narrows further.
         legal = safe.copy() if trace else safe  # the arrays are ours until the next decode

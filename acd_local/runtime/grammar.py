@@ -16,7 +16,7 @@ from pathlib import Path
 from acd_local.errors import UsageError
 from acd_local.options import Options
 
-TIMEOUT = 20.0  # seconds
+TIMEOUT = 10.0  # seconds
 
 
 def from_options(options: Options, model_path: Path) -> str | None:

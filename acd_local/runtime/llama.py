@@ -12,9 +12,11 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import os
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +43,9 @@ KV_TYPES = {"f16": C.GGML_TYPE_F16, "q8_0": C.GGML_TYPE_Q8_0}
 
 # Rows per llama_decode call. Also the granularity of cancellation on backends without an abort callback.
 BATCH_ROWS = 512
+
+# How far a grammar is walked before it is trusted: ambiguous ones grow exponentially slow with the tokens accepted.
+TRIAL_STEPS = 32
 
 
 class DecodeAborted(Exception):
@@ -133,12 +138,13 @@ class Model:
         params = C.llama_model_default_params()
         params.n_gpu_layers = (-1 if supports_gpu_offload() else 0) if gpu_layers is None else gpu_layers
         _log_sink.problems.clear()
-        self._ptr: Any = C.llama_model_load_from_file(str(self.path).encode(), params)
+        self._ptr: Any = C.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._ptr:
             cause = _log_sink.last_problem("llama.cpp gave no reason")
             if "alloc" in cause:
                 raise OutOfMemoryError(f"not enough memory to load {self.path}: {cause}")
             raise ModelError(f"llama.cpp cannot load {self.path}: {cause}")
+        self._free = weakref.finalize(self, C.llama_model_free, self._ptr)
         self.vocab = Vocab(self._ptr)
         self.n_vocab = self.vocab.n_tokens
         self.n_embd = int(C.llama_model_n_embd(self._ptr))
@@ -170,10 +176,9 @@ class Model:
         return raw.decode("utf-8", "replace") if raw else None
 
     def close(self) -> None:
-        if self._ptr:
-            C.llama_model_free(self._ptr)
-            self._ptr = None
-            self.vocab.forget()
+        self._free()
+        self._ptr = None
+        self.vocab.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -222,6 +227,12 @@ class Vocab:
         if self._eog is None:
             self._eog = frozenset(i for i in range(self.n_tokens) if self.is_eog(i))
         return self._eog
+
+    def suppressed_tokens(self) -> frozenset[int]:
+        """Tokens that the model file says are never to be sampled (tokenizer.ggml.suppress_tokens)."""
+        count = ctypes.c_int32(0)
+        tokens = C.llama_vocab_get_suppress_tokens(self.pointer, ctypes.byref(count))
+        return frozenset(int(tokens[i]) for i in range(count.value)) if tokens else frozenset()
 
     def text(self, token: int) -> str:
         """The token as it stands in the vocabulary (not unescaped); control tokens read as templates write them."""
@@ -287,6 +298,10 @@ class Context:
     def __init__(self, model: Model, *, n_ctx: int, n_seq: int, kv_type: str = "f16", threads: int = 1) -> None:
         if kv_type not in KV_TYPES:
             raise UsageError(f"unknown KV type {kv_type!r}: choose one of {', '.join(KV_TYPES)}")
+        if n_seq > C.llama_max_parallel_sequences():
+            raise UsageError(f"llama.cpp holds at most {C.llama_max_parallel_sequences()} sequences, not {n_seq}")
+        if n_seq * (n_ctx + 255) >= 2**31:
+            raise UsageError(f"a context of {n_seq} x {n_ctx} tokens is more than llama.cpp can count")
         self.model = model
         self.n_seq = n_seq
         params = C.llama_context_default_params()
@@ -309,6 +324,10 @@ class Context:
             raise OutOfMemoryError(
                 f"could not create a context of {n_seq} x {n_ctx} tokens, try a smaller --ctx-size ({cause})"
             )
+        self._free = weakref.finalize(self, _free_context, self._ptr, model)
+        if n_ctx > int(C.llama_n_ctx_seq(self._ptr)):
+            self.close()
+            raise OutOfMemoryError(f"llama.cpp made a context smaller than {n_ctx} tokens, try a smaller --ctx-size")
         self._memory = C.llama_get_memory(self._ptr)
         self.n_batch = int(C.llama_n_batch(self._ptr))
         self._flag = ctypes.create_string_buffer(2)
@@ -330,6 +349,8 @@ class Context:
         Raises:
             DecodeAborted: `cancel()` was called; rows of unfinished batches are not in the caches.
         """
+        if self.cancelled:  # not every backend asks the abort callback
+            raise DecodeAborted
         batch = self._rows.fill(tokens, seqs, positions, outputs)
         started = time.perf_counter()
         result = int(C.llama_decode(self.pointer, batch))
@@ -400,15 +421,19 @@ class Context:
         return self._memory
 
     def close(self) -> None:
-        if self._ptr:
-            C.llama_free(self._ptr)
-            self._ptr = None
+        self._free()
+        self._ptr = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _free_context(pointer: Any, _model: Model) -> None:
+    """Holds on to the model: it must outlive its contexts, whatever order the garbage is collected in."""
+    C.llama_free(pointer)
 
 
 class _BatchRows:
@@ -592,7 +617,7 @@ def schema_to_gbnf(schema: str) -> str:
 
 
 def try_grammar(model_path: Path, gbnf: str) -> None:
-    """Parse a grammar against a model's vocabulary and apply it once, in this process.
+    """Parse a grammar against a model's vocabulary and walk some random tokens through it, in this process.
 
     llama.cpp reports faults on stderr, and some only by aborting or by never returning: run it in a child process.
 
@@ -601,7 +626,7 @@ def try_grammar(model_path: Path, gbnf: str) -> None:
     """
     params = C.llama_model_default_params()
     params.vocab_only = True
-    pointer = C.llama_model_load_from_file(str(model_path).encode(), params)
+    pointer = C.llama_model_load_from_file(os.fsencode(model_path), params)
     if not pointer:
         raise ModelError(f"llama.cpp cannot load the vocabulary of {model_path}")
     vocab = Vocab(pointer)
@@ -610,6 +635,12 @@ def try_grammar(model_path: Path, gbnf: str) -> None:
         sampler = grammar(vocab, gbnf)
     except UsageError:
         raise UsageError(_log_sink.last_problem("llama.cpp refuses the grammar")) from None
-    candidates = Candidates(vocab.n_tokens)
-    candidates.fill(np.arange(vocab.n_tokens, dtype=np.int32), np.zeros(vocab.n_tokens, np.float32))
-    candidates.apply(sampler)
+    everything, flat = np.arange(vocab.n_tokens, dtype=np.int32), np.zeros(vocab.n_tokens, np.float32)
+    candidates, rng = Candidates(vocab.n_tokens), np.random.default_rng(0)
+    for _ in range(TRIAL_STEPS):
+        candidates.fill(everything, flat)
+        candidates.apply(sampler)
+        legal = [t for t in np.flatnonzero(candidates.scores() > -np.inf).tolist() if not vocab.is_eog(t)]
+        if not legal:
+            break
+        sampler.accept(int(rng.choice(legal)))

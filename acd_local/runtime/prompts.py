@@ -107,8 +107,8 @@ class PromptBuilder:
         longest = max(map(len, encoded))
         if longest >= self._n_ctx:
             raise ContextError(
-                f"the message is {longest} tokens long with its system prompt, the context holds {self._n_ctx} per "
-                "stream: shorten it or use a larger --ctx-size"
+                f"the message is {longest} tokens long with its system prompt and leaves no room for an answer: the "
+                f"context holds {self._n_ctx} per stream; shorten it or use a larger --ctx-size"
             )
         return encoded, start
 

@@ -30,10 +30,13 @@ class TokenSampler:
     """Draws one token per position from a candidate list.
 
     Args:
+        n_ctx: no text is longer than this many tokens; bounds the penalties' windows.
         history: tokens before the answer, for the penalties and DRY, as llama.cpp feeds its samplers the prompt.
     """
 
-    def __init__(self, vocab: llama.Vocab, options: Options, seed: int, history: Sequence[int] = ()) -> None:
+    def __init__(
+        self, vocab: llama.Vocab, options: Options, seed: int, history: Sequence[int] = (), *, n_ctx: int = 2**16
+    ) -> None:
         self._options = options
         self._seed = seed
         self._candidates = llama.Candidates(vocab.n_tokens)
@@ -41,10 +44,11 @@ class TokenSampler:
         self._truncation: list[llama.Sampler] = []
         self._mirostat: llama.Sampler | None = None
         o = options
+        repeat_window, dry_window = min(o.repeat_last_n, n_ctx), min(o.dry_penalty_last_n, n_ctx)  # llama.cpp allocates
         if o.repeat_last_n and (o.repeat_penalty != 1 or o.frequency_penalty or o.presence_penalty):
             self._penalties.append(
                 llama.penalties(
-                    vocab.n_tokens, o.repeat_last_n, o.repeat_penalty, o.frequency_penalty, o.presence_penalty
+                    vocab.n_tokens, repeat_window, o.repeat_penalty, o.frequency_penalty, o.presence_penalty
                 )
             )
         if o.dry_multiplier and o.dry_penalty_last_n:
@@ -54,12 +58,13 @@ class TokenSampler:
                     o.dry_multiplier,
                     o.dry_base,
                     o.dry_allowed_length,
-                    o.dry_penalty_last_n,
+                    dry_window,
                     o.dry_sequence_breakers,
                 )
             )
-        if o.mirostat and o.temp > 0:
+        if o.mirostat:
             self._penalties.clear()  # llama.cpp's mirostat chains hold temperature and mirostat only
+        if o.mirostat and o.temp > 0:
             self._mirostat = (
                 llama.mirostat_v1(vocab.n_tokens, position_seed(seed, 0), o.mirostat_ent, o.mirostat_lr)
                 if o.mirostat == 1
@@ -107,8 +112,8 @@ class TokenSampler:
 
 def _truncation(o: Options) -> list[llama.Sampler]:
     stages = []
-    if o.temp == 0:  # these three never take the best token away
-        return [llama.typical(o.typical)] if o.typical < 1 else []
+    if o.temp == 0 and o.typical == 1 and o.xtc_probability == 0:
+        return []  # the others never take the best token away
     if o.top_k > 0:
         stages.append(llama.top_k(o.top_k))
     if o.typical < 1:

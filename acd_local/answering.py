@@ -1,0 +1,276 @@
+"""How an engine makes one answer, and the handle through which a caller gets it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, Self
+
+from acd_local import pairs
+from acd_local.answers import Answer, Chunk, ContrastStats, FinishReason, OnEvent, Timings, TokenRecord, TurnsDropped
+from acd_local.errors import UsageError
+from acd_local.options import MAX_SEED, Options
+from acd_local.pairs import PromptPair
+from acd_local.runtime import grammar
+from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.generate import ContrastSettings, Step, generate
+from acd_local.runtime.llama import DecodeAborted, Logits
+from acd_local.runtime.prompts import Prompt
+from acd_local.runtime.sampling import GrammarGuard, TokenSampler
+from acd_local.runtime.streams import Slot
+from acd_local.runtime.template import Message
+from acd_local.runtime.text import TextStream
+
+if TYPE_CHECKING:
+    from acd_local.session import Engine
+
+
+class Work(Protocol):
+    """What makes an answer. It must not know its handle: dropping the handle is what stops the work."""
+
+    result: Answer | None
+    cancel: CancelToken
+
+    @property
+    def text(self) -> str: ...
+
+    def chunks(self) -> Generator[Chunk, None, None]: ...
+
+
+class Handle:
+    """One answer while it is made: iterate for text chunks, then read `answer`.
+
+    Closing it early (close(), a `with` block, or dropping it) stops decoding and frees its slot.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._chunks = work.chunks()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    def run(self, on_text: Callable[[str], None] | None = None) -> Answer:
+        """Decode to the end, handing text to `on_text` as it comes."""
+        with self:
+            for chunk in self:
+                if on_text is not None:
+                    on_text(chunk.text)
+        return self.answer
+
+    @property
+    def answer(self) -> Answer:
+        """The finished answer; only there once the iteration ended.
+
+        Raises:
+            UsageError: it has not.
+        """
+        if self._work.result is None:
+            raise UsageError("the answer is not finished: iterate over the stream first")
+        return self._work.result
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self._work.text
+
+    def cancel(self) -> None:
+        """End the answer within one decoding step, also during a long prompt. Safe from any thread."""
+        self._work.cancel.set()
+
+    def close(self) -> None:
+        """Stop here."""
+        self._chunks.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AnswerStream(Handle):
+    """An answer of `Engine.generate`.
+
+    Attributes:
+        seed: the seed in use. settings: the contrast's numbers in use. pair: the prompt pair in use.
+    """
+
+    def __init__(self, work: Answering) -> None:
+        super().__init__(work)
+        self.seed = work.seed
+        self.settings = work.settings
+        self.pair = work.pair
+
+
+class Answering:
+    """One answer in the making: builds the prompt, decodes it, runs the loop, turns tokens into text."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        turns: Sequence[Message],
+        options: Options,
+        system: str | None,
+        pair: PromptPair,
+        divergence: bool,
+        trace: bool,
+        on_event: OnEvent | None,
+        cancel: CancelToken,
+    ) -> None:
+        self._engine = engine
+        self._turns = turns
+        self._options = options
+        self._system = system
+        self.pair = pair
+        self._divergence = divergence
+        self._trace = trace
+        self._on_event = on_event
+        self.cancel = cancel
+        self.seed = secrets.randbelow(MAX_SEED + 1) if options.seed is None else options.seed
+        self.settings = resolve_contrast(options, pair)
+        self.result: Answer | None = None
+        self._records: list[TokenRecord] = []
+        self._text: list[str] = []
+        self._divergences: list[float] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self._text)
+
+    def chunks(self) -> Generator[Chunk, None, None]:
+        started = time.perf_counter()
+        engine, options, settings = self._engine, self._options, self.settings
+        gbnf = grammar.from_options(options, engine.info.path)
+        with engine._open():
+            prompt = engine._builder.build(
+                self.pair,
+                self._system,
+                self._turns,
+                contrast=settings.alpha > 0,
+                max_tokens=options.max_tokens,
+                overflow=options.overflow,
+            )
+        if prompt.dropped and self._on_event is not None:
+            self._on_event(TurnsDropped(prompt.dropped))
+        text = TextStream(options.stop)
+        reason: FinishReason
+        used, rows = (0, 0), 0
+        first_logits = started
+        try:
+            with engine._slot(prompt, self.cancel) as slot:
+                first, rows = engine._prefill(slot, prompt, self.cancel)
+                first_logits = time.perf_counter()
+                steps = self._steps(slot, prompt, first, gbnf)
+                while True:
+                    with engine._open():
+                        step = next(steps, None)
+                        piece = b"" if step is None else self._record(step)
+                        used = (len(slot.safe.tokens), len(slot.adversarial.tokens))
+                    if step is None:
+                        reason = "length" if len(self._records) >= prompt.room else "stop"
+                        break
+                    if step.ends:
+                        reason = "stop"
+                        break
+                    if shown := text.push(piece):
+                        self._text.append(shown)
+                        yield Chunk(shown)
+                    if text.stopped_by is not None:
+                        reason = "stop_string"
+                        break
+        except DecodeAborted:
+            reason = "cancelled"
+        if rest := text.finish():
+            self._text.append(rest)
+            yield Chunk(rest)
+        self.result = self._finish(reason, prompt, used, rows, (started, first_logits, time.perf_counter()))
+
+    def _steps(
+        self, slot: Slot, prompt: Prompt, first: tuple[Logits, Logits | None], gbnf: str | None
+    ) -> Iterator[Step]:
+        engine = self._engine
+        caches = [slot.safe] if prompt.adversarial is None else [slot.safe, slot.adversarial]
+
+        def decode(token: int) -> tuple[Logits, Logits | None]:
+            logits = engine._extend([(cache, [token]) for cache in caches], self.cancel)
+            return logits[0], logits[1] if len(logits) > 1 else None
+
+        return generate(
+            first,
+            decode,
+            TokenSampler(engine.vocab, self._options, self.seed, prompt.safe, n_ctx=engine.n_ctx),
+            engine._vocabulary,
+            self.settings,
+            limit=prompt.room,
+            grammar=None if gbnf is None else GrammarGuard(engine.vocab, gbnf),
+            divergence=self._divergence,
+            trace=self._trace,
+        )
+
+    def _record(self, step: Step) -> bytes:
+        vocab = self._engine.vocab
+        piece = b"" if step.ends else vocab.piece(step.token)
+        safe_piece = piece if step.safe_choice == step.token else vocab.piece(step.safe_choice)
+        self._records.append(
+            TokenRecord(
+                step.token,
+                piece.decode("utf-8", "replace"),
+                step.safe_choice,
+                safe_piece.decode("utf-8", "replace"),
+                step.trace,
+            )
+        )
+        if step.divergence is not None:
+            self._divergences.append(step.divergence)
+        return piece
+
+    def _finish(
+        self,
+        reason: FinishReason,
+        prompt: Prompt,
+        used: tuple[int, int],
+        rows: int,
+        times: tuple[float, float, float],
+    ) -> Answer:
+        started, first_logits, ended = times
+        records, s = self._records, self.settings
+        completion = sum(1 for r in records if r.token not in self._engine._vocabulary.eog)
+        seconds = ended - first_logits if records else 0.0
+        return Answer(
+            text=self.text,
+            finish_reason=reason,
+            prompt_tokens=len(prompt.safe),
+            completion_tokens=completion,
+            seed=self.seed,
+            contrast=ContrastStats(
+                alpha=s.alpha,
+                beta=s.beta,
+                raw=s.raw,
+                positions=len(records),
+                changed=sum(r.changed for r in records),
+                mean_divergence=sum(self._divergences) / len(self._divergences) if self._divergences else None,
+            ),
+            timings=Timings(
+                prompt_tokens=rows,
+                prompt_seconds=(first_logits if records else ended) - started,
+                answer_seconds=seconds,
+                tokens_per_second=len(records) / seconds if len(records) > 1 and seconds > 0 else 0.0,
+            ),
+            context_used=used,
+            dropped_turns=prompt.dropped,
+            tokens=tuple(records),
+        )
+
+
+def resolve_contrast(options: Options, pair: PromptPair) -> ContrastSettings:
+    """Which numbers apply: the option, else the pair's, else the default; `plain` is the safe prompt alone."""
+    if options.plain:
+        return ContrastSettings(0.0, 0.0)
+    alpha = next(v for v in (options.alpha, pair.alpha, pairs.DEFAULT_ALPHA) if v is not None)
+    beta = next(v for v in (options.beta, pair.beta, pairs.DEFAULT_BETA) if v is not None)
+    return ContrastSettings(float(alpha), float(beta), options.raw_contrast)
