@@ -101,12 +101,12 @@ def test_alpha_zero_and_greedy_is_llama_cpps_greedy_text(demo: Path, how: dict[s
     from llama_cpp import Llama
 
     n = 48
-    with Engine(demo, ctx_size=1024, threads=2) as engine:
+    with Engine(demo, ctx_size=1024, threads=1) as engine:
         prompt = prompts_of(engine)[0]
         answer = engine.generate(QUESTION, Options(temp=0.0, max_tokens=n, **how), divergence=True).run()  # type: ignore[arg-type]
         eog = engine.vocab.eog_tokens()
     reference = Llama(
-        str(demo), n_ctx=1024, n_batch=llama.BATCH_ROWS, n_threads=2, n_threads_batch=2, flash_attn=True, verbose=False
+        str(demo), n_ctx=1024, n_batch=llama.BATCH_ROWS, n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False
     )
     expected = []
     for token in reference.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0):

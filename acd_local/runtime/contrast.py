@@ -44,6 +44,7 @@ def contrast(
         NumericalError: a logit is NaN or +inf, or no plausible token has a finite score.
     """
     check_alpha_beta(alpha, beta)
+    check_finite(safe, adversarial if alpha > 0 else None)
     ids, scores = plausible(safe, beta)
     if alpha == 0 or len(ids) == 0:
         return ids, scores
@@ -55,19 +56,16 @@ def contrast(
 def plausible(safe: Logits, beta: float) -> tuple[TokenIds, Logits]:
     """The tokens with p_S >= beta * max p_S, that is logit_S >= max + ln beta, never those at -inf, and their logits.
 
-    This is the contrast with alpha 0; `against` takes it further.
+    This is the contrast with alpha 0; `against` takes it further. Neither looks for NaN: `check_finite` first.
 
     Returns:
         ids, shape (k,), ascending, and logits, shape (k,).
-
-    Raises:
-        NumericalError: a logit is NaN or +inf.
     """
-    top = _largest(safe, "safe")
+    top = float(safe.max())
     if top == -math.inf:
         return np.empty(0, np.int32), np.empty(0, np.float32)
     mask = safe >= np.float32(top + math.log(beta)) if beta > 0 else safe > -np.inf
-    ids = np.flatnonzero(mask).astype(np.int32)
+    ids = mask.nonzero()[0].astype(np.int32)
     return ids, safe[ids]
 
 
@@ -77,9 +75,8 @@ def against(
     """Contrast plausible tokens, both of shape (k,), with the adversarial stream's logits, shape (n_vocab,).
 
     Raises:
-        NumericalError: a logit is NaN or +inf, or no token has a finite score.
+        NumericalError: no token has a finite score.
     """
-    _largest(adversarial, "adversarial")
     divisor = 1.0 if raw else 1.0 - min(alpha, MAX_DIVISOR_ALPHA)
     with np.errstate(over="ignore", invalid="ignore"):
         scores: Logits = ((safe_logits - np.float64(alpha) * adversarial[ids]) / divisor).astype(np.float32)
