@@ -52,6 +52,8 @@ def resolve(model: str, *, progress: bool = False) -> Path:
         if path.is_dir():
             raise ModelError(f"{shown(path)} is a directory: give the GGUF file itself{_files_in(path)}")
         if model and path.exists():
+            if not path.is_file():
+                raise ModelError(f"{shown(path)} is not a regular file")  # opening a pipe would wait for its writer
             return path
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"cannot open {shown(model)}: {shown(error)}") from None

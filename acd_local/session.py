@@ -288,10 +288,16 @@ def _message(raw: Mapping[str, Any]) -> Message:
     return Message(role, raw["content"])
 
 
+# Larger numbers overflow llama.cpp's counts, or abort ggml (GGML_MAX_N_THREADS).
+_LIMITS = {"ctx_size": 2**24, "threads": 512, "conversations": 128}
+
+
 def _check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UsageError(f"{name} must be a whole number >= 1, not {value!r}")
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LIMITS[name]:
+            raise UsageError(f"{name} must be a whole number from 1 to {_LIMITS[name]}, not {value!r}")
 
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()

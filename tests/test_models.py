@@ -294,3 +294,10 @@ def test_discovery_changes_nothing(home: Path, model_bytes: bytes) -> None:
     before = sorted((str(p), p.lstat().st_mtime_ns) for p in home.rglob("*"))
     assert len(discover()) == 1
     assert sorted((str(p), p.lstat().st_mtime_ns) for p in home.rglob("*")) == before
+
+
+def test_a_pipe_is_refused_without_waiting_for_its_writer(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.gguf"
+    os.mkfifo(pipe)
+    with pytest.raises(ModelError, match="regular file"):
+        models.resolve(str(pipe))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from acd_local import __version__
 from acd_local.cli import flags
 from acd_local.cli.shell import EXIT_CODES, Interrupts, run_cli, say
 
@@ -23,14 +24,18 @@ if TYPE_CHECKING:
 PROGRAM = "acd-chat"
 
 
-@click.command(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    cls=flags.Command,
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.argument("model", required=False)
 @flags.engine_flags
 @flags.answer_flags
 @click.option("--system", "-s", metavar="TEXT", help="Your own system prompt; it follows the pair's.")
 @click.option("--load", metavar="FILE", help="Go on with a saved chat; --pair and --system win over its own.")
 @click.option("--no-color", is_flag=True, help="No colours; NO_COLOR does the same.")
-@click.version_option(package_name="acd-local", prog_name=PROGRAM)
+@click.version_option(__version__, prog_name=PROGRAM)
 def command(model: str | None, **given: Any) -> int:
     """Chat with MODEL, decoded by the contrast of two opposite system prompts.
 
@@ -38,6 +43,7 @@ def command(model: str | None, **given: Any) -> int:
     chat lists its commands. Without a terminal each line of stdin is one message, and only answers go to stdout.
     """
     model = flags.resolve_model(model)
+    flags.check_text("--system", given["system"])
     options = flags.make_options(given)
     with Interrupts() as interrupts:
         engine = flags.load_engine(model, given)

@@ -25,11 +25,8 @@ class PipeSignals:
 
     @contextmanager
     def answering(self, cancel: Callable[[], None]) -> Iterator[None]:
-        _attach(self._interrupts, cancel)
-        try:
+        with _cancelling(self._interrupts, cancel):
             yield
-        finally:
-            self._interrupts.cancels(None)
         if self._interrupts.exit_code is not None:
             raise SystemExit(self._interrupts.exit_code)
 
@@ -46,8 +43,7 @@ class TerminalSignals:
 
     @contextmanager
     def answering(self, cancel: Callable[[], None]) -> Iterator[None]:
-        with _AnswerInterrupts() as interrupts:
-            _attach(interrupts, cancel)
+        with _AnswerInterrupts() as interrupts, _cancelling(interrupts, cancel):
             yield
         if interrupts.signum == signal.SIGTERM:
             _terminate(signal.SIGTERM)
@@ -63,12 +59,17 @@ class _AnswerInterrupts(Interrupts):
             self._token.set()
 
 
-def _attach(interrupts: Interrupts, cancel: Callable[[], None]) -> None:
+@contextmanager
+def _cancelling(interrupts: Interrupts, cancel: Callable[[], None]) -> Iterator[None]:
     from acd_local.runtime.cancel import CancelToken
 
     token = CancelToken()
-    token.interrupting(cancel)
-    interrupts.cancels(token)
+    with token.interrupting(cancel):
+        interrupts.cancels(token)
+        try:
+            yield
+        finally:
+            interrupts.cancels(None)
 
 
 def _terminate(signum: int, _frame: FrameType | None = None) -> NoReturn:

@@ -8,14 +8,19 @@ from typing import Any
 
 import click
 
+from acd_local import __version__
 from acd_local.cli import flags
 from acd_local.cli.shell import EXIT_CODES, one_line, run_cli, say
 
 PROGRAM = "acd"
 
 
-@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="acd-local", prog_name=PROGRAM)
+@click.group(
+    epilog=EXIT_CODES,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name=PROGRAM)
 def command() -> None:
     """Adversarial contrastive decoding for local GGUF models. Answers come from acd-run and acd-chat."""
 
@@ -62,7 +67,7 @@ def _model_line(row: dict[str, Any]) -> str:
     return f"{name}\n    {what}, pair: {row['pair']}\n    {one_line(row['path'])}"
 
 
-@command.group("pairs")
+@command.group("pairs", no_args_is_help=False)
 def pairs_group() -> None:
     """List, show and check prompt pairs."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from acd_local import __version__
 from acd_local.cli import flags
 from acd_local.cli.shell import EXIT_CODES, AnswerWriter, Interrupts, as_json, error_record, one_line, run_cli, say
 from acd_local.errors import AcdError, InternalError, UsageError
@@ -42,7 +43,7 @@ STDIN_PATIENCE = 2.0  # seconds before saying what we wait for
 @click.option("--jsonl", is_flag=True, help="Long-lived worker: one JSON request per line of stdin, event lines out.")
 @click.option("--stats", is_flag=True, help="Say on stderr what the contrast did and how long it took.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write one JSON line per token to FILE.")
-@click.version_option(package_name="acd-local", prog_name=PROGRAM)
+@click.version_option(__version__, prog_name=PROGRAM)
 def command(model: str | None, prompt: str | None, **given: Any) -> int:
     """Answer PROMPT with MODEL, decoded by the contrast of two opposite system prompts.
 
@@ -143,7 +144,7 @@ def _prompt_text(prompt: str | None, *, read_stdin: bool) -> str:
     piped = _read_stdin() if read_stdin and not sys.stdin.isatty() else ""
     parts = [part for part in (piped.strip("\r\n"), prompt or "") if part.strip()]
     if not parts:
-        raise UsageError("no prompt: give it as an argument or on stdin")
+        raise UsageError("no prompt: give it after MODEL, or on stdin")
     return "\n\n".join(parts)
 
 

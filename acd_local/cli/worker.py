@@ -67,20 +67,18 @@ class Worker:
     def run(self) -> int:
         from acd_local.runtime.cancel import CancelToken
 
-        stop = CancelToken()
-        stop.interrupting(self._stop)
-        self._interrupts.cancels(stop)
         info = self._engine.info
-        self._emit(event="ready", protocol=PROTOCOL, model=info.name or str(info.path), pair=self._engine.pair.name)
-        threading.Thread(target=self._read, name="acd-requests", daemon=True).start()
-        while not self._over(stop) and (request := self._queue.get()) is not None:
-            self._answer(request)
+        with (stop := CancelToken()).interrupting(self._stop):
+            self._interrupts.cancels(stop)
+            self._emit(event="ready", protocol=PROTOCOL, model=info.name or str(info.path), pair=self._engine.pair.name)
+            threading.Thread(target=self._read, name="acd-requests", daemon=True).start()
+            while (request := self._queue.get()) is not None:
+                self._answer(request)
+                if stop.is_set or self._broken is not None:
+                    break
         if self._broken is not None:
             raise self._broken  # a closed pipe ends quietly, a full disk does not
         return self._interrupts.exit_code or 0
-
-    def _over(self, stop: CancelToken) -> bool:
-        return stop.is_set or self._broken is not None
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -121,8 +119,8 @@ class Worker:
         _check_text(raw)
         if ("prompt" in raw) == ("messages" in raw):
             raise UsageError("a request has either a prompt or messages")
-        if "prompt" in raw and not isinstance(raw["prompt"], str):
-            raise UsageError("prompt must be a string")
+        if not isinstance(raw.get("prompt", ""), str) or not isinstance(raw.get("messages", []), list):
+            raise UsageError("prompt must be a string, messages a list")
         messages = raw.get("prompt", raw.get("messages"))
         check_messages(messages)
         for name in ("system", "pair"):

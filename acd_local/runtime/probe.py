@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
@@ -123,11 +124,12 @@ def _load_in_child(path: Path, timeout: float) -> None:
         "PYTHONIOENCODING": "utf-8",
     }
     env.pop("PYTHONFAULTHANDLER", None)
+    watched, held = os.pipe()  # the child's stdin ends when this process does
     try:
         child = subprocess.run(
             command,
             env=env,
-            stdin=subprocess.DEVNULL,
+            stdin=watched,
             capture_output=True,
             timeout=timeout,
             check=False,
@@ -137,6 +139,9 @@ def _load_in_child(path: Path, timeout: float) -> None:
         raise ModelError(f"{shown(path)}: llama.cpp did not finish loading it within {timeout:.0f} s") from None
     except OSError as error:
         raise InternalError(f"cannot start {shown(sys.executable)} to check the model: {error.strerror}") from None
+    finally:
+        os.close(watched)
+        os.close(held)
     if child.returncode != 0:
         raise _error(path, child.returncode, child.stdout.decode("utf-8", "replace"), _lines(child.stderr))
 
@@ -177,6 +182,12 @@ def _telling(log: list[str]) -> str:
 # --- the child's side ------------------------------------------------------------------------------------------------
 
 
+def _end_with_parent() -> None:
+    """A parent that was stopped while we load a large model must not leave us behind."""
+    os.read(0, 1)
+    os._exit(1)
+
+
 def _child(path: Path) -> int:
     """Load the model, decode a token in each of two sequences: 0 when llama.cpp lives through it, else a JSON line."""
     import logging
@@ -186,6 +197,7 @@ def _child(path: Path) -> int:
     from acd_local.errors import AcdError
     from acd_local.runtime import llama
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer: it ends this process
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)  # survives an abort
     doing = "load"
