@@ -146,7 +146,7 @@ class Answering:
         started = time.perf_counter()
         engine, options, settings = self._engine, self._options, self.settings
         gbnf = grammar.from_options(options, engine.info.path)
-        with engine._open():
+        with engine._open:
             prompt = engine._builder.build(
                 self.pair,
                 self._system,
@@ -167,7 +167,7 @@ class Answering:
                 first_logits = time.perf_counter()
                 steps = self._steps(slot, prompt, first, gbnf)
                 while True:
-                    with engine._open():
+                    with engine._open:
                         step = next(steps, None)
                         piece = b"" if step is None else self._record(step)
                         used = (len(slot.safe.tokens), len(slot.adversarial.tokens))

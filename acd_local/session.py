@@ -87,7 +87,8 @@ class Engine:
             raise
         rewinds = not self._model.keeps_state and self._model.n_swa == 0
         self._prefixes = PrefixStore(eager=conversations > 1 or not rewinds)
-        self._lock = threading.RLock()  # held during every call into llama.cpp's contexts
+        self._lock = threading.RLock()
+        self._open = _Open(self)
         self._free = threading.Condition()
         self._idle: list[Slot] = list(self._streams.slots)
         self._holders: list[int] = []  # thread ids of running answers
@@ -205,7 +206,7 @@ class Engine:
                 self._free.notify()
 
     def _extend(self, work: Sequence[tuple[Cache, Sequence[int]]], cancel: CancelToken) -> list[Logits]:
-        with self._open(), cancel.interrupting(self._streams.cancel):
+        with self._open, cancel.interrupting(self._streams.cancel):
             self._streams.resume()
             self._check_open()  # close() may have asked for a stop just before
             if cancel.is_set:
@@ -228,17 +229,11 @@ class Engine:
             rows += sum(len(tokens) for _, tokens in items)
             return self._extend(items, cancel)
 
-        with self._open():
+        with self._open:
             self._prefixes.prepare(work, counted)
-        logits = counted([(cache, tokens[len(cache.tokens) :]) for cache, tokens, _ in work])
-        return (logits[0], logits[1] if len(logits) > 1 else None), rows
-
-    @contextmanager
-    def _open(self) -> Iterator[None]:
-        """Hold the engine open: everything that touches llama.cpp's memory runs inside."""
-        with self._lock:
-            self._check_open()
-            yield
+            logits = counted([(cache, tokens[len(cache.tokens) :]) for cache, tokens, _ in work])
+            rows_of = [row.copy() for row in logits]  # other answers may decode before ours goes on
+        return (rows_of[0], rows_of[1] if len(rows_of) > 1 else None), rows
 
     def _check_open(self) -> None:
         if self._closed:
@@ -286,6 +281,24 @@ def _message(raw: Mapping[str, Any]) -> Message:
     if role not in ("system", "user", "assistant"):
         raise UsageError(f"a message's role must be system, user or assistant, not {role!r}")
     return Message(role, raw["content"])
+
+
+class _Open:
+    """`with engine._open:` holds the engine open: everything that touches llama.cpp's memory runs inside."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = weakref.ref(engine)
+        self._lock = engine._lock
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        engine = self._engine()
+        if engine is None or engine._closed:
+            self._lock.release()
+            raise EngineClosedError("the engine was closed")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 # Larger numbers overflow llama.cpp's counts, or abort ggml (GGML_MAX_N_THREADS).

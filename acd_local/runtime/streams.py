@@ -36,7 +36,7 @@ class Cache:
         self.seq = seq
         self.n_ctx = n_ctx
         self.tokens: list[int] = []
-        self.logits: Logits = np.empty(context.model.n_vocab, np.float32)  # after the last decoded token
+        self.logits: Logits = np.empty(0, np.float32)  # after the last decoded token
 
     def rewind(self, length: int) -> int:
         """Forget everything from position `length` on, where the memory can; else everything.
@@ -154,8 +154,8 @@ def extend(work: Sequence[tuple[Cache, Sequence[int]]]) -> list[Logits]:
         work: (cache, tokens) with at least one token each, every cache at most once.
 
     Returns:
-        For each item the logits after its last token, shape (n_vocab,): the cache's own array, which the caller may
-        write into and the next `extend` of that cache overwrites. (A new array per token would cost page faults.)
+        For each item the logits after its last token, shape (n_vocab,): llama.cpp's own memory, which the caller may
+        write into and the next decode of that context overwrites.
 
     Raises:
         ContextError: a cache would exceed its n_ctx; nothing was decoded.
@@ -187,7 +187,7 @@ def _extend_context(context: llama.Context, work: Sequence[tuple[Cache, Sequence
             cache.resync()
         raise
     for (cache, _), row in zip(work, context.logits(len(work)), strict=True):
-        np.copyto(cache.logits, row)
+        cache.logits = row
 
 
 def _decode_chunk(
