@@ -6,9 +6,7 @@ round by round and their median is reported. Peak memory is a process' own figur
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +20,7 @@ import numpy as np
 from acd_local.answering import AnswerStream
 from acd_local.errors import InternalError, UsageError
 from acd_local.options import Options
-from acd_local.runtime import llama
+from acd_local.runtime import child, llama
 from acd_local.runtime.streams import LAYOUTS
 from acd_local.runtime.template import Message
 from acd_local.runtime.threads import physical_cores
@@ -202,19 +200,11 @@ def _ask(engine: Engine, question: str, tokens: int, *, plain: bool) -> AnswerSt
 
 
 def _peak_of(case: str, model: str, settings: Mapping[str, Any]) -> float:
-    package_root = str(Path(__file__).resolve().parents[1])
-    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    arguments = [case, model, str(settings["threads"]), str(settings["ctx_size"])]
-    done = subprocess.run(
-        [sys.executable, "-m", "acd_local.bench", *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        check=False,
-    )
+    done = child.run_module("acd_local.bench", case, model, str(settings["threads"]), str(settings["ctx_size"]))
     if done.returncode != 0:
-        raise InternalError(f"measuring the memory of {case!r} failed: {done.stderr.strip()[-300:]}")
+        raise InternalError(
+            f"measuring the memory of {case!r} failed: {done.stderr.decode('utf-8', 'replace').strip()[-300:]}"
+        )
     return float(done.stdout)
 
 

@@ -10,6 +10,14 @@ from typing import Any, Literal, Self
 
 from acd_local.errors import UsageError
 
+# What an engine may be made with: larger numbers overflow llama.cpp's counts, or abort ggml (GGML_MAX_N_THREADS).
+ENGINE_RANGES = {
+    "ctx_size": (1, 2**24),
+    "threads": (1, 512),
+    "conversations": (1, 128),
+    "gpu_layers": (-1, 2**31 - 1),
+}
+
 MAX_SEED = 2**32 - 2  # llama.cpp keeps 2^32 - 1 for "draw a seed"
 
 

@@ -16,7 +16,7 @@ from acd_local.answers import OnEvent
 from acd_local.chat import Chat
 from acd_local.errors import EngineBusyError, EngineClosedError, UsageError
 from acd_local.models import resolve as resolve_model
-from acd_local.options import Options
+from acd_local.options import ENGINE_RANGES, Options
 from acd_local.pairs import PromptPair
 from acd_local.runtime import llama, probe
 from acd_local.runtime.cancel import CancelToken
@@ -124,7 +124,7 @@ class Engine:
             options: sampling, contrast and limits of this answer.
             system: the application's system prompt; it follows the pair's in both streams.
             pair: another pair for this answer.
-            divergence: measure KL(S || A) at every position (0.2 ms per token at a vocabulary of 49k).
+            divergence: measure KL(S || A) at every position (some passes over the vocabulary per token).
             trace: record both streams' log probabilities per token.
             on_event: called when turns had to be dropped.
             cancel: set it to stop the answer from elsewhere; by default the stream has its own.
@@ -242,8 +242,7 @@ class Engine:
     def _resolve_pair(self, pair: PromptPair | str | None) -> PromptPair:
         if pair is None:
             return pairs.best_for(self.info)
-        found = pairs.find(pair) if isinstance(pair, str) else pair
-        return found
+        return pairs.find(pair) if isinstance(pair, str) else pair
 
 
 def _gain(held: Sequence[int], prompt: Prompt) -> tuple[int, int]:
@@ -301,16 +300,13 @@ class _Open:
         self._lock.release()
 
 
-# Larger numbers overflow llama.cpp's counts, or abort ggml (GGML_MAX_N_THREADS).
-_LIMITS = {"ctx_size": 2**24, "threads": 512, "conversations": 128}
-
-
 def _check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
+        low, high = ENGINE_RANGES[name]
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LIMITS[name]:
-            raise UsageError(f"{name} must be a whole number from 1 to {_LIMITS[name]}, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
 
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -16,7 +16,7 @@ MODULES = sorted(p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.rg
 LAYERS = (
     {"errors"},
     {"options", "runtime/gguf_header", "runtime/text", "runtime/threads", "runtime/cancel", "runtime/__init__"},
-    {"pairs", "models", "runtime/contrast", "runtime/llama"},
+    {"pairs", "models", "runtime/child", "runtime/contrast", "runtime/llama"},
     {"runtime/probe", "runtime/sampling", "runtime/streams", "runtime/guard", "runtime/grammar"},
     {"runtime/prefixes", "runtime/template", "runtime/generate"},
     {"runtime/prompts", "answers"},

@@ -19,12 +19,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 ENGINE_FLAGS = ("pair", "ctx_size", "threads", "gpu_layers", "kv_type", "layout")
 
-_RANGES = {
-    "ctx_size": (1, 2**24),  # beyond any model; much larger numbers overflow llama.cpp's counts
-    "threads": (1, 512),  # GGML_MAX_N_THREADS
-    "gpu_layers": (-1, 2**31 - 1),
-}
-
 # Help texts name the defaults by hand: None on the command line means "not given", so that a pair can decide.
 _ENGINE = (
     click.option("--pair", metavar="NAME|FILE", help="Prompt pair; default: the best one for the model."),
@@ -181,8 +175,10 @@ def read_text(path: Path) -> str:
 
 def check_engine_flags(flags: Mapping[str, Any]) -> None:
     """What llama.cpp would overflow or abort on."""
-    for name, (low, high) in _RANGES.items():
-        value = flags[name]
+    from acd_local.options import ENGINE_RANGES
+
+    for name, (low, high) in ENGINE_RANGES.items():
+        value = flags.get(name)
         if value is not None and not low <= value <= high:
             raise UsageError(f"--{name.replace('_', '-')} must be in [{low}, {high}], not {value}")
 

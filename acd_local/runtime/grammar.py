@@ -7,7 +7,6 @@ embeds this package must see none of that.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from functools import lru_cache
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from acd_local.errors import UsageError
 from acd_local.options import Options
+from acd_local.runtime import child
 
 TIMEOUT = 10.0  # seconds
 
@@ -49,25 +49,15 @@ def check(gbnf: str, model_path: Path) -> None:
         raise UsageError("the grammar is empty")
     if "\0" in gbnf:
         raise UsageError("the grammar holds a NUL character")
-    if getattr(sys, "frozen", False):
+    if not child.can_start():
         return
-    package_root = str(Path(__file__).resolve().parents[2])
-    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "acd_local.runtime.grammar", str(model_path)],
-            input=gbnf,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=TIMEOUT,
-            env={**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONPATH": os.pathsep.join(paths)},
-            check=False,
-        )
+        done = child.run_module("acd_local.runtime.grammar", str(model_path.absolute()), text=gbnf, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         raise UsageError(f"bad grammar: llama.cpp did not finish it within {TIMEOUT:g} s") from None
     if done.returncode != 0:
-        raise UsageError(f"bad grammar: {_cause(done.stdout, done.stderr, done.returncode)}")
+        said, log = (stream.decode("utf-8", "replace") for stream in (done.stdout, done.stderr))
+        raise UsageError(f"bad grammar: {_cause(said, log, done.returncode)}")
 
 
 def _cause(stdout: str, stderr: str, code: int) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 import platformdirs
 
 from acd_local.errors import InternalError, ModelError, OutOfMemoryError
-from acd_local.runtime import gguf_header
+from acd_local.runtime import child, gguf_header
 from acd_local.runtime.gguf_header import GGUFInfo, shown
 
 _FORMAT = 1  # of a verdict file
@@ -53,7 +53,7 @@ def verify(path: Path, *, timeout: float = 120.0, force: bool = False) -> GGUFIn
     info = gguf_header.read_header(path)
     if len(info.parts) > 1:
         parts = _signature(info.parts)
-    if not getattr(sys, "frozen", False) and sys.executable:
+    if child.can_start():
         _load_in_child(path, timeout + info.size / _SLOW_DISK)
         _remember(path, parts, info)
     return info
@@ -115,35 +115,14 @@ def _remember(path: Path, parts: list[list[object]] | None, info: GGUFInfo) -> N
 
 
 def _load_in_child(path: Path, timeout: float) -> None:
-    command = [sys.executable, "-P", "-m", "acd_local.runtime.probe", str(path.absolute())]
-    # The child imports from where this process does; -P keeps the working directory out of it.
-    root = str(Path(__file__).resolve().parents[2])
-    env = os.environ | {
-        "GGML_NO_BACKTRACE": "1",  # ggml's own backtrace can hang
-        "PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)]),
-        "PYTHONIOENCODING": "utf-8",
-    }
-    env.pop("PYTHONFAULTHANDLER", None)
-    watched, held = os.pipe()  # the child's stdin ends when this process does
     try:
-        child = subprocess.run(
-            command,
-            env=env,
-            stdin=watched,
-            capture_output=True,
-            timeout=timeout,
-            check=False,
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-        )
+        done = child.run_module("acd_local.runtime.probe", str(path.absolute()), timeout=timeout)
     except subprocess.TimeoutExpired:
         raise ModelError(f"{shown(path)}: llama.cpp did not finish loading it within {timeout:.0f} s") from None
     except OSError as error:
         raise InternalError(f"cannot start {shown(sys.executable)} to check the model: {error.strerror}") from None
-    finally:
-        os.close(watched)
-        os.close(held)
-    if child.returncode != 0:
-        raise _error(path, child.returncode, child.stdout.decode("utf-8", "replace"), _lines(child.stderr))
+    if done.returncode != 0:
+        raise _error(path, done.returncode, done.stdout.decode("utf-8", "replace"), _lines(done.stderr))
 
 
 def _error(path: Path, code: int, output: str, log: list[str]) -> Exception:

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from acd_local.errors import ContextError, UsageError
 from acd_local.runtime import llama
 from acd_local.runtime.llama import Logits
@@ -36,7 +34,6 @@ class Cache:
         self.seq = seq
         self.n_ctx = n_ctx
         self.tokens: list[int] = []
-        self.logits: Logits = np.empty(0, np.float32)  # after the last decoded token
 
     def rewind(self, length: int) -> int:
         """Forget everything from position `length` on, where the memory can; else everything.
@@ -166,13 +163,15 @@ def extend(work: Sequence[tuple[Cache, Sequence[int]]]) -> list[Logits]:
             raise ContextError(
                 f"the conversation needs {len(cache.tokens) + len(tokens)} tokens, the context holds {cache.n_ctx}"
             )
+    logits: dict[Cache, Logits] = {}
     for context in dict.fromkeys(cache.context for cache, _ in work):
         group = sorted((item for item in work if item[0].context is context), key=lambda item: item[0].seq)
-        _extend_context(context, group)
-    return [cache.logits for cache, _ in work]
+        rows = _extend_context(context, group)
+        logits.update((cache, row) for (cache, _), row in zip(group, rows, strict=True))
+    return [logits[cache] for cache, _ in work]
 
 
-def _extend_context(context: llama.Context, work: Sequence[tuple[Cache, Sequence[int]]]) -> None:
+def _extend_context(context: llama.Context, work: Sequence[tuple[Cache, Sequence[int]]]) -> Logits:
     done = [0] * len(work)
     try:
         for chunk in _chunks([len(tokens) for _, tokens in work], context.n_batch):
@@ -186,8 +185,7 @@ def _extend_context(context: llama.Context, work: Sequence[tuple[Cache, Sequence
         for cache, _ in work:
             cache.resync()
         raise
-    for (cache, _), row in zip(work, context.logits(len(work)), strict=True):
-        cache.logits = row
+    return context.logits(len(work))
 
 
 def _decode_chunk(
