@@ -102,7 +102,7 @@ C.llama_backend_init()
 def _strlen() -> Any:
     """libc's strlen as an abort callback: true when the byte it is pointed at is not NUL.
 
-    ggml calls the abort callback once per graph node: a Python function there would take the interpreter lock each time.
+    ggml calls the abort callback once per graph node: a Python function would take the interpreter lock each time.
     """
     libc = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
     return ctypes.cast(libc.strlen, C.ggml_abort_callback)
