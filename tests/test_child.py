@@ -1,4 +1,4 @@
-"""Children that load for us: where they import from, and that they do not outlive us. And how many threads there are."""
+"""Children that load for us: what they import, and that they do not outlive us. And how many threads there are."""
 
 from __future__ import annotations
 
