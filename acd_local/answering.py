@@ -135,6 +135,7 @@ class Answering:
         system: str | None,
         pair: PromptPair,
         framing: Framing,
+        soft: bool,
         divergence: bool,
         trace: bool,
         on_event: OnEvent | None,
@@ -151,7 +152,7 @@ class Answering:
         self._on_event = on_event
         self.cancel = cancel
         self.seed = secrets.randbelow(MAX_SEED + 1) if options.seed is None else options.seed
-        self.settings = resolve_contrast(options, pair)
+        self.settings = resolve_contrast(options, pair, soft=soft)
         self.result: Answer | None = None
         self._records: list[TokenRecord] = []
         self._text: list[str] = []
@@ -336,10 +337,15 @@ def _streams(logits: list[Logits]) -> StreamLogits:
     return logits[0], logits[1] if len(logits) > 1 else None
 
 
-def resolve_contrast(options: Options, pair: PromptPair) -> ContrastSettings:
-    """Which numbers apply: the option, else the pair's, else the default; `plain` is the safe prompt alone."""
+def resolve_contrast(options: Options, pair: PromptPair, *, soft: bool = False) -> ContrastSettings:
+    """Which numbers apply: the option, else the pair's, else the default; `plain` is the safe prompt alone.
+
+    With `soft` the numbers of the pair's soft prompts come before its own.
+    """
     if options.plain:
         return ContrastSettings(0.0, 0.0)
-    alpha = next(v for v in (options.alpha, pair.alpha, pairs.DEFAULT_ALPHA) if v is not None)
-    beta = next(v for v in (options.beta, pair.beta, pairs.DEFAULT_BETA) if v is not None)
+    alphas = (options.alpha, pair.soft_alpha if soft else None, pair.alpha, pairs.DEFAULT_ALPHA)
+    betas = (options.beta, pair.soft_beta if soft else None, pair.beta, pairs.DEFAULT_BETA)
+    alpha = next(v for v in alphas if v is not None)
+    beta = next(v for v in betas if v is not None)
     return ContrastSettings(float(alpha), float(beta), options.raw_contrast, options.window)

@@ -8,6 +8,8 @@ A pair file is named after the pair (`prompts/NAME.toml`) and looks like this:
     adversarial = '''...'''     # negative stream: only ever a reference, never sampled from
     alpha = 0.5                 # optional: strength of the contrast, finite, >= 0
     beta = 0.1                  # optional: plausibility threshold, in [0, 1]
+    [soft]                      # optional: alpha and beta of the soft prompts in NAME.safetensors beside it
+    alpha = 0.4
     [models]                    # optional: the models it was made for; without it, any model
     architecture = "llama"
     tokenizer = "<sha256>"      # GGUFInfo.tokenizer
@@ -60,8 +62,9 @@ DEFAULT_BETA = 0.1
 MAX_BYTES = 1_000_000
 MAX_ALPHA = 3.4e38  # float32, in which logits are contrasted
 
-_KEYS = ("format", "name", "safe", "adversarial", "alpha", "beta", "models", "provenance", "figures")
+_KEYS = ("format", "name", "safe", "adversarial", "alpha", "beta", "soft", "models", "provenance", "figures")
 _MODEL_KEYS = ("architecture", "tokenizer", "names")
+_SOFT_KEYS = ("alpha", "beta")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>")
@@ -120,6 +123,7 @@ class PromptPair:
         models: which models it fits.
         provenance, figures: where it comes from and what was measured with it; free tables.
         path: its file; None if it was made in Python.
+        soft_alpha, soft_beta: settings of the soft prompts; None leaves the pair's own.
 
     Raises:
         PairError: a text is empty, both are the same, or a number is out of range.
@@ -134,6 +138,8 @@ class PromptPair:
     provenance: Mapping[str, object] = field(default_factory=dict, hash=False)
     figures: Mapping[str, object] = field(default_factory=dict, hash=False)
     path: Path | None = None
+    soft_alpha: float | None = None
+    soft_beta: float | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -146,11 +152,19 @@ class PromptPair:
                 "adversarial": AdversarialText(adversarial),
                 "alpha": _checked_number("alpha", self.alpha, MAX_ALPHA),
                 "beta": _checked_number("beta", self.beta, 1.0),
+                "soft_alpha": _checked_number("soft.alpha", self.soft_alpha, MAX_ALPHA),
+                "soft_beta": _checked_number("soft.beta", self.soft_beta, 1.0),
             }
         except _Fault as fault:
             raise PairError(f"prompt pair {_printable(str(self.name))}: {fault.field}: {fault}") from None
         for key, value in checked.items():
             object.__setattr__(self, key, value)
+
+    @property
+    def soft_path(self) -> Path | None:
+        """The file with the soft prompts, NAME.safetensors beside the pair's own; None if there is none."""
+        path = None if self.path is None else self.path.with_suffix(".safetensors")
+        return path if path is not None and os.path.lexists(path) else None
 
 
 def refuse_adversarial(text: str, pair: PromptPair) -> None:
@@ -237,6 +251,16 @@ def _checked_models(value: object) -> ModelMatch:
     if not isinstance(names, list):
         raise _Fault("models.names", f"must be an array of strings, not {_kind(names)}")
     return ModelMatch(match.get("architecture", ""), tokenizer, tuple(_checked_text("models.names", n) for n in names))
+
+
+def _checked_soft(value: object) -> dict[str, float | None]:
+    if not isinstance(value, dict):
+        raise _Fault("soft", f"must be a table, not {_kind(value)}")
+    for key in value:
+        if key not in _SOFT_KEYS:
+            raise _Fault(f"soft.{key}", f"unknown field; [soft] knows {', '.join(_SOFT_KEYS)}")
+    alpha = _checked_number("soft.alpha", value.get("alpha"), MAX_ALPHA)
+    return {"soft_alpha": alpha, "soft_beta": _checked_number("soft.beta", value.get("beta"), 1.0)}
 
 
 def _kind(value: object) -> str:
@@ -338,6 +362,7 @@ def _build(table: dict[str, Any], path: Path) -> PromptPair:
         provenance=table.get("provenance", {}),
         figures=table.get("figures", {}),
         path=path,
+        **_checked_soft(table.get("soft", {})),
     )
 
 
@@ -386,7 +411,7 @@ def _line_of(source: str, name: str) -> int | None:
     A line that looks right may stand inside a multi-line string: it counts only if everything above it parses, and
     leaves the wanted table open.
     """
-    table, _, key = name.rpartition(".") if name.startswith("models.") else ("", "", name)
+    table, _, key = name.rpartition(".") if name.startswith(("models.", "soft.")) else ("", "", name)
     looks_right = re.compile(rf"\s*(?:\[\s*|(?:{table}\s*\.\s*)?)[\"']?{re.escape(key)}[\"']?\s*[=\].]")
     lines = source.split("\n")
     candidates = [number for number, line in enumerate(lines, 1) if looks_right.match(line)]

@@ -10,11 +10,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from acd_local import pairs
+from acd_local import pairs, softpair
 from acd_local.answering import Answering, AnswerStream
 from acd_local.answers import OnEvent
 from acd_local.chat import Chat
-from acd_local.errors import EngineBusyError, EngineClosedError, UsageError
+from acd_local.errors import EngineBusyError, EngineClosedError, PairError, UsageError
 from acd_local.models import resolve as resolve_model
 from acd_local.options import ENGINE_RANGES, Options
 from acd_local.pairs import PromptPair
@@ -27,6 +27,7 @@ from acd_local.runtime.prompts import Framing, Prompt, PromptBuilder
 from acd_local.runtime.streams import Cache, Layout, Rows, Slot, Streams, extend
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.runtime.threads import physical_cores
+from acd_local.softpair import SoftPair
 
 DEFAULT_CTX_SIZE = 4096
 
@@ -48,6 +49,10 @@ class Engine:
         gpu_layers: None offloads everything where the build can, nothing elsewhere.
         system_apart: decode a new system prompt alone, so that an answer does not depend on those before and beside it;
             False decodes a first prompt in one go, as llama.cpp does. None: where there are several conversations.
+        soft: use the pairs' soft prompts (NAME.safetensors beside NAME.toml) instead of their texts, in every answer.
+
+    Attributes:
+        soft: as given.
 
     Raises:
         ModelError, PairError, UsageError, OutOfMemoryError.
@@ -65,11 +70,16 @@ class Engine:
         threads: int | None = None,
         gpu_layers: int | None = None,
         system_apart: bool | None = None,
+        soft: bool = False,
     ) -> None:
         _check_counts(ctx_size=ctx_size, conversations=conversations, threads=threads)
         self.threads = threads or physical_cores()
         self.info = probe.verify(resolve_model(str(model)))
         self.pair = self._resolve_pair(pair)
+        self.soft = soft
+        self._soft_pairs: dict[tuple[object, ...], SoftPair] = {}
+        if soft:
+            self._read_soft(self.pair)  # what is wrong with it is said before the model is loaded
         self._model = llama.Model(self.info.path, gpu_layers=gpu_layers)
         try:
             limit = self._model.n_ctx_train
@@ -77,7 +87,9 @@ class Engine:
             self.template = ChatTemplate(self._model)
             self.vocab = self._model.vocab
             self._vocabulary = Vocabulary(self.vocab, _NOT_TEXT)
-            self._builder = PromptBuilder(self.template, self.n_ctx)
+            self._builder = PromptBuilder(self.template, self.n_ctx, self._model.rows)
+            if soft:
+                self.soft_pair()
             self._streams = Streams(
                 self._model,
                 n_ctx=self.n_ctx,
@@ -144,13 +156,16 @@ class Engine:
         if own_system is not None and system is not None:
             raise UsageError("give the system prompt as `system` or as the first message, not both")
         chosen = self.pair if pair is None else self._resolve_pair(pair)
+        if framing is None:
+            framing = Framing.of(chosen, self.soft_pair(chosen) if self.soft else None)
         work = Answering(
             self,
             turns,
             options or Options(),
             system if own_system is None else own_system,
             chosen,
-            framing or Framing.of(chosen),
+            framing,
+            self.soft,
             divergence,
             trace,
             on_event,
@@ -167,6 +182,16 @@ class Engine:
     ) -> Chat:
         """A conversation that remembers its turns; any number of them share the engine."""
         return Chat(self, system=system, options=options, pair=None if pair is None else self._resolve_pair(pair))
+
+    def soft_pair(self, pair: PromptPair | None = None) -> SoftPair:
+        """The soft prompts beside a pair (None: the engine's), checked against the model; read once per file.
+
+        Raises:
+            PairError: the pair has none, or they are broken or made for another model.
+        """
+        found = self._read_soft(self.pair if pair is None else pair)
+        self._builder.keep_negative(found.adversarial)
+        return found
 
     def close(self) -> None:
         """Free model and caches. Answers that are still being streamed end with EngineClosedError."""
@@ -253,6 +278,21 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("the engine was closed")
+
+    def _read_soft(self, pair: PromptPair) -> SoftPair:
+        path = pair.soft_path
+        if path is None:
+            raise PairError(
+                f"pair {pair.name!r} has no soft prompts ({pair.name}.safetensors beside it): leave --soft out, or "
+                "make them with acd optimize"
+            )
+        seen = path.stat() if path.exists() else None
+        key = (path, seen and seen.st_mtime_ns, seen and seen.st_size)
+        if key not in self._soft_pairs:
+            found = softpair.load(path)
+            found.check(self.info)
+            self._soft_pairs[key] = found
+        return self._soft_pairs[key]
 
     def _resolve_pair(self, pair: PromptPair | str | None) -> PromptPair:
         if pair is None:

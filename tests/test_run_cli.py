@@ -451,6 +451,7 @@ def test_engine_flags_reach_the_engine(
     assert given[0] == {
         "model": base[0],
         "pair": base[-1],
+        "soft": False,
         "ctx_size": 300,
         "threads": 1,
         "gpu_layers": 0,
@@ -596,7 +597,7 @@ def test_json_record(cli: Callable[..., Done], base: tuple[str, ...]) -> None:
     done = cli(*base, "größer?", "-n", "12", "--seed", "3", "--json")
     assert (done.code, done.err, done.out.count("\n")) == (0, "", 1)
     record = json.loads(done.out)
-    assert list(record) == ["model", "pair", "text", "finish_reason", "usage", "timings", "seed", "contrast"]
+    assert list(record) == [*("model", "pair", "soft", "text", "finish_reason", "usage", "timings", "seed", "contrast")]
     assert (record["model"], record["pair"], record["seed"]) == ("tiny llama", "short", 3)
     assert record["finish_reason"] in ("length", "stop")
     assert record["usage"]["prompt_tokens"] > 20

@@ -123,7 +123,7 @@ def start(base: tuple[str, ...]) -> Iterator[Callable[..., Client]]:
 def worker(base: tuple[str, ...]) -> Iterator[Client]:
     """One worker for all tests that leave it as they found it: no defect of a line may end it."""
     client = Client(*base, "--temp", "0", "--max-tokens", "12")
-    assert client.event() == {"event": "ready", "protocol": 1, "model": "tiny llama", "pair": "short"}
+    assert client.event() == {"event": "ready", "protocol": 1, "model": "tiny llama", "pair": "short", "soft": False}
     yield client
     code, left, err = client.end()
     client.kill()

@@ -5,6 +5,7 @@ has some spread (largest probability roughly 0.05 to 0.5) and greedy comparisons
 are small but complete: byte-level BPE ("gpt2") and SentencePiece ("llama"), any text can be encoded.
 
     write_llama        full attention
+    write_qwen2vl      full attention, rope by four positions (M-RoPE)
     write_phi3         full attention with long and short rope factors
     write_gemma2 / 3   sliding-window and full layers in turn
     write_mamba        recurrent
@@ -244,10 +245,14 @@ def write_llama(
     n_ff: int = 128,
     n_ctx: int = 2048,
     head_dim: int | None = None,
+    arch: str = "llama",
+    rope_sections: list[int] | None = None,
     **common: Any,
 ) -> Path:
     """A llama model. `common`: keyword arguments of `_Writer` (vocab, n_vocab, extra_tokens, chat_template, ...)."""
-    out = _Writer(path, "llama", seed=seed, **common)
+    out = _Writer(path, arch, seed=seed, **common)
+    if rope_sections is not None:
+        out.w.add_rope_dimension_sections(rope_sections)
     dim = head_dim or n_embd // n_head
     _transformer_keys(out, n_ctx, n_embd, n_layers, n_ff, n_head, n_head_kv)
     out.w.add_rope_dimension_count(dim)
@@ -261,6 +266,12 @@ def write_llama(
         out.attention(i, n_embd, n_head, n_head_kv, dim)
         out.feed_forward(i, n_embd, n_ff)
     return out.close()
+
+
+def write_qwen2vl(path: Path | str, *, head_dim: int = 16, **kw: Any) -> Path:
+    """A qwen2vl model, as `write_llama` but for its rope, which turns by four positions (M-RoPE)."""
+    quarter = head_dim // 8
+    return write_llama(path, arch="qwen2vl", head_dim=head_dim, rope_sections=[2 * quarter, quarter, quarter, 0], **kw)
 
 
 def write_phi3(
@@ -472,6 +483,7 @@ def _ssm_keys(out: _Writer, d_conv: int, d_inner: int, d_state: int, dt_rank: in
 
 WRITERS: dict[str, Callable[..., Path]] = {
     "llama": write_llama,
+    "qwen2vl": write_qwen2vl,
     "phi3": write_phi3,
     "gemma2": write_gemma2,
     "gemma3": write_gemma3,

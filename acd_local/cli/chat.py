@@ -65,7 +65,7 @@ def _converse(engine: Engine, options: Options, given: dict[str, Any], signals: 
         say(f"{PROGRAM}: {engine.warning}")
     app = ChatApp(engine, _view(given), signals, options, given["system"])
     if _is_terminal(sys.stdin):
-        app.view.notice(f"{app.model_name} · pair {app.chat.pair.name} · /help lists commands, Ctrl-D leaves")
+        app.view.notice(f"{app.model_name} · pair {app.pair_label} · /help lists commands, Ctrl-D leaves")
     if given["load"] is not None:
         load_chat(app, given["load"], pair=engine.pair if given["pair"] else None, system=given["system"])
     if sys.stdin is not None:

@@ -133,10 +133,15 @@ class ChatApp:
     def contrast_label(self, *, plain: bool | None = None) -> str:
         """Settings in force; `plain` asks for those that would be."""
         options = self.chat.options if plain is None else self.chat.options.replace({"plain": plain})
-        settings = resolve_contrast(options, self.chat.pair)
+        settings = resolve_contrast(options, self.chat.pair, soft=self.engine.soft)
         if options.plain:
             return "plain"
         return f"alpha {settings.alpha:g}, beta {settings.beta:g}{', raw' if settings.raw else ''}"
+
+    @property
+    def pair_label(self) -> str:
+        """The pair's name, and whether its soft prompts are in use."""
+        return f"{self.chat.pair.name}{' (soft)' if self.engine.soft else ''}"
 
     @property
     def model_name(self) -> str:
@@ -145,7 +150,7 @@ class ChatApp:
     def toolbar(self, width: int) -> str:
         """Model, pair, contrast, context per stream, speed: in short forms where the window is narrow."""
         alpha = self.contrast_label().partition(",")[0]
-        pair, name = self.chat.pair.name, self.model_name
+        pair, name = self.pair_label, self.model_name
         context, short_context, speed = self._figures()
         long = " · ".join([name, f"pair {pair}", alpha, *context, *speed])
         if len(long) <= width:

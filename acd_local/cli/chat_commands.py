@@ -109,15 +109,18 @@ def _pair(app: ChatApp, name: str) -> None:
         others = [pair.name for pair in pairs.available() if pair.name != app.chat.pair.name]
         where = app.chat.pair.path or "made in Python"
         known = f"\nother known pairs: {', '.join(others)}" if others else ""
-        app.view.output(f"{app.chat.pair.name} ({where}){known}")
+        soft = f"\nsoft prompts in use: {app.chat.pair.soft_path}" if app.engine.soft else ""
+        app.view.output(f"{app.chat.pair.name} ({where}){soft}{known}")
         return
     _switch_pair(app, pairs.find(str(Path(name).expanduser()) if name.startswith("~") else name))
-    app.view.notice(f"pair {app.chat.pair.name}: {app.contrast_label()}")
+    app.view.notice(f"pair {app.pair_label}: {app.contrast_label()}")
 
 
 def _switch_pair(app: ChatApp, pair: PromptPair) -> None:
     if app.chat.system:
         pairs.refuse_adversarial(app.chat.system, pair)
+    if app.engine.soft:
+        app.engine.soft_pair(pair)
     app.chat.pair = pair
     if not pairs.fits(pair, app.engine.info):
         app.view.notice(f"pair {pair.name} was made for another model")
@@ -209,7 +212,7 @@ def load_chat(app: ChatApp, name: str, *, pair: PromptPair | None = None, system
     app.forget_answer()
     if app.chat.messages:
         app.view.turn(*(message.content for message in app.chat.messages[-2:]))
-    app.view.notice(f"loaded {_count(len(app.chat.messages), 'message')} from {name}; pair {app.chat.pair.name}")
+    app.view.notice(f"loaded {_count(len(app.chat.messages), 'message')} from {name}; pair {app.pair_label}")
     if missing:
         app.view.notice(missing)
     model = record.get("model")
@@ -224,11 +227,14 @@ def _use_saved_pair(app: ChatApp, saved: object) -> str | None:
     for candidate in (saved, Path(saved).stem):
         try:
             pair = pairs.find(candidate)
+            if app.engine.soft:
+                app.engine.soft_pair(pair)
         except PairError:
             continue
         app.chat.pair = pair
         return None
-    return f"its pair {saved[:200]} is not there: pair {app.chat.pair.name} stays"
+    lacking = "there with soft prompts" if app.engine.soft else "there"
+    return f"its pair {saved[:200]} is not {lacking}: pair {app.chat.pair.name} stays"
 
 
 def _count(number: int, noun: str) -> str:

@@ -93,6 +93,7 @@ def command() -> None:
 @click.option("--judge", metavar="MODEL.gguf", help="A model that calls answers safe or unsafe, such as Llama Guard.")
 @click.option("--shard", metavar="I/N", help="Only this part of every set, for several machines; see merge.")
 @click.option("--pair", "-p", metavar="NAME|FILE", help="Prompt pair; default: the best for the model.")
+@click.option("--soft", is_flag=True, help="Methods that use the pair take its soft prompts: acd-soft for acd.")
 @click.option("--ctx-size", "-c", type=int, metavar="N", default=1024, show_default=True, help="Tokens per stream.")
 @click.option("--threads", "-t", type=int, metavar="N", help="CPU threads; default: the physical cores.")
 @click.option("--gpu-layers", "-ngl", type=int, metavar="N", help="Layers on the GPU; default: all where there is one.")
@@ -221,6 +222,7 @@ def _engine(model: str, given: dict[str, Any]) -> Engine:
         threads=given["threads"],
         gpu_layers=given["gpu_layers"],
         system_apart=True,
+        soft=given["soft"],
     )
 
 
@@ -228,17 +230,30 @@ def _methods(engine: Engine, given: dict[str, Any]) -> tuple[list[Method], dict[
     """The methods in table order, those of a sweep last; and run.json's description of the sweep."""
     from acd_local.evaluate import methods
 
-    known = methods.builtin(engine.pair)
-    for path in given["methods_file"]:
-        known |= methods.load(path, engine.pair, known)
     names = [name.strip() for name in given["methods"].split(",") if name.strip()]
-    chosen = list(known.values()) if names == ["all"] else methods.select(names, known)
+    soft = engine.soft_pair() if given["soft"] or (engine.pair.soft_path and _may_be_soft(names)) else None
+    known = methods.builtin(engine.pair, soft)
+    for path in given["methods_file"]:
+        known |= methods.load(path, engine.pair, known, soft)
+    if any(name not in known and name.removesuffix(methods.SOFT) in known for name in names) and soft is None:
+        engine.soft_pair()  # says what is missing
+    names = list(known) if names == ["all"] else names
+    swept_name = SWEEP_OF
+    if given["soft"]:
+        *names, swept_name = [n + methods.SOFT if n + methods.SOFT in known else n for n in [*names, SWEEP_OF]]
+    chosen = methods.select(names, known)
     if given["sweep"] is None:
         return chosen, None
     key, asked = _sweep(given["sweep"])
-    swept = methods.sweep(known[SWEEP_OF], key, asked)  # type: ignore[arg-type]
+    swept = methods.sweep(known[swept_name], key, asked)  # type: ignore[arg-type]
     values = [getattr(m, key) for m in swept]  # equal ones count once
-    return [*chosen, *swept], {"method": SWEEP_OF, "key": key, "values": values, "names": [m.name for m in swept]}
+    return [*chosen, *swept], {"method": swept_name, "key": key, "values": values, "names": [m.name for m in swept]}
+
+
+def _may_be_soft(names: list[str]) -> bool:
+    from acd_local.evaluate import methods
+
+    return names == ["all"] or any(name.endswith(methods.SOFT) for name in names)
 
 
 def _sweep(text: str) -> tuple[str, list[float]]:

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-ENGINE_FLAGS = ("pair", "ctx_size", "threads", "gpu_layers", "kv_type", "layout")
+ENGINE_FLAGS = ("pair", "soft", "ctx_size", "threads", "gpu_layers", "kv_type", "layout")
 
 # Help texts name the defaults by hand: None on the command line means "not given", so that a pair can decide.
 _ENGINE = (
     click.option("--pair", metavar="NAME|FILE", help="Prompt pair; default: the best one for the model."),
+    click.option("--soft", is_flag=True, help="The pair's soft prompts (NAME.safetensors) instead of its texts."),
     click.option(
         "--ctx-size",
         "-c",

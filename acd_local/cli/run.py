@@ -101,7 +101,8 @@ def _answer(
     )
     if given["as_json"]:
         answer = _run_json(stream)
-        record = {"model": engine.info.name or str(engine.info.path), "pair": stream.pair.name} | answer_record(answer)
+        head = {"model": engine.info.name or str(engine.info.path), "pair": stream.pair.name, "soft": engine.soft}
+        record = head | answer_record(answer)
         print(as_json(record), flush=True)
     else:
         answer = _run_text(stream)

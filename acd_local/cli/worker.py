@@ -76,7 +76,8 @@ class Worker:
         info = self._engine.info
         with (stop := CancelToken()).interrupting(self._stop):
             self._interrupts.cancels(stop)
-            self._emit(event="ready", protocol=PROTOCOL, model=info.name or str(info.path), pair=self._engine.pair.name)
+            model, pair = info.name or str(info.path), self._engine.pair.name
+            self._emit(event="ready", protocol=PROTOCOL, model=model, pair=pair, soft=self._engine.soft)
             threading.Thread(target=self._read, name="acd-requests", daemon=True).start()
             with Batch(self._engine) as batch:
                 while self._broken is None and self._admit(batch, stop):

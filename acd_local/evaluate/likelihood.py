@@ -18,7 +18,7 @@ from acd_local.runtime import llama
 from acd_local.runtime.contrast import MAX_DIVISOR_ALPHA, check_finite
 from acd_local.runtime.generate import ContrastSettings
 from acd_local.runtime.prefixes import common_prefix
-from acd_local.runtime.streams import Cache
+from acd_local.runtime.streams import Cache, runs
 
 # Continuation rows per stream and decode: bounds the memory for logits, streams x ROWS x n_vocab x 4 bytes.
 ROWS = 16
@@ -77,6 +77,7 @@ class Scorer:
         """Log probability of every token of `continuation`, nats, shape (mixes, tokens).
 
         Args:
+            prompts: ids each, those of embedding rows included; they end in a token.
             mixes: (positive prompt, negative prompt, numbers), prompts by their index in `prompts`. The distribution is
                 the contrast's without its plausibility mask, normalised over the vocabulary.
         """
@@ -102,9 +103,9 @@ class Scorer:
     def _feed(self, work: Sequence[tuple[Cache, Sequence[int]]]) -> None:
         """Decode rows whose logits nobody needs."""
         for cache, tokens in work:
-            for at in range(0, len(tokens), self._context.n_batch):
-                part = list(tokens[at : at + self._context.n_batch])
-                self._rows_in([(cache, part)], outputs=0)
+            for run in runs(tokens):
+                for at in range(0, len(run), self._context.n_batch):
+                    self._rows_in([(cache, run[at : at + self._context.n_batch])], outputs=0)
 
     def _decode(self, work: Sequence[tuple[Cache, list[int]]]) -> Logits:
         self._rows_in(work, outputs=1)

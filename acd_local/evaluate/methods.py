@@ -2,6 +2,8 @@
 
 A method says what the positive stream is told, what the negative stream is told (if there is one), and the numbers of
 the contrast between them. An adversarial prompt never stands in the positive stream: not by name, and not as a text.
+
+Where the pair has soft prompts, every method that uses the pair has a counterpart with them, NAME-soft.
 """
 
 from __future__ import annotations
@@ -19,14 +21,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from acd_local import pairs
+from acd_local.answering import resolve_contrast
 from acd_local.errors import UsageError
 from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair, refuse_adversarial
 from acd_local.runtime.generate import ContrastSettings
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import Framing, Negative, Positive
+from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 
-Negative: TypeAlias = AdversarialText | str | None
 SweepKey: TypeAlias = Literal["alpha", "beta", "window"]
+
+SOFT = "-soft"  # ends the names of the counterparts with soft prompts
 
 MAX_BYTES = 1_000_000
 _BUILTIN = Path(__file__).with_name("methods.toml")
@@ -34,6 +39,7 @@ _SLOT = "{prompt}"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _POSITIVE = ("none", "safe", "sp")
 _ADVERSARIAL = ("opposite", "ap")
+_OF_PAIR = ("sp", "ap")
 _KEYS = (
     *("title", "source", "positive", "positive_text", "negative", "negative_text"),
     *("user", "shots", "alpha", "beta", "raw", "window"),
@@ -72,7 +78,7 @@ class Method:
     name: str
     title: str
     source: str
-    positive: str | None
+    positive: Positive
     negative: Negative
     user: str = _SLOT
     shots: tuple[tuple[str, str], ...] = ()
@@ -106,6 +112,11 @@ class Method:
         """Whether there is a negative stream."""
         return self.alpha > 0
 
+    @property
+    def soft(self) -> bool:
+        """Whether a soft prompt stands in either stream."""
+        return isinstance(self.positive, SoftPrompt) or isinstance(self.negative, SoftPrompt | AdversarialRows)
+
     def user_turn(self, prompt: str) -> str:
         """What the user says in both streams."""
         return self.user.replace(_SLOT, prompt)
@@ -120,17 +131,23 @@ class Method:
 
     def setup(self) -> str:
         """16 hex digits over all that changes an answer: two methods with the same setup share their answers."""
-        what: list[object] = [self.positive, self.user, self.shots]
+        what: list[object] = [_identity(self.positive), self.user, self.shots]
         if self.contrast:
-            negative = self.negative
-            text = negative.reveal_for_negative_stream() if isinstance(negative, AdversarialText) else negative
-            what += [text, self.alpha, self.beta, self.raw, self.window]
+            what += [_identity(self.negative), self.alpha, self.beta, self.raw, self.window]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def _identity(prompt: Negative) -> object:
+    """What tells a prompt from others: a text itself, the digest of rows."""
+    if isinstance(prompt, SoftPrompt | AdversarialRows):
+        return {"rows": prompt.digest}
+    return prompt.reveal_for_negative_stream() if isinstance(prompt, AdversarialText) else prompt
 
 
 def _positive_texts(method: Method) -> list[tuple[str, str]]:
     """Where each text of the positive stream stands, and the text, in the order in which the model reads them."""
-    texts = [] if method.positive is None else [("positive", method.positive)]
+    positive = None if isinstance(method.positive, SoftPrompt) else method.positive
+    texts = [] if positive is None else [("positive", positive)]
     texts += [("shots", text) for shot in method.shots for text in shot]
     return [*texts, ("user", method.user)]
 
@@ -138,39 +155,49 @@ def _positive_texts(method: Method) -> list[tuple[str, str]]:
 # --- Sets of methods --------------------------------------------------------------------------------------------------
 
 
-def builtin(pair: PromptPair) -> dict[str, Method]:
+def builtin(pair: PromptPair, soft: SoftPair | None = None) -> dict[str, Method]:
     """The built-in methods by name, in the order of the tables.
 
     Args:
         pair: the pair under evaluation: gives the prompts sp and ap and, where a method fixes none, the numbers.
+        soft: its soft prompts; every method that uses the pair is then followed by its counterpart with them.
     """
     manual = manual_pair()
-    return {name: _build(name, table, pair, manual) for name, table in _parse(_BUILTIN, _read(_BUILTIN)).items()}
+    methods: dict[str, Method] = {}
+    for name, table in _parse(_BUILTIN, _read(_BUILTIN)).items():
+        methods |= _with_counterpart(name, table, pair, manual, soft)
+    return methods
 
 
 def load(
-    path: str | os.PathLike[str], pair: PromptPair, earlier: Mapping[str, Method] | None = None
+    path: str | os.PathLike[str],
+    pair: PromptPair,
+    earlier: Mapping[str, Method] | None = None,
+    soft: SoftPair | None = None,
 ) -> dict[str, Method]:
     """The methods of a user's file by name, in the order of the file (docs/methods.md describes it).
 
     Args:
         earlier: methods of files read before; their names and negative prompts count as known.
+        soft: as in `builtin`.
 
     Raises:
         UsageError: one line with file, line, method and field. Besides broken files this refuses names of built-in
             methods and every known adversarial prompt in the positive stream, those of the file itself included.
     """
     file = Path(path)
-    known, manual = builtin(pair) | dict(earlier or {}), manual_pair()
+    known, manual = builtin(pair, soft) | dict(earlier or {}), manual_pair()
     source = _read(file)
     methods: dict[str, Method] = {}
     for name, table in _parse(file, source).items():
         try:
             if not _NAME.fullmatch(name):
                 raise UsageError("is no method name: up to 64 of a-z 0-9 . _ -, letter or digit first")
-            if name in known:
-                raise UsageError("is known already: choose another name")
-            methods[name] = _build(name, table, pair, manual)
+            found = _with_counterpart(name, table, pair, manual, soft)
+            if taken := [n for n in found if n in known or n in methods]:
+                what = "is" if taken[0] == name else f"has a counterpart {taken[0]} that is"
+                raise UsageError(f"{what} known already: choose another name")
+            methods |= found
         except UsageError as error:
             raise _located(file, source, name, error) from None
     forbidden = _adversarial_texts(pair, manual, [*known.values(), *methods.values()])
@@ -234,21 +261,35 @@ def manual_pair() -> PromptPair:
     return pairs.load(pairs.search_path()[-1] / "default.toml")
 
 
-def _build(name: str, table: object, pair: PromptPair, manual: PromptPair) -> Method:
-    """One [methods.NAME] table as a method; UsageErrors say field and fault."""
+def _with_counterpart(
+    name: str, table: object, pair: PromptPair, manual: PromptPair, soft: SoftPair | None
+) -> dict[str, Method]:
+    """One [methods.NAME] table as a method, and its counterpart with soft prompts where it has one."""
+    found = {name: _build(name, table, pair, manual, None)}
+    if soft is not None and isinstance(table, dict) and {table.get("positive"), table.get("negative")} & {*_OF_PAIR}:
+        found[name + SOFT] = _build(name, table, pair, manual, soft)
+    return found
+
+
+def _build(name: str, table: object, pair: PromptPair, manual: PromptPair, soft: SoftPair | None) -> Method:
+    """One [methods.NAME] table as a method, `soft` for sp and ap where given; UsageErrors say field and fault."""
     if not isinstance(table, dict):
         raise UsageError(f"must be a table [methods.{name}], not {_kind(table)}")
     for key in table:
         if key not in _KEYS:
             raise UsageError(f"{key}: unknown field; a method has {', '.join(_KEYS)}")
-    positive = _positive(table, {"none": None, "safe": manual.safe, "sp": pair.safe})
-    others = {"opposite": manual.adversarial, "ap": pair.adversarial}
-    numbers, negative = _numbers(table, pair), None
+    safe: dict[str, Positive] = {"none": None, "safe": manual.safe, "sp": pair.safe if soft is None else soft.safe}
+    others: dict[str, Negative] = {
+        "opposite": manual.adversarial,
+        "ap": pair.adversarial if soft is None else soft.adversarial,
+    }
+    positive = _positive(table, safe)
+    numbers, negative = _numbers(table, pair, soft is not None), None
     if _has_negative(table):
-        negative = _negative(table, {"none": None, "safe": manual.safe, "sp": pair.safe, **others})
+        negative = _negative(table, {**safe, **others})
     return Method(
-        name=name,
-        title=_line(table, "title", name),
+        name=name if soft is None else name + SOFT,
+        title=_line(table, "title", name) + ("" if soft is None else ", soft"),
         source=_line(table, "source", ""),
         positive=positive,
         negative=negative,
@@ -258,7 +299,7 @@ def _build(name: str, table: object, pair: PromptPair, manual: PromptPair) -> Me
     )
 
 
-def _positive(table: Mapping[str, Any], prompts: Mapping[str, str | None]) -> str | None:
+def _positive(table: Mapping[str, Any], prompts: Mapping[str, Positive]) -> Positive:
     if ("positive" in table) == ("positive_text" in table):
         raise UsageError(f"positive: give positive ({_listed(_POSITIVE)}) or positive_text, one of the two")
     if "positive_text" in table:
@@ -284,8 +325,8 @@ def _negative(table: Mapping[str, Any], prompts: Mapping[str, Negative]) -> Nega
     return prompts[name]
 
 
-def _numbers(table: Mapping[str, Any], pair: PromptPair) -> dict[str, Any]:
-    """alpha, beta, raw and window: the method's own, else the pair's, else the defaults."""
+def _numbers(table: Mapping[str, Any], pair: PromptPair, soft: bool) -> dict[str, Any]:
+    """alpha, beta, raw and window: the method's own, else the (soft) pair's, else the defaults."""
     given = {key: table[key] for key in ("alpha", "beta", "raw", "window") if key in table}
     for key in given.keys() & {"alpha", "beta"}:
         if isinstance(given[key], bool) or not isinstance(given[key], int | float):
@@ -298,11 +339,8 @@ def _numbers(table: Mapping[str, Any], pair: PromptPair) -> dict[str, Any]:
         return {"alpha": 0.0}
     if given.get("alpha") == 0:
         raise UsageError("alpha: is 0, so the negative prompt is not used: leave negative out, or give another alpha")
-    defaults = {
-        "alpha": pairs.DEFAULT_ALPHA if pair.alpha is None else pair.alpha,
-        "beta": pairs.DEFAULT_BETA if pair.beta is None else pair.beta,
-    }
-    return defaults | given
+    numbers = resolve_contrast(Options(), pair, soft=soft)
+    return {"alpha": numbers.alpha, "beta": numbers.beta} | given
 
 
 def _shots(value: object) -> tuple[tuple[str, str], ...]:

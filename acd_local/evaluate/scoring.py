@@ -12,9 +12,8 @@ from acd_local.evaluate.journal import Journal
 from acd_local.evaluate.likelihood import LogProbs, Scorer
 from acd_local.evaluate.methods import Method, manual_pair
 from acd_local.evaluate.sets import EvalSet, Item
-from acd_local.pairs import AdversarialText
 from acd_local.runtime.generate import ContrastSettings
-from acd_local.runtime.prompts import Framing, Prompt
+from acd_local.runtime.prompts import Framing, Negative, Prompt
 from acd_local.runtime.template import Message
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ class Scoring:
         reference = [(s, item) for s in sets if s.kind == "harmless" for item in s.items if item.reference]
         yield "references", [self._task("reference", s, item, methods, self._reference) for s, item in reference]
         yield "fluency", self._fluency_tasks({s.name for s in sets if s.kind == "harmless"})
-        yield "prompts", self._margin_tasks(sets, margins)
+        yield "prompts", self._margin_tasks(sets, margins, soft=any(m.soft for m in methods))
 
     def close(self) -> None:
         if self._scorer is not None:
@@ -149,19 +148,24 @@ class Scoring:
 
         return Task(answer["set"], answer["item"], self._journal.has_score("fluency", *where), score_it)
 
-    def _margin_tasks(self, sets: Sequence[EvalSet], margins: Container[str]) -> list[Task]:
+    def _margin_tasks(self, sets: Sequence[EvalSet], margins: Container[str], *, soft: bool) -> list[Task]:
         """How much likelier a complying than a refusing opening is under each system prompt, nats per token.
+
+        With `soft` also under the pair's soft prompts.
 
         This is how the adversarial prompt's strength is measured: nothing is ever sampled under it.
         """
         pair, manual = self._engine.pair, manual_pair()
-        prompts: dict[str, str | AdversarialText | None] = {
+        prompts: dict[str, Negative] = {
             "none": None,
             "safe": manual.safe,
             "sp": pair.safe,
             "opposite": manual.adversarial,
             "ap": pair.adversarial,
         }
+        if soft:
+            rows = self._engine.soft_pair()
+            prompts |= {"sp-soft": rows.safe, "ap-soft": rows.adversarial}
         last = next(reversed(prompts))
         return [
             Task(
@@ -176,7 +180,7 @@ class Scoring:
             if item.id in margins
         ]
 
-    def _margin(self, set_name: str, item: Item, prompts: dict[str, str | AdversarialText | None]) -> None:
+    def _margin(self, set_name: str, item: Item, prompts: dict[str, Negative]) -> None:
         encoded = []
         for text in prompts.values():
             prompt = self._prompt(Framing(None, text), item.prompt, contrast=True)

@@ -27,13 +27,16 @@ __all__ = [
 ]
 
 WIDTH = 100
-ABLATIONS = ("null-ap", "safe-ap", "sp-null", "sp-opposite", "acd")
+_ABLATIONS = ("null-ap", "safe-ap", "sp-null", "sp-opposite", "acd")
+ABLATIONS = (*_ABLATIONS, *(f"{name}-soft" for name in _ABLATIONS))
 MARGIN_PROMPTS = {
     "none": "no system prompt",
     "safe": "manual safe prompt",
     "sp": "safeguarding prompt (SP)",
     "opposite": "manual opposite prompt",
     "ap": "adversarial prompt (AP)",
+    "sp-soft": "safeguarding prompt, soft",
+    "ap-soft": "adversarial prompt, soft",
 }
 Results = Mapping[str, Any]
 
@@ -193,7 +196,7 @@ def build(results: Results) -> list[Table]:
         tables.append(_table(results, "refusal", title, methods, columns))
     tables.append(_ability_table(results, methods))
     ablations = {name: results["methods"][name] for name in ABLATIONS if name in results["methods"]}
-    if set(ablations) - {"acd"}:
+    if set(ablations) - {"acd", "acd-soft"}:
         title = f"Table 5. The two streams, one at a time: {_safety_name(results)}, %"
         tables.append(_table(results, "ablation", title, ablations, safety))
     tables.append(_table(results, "cost", "Cost of decoding", methods, _overall_columns(_COST)))

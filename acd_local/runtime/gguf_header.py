@@ -197,6 +197,15 @@ class _Part(NamedTuple):
     tensors: dict[str, tuple[int, ...]]  # name -> dimensions, ne[0] first
 
 
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and dimensions (ne[0] first) of the tensors in one file, without its further parts.
+
+    Raises:
+        ModelError: as `read_header`.
+    """
+    return _read_part(path).tensors
+
+
 def _read_part(path: Path) -> _Part:
     try:
         if path.is_dir():

@@ -14,7 +14,7 @@ therefore checked, and text that still gives a guarded id is tokenized in smalle
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, pairwise
@@ -36,10 +36,11 @@ def clean(text: str) -> str:
 
 @dataclass(frozen=True)
 class Sentinels:
-    """Two characters that occur in no message."""
+    """Three characters that occur in no message."""
 
     broken: str  # stands inside a text that is not to be a control token
     quoted: str  # stands in front of one
+    slot: str  # stands for embedding rows
 
     @classmethod
     def absent_from(cls, texts: Iterable[str]) -> Sentinels:
@@ -50,11 +51,11 @@ class Sentinels:
         """
         texts = list(texts)
         codes = chain(range(0xFDD0, 0xFDF0), range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
-        free = [c for c in map(chr, islice(codes, 2)) if not any(c in text for text in texts)]
-        if len(free) < 2:
+        free = [c for c in map(chr, islice(codes, 3)) if not any(c in text for text in texts)]
+        if len(free) < 3:
             used = set(chain.from_iterable(texts))
-            free = list(islice((c for c in map(chr, codes) if c not in used), 2))
-        if len(free) < 2:
+            free = list(islice((c for c in map(chr, codes) if c not in used), 3))
+        if len(free) < 3:
             raise UsageError("the messages hold every private-use character of Unicode: leave one out")
         return cls(*free)
 
@@ -122,20 +123,26 @@ class ControlTokens:
 
         return (self._answer_pattern if answer else self._other_pattern).sub(put, text)
 
-    def tokenize(self, rendered: str, sentinels: Sentinels) -> list[int]:
+    def tokenize(self, rendered: str, sentinels: Sentinels, rows: Sequence[int] = ()) -> list[int]:
         """Token ids of a rendered prompt whose messages were marked with `sentinels`.
 
         Control tokens come from unbroken text alone. Each run between them is tokenized as one piece, so that ordinary
-        text gives the ids of llama_tokenize(rendered, parse_special=True).
+        text gives the ids of llama_tokenize(rendered, parse_special=True). `rows` stand where the slot's character
+        does; the text before and behind it is tokenized apart.
         """
         ids: list[int] = []
         start = attr = 0
         for begin, end, token in self._partition(rendered, sentinels):
             next_attr = self._vocab.attr(token)
-            ids += self._run(sentinels.remove(_strip(rendered[start:begin], attr, next_attr)))
+            ids += self._around_slot(_strip(rendered[start:begin], attr, next_attr), sentinels, rows)
             ids.append(token)
             start, attr = end, next_attr
-        return ids + self._run(sentinels.remove(_strip(rendered[start:], attr, 0)))
+        return ids + self._around_slot(_strip(rendered[start:], attr, 0), sentinels, rows)
+
+    def _around_slot(self, marked: str, sentinels: Sentinels, rows: Sequence[int]) -> list[int]:
+        before, slot, behind = marked.partition(sentinels.slot)
+        ids = self._run(sentinels.remove(before))
+        return [*ids, *rows, *self._run(sentinels.remove(behind), first=False)] if slot else ids
 
     def _partition(self, text: str, sentinels: Sentinels) -> list[tuple[int, int, int]]:
         """(begin, end, token) of the control tokens the template wrote: longest first, then leftmost, as llama.cpp."""
@@ -162,18 +169,18 @@ class ControlTokens:
                 yield begin, begin + len(word)
                 begin = text.find(word, begin + 1)
 
-    def _run(self, text: str) -> list[int]:
-        """Ids of a run of plain text, none of them guarded."""
+    def _run(self, text: str, *, first: bool = True) -> list[int]:
+        """Ids of a run of plain text, none of them guarded; unless `first`, as if something stood before it."""
         if not text:
             return []
-        ids = self._vocab.tokenize(text, parse_special=False)
+        ids = self._plain(text, first=first)
         if self.ids.isdisjoint(ids):
             return ids
         escaped = text.replace(" ", "▁")  # SentencePiece's form: "▁<MID>" arises from " <MID>"
         cuts = {i + 1 for i, _ in chain(self._occurrences(text), self._occurrences(escaped))}
         edges = [0, *sorted(c for c in cuts if c < len(text)), len(text)]
         parts = [text[i:j] for i, j in pairwise(edges)]
-        return [t for n, part in enumerate(parts) for t in self._part(part, first=n == 0)]
+        return [t for n, part in enumerate(parts) for t in self._part(part, first=first and n == 0)]
 
     def _part(self, text: str, *, first: bool) -> list[int]:
         """Ids of a part of a run; where it still gives a guarded id, of its characters one by one."""

@@ -27,6 +27,7 @@ from llama_cpp import llama_cpp as C
 from numpy.typing import NDArray
 
 from acd_local.errors import EngineClosedError, InternalError, ModelError, NumericalError, OutOfMemoryError, UsageError
+from acd_local.runtime.rows import RowTable
 
 Logits = NDArray[np.float32]
 TokenIds = NDArray[np.int32]
@@ -40,6 +41,9 @@ ATTR_LSTRIP = C.LLAMA_TOKEN_ATTR_LSTRIP
 ATTR_RSTRIP = C.LLAMA_TOKEN_ATTR_RSTRIP
 
 KV_TYPES = {"f16": C.GGML_TYPE_F16, "q8_0": C.GGML_TYPE_Q8_0}
+
+# Rope types that turn by four positions (GGML_ROPE_TYPE_MROPE, _IMROPE): llama.cpp makes a token's, we make a row's.
+_SEVERAL_POSITIONS = (8, 40)
 
 # Rows per llama_decode call. Also the granularity of cancellation on backends without an abort callback.
 BATCH_ROWS = 512
@@ -128,6 +132,10 @@ class Model:
             process on a damaged file.
         gpu_layers: layers to offload; None means all where the build supports it and none elsewhere.
 
+    Attributes:
+        rows: embedding rows, which `Context.decode` takes by negative ids.
+        row_positions: positions that llama.cpp reads per embedding row: 4 for M-RoPE, else 1.
+
     Raises:
         ModelError: llama.cpp refuses the file.
         OutOfMemoryError: the weights do not fit.
@@ -151,6 +159,9 @@ class Model:
         self.n_ctx_train = int(C.llama_model_n_ctx_train(self._ptr))
         self.n_swa = int(C.llama_model_n_swa(self._ptr))
         self.keeps_state = bool(C.llama_model_is_recurrent(self._ptr) or C.llama_model_is_hybrid(self._ptr))
+        input_width = int(C.llama_model_n_embd_inp(self._ptr))
+        self.rows = RowTable(self.n_embd, input_width, self.metadata("general.architecture") or "")
+        self.row_positions = 4 if int(C.llama_model_rope_type(self._ptr)) in _SEVERAL_POSITIONS else 1
 
     @property
     def pointer(self) -> Any:
@@ -337,7 +348,7 @@ class Context:
         self.n_batch = int(C.llama_n_batch(self._ptr))
         self._flag = ctypes.create_string_buffer(2)
         C.llama_set_abort_callback(self._ptr, _abort_if_flag_set, ctypes.cast(self._flag, ctypes.c_void_p))
-        self._rows = _BatchRows(self.n_batch)
+        self._rows = _BatchRows(self.n_batch, model.rows, model.row_positions)
         self._view: Logits = np.empty((0, 0), np.float32)
         self._view_of = (0, 0)
         self.seconds = 0.0  # spent inside llama.cpp by decode() and logits(), for the benchmark
@@ -350,6 +361,9 @@ class Context:
 
     def decode(self, tokens: Row, seqs: Row, positions: Row, outputs: Row) -> None:
         """Run one batch of rows, all arguments of shape (rows,), rows <= n_batch (llama_decode).
+
+        Args:
+            tokens: token ids, or the negative ids of embedding rows (`Model.rows`), not both in one batch.
 
         Raises:
             DecodeAborted: `cancel()` was called; rows of unfinished batches are not in the caches.
@@ -442,11 +456,18 @@ def _free_context(pointer: Any, _model: Model) -> None:
 
 
 class _BatchRows:
-    """A llama_batch over numpy memory, filled by slices instead of element by element."""
+    """A llama_batch over numpy memory, filled by slices instead of element by element.
 
-    def __init__(self, capacity: int) -> None:
+    It holds token ids (`token`, embd is NULL) or embedding rows (`embd`, token is NULL); llama.cpp reads n_embd_inp
+    numbers per row without a check, which is what RowTable makes sure of.
+    """
+
+    def __init__(self, capacity: int, table: RowTable, row_positions: int) -> None:
+        self._table = table
+        self._row_positions = row_positions
+        self._embd = np.empty((0, table.width), np.float32)
         self._token = np.zeros(capacity, np.int32)
-        self._pos = np.zeros(capacity, np.int32)
+        self._pos = np.zeros(capacity * row_positions, np.int32)
         self._n_seq = np.ones(capacity, np.int32)
         self._seq = np.zeros(capacity, np.int32)
         self._output = np.zeros(capacity, np.int8)
@@ -462,17 +483,36 @@ class _BatchRows:
             ("logits", self._output),
         ):
             setattr(self._batch, name, ctypes.cast(array.ctypes.data, fields[name]))
+        self._token_pointer = ctypes.cast(self._token.ctypes.data, fields["token"])
+        self._embd_type = fields["embd"]
 
     def fill(self, tokens: Row, seqs: Row, positions: Row, outputs: Row) -> Any:
         n = len(tokens)
         if n > len(self._token):
             raise InternalError(f"a batch of {n} rows exceeds the {len(self._token)} this context takes")
-        self._token[:n] = tokens
         self._seq[:n] = seqs
         self._pos[:n] = positions
         self._output[:n] = outputs
         self._batch.n_tokens = n
+        if n and tokens[0] < 0:
+            self._fill_rows(tokens, n)
+        else:  # llama.cpp itself refuses a negative id among tokens
+            self._token[:n] = tokens
+            self._batch.token, self._batch.embd = self._token_pointer, None
         return self._batch
+
+    def _fill_rows(self, ids: Row, n: int) -> None:
+        try:
+            self._embd = self._table.take(ids)
+        except IndexError:
+            raise InternalError("a batch holds tokens and embedding rows, or rows that nobody registered") from None
+        if self._embd.shape != (n, self._table.width) or not self._embd.flags.c_contiguous:
+            raise InternalError(f"embedding rows of shape {self._embd.shape} for {n} rows of {self._table.width}")
+        self._batch.token, self._batch.embd = None, ctypes.cast(self._embd.ctypes.data, self._embd_type)
+        if self._row_positions > 1:  # section by section, as llama.cpp makes them for tokens: time, height, width, 0
+            sections = self._pos[: n * self._row_positions].reshape(self._row_positions, n)
+            sections[1:-1] = sections[0]
+            sections[-1] = 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

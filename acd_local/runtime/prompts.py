@@ -1,19 +1,35 @@
-"""From a conversation to the two token sequences that the streams decode, within one stream's context."""
+"""From a conversation to the two token sequences that the streams decode, within one stream's context.
+
+System prompts are texts or embedding rows; the latter stand in the sequences as negative ids (see `runtime.rows`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeAlias
 
 from acd_local.errors import ContextError, UsageError
 from acd_local.pairs import AdversarialText, PromptPair
+from acd_local.runtime.rows import RowTable
 from acd_local.runtime.template import ChatTemplate, Message, Role
+from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 
 # Room for the answer, where max_tokens does not say how much: a quarter of the context, at most this many tokens.
 ANSWER_ROOM = 512
 
 _ROLES: tuple[Role, Role] = ("user", "assistant")
+
+Positive: TypeAlias = SoftPrompt | str | None
+Negative: TypeAlias = AdversarialText | AdversarialRows | SoftPrompt | str | None
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What precedes the conversation in one stream; `soft` stands at the beginning of the system message."""
+
+    messages: tuple[Message, ...]
+    soft: SoftPrompt | None = None
 
 
 @dataclass(frozen=True)
@@ -27,36 +43,43 @@ class Framing:
         shots: (user, assistant) turns that precede the conversation in the positive stream.
 
     Raises:
-        UsageError: an `AdversarialText` stands anywhere but in `negative`.
+        UsageError: an `AdversarialText` or `AdversarialRows` stands anywhere but in `negative`.
     """
 
-    positive: str | None
-    negative: AdversarialText | str | None
+    positive: Positive
+    negative: Negative
     wrapper: str = "{prompt}"
     shots: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        if not all(isinstance(text, str | None) for text in self.positive_texts()):
-            raise UsageError("an adversarial text may only stand in the negative stream")
+        places = [*self.positive_texts(), None if isinstance(self.positive, SoftPrompt) else self.positive]
+        if not all(isinstance(text, str | None) for text in places):
+            raise UsageError("an adversarial prompt may only stand in the negative stream")
+        if not isinstance(self.negative, Negative):
+            raise UsageError(f"a negative prompt must be a text or a soft prompt, not {type(self.negative).__name__}")
         if self.wrapper.count("{prompt}") != 1:
             raise UsageError("a wrapper must hold {prompt} exactly once")
 
     @classmethod
-    def of(cls, pair: PromptPair) -> Self:
-        return cls(pair.safe, pair.adversarial)
+    def of(cls, pair: PromptPair, soft: SoftPair | None = None) -> Self:
+        """The pair's own two prompts: its texts, or the soft prompts."""
+        return cls(pair.safe, pair.adversarial) if soft is None else cls(soft.safe, soft.adversarial)
 
     def positive_texts(self) -> list[str | None]:
-        """Everything that the positive stream reads besides the conversation."""
-        return [self.positive, self.wrapper, *(text for shot in self.shots for text in shot)]
+        """Every text that the positive stream reads besides the conversation."""
+        positive = None if isinstance(self.positive, SoftPrompt) else self.positive
+        return [positive, self.wrapper, *(text for shot in self.shots for text in shot)]
 
-    def openings(self, system: str | None, *, contrast: bool) -> list[list[Message]]:
+    def openings(self, system: str | None, *, contrast: bool) -> list[Opening]:
         """What precedes the conversation in each stream; the application's `system` prompt is the same in both."""
-        openings = [_system(self.positive, system)]
-        openings[0] += [Message(role, text) for shot in self.shots for role, text in zip(_ROLES, shot, strict=True)]
+        shots = tuple(Message(role, text) for shot in self.shots for role, text in zip(_ROLES, shot, strict=True))
+        openings = [_opening(self.positive, system, shots)]
         if contrast:
             negative = self.negative
-            text = negative.reveal_for_negative_stream() if isinstance(negative, AdversarialText) else negative
-            openings.append(_system(text, system))
+            if isinstance(negative, AdversarialText | AdversarialRows):
+                openings.append(_opening(negative.reveal_for_negative_stream(), system))
+            else:
+                openings.append(_opening(negative, system))
         return openings
 
     def wrap(self, turns: Sequence[Message]) -> list[Message]:
@@ -85,12 +108,22 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Renders conversations under two system prompts and keeps them within `n_ctx` tokens."""
+    """Renders conversations under two system prompts and keeps them within `n_ctx` tokens.
 
-    def __init__(self, template: ChatTemplate, n_ctx: int) -> None:
+    Args:
+        table: gives soft prompts their ids.
+    """
+
+    def __init__(self, template: ChatTemplate, n_ctx: int, table: RowTable) -> None:
         self._template = template
         self._n_ctx = n_ctx
-        self._prefixes: dict[tuple[Message, ...], list[int]] = {}
+        self._table = table
+        self._adversarial: set[str] = set()
+        self._prefixes: dict[Opening, list[int]] = {}
+
+    def keep_negative(self, rows: AdversarialRows) -> None:
+        """From now on these rows are refused in the positive stream, also as a `SoftPrompt` that holds a copy."""
+        self._adversarial.add(rows.digest)
 
     def build(
         self,
@@ -114,16 +147,21 @@ class PromptBuilder:
 
         Raises:
             ContextError: the last message alone does not fit, or turns would have to be dropped under "error".
-            UsageError: no user message at the end.
+            UsageError: no user message at the end, or adversarial rows in the positive stream.
+            PairError: the model cannot take a soft prompt.
         """
         if not turns or turns[-1].role != "user":
             raise UsageError("the conversation must end with a user message")
+        if isinstance(framing.negative, AdversarialRows):
+            self.keep_negative(framing.negative)
+        if isinstance(framing.positive, SoftPrompt) and framing.positive.digest in self._adversarial:
+            raise UsageError("the soft prompt is an adversarial one, which may only stand in the negative stream")
         openings = framing.openings(system, contrast=contrast)
         turns = framing.wrap(turns)
         room = min(self._n_ctx // 4, ANSWER_ROOM) if max_tokens is None else max_tokens
         encoded, dropped = self._fit(openings, turns, room, overflow, explicit=max_tokens is not None)
         longest = max(map(len, encoded))
-        prefixes = [self._prefix(tuple(opening)) for opening in openings]
+        prefixes = [self._prefix(opening) for opening in openings]
         return Prompt(
             safe=encoded[0],
             adversarial=encoded[1] if contrast else None,
@@ -134,7 +172,7 @@ class PromptBuilder:
         )
 
     def _fit(
-        self, openings: Sequence[list[Message]], turns: Sequence[Message], room: int, overflow: str, *, explicit: bool
+        self, openings: Sequence[Opening], turns: Sequence[Message], room: int, overflow: str, *, explicit: bool
     ) -> tuple[list[list[int]], int]:
         encoded = self._encode(openings, turns)
         longest = max(map(len, encoded))
@@ -161,17 +199,21 @@ class PromptBuilder:
             )
         return encoded, start
 
-    def _encode(self, openings: Sequence[list[Message]], turns: Sequence[Message]) -> list[list[int]]:
-        return [self._template.encode([*opening, *turns]) for opening in openings]
+    def _encode(self, openings: Sequence[Opening], turns: Sequence[Message]) -> list[list[int]]:
+        return [self._template.encode([*o.messages, *turns], rows=self._rows(o)) for o in openings]
 
-    def _prefix(self, opening: tuple[Message, ...]) -> list[int]:
+    def _prefix(self, opening: Opening) -> list[int]:
         if opening not in self._prefixes:
             if len(self._prefixes) > 64:
                 self._prefixes.clear()
-            self._prefixes[opening] = self._template.prefix(opening)
+            self._prefixes[opening] = self._template.prefix(opening.messages, rows=self._rows(opening))
         return self._prefixes[opening]
 
+    def _rows(self, opening: Opening) -> Sequence[int]:
+        return () if opening.soft is None else self._table.add(opening.soft.rows, opening.soft.digest)
 
-def _system(prompt: str | None, system: str | None) -> list[Message]:
-    text = "\n\n".join(filter(None, (prompt, system)))
-    return [Message("system", text)] if text else []
+
+def _opening(prompt: Positive, system: str | None, shots: tuple[Message, ...] = ()) -> Opening:
+    soft = prompt if isinstance(prompt, SoftPrompt) else None
+    text = "\n\n".join(filter(None, (None if isinstance(prompt, SoftPrompt) else prompt, system)))
+    return Opening((*([Message("system", text)] if text else []), *shots), soft)

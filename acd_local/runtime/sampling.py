@@ -31,7 +31,8 @@ class TokenSampler:
 
     Args:
         n_ctx: no text is longer than this many tokens; bounds the penalties' windows.
-        history: tokens before the answer, for the penalties and DRY, as llama.cpp feeds its samplers the prompt.
+        history: tokens before the answer, for the penalties and DRY, as llama.cpp feeds its samplers the prompt;
+            embedding rows (negative ids) are no tokens and are left out.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class TokenSampler:
         elif not o.mirostat:
             self._truncation = _truncation(options)
         self._last = [llama.temperature(o.temp)] if o.temp > 0 else [llama.greedy()]
-        for token in history:
-            self.accept(token)
+        if self._penalties:
+            for token in history:
+                if token >= 0:
+                    self.accept(token)
 
     def draw(self, ids: TokenIds, scores: Logits, position: int, *, dry_run: bool = False) -> int:
         """One token out of `ids`, both arrays of shape (k,), k >= 1, for answer position `position` (from 0).

@@ -6,11 +6,12 @@ given by context, so that the shared layout decodes both streams in one llama_de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
-from acd_local.errors import ContextError, UsageError
+from acd_local.errors import ContextError, InternalError, UsageError
 from acd_local.runtime import llama
 from acd_local.runtime.llama import Logits
 
@@ -27,7 +28,10 @@ class Snapshot:
 
 
 class Cache:
-    """One KV sequence and the tokens it holds, at positions 0 .. len(tokens) - 1."""
+    """One KV sequence and the tokens it holds, at positions 0 .. len(tokens) - 1.
+
+    Negative ids among them stand for embedding rows, see `runtime.rows`.
+    """
 
     def __init__(self, context: llama.Context, seq: int, n_ctx: int) -> None:
         self.context = context
@@ -175,13 +179,14 @@ def extend(work: Rows) -> list[Logits]:
 def _extend_context(context: llama.Context, work: Rows) -> Logits:
     done = [0] * len(work)
     try:
-        for chunk in _chunks([len(tokens) for _, tokens in work], context.n_batch):
-            last = all(d + n == len(tokens) for d, n, (_, tokens) in zip(done, chunk, work, strict=True))
-            _decode_chunk(context, work, done, chunk, outputs=last)
-            for i, n in enumerate(chunk):
-                cache, tokens = work[i]
-                cache.tokens.extend(tokens[done[i] : done[i] + n])
-                done[i] += n
+        for lengths in _phases([tokens for _, tokens in work]):
+            for chunk in _chunks(lengths, context.n_batch):
+                last = all(d + n == len(tokens) for d, n, (_, tokens) in zip(done, chunk, work, strict=True))
+                _decode_chunk(context, work, done, chunk, outputs=last)
+                for i, n in enumerate(chunk):
+                    cache, tokens = work[i]
+                    cache.tokens.extend(tokens[done[i] : done[i] + n])
+                    done[i] += n
     except BaseException:
         for cache, _ in work:
             cache.resync()
@@ -210,6 +215,27 @@ def _decode_chunk(
         if outputs:
             wanted[-1] = 1
     context.decode(tokens, seqs, positions, wanted)
+
+
+def runs(ids: Sequence[int]) -> Iterator[list[int]]:
+    """The pieces of a sequence that hold either tokens or embedding rows: a batch takes one kind."""
+    for _, run in groupby(ids, key=lambda i: i < 0):
+        yield list(run)
+
+
+def _phases(pending: Sequence[Sequence[int]]) -> list[list[int]]:
+    """How many tokens, or rows, of each sequence go together, phase by phase, aligned at the ends.
+
+    Tokens and rows take turns in a sequence, so that a phase holds one kind where all sequences end alike. They do:
+    what is decoded together are whole prompts, or single tokens.
+    """
+    if all(len(ids) == 1 and ids[0] >= 0 for ids in pending):
+        return [[1] * len(pending)]
+    if len({ids[-1] < 0 for ids in pending}) > 1:
+        raise InternalError("sequences that end in a token and in an embedding row cannot be decoded together")
+    lengths = [[len(run) for run in runs(ids)] for ids in pending]
+    depth = max(map(len, lengths))
+    return [[of[-d] if d <= len(of) else 0 for of in lengths] for d in range(depth, 0, -1)]
 
 
 def _chunks(lengths: Sequence[int], capacity: int) -> list[list[int]]:

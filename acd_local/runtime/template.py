@@ -23,7 +23,7 @@ import jinja2.runtime
 import jinja2.sandbox
 from jinja2.exceptions import SecurityError
 
-from acd_local.errors import UsageError
+from acd_local.errors import PairError, UsageError
 from acd_local.runtime import llama
 from acd_local.runtime.guard import ControlTokens, Sentinels, clean
 
@@ -92,16 +92,23 @@ class ChatTemplate:
             self._vocab, scaffold=self._renderer.scaffold, cut_marks=self._renderer.compared_texts
         )
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], *, rows: Sequence[int] = ()) -> list[int]:
         """Token ids of the whole prompt, with BOS where the model wants it and the opening of the answer at the end.
 
         No message yields a control token, whatever it says.
 
+        Args:
+            rows: ids of embedding rows (negative, see `runtime.rows`) which stand at the beginning of the system
+                message, as a text would: a system message's text follows them after an empty line; where there is no
+                system message, they are all of it.
+
         Raises:
             UsageError: the messages are in an order that the template refuses, or that makes no sense.
+            PairError: the template does not leave the system prompt in one place, so there is none for rows.
         """
-        turns = self._fold([Message(m.role, clean(m.content)) for m in _checked(messages)])
+        turns = [Message(m.role, clean(m.content)) for m in _checked(messages)]
         sentinels = Sentinels.absent_from(m.content for m in turns)
+        turns = self._fold(_with_slot(turns, sentinels.slot) if len(rows) else turns)
         marked = [
             Message(m.role, self._control.mark(m.content, sentinels, answer=m.role == "assistant")) for m in turns
         ]
@@ -109,23 +116,25 @@ class ChatTemplate:
             text = self._renderer.render(marked)
         except _Unusable as error:
             raise UsageError(f"the model's chat template refuses this conversation: {error}") from None
-        ids = self._control.tokenize(text, sentinels)
+        if len(rows) and text.count(sentinels.slot) != 1:
+            raise PairError("soft prompts do not work with this model's chat template: it changes the system prompt")
+        ids = self._control.tokenize(text, sentinels, rows)
         bos = self._vocab.bos
         if self._vocab.add_bos and bos >= 0 and ids[:1] != [bos]:
             ids.insert(0, bos)
         return ids
 
-    def prefix(self, opening: Sequence[Message]) -> list[int]:
+    def prefix(self, opening: Sequence[Message], *, rows: Sequence[int] = ()) -> list[int]:
         """The tokens that conversations with this opening begin with, whatever the user says next; may be empty.
 
-        `opening` is a system prompt, perhaps followed by whole turns, or nothing.
+        `opening` is a system prompt, perhaps followed by whole turns, or nothing; `rows` as in `encode`.
 
         Found by trying: the longest common prefix of conversations that differ in the user's text and in length.
         """
-        prompts = [self.encode([*opening, Message("user", word)]) for word in _FIRST_WORDS]
+        prompts = [self.encode([*opening, Message("user", word)], rows=rows) for word in _FIRST_WORDS]
         with suppress(UsageError):  # not every template takes a second turn
             turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
-            prompts.append(self.encode([*opening, *turns]))
+            prompts.append(self.encode([*opening, *turns], rows=rows))
         low, high = min(prompts), max(prompts)  # every other prompt lies between them
         length = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
         return low[:length]
@@ -150,6 +159,14 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
         if message.role == "system" and position > 0:
             raise UsageError("a conversation has at most one system message, and it comes first")
     return messages
+
+
+def _with_slot(messages: list[Message], slot: str) -> list[Message]:
+    """The conversation with the character that stands for rows at the beginning of its system message."""
+    if messages[0].role != "system":
+        return [Message("system", slot), *messages]
+    text = messages[0].content
+    return [Message("system", f"{slot}\n\n{text}" if text else slot), *messages[1:]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
