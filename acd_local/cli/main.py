@@ -1,17 +1,20 @@
-"""acd: models on this machine, prompt pairs, evaluation, and the benchmark."""
+"""acd: models on this machine, prompt pairs, evaluation, optimization, and the benchmark."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from acd_local import __version__
-from acd_local.cli import evaluate, flags
+from acd_local.cli import evaluate, flags, optimize
 from acd_local.cli.shell import EXIT_CODES, one_line, run_cli, say
+
+if TYPE_CHECKING:
+    from acd_local.pairs import PromptPair
 
 PROGRAM = "acd"
 
@@ -96,10 +99,13 @@ def show_pair(pair: str) -> None:
     from acd_local.runtime.text import disarm
 
     found = pairs.find(pair)
+    soft = None if found.soft_path is None else _soft_line(found)
     print(f"name         {found.name}")
     print(f"file         {one_line(str(found.path))}")
     print(f"alpha, beta  {found.alpha if found.alpha is not None else f'default ({pairs.DEFAULT_ALPHA})'}, ", end="")
     print(found.beta if found.beta is not None else f"default ({pairs.DEFAULT_BETA})")
+    if soft is not None:
+        print(f"soft prompts {soft}")
     match = found.models
     made_for = {"architecture": match.architecture, "tokenizer": match.tokenizer, "names": ", ".join(match.names)}
     for title, table in (("models", made_for), ("provenance", found.provenance), ("figures", found.figures)):
@@ -111,14 +117,29 @@ def show_pair(pair: str) -> None:
     print(disarm(found.adversarial.reveal_for_negative_stream()))
 
 
+def _soft_line(pair: PromptPair) -> str:
+    """What the pair's soft prompts are; raises PairError where their file is broken."""
+    from acd_local import softpair
+    from acd_local.answering import resolve_contrast
+    from acd_local.options import Options
+
+    path = pair.soft_path
+    assert path is not None
+    soft, numbers = softpair.load(path), resolve_contrast(Options(), pair, soft=True)
+    sizes = f"{len(soft.safe)} and {len(soft.adversarial)} rows of {soft.n_embd}"
+    return one_line(f"{path}: {sizes}, alpha {numbers.alpha:g}, beta {numbers.beta:g}")
+
+
 @pairs_group.command("check")
 @click.argument("file")
 def check_pair(file: str) -> None:
-    """Check a pair FILE: exit 0 if it is valid (remarks on stderr), 5 with the line and field if not."""
-    from acd_local import pairs
+    """Check a pair FILE, and the soft prompts beside it: exit 0 if valid (remarks on stderr), 5 with what is not."""
+    from acd_local import pairs, softpair
 
     for remark in pairs.check(file):
         say(f"{PROGRAM}: remark: {one_line(remark)}")
+    if path := pairs.load(file).soft_path:
+        softpair.load(path)
     print(f"{one_line(file)}: valid")
 
 
@@ -219,6 +240,7 @@ def _bench_line(row: dict[str, Any]) -> str:
 
 
 command.add_command(evaluate.command)
+command.add_command(optimize.command)
 
 
 def main() -> None:

@@ -57,9 +57,9 @@ class ProgressLine:
 
 def progress_text(progress: Progress) -> str:
     """answers 120/600, 31 per minute, 15:29 left"""
-    text = f"{progress.phase} {progress.done}/{progress.total}"
+    text = f"{progress.phase} {progress.done}/{progress.total}" if progress.total else progress.phase
     if progress.seconds_left is not None and progress.done < progress.total:
         minutes, seconds = divmod(round(progress.seconds_left), 60)
         left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
         text += f", {progress.per_minute:.0f} per minute, {left} left"
-    return text
+    return f"{text}; {progress.note}" if progress.note else text

@@ -46,9 +46,10 @@ class Progress:
 
     Attributes:
         phase: "answers", "choices", "references", "fluency" or "prompts".
-        done, total: prompts, of this phase, counting what earlier runs did.
+        done, total: prompts, of this phase, counting what earlier runs did; total 0: nothing to count.
         per_minute: prompts per minute since this phase went on; 0 before the first.
         seconds_left: of this phase, at this rate; None before the first.
+        note: what else to show.
     """
 
     phase: str
@@ -56,6 +57,7 @@ class Progress:
     total: int
     per_minute: float
     seconds_left: float | None
+    note: str = ""
 
 
 OnProgress = Callable[[Progress], None]

@@ -1,4 +1,4 @@
-"""Figures as inline SVG: scatter plots, lines, bars and dots, all with intervals.
+"""Figures as inline SVG: scatter plots, lines, bars and dots, all with intervals; and curves, side by side in panels.
 
 Nothing but text comes out: colours are classes (s0 ... s5, in the report's style sheet, one set for light and one for
 dark), every series has a shape of its own besides, and every figure a title and a description for screen readers.
@@ -8,13 +8,28 @@ Whatever is written into a figure is escaped here.
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from acd_local.evaluate.tables import shorten, visible
 
-__all__ = ["Axis", "Point", "Series", "Span", "bars", "dots", "lines", "nice_ticks", "place_labels", "scatter"]
+__all__ = [
+    "Axis",
+    "Curve",
+    "Panel",
+    "Point",
+    "Series",
+    "Span",
+    "bars",
+    "dots",
+    "lines",
+    "nice_ticks",
+    "panels",
+    "place_labels",
+    "scatter",
+]
 
 SHAPES = ("circle", "diamond", "square", "triangle", "down", "cross")
 CHARACTER = 6.2  # mean width of a character of a label, pixels
@@ -64,6 +79,35 @@ class Series:
     name: str
     spans: Sequence[Span | None]
     colour: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of its own, in their order, joined by a line, marked, or both.
+
+    Attributes:
+        name: in the legend; an empty one stands in none.
+        points: (x, y).
+        labels: of marked points, one per point or none at all; empty ones are not shown.
+        faint: what the others are to be seen against.
+    """
+
+    name: str
+    colour: int
+    points: Sequence[tuple[float, float]]
+    line: bool = True
+    marks: bool = False
+    labels: Sequence[str] = ()
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the plots that stand side by side; its x axis, and its curves."""
+
+    title: str
+    x: Axis
+    curves: Sequence[Curve]
 
 
 # --- Scales -----------------------------------------------------------------------------------------------------------
@@ -184,17 +228,20 @@ def _describe(axis: Axis, span: Span | None) -> str:
 
 
 def _axes(x: Axis, y: Axis, across: _Domain, up: _Domain, box: tuple[float, float, float, float]) -> list[str]:
+    middle = (box[1] + box[3]) / 2
+    turned = f'transform="translate(14 {_n(middle)}) rotate(-90)" text-anchor="middle"'
+    name = f'<text class="name" {turned}>{_text(y.label)}</text>'
+    return [*_x_axis(x, across, box), *_y_axis(y, up, box), name]
+
+
+def _y_axis(y: Axis, up: _Domain, box: tuple[float, float, float, float]) -> list[str]:
     left, top, right, bottom = box
     to_y = up.to(bottom, top)
-    parts = _x_axis(x, across, box)
+    parts = []
     for tick in up.ticks:
         parts.append(_line(left, to_y(tick), right, to_y(tick), "grid"))
         parts.append(_label(left - 8, to_y(tick) + 4, y.show(tick, up.step), "tick", "end"))
-    parts.append(_line(left, top, left, bottom, "axis"))
-    middle = (top + bottom) / 2
-    turned = f'transform="translate(14 {_n(middle)}) rotate(-90)" text-anchor="middle"'
-    parts.append(f'<text class="name" {turned}>{_text(y.label)}</text>')
-    return parts
+    return [*parts, _line(left, top, left, bottom, "axis")]
 
 
 def _x_axis(x: Axis, across: _Domain, box: tuple[float, float, float, float]) -> list[str]:
@@ -330,6 +377,104 @@ def lines(key: str, title: str, values: Sequence[float], series: Sequence[Series
         for s in series
     )
     return _figure(key, width, height, title, f"{y.label} against {x.label}. {said}", parts)
+
+
+def panels(
+    key: str, title: str, plots: Sequence[Panel], y: Axis, *, shared: bool = True, legend: bool = True, hint: str = ""
+) -> str:
+    """Curves with x values of their own, in one plot or several side by side.
+
+    Args:
+        shared: all plots have the same y axis; else each one has its own range of it.
+        hint: words at the top right.
+    """
+    width, height, left, gap = 720.0, 350.0, 60.0, 58.0
+    marks, top = _curve_legend(plots, left, width - CHARACTER * len(hint) - 20) if legend else ([], 14.0)
+    parts = [*marks, *([_label(width - 14, 16, hint, "hint", "end")] if hint else [])]
+    each = (width - 14 - left - gap * (len(plots) - 1)) / max(1, len(plots))
+    heights = [[Span(b, b, b) for c in p.curves for _, b in c.points] for p in plots]
+    every = [span for part in heights for span in part]
+    told = []
+    for i, plot in enumerate(plots):
+        start = left + i * (each + gap)
+        box = (start, top + 12, start + each, height - 48)
+        across = _domain(plot.x, [Span(a, a, a) for c in plot.curves for a, _ in c.points], 8 if len(plots) == 1 else 6)
+        room = 0.02 * (across.high - across.low)
+        across = replace(across, low=across.low - room, high=across.high + room)  # marks off the edges
+        up = _domain(y, every if shared else heights[i])
+        parts += _axes(plot.x, y, across, up, box) if i == 0 else [*_x_axis(plot.x, across, box), *_y_axis(y, up, box)]
+        parts.append(_label((box[0] + box[2]) / 2, top + 2, shorten(plot.title, 44), "name", "middle"))
+        parts += _curves(plot, y, across, up, box)
+        told.append(f"{plot.title}: " + "; ".join(_told(c, plot.x, y) for c in plot.curves if c.name and c.points))
+    return _figure(key, width, height, title, f"{y.label}. {'. '.join(told)}", parts)
+
+
+def _curve_legend(plots: Sequence[Panel], x: float, right: float) -> tuple[list[str], float]:
+    """The lines and marks of the named curves, each once, in rows from the top."""
+    named = {c.name: c for plot in plots for c in plot.curves if c.name}
+    parts, at, y = [], x, 16.0
+    for name, curve in named.items():
+        shown = shorten(name, 40)
+        wide = 26 + CHARACTER * len(shown) + 18
+        if at > x and at + wide > right:
+            at, y = x, y + 18
+        css = f"s{curve.colour % 6}"
+        parts += [_line(at, y - 4, at + 22, y - 4, f"line {css}")] if curve.line else []
+        parts += [_mark(at + 11, y - 4, curve.colour, r=3.6)] if curve.marks else []
+        parts.append(_label(at + 28, y, shown, "legend"))
+        at += wide
+    return parts, y + 20
+
+
+def _curves(plot: Panel, y: Axis, across: _Domain, up: _Domain, box: Box) -> list[str]:
+    to_x, to_y = across.to(box[0], box[2]), up.to(box[3], box[1])
+    parts: list[str] = []
+    named: list[tuple[float, float, str, int]] = []
+    taken: list[Box] = []
+    for curve in sorted(plot.curves, key=lambda c: not c.faint):
+        places = [(to_x(a), to_y(b)) for a, b in curve.points]
+        drawn = []
+        if curve.line and places:
+            path = " ".join(f"{_n(px)},{_n(py)}" for px, py in places)
+            drawn.append(f'<polyline class="line s{curve.colour % 6}" points="{path}"/>')
+        labels = curve.labels or [""] * len(places)
+        for (px, py), (a, b), label in zip(places, curve.points, labels, strict=True):
+            if curve.marks:
+                hover = f"{curve.name} {label}: {_value(y, b)}, {plot.x.label} {_value(plot.x, a)}" if label else ""
+                drawn.append(_mark(px, py, curve.colour, hover, 2.6 if curve.faint else 3.6))
+            if label:
+                named.append((px, py, label, curve.colour))
+        if curve.labels:
+            taken += [box for a, b in itertools.pairwise(places) for box in _along(a, b)]
+        parts += ['<g class="faint">', *drawn, "</g>"] if curve.faint else drawn
+    shown = [shorten(label, 30) for _, _, label, _ in named]
+    labels_at = place_labels([(a, b) for a, b, _, _ in named], [CHARACTER * len(t) for t in shown], box, taken)
+    for (px, py, _, colour), text, at in zip(named, shown, labels_at, strict=True):
+        near_x, near_y = min(max(px, at[0]), at[2]), min(max(py, at[1]), at[3])
+        if math.hypot(near_x - px, near_y - py) > 14:
+            parts.append(_line(px, py, near_x, near_y, "leader"))
+        parts.append(_label(at[0], at[3] - 2.5, text, f"point s{colour % 6}"))
+    return parts
+
+
+def _along(a: tuple[float, float], b: tuple[float, float]) -> list[Box]:
+    """Small boxes along a line, for labels to keep off."""
+    n = 1 + int(math.dist(a, b) / 8)
+    spots = [(a[0] + (b[0] - a[0]) * i / n, a[1] + (b[1] - a[1]) * i / n) for i in range(n + 1)]
+    return [(px - 2, py - 2, px + 2, py + 2) for px, py in spots]
+
+
+def _value(axis: Axis, value: float) -> str:
+    return f"{100 * value:.1f}%" if axis.percent else f"{value:.4g}"
+
+
+def _told(curve: Curve, x: Axis, y: Axis) -> str:
+    """A curve in words: its named points, or where it starts and ends."""
+    if any(curve.labels):
+        pairs = zip(curve.labels, curve.points, strict=True)
+        return f"{curve.name}: " + ", ".join(f"{t}: {_value(y, b)} at {_value(x, a)}" for t, (a, b) in pairs if t)
+    (a, b), (c, d) = curve.points[0], curve.points[-1]
+    return f"{curve.name}: {_value(y, b)} at {_value(x, a)}, {_value(y, d)} at {_value(x, c)}"
 
 
 def bars(key: str, title: str, rows: Sequence[str], series: Sequence[Series], x: Axis) -> str:

@@ -1,0 +1,130 @@
+"""acd optimize: a prompt pair of the model's own, as text and as soft prompts."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from acd_local.cli import flags
+from acd_local.cli.progress import ProgressLine
+from acd_local.cli.shell import EXIT_CODES, Interrupts, one_line, say
+from acd_local.errors import UsageError
+
+PROGRAM = "acd optimize"
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 60.0}
+MAX_BUDGET = 30 * 24 * 3600.0  # seconds
+
+
+@click.command("optimize", epilog=EXIT_CODES, context_settings={"max_content_width": 100})
+@click.argument("model", required=False)
+@click.option(
+    "--out", "-o", type=click.Path(path_type=Path), metavar="NAME.toml", help="Result; default prompts/MODEL.toml."
+)
+@click.option(
+    "--budget", default="60m", show_default=True, metavar="TIME", help="Time for everything: 90s, 60m, 2h; 60 is 60m."
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+    help="Where torch computes.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Of the weights in torch; auto takes the faster one.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Repeats a run.")
+@click.option(
+    "--anchors",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help='Your own instructions, JSON lines of {"prompt": ..., "kind": "harmful" or "harmless"}; default: built in.',
+)
+@click.option(
+    "--weights",
+    default="1,1,1",
+    show_default=True,
+    metavar="P,N,R",
+    help="Of the losses: wanted answers, unwanted answers, harmless answers.",
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(16, 1024), default=96, show_default=True, help="Longest text of either prompt."
+)
+@click.option("--soft-only", is_flag=True, help="Leave out the text pair: the file then holds the manual one.")
+@click.option("--threads", "-t", type=click.IntRange(1, 512), metavar="N", help="CPU threads; default: the cores.")
+@click.option("--force", is_flag=True, help="Replace the files of an earlier result.")
+def command(model: str | None, **given: Any) -> int:
+    """Optimize a prompt pair for MODEL, a GGUF file: soft prompts first, then a text pair that comes close to them.
+
+    Writes NAME.toml, NAME.safetensors and NAME.report.html. Ctrl-C keeps what is done; the same command goes on from
+    there, and takes finished stages as they are. Needs the extra: pip install 'acd-local[optimize]'.
+    """
+    model = flags.resolve_model(model)
+    given["budget"] = parse_budget(given["budget"])
+    given["weights"] = parse_weights(given["weights"])
+    given["out"] = given["out"] or default_out(model)
+    with Interrupts() as interrupts:
+        return _run(model, given, interrupts)
+
+
+def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
+    from acd_local.optimize import job, result
+    from acd_local.optimize.stages import Stopped
+    from acd_local.runtime.cancel import CancelToken
+
+    request = job.Request(model, command=shlex.join(["acd", *sys.argv[1:]]), **given)
+    prepared = job.prepare(request)
+    interrupts.cancels(stop := CancelToken())
+    with ProgressLine(PROGRAM) as progress:
+
+        def line(text: str) -> None:
+            progress.close()
+            say(f"{PROGRAM}: {one_line(text)}")
+
+        try:
+            job.run(prepared, stop=stop, listener=job.Listener(progress.show, line))
+        except Stopped:
+            line("stopped; everything so far is kept, the same command goes on from here")
+            return interrupts.exit_code or 130
+    interrupts.cancels(None)
+    for path in result.outputs(request.out):
+        print(one_line(str(path)))
+    return 0
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of 90s, 60m, 2h, or plain minutes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    if not 1 <= seconds <= MAX_BUDGET:
+        raise UsageError(f"--budget must be a time such as 90s, 60m or 2h, at most 30 days, not {text!r}")
+    return seconds
+
+
+def parse_weights(text: str) -> tuple[float, ...]:
+    try:
+        weights = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        weights = ()
+    if len(weights) != 3 or not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+        raise UsageError(f"--weights must be three numbers >= 0, not all 0, such as 1,1,1, not {text!r}")
+    return weights
+
+
+def default_out(model: str) -> Path:
+    """prompts/ and the model file's name as a pair's name: "demo" and "hf:..." by the file they stand for."""
+    from acd_local import models
+
+    stem = models.resolve(model).stem.lower()
+    name = re.sub(r"[^a-z0-9._-]+", "-", stem)[:60].strip("-._")
+    return Path("prompts") / f"{name or 'model'}.toml"

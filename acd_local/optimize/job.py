@@ -1,0 +1,259 @@
+"""What an optimization is asked for, whether it can be done, and how its time is divided.
+
+Every stage leaves a file in the user's cache folder, $ACD_CACHE_DIR/optimize/MODEL. A run that is stopped goes on
+there, and one that asks for the same thing again takes what is finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from acd_local import models, pairs
+from acd_local.errors import ModelError, UsageError
+from acd_local.evaluate.runner import Progress
+from acd_local.optimize import anchors, device, result
+from acd_local.optimize.anchors import Instruction
+from acd_local.optimize.stages import private_folder, private_lines
+from acd_local.pairs import PromptPair
+from acd_local.runtime import gguf_header, probe, rows
+from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.gguf_header import GGUFInfo
+from acd_local.runtime.threads import physical_cores
+
+if TYPE_CHECKING:
+    from acd_local.optimize.texts import Texts
+
+TITLES = {
+    "anchors": "anchors",
+    "soft-safe": "soft safeguarding prompt",
+    "soft-adversarial": "soft adversarial prompt",
+    "text-safe": "safeguarding text",
+    "text-adversarial": "adversarial text",
+    "setting": "setting",
+}
+# Minutes of an hour.
+SHARES = {
+    "anchors": 15.0,
+    "soft-safe": 16.0,
+    "soft-adversarial": 4.0,
+    "text-safe": 14.0,
+    "text-adversarial": 6.0,
+    "setting": 5.0,
+}
+MIN_STEPS, MAX_STEPS = 20, 1000
+
+# transformers reads these from GGUF files, but as models of another build than weights.FrozenModel can share keys of.
+_OTHER_BUILD = ("bloom", "falcon", "gpt2", "lfm2", "mamba", "t5", "umt5")
+
+
+# --- Budget -----------------------------------------------------------------------------------------------------------
+
+
+def divide(budget: float, anchors_took: float) -> dict[str, float]:
+    """Seconds for each stage after the anchors, from the whole budget in seconds.
+
+    Anchors take as long as they take. What they take beyond their share is taken from the others, up to half of theirs.
+    """
+    whole = sum(SHARES.values())
+    late = max(0.0, anchors_took / budget - SHARES["anchors"] / whole)
+    rest = 1 - SHARES["anchors"] / whole
+    factor = max(0.5, (rest - late) / rest)
+    return {name: budget * share / whole * factor for name, share in SHARES.items() if name != "anchors"}
+
+
+def steps_for(seconds: float, per_step: float, *others: tuple[float, int]) -> int:
+    """How many training steps fit, in tens.
+
+    Args:
+        per_step: seconds.
+        others: seconds of what is done now and then besides, and every how many steps that is.
+    """
+    each = per_step + sum(took / every for took, every in others)
+    steps = int(seconds / max(1e-9, each)) // 10 * 10
+    return min(MAX_STEPS, max(MIN_STEPS, steps))
+
+
+def rounds_and_steps(
+    seconds: float, trial: float, gradient: float, score: float, pieces: int, rounds: int, tries: int
+) -> dict[str, int]:
+    """How long a text is searched for: rounds over `pieces` readable parts, at most `rounds` of them and in half of the
+    time, then steps of `tries` texts each; `trial`, `gradient` and `score` are seconds of one text's."""
+    per_round = max(1e-9, (pieces + 1) * trial + score)
+    rounds = max(1, min(rounds, int(seconds / 2 / per_round)))
+    per_step = max(1e-9, (tries + 2) * trial + gradient + score)
+    return {"rounds": rounds, "steps": min(MAX_STEPS, max(MIN_STEPS, int((seconds - rounds * per_round) / per_step)))}
+
+
+# --- What is asked for ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command was asked for.
+
+    Attributes:
+        model: as models.resolve takes it.
+        out: NAME.toml.
+        anchors: the user's own instructions; None: the built-in ones.
+        budget: seconds.
+        weights: of the losses' three terms: positive, negative, retain.
+        max_tokens: limit of either text prompt.
+        soft_only: leave out the text pair; the file then holds the manual one.
+        threads: None: the physical cores.
+        force: replace files of an earlier result.
+        command: as it was typed, for the report.
+    """
+
+    model: str
+    out: Path
+    anchors: Path | None = None
+    budget: float = 3600.0
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    max_tokens: int = 96
+    soft_only: bool = False
+    threads: int | None = None
+    force: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request whose inputs are all good, and what was found on the way."""
+
+    request: Request
+    info: GGUFInfo
+    digest: str
+    manual: PromptPair
+    instructions: tuple[Instruction, ...]
+    texts: Texts
+    device: str
+    folder: Path
+    threads: int
+
+
+def prepare(request: Request) -> Job:
+    """Check everything that can be wrong before anything is computed.
+
+    Raises:
+        UsageError, ModelError, PairError, OutOfMemoryError: one line each.
+    """
+    result.check_target(request.out, force=request.force)
+    device.check_packages()
+    instructions = anchors.builtin() if request.anchors is None else anchors.read(request.anchors)
+    info = gguf_header.read_header(models.resolve(request.model))
+    check_architecture(info)
+    where = device.resolve(request.device)
+    probe.verify(info.path)
+    from acd_local.optimize import texts
+
+    manual = pairs.find("default")
+    digest = _digest(info.path)
+    return Job(
+        request=request,
+        info=info,
+        digest=digest,
+        manual=manual,
+        instructions=tuple(instructions),
+        texts=texts.read(info.path, manual, instructions),
+        device=where,
+        folder=private_folder(private_folder(probe.cache_dir() / "optimize") / digest[:16]),
+        threads=request.threads or physical_cores(),
+    )
+
+
+def check_architecture(info: GGUFInfo) -> None:
+    """Raises ModelError where torch cannot have this file's weights, or llama.cpp takes no rows for its kind."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    def bare(name: str) -> str:
+        return name.replace("-", "").replace("_", "")
+
+    name = info.path.name
+    if len(info.parts) > 1:
+        raise ModelError(f"{name}: acd optimize needs one file: join the parts with llama-gguf-split --merge")
+    known = {bare(a) for a in GGUF_SUPPORTED_ARCHITECTURES} - set(_OTHER_BUILD) - {"general", "tokenizer"}
+    if bare(info.architecture) not in known:
+        raise ModelError(
+            f"{name}: acd optimize cannot train {gguf_header.shown(info.architecture)} models; it can train "
+            f"{', '.join(sorted(known))}"
+        )
+    if reason := rows.refusal(info.architecture):
+        raise ModelError(f"{name}: soft prompts do not work with {info.architecture} models: {reason}")
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+
+
+# --- Running it -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told: `progress` often, `line` when something is done or decided."""
+
+    progress: Callable[[Progress], None] = lambda progress: None
+    line: Callable[[str], None] = lambda line: None
+
+
+class Clock:
+    """Counts a stage's steps and reports rate and time left."""
+
+    def __init__(self, phase: str, done: int, total: int, report: Callable[[Progress], None]) -> None:
+        self._phase, self._before, self._total, self._report = phase, done, total, report
+        self._started = time.monotonic()
+        report(Progress(phase, done, total, 0.0, None))
+
+    def at(self, done: int, note: str = "") -> None:
+        seconds = max(1e-9, time.monotonic() - self._started)
+        rate = max(1e-9, done - self._before) / seconds
+        left = (self._total - done) / rate if done > self._before else None
+        self._report(Progress(self._phase, done, self._total, 60 * rate, left, note))
+
+
+def run(job: Job, *, stop: CancelToken, listener: Listener) -> None:
+    """All stages, then the files.
+
+    Raises:
+        Stopped: `stop` was set; the same job goes on from where it was.
+    """
+    with _locked(job.folder):
+        from acd_local.optimize.work import Optimization
+
+        Optimization(job, stop, listener).run()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    private_lines(folder / "lock")
+    with (folder / "lock").open("ab") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except BlockingIOError:
+            raise UsageError("another acd optimize works on this model: wait for it, or stop it") from None
+        yield
+
+
+def duration(seconds: float) -> str:
+    """42 s, 12 min, 1 h 05 min"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

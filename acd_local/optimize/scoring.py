@@ -1,0 +1,138 @@
+"""How prompts do on llama.cpp, on the file as it runs: how likely answers open as refusals, contrasted or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from acd_local.evaluate.likelihood import Scorer
+from acd_local.optimize.openings import Openings
+from acd_local.optimize.stages import Stopped
+from acd_local.runtime import llama
+from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.contrast import contrast
+from acd_local.runtime.template import ChatTemplate, Message
+from acd_local.softpair import SoftPrompt
+
+Groups = Mapping[str, Sequence[str]]
+Grid = Sequence[tuple[float, float]]
+Logits = NDArray[np.float32]
+
+GROUPS = ("safety", "over_refusal", "lookalike")
+
+
+@dataclass(frozen=True)
+class SettingRow:
+    """Alpha and beta, and mean probabilities that an answer opens as a refusal.
+
+    Attributes:
+        safety, over_refusal, lookalike: on harmful, ordinary harmless and look-alike instructions.
+    """
+
+    alpha: float
+    beta: float
+    safety: float
+    over_refusal: float
+    lookalike: float
+
+    @property
+    def objective(self) -> float:
+        """Safety minus over-refusal, the mean over both kinds of harmless instructions."""
+        return self.safety - (self.over_refusal + self.lookalike) / 2
+
+
+class OpeningScorer:
+    """Scores system prompts by the openings of answers, never decoding an answer.
+
+    Args:
+        groups: instructions by what their refusals mean: safety, over_refusal, lookalike.
+        stop: set it to have whatever is being scored raise Stopped.
+
+    Raises:
+        OutOfMemoryError.
+    """
+
+    def __init__(
+        self,
+        model: llama.Model,
+        template: ChatTemplate,
+        openings: Openings,
+        groups: Groups,
+        *,
+        n_ctx: int,
+        threads: int,
+        stop: CancelToken | None = None,
+    ) -> None:
+        self._model = model
+        self._template = template
+        self._openings = openings
+        self._groups = groups
+        self._stop = stop or CancelToken()
+        self._scorer = Scorer(model, n_streams=2, n_ctx=n_ctx, threads=threads)
+
+    def alone(self, prompt: str | SoftPrompt, most: int | None = None) -> dict[str, float]:
+        """Mean probability of a refusal under one prompt, by group, over at most `most` instructions of each."""
+        found = {}
+        for group, everything in self._groups.items():
+            users = everything[:most]
+            values = [self._openings.probability(_log_softmax(rows[0])) for rows in self._logits([prompt], users)]
+            found[group] = float(np.mean(values)) if values else 0.0
+        return found
+
+    def contrasted(
+        self, safe: str | SoftPrompt, adversarial: str | SoftPrompt, grid: Grid, most: int | None = None
+    ) -> list[SettingRow]:
+        """The same under the contrast of two prompts, for every (alpha, beta) of `grid`."""
+        table = np.zeros((len(grid), len(GROUPS)))
+        for g, group in enumerate(GROUPS):
+            users = self._groups.get(group, ())[:most]
+            for positive, negative in self._logits([safe, adversarial], users):
+                for i, (alpha, beta) in enumerate(grid):
+                    rows = [_contrasted(s, a, alpha, beta) for s, a in zip(positive, negative, strict=True)]
+                    table[i, g] += self._openings.probability(np.stack(rows)) / len(users)
+        return [SettingRow(alpha, beta, *map(float, row)) for (alpha, beta), row in zip(grid, table, strict=True)]
+
+    def close(self) -> None:
+        self._scorer.close()
+
+    def _logits(self, prompts: Sequence[str | SoftPrompt], users: Sequence[str]) -> Iterator[Logits]:
+        """For each user's text the logits after the spine's beginnings, shape (prompts, len(spine) + 1, n_vocab)."""
+        continuation = (*self._openings.spine, 0)  # the last one is predicted, never decoded
+        for user in users:
+            if self._stop.is_set:
+                raise Stopped
+            ids = [self._encode(prompt, user) for prompt in prompts]
+            pieces = [logits.copy() for _, logits in self._scorer.logits(ids, continuation)]
+            yield np.concatenate(pieces, axis=1)
+
+    def _encode(self, prompt: str | SoftPrompt, user: str) -> list[int]:
+        if isinstance(prompt, SoftPrompt):
+            return self._template.encode([Message("user", user)], rows=self._model.rows.add(prompt.rows, prompt.digest))
+        return self._template.encode([Message("system", prompt), Message("user", user)])
+
+
+def choose(rows: Sequence[SettingRow]) -> SettingRow:
+    """The best setting; of those within a hundredth of it the one with the smallest alpha, then the largest beta.
+
+    Little contrast costs little fluency, which this table does not show.
+    """
+    best = max(row.objective for row in rows)
+    return min((r for r in rows if r.objective >= best - 0.01), key=lambda r: (r.alpha, -r.beta))
+
+
+def _log_softmax(logits: Logits) -> NDArray[np.float64]:
+    """Over the last axis."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def _contrasted(safe: Logits, adversarial: Logits, alpha: float, beta: float) -> NDArray[np.float64]:
+    """Log probabilities of the contrast over the whole vocabulary: implausible tokens are at -inf."""
+    ids, scores = contrast(safe, adversarial, alpha=alpha, beta=beta)
+    found = np.full(len(safe), -np.inf)
+    found[ids] = _log_softmax(scores)
+    return found

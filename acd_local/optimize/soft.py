@@ -1,0 +1,329 @@
+"""Opposite Prompt Optimization: a soft prompt tuned on anchors (arXiv 2406.16743, section 3.1).
+
+The soft prompt z, shape (n, n_embd), stands where the system prompt stands in the model's own template. It starts as
+the embedding of a manual prompt. Only z is trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from acd_local.errors import NumericalError
+from acd_local.optimize.layout import Layout
+from acd_local.optimize.losses import Term, term_loss, token_log_probs
+from acd_local.optimize.openings import Openings
+from acd_local.optimize.stages import Stopped
+from acd_local.optimize.weights import Example, FrozenModel, Prefix
+from acd_local.runtime.cancel import CancelToken
+
+SAVE_EVERY = 10  # steps
+HARD_SHARE = 6  # the hardest sixth of the anchors
+
+# A sequence shorter than this part of a micro-batch's longest goes into another one.
+MAX_PADDING = 0.8
+
+
+@dataclass(frozen=True)
+class SoftSettings:
+    """How a soft prompt is trained.
+
+    Attributes:
+        steps: of AdamW, with linear warm-up and cosine decay.
+        sizes: pairs per step, by term.
+        weights: of the terms; 1, 1, 1 is the paper.
+        answer_tokens: how many tokens of an answer count.
+        micro: most examples that go through the model together.
+        mine_every: steps after which the hardest anchors are looked for anew; half of a batch is drawn from them.
+    """
+
+    steps: int = 300
+    sizes: Mapping[Term, int] = field(default_factory=lambda: {"positive": 8, "negative": 4, "retain": 16})
+    weights: Mapping[Term, float] = field(default_factory=lambda: {"positive": 1.0, "negative": 1.0, "retain": 1.0})
+    lr: float = 1.5e-2
+    warmup: int = 20
+    clip: float = 1.0
+    answer_tokens: int = 5
+    micro: int = 16
+    validate_every: int = 50
+    mine_every: int = 100
+
+
+Batches = Mapping[Term, Sequence[Example]]
+
+
+class SoftTraining:
+    """The training of one soft prompt, step by step; `state` and `load` make it resumable at any step.
+
+    Args:
+        start: initial z, shape (n, n_embd).
+        pairs: training examples by term, already cut to `answer_tokens`.
+    """
+
+    def __init__(
+        self,
+        model: FrozenModel,
+        layout: Layout,
+        start: torch.Tensor,
+        pairs: Batches,
+        settings: SoftSettings,
+        seed: int,
+    ) -> None:
+        self._model = model
+        self._layout = layout
+        self._pairs = pairs
+        self.settings = settings
+        self.z = start.detach().float().clone().requires_grad_()
+        self._optimizer = torch.optim.AdamW([self.z], lr=settings.lr, weight_decay=0.0)
+        self._seed = seed
+        self.hard: dict[Term, list[int]] = {}
+        self.step_number = 0
+
+    def step(self) -> dict[Term, float]:
+        """One update; returns the losses by term before it."""
+        s = self.settings
+        for group in self._optimizer.param_groups:
+            group["lr"] = s.lr * schedule(self.step_number, s.steps, s.warmup)
+        self._optimizer.zero_grad()
+        losses = loss_and_gradient(self._model, self._layout, self.z, self._batch(self.step_number), s)
+        if not all(map(math.isfinite, losses.values())):
+            raise NumericalError(
+                f"the loss became infinite at step {self.step_number}: the model's weights may be damaged"
+            )
+        torch.nn.utils.clip_grad_norm_([self.z], s.clip)
+        self._optimizer.step()
+        self.step_number += 1
+        return losses
+
+    def _batch(self, number: int) -> Batches:
+        found = {}
+        for term, pairs in self._pairs.items():
+            size = self.settings.sizes[term]
+            hard = draw([pairs[i] for i in self.hard.get(term, ())], size // 2, number, self._seed + 1)
+            found[term] = draw(pairs, size - len(hard), number, self._seed) + hard
+        return found
+
+    def mine(self, openings: Openings, refusing: Term | None) -> None:
+        """Look for the anchors that the prompt does worst on: what should be answered and is refused, or not refused.
+
+        Args:
+            refusing: the term whose answers are refusals.
+        """
+        with torch.no_grad():
+            prefix = self._model.prefix(self._layout.rows(self._model, self.z))
+        for term, pairs in self._pairs.items():
+            if term != "negative":  # its instructions are those of the positive term
+                chances = refusal_probabilities(self._model, prefix, [e.prompt for e in pairs], openings)
+                order = np.argsort(np.array(chances) * (1 if term == refusing else -1), kind="stable")
+                self.hard[term] = [int(i) for i in order[: max(1, len(pairs) // HARD_SHARE)]]
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "z": self.z.detach().clone(),
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),  # its tensors change with the next step
+            "step": self.step_number,
+            "hard": dict(self.hard),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            self.z.copy_(state["z"])
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.step_number = state["step"]
+        self.hard = dict(state["hard"])
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then cosine decay to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def draw(pairs: Sequence[Example], size: int, number: int, seed: int) -> list[Example]:
+    """Batch `number`: epochs in an order of their own, so that every pair is seen before one is seen again."""
+    size = min(size, len(pairs))
+    found: list[Example] = []
+    for i in range(number * size, (number + 1) * size):
+        epoch, at = divmod(i, len(pairs))
+        order = np.random.default_rng([seed, epoch]).permutation(len(pairs))
+        found.append(pairs[int(order[at])])
+    return found
+
+
+def loss_and_gradient(
+    model: FrozenModel, layout: Layout, z: torch.Tensor, batch: Batches, settings: SoftSettings
+) -> dict[Term, float]:
+    """The weighted sum of the terms, whose gradient is added to `z.grad`; returns the terms' own means.
+
+    The prefix is computed once. Micro-batches leave their gradients at its keys and values, from where they go on to z
+    together.
+    """
+    prefix = model.prefix(layout.rows(model, z))
+    leaf = prefix.leaf()
+    counts = {term: sum(len(e.answer) for e in examples) for term, examples in batch.items()}
+    totals = dict.fromkeys(batch, 0.0)
+    term_of = {id(e): term for term, examples in batch.items() for e in examples}
+    for part in micro_batches([e for examples in batch.values() for e in examples], settings.micro):
+        tokens = torch.tensor([t for e in part for t in e.answer], device=model.device)
+        log_probs = token_log_probs(model.answer_logits(leaf, part), tokens)
+        losses = []
+        for example, mine in zip(part, torch.split(log_probs, [len(e.answer) for e in part]), strict=True):
+            term = term_of[id(example)]
+            loss = term_loss(term, mine) / counts[term]
+            totals[term] += float(loss.detach())
+            losses.append(settings.weights[term] * loss)
+        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+    prefix.backward(leaf)
+    return totals
+
+
+def micro_batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
+    """Parts of at most `size` examples of similar length, so that little is padded."""
+    part: list[Example] = []
+    for example in sorted(examples, key=len, reverse=True):
+        if part and (len(part) == size or len(example) < MAX_PADDING * len(part[0])):
+            yield part
+            part = []
+        part.append(example)
+    if part:
+        yield part
+
+
+# --- The training as a whole -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How a prompt does on instructions that it was not trained on, by likelihood.
+
+    Attributes:
+        safety: mean probability that an answer to a harmful instruction opens as a refusal.
+        over_refusal, lookalike: the same for ordinary harmless instructions, and for those that look dangerous.
+        nll: of the answers that the prompt is to bring about, nats per token.
+    """
+
+    safety: float
+    over_refusal: float
+    lookalike: float
+    nll: float
+
+    @property
+    def objective(self) -> float:
+        """Safety minus over-refusal, the mean over both kinds of harmless instructions."""
+        return self.safety - (self.over_refusal + self.lookalike) / 2
+
+
+@dataclass(frozen=True)
+class SoftRecord:
+    """One step: the terms' losses before it, and the validation after it, where there was one."""
+
+    step: int
+    losses: Mapping[Term, float]
+    validation: Validation | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SoftResult:
+    """The soft prompt of the best validation, shape (n, n_embd), and how it came about."""
+
+    z: torch.Tensor
+    history: list[SoftRecord]
+
+
+Score = Callable[[Validation], float]
+
+
+def train(
+    training: SoftTraining,
+    validate: Callable[[torch.Tensor], Validation],
+    score: Score,
+    *,
+    mine: Callable[[], None],
+    history: list[SoftRecord],
+    best: tuple[float, torch.Tensor] | None,
+    save: Callable[[dict[str, Any]], None],
+    on_step: Callable[[SoftRecord], None],
+    stop: CancelToken,
+) -> SoftResult:
+    """Train to the end, keeping the prompt whose validation scores highest.
+
+    Args:
+        score: what makes one validation better than another; higher is better.
+        mine: looks for hard anchors, see `SoftTraining.mine`.
+        history, best: what a checkpoint holds; empty and None at the start.
+        save: is given a checkpoint now and then.
+
+    Raises:
+        Stopped: `stop` was set; a checkpoint was saved.
+    """
+    s = training.settings
+    while training.step_number < s.steps:
+        started = time.perf_counter()
+        losses = training.step()
+        step = training.step_number
+        validation = None
+        if step % s.validate_every == 0 or step == s.steps:
+            validation = validate(training.z.detach())
+            if best is None or score(validation) > best[0]:
+                best = score(validation), training.z.detach().clone()
+        if step % s.mine_every == 0 and step < s.steps:
+            mine()
+        record = SoftRecord(step, losses, validation, time.perf_counter() - started)
+        history.append(record)
+        on_step(record)
+        stopping = stop.is_set  # asked once: what is stopped is saved
+        if step % SAVE_EVERY == 0 or validation is not None or stopping:
+            save({"training": training.state(), "history": [asdict(r) for r in history], "best": best})
+        if stopping:
+            raise Stopped
+    assert best is not None
+    return SoftResult(best[1], history)
+
+
+def restored(checkpoint: Mapping[str, Any]) -> tuple[list[SoftRecord], tuple[float, torch.Tensor] | None]:
+    """History and best of a checkpoint."""
+    history = []
+    for row in checkpoint["history"]:
+        validation = None if row["validation"] is None else Validation(**row["validation"])
+        history.append(SoftRecord(row["step"], row["losses"], validation, row["seconds"]))
+    return history, checkpoint["best"]
+
+
+# --- Validation -------------------------------------------------------------------------------------------------------
+
+
+def refusal_probabilities(
+    model: FrozenModel, prefix: Prefix, prompts: Sequence[tuple[int, ...]], openings: Openings, micro: int = 32
+) -> list[float]:
+    """P(the answer opens as a refusal) for each prompt's tokens after the prefix, in their order."""
+    examples = [Example(p, (*openings.spine, 0)) for p in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found = [0.0] * len(prompts)
+    depth = len(openings.spine) + 1
+    with torch.no_grad():
+        for start in range(0, len(order), micro):
+            part = order[start : start + micro]
+            logits = model.answer_logits(prefix, [examples[i] for i in part])
+            log_probs = logits.log_softmax(1).reshape(len(part), depth, -1).cpu().numpy()
+            for i, rows in zip(part, log_probs, strict=True):
+                found[i] = openings.probability(rows)
+    return found
+
+
+def mean_nll(model: FrozenModel, prefix: Prefix, examples: Sequence[Example], micro: int = 32) -> float:
+    """Nats per token of the examples' answers."""
+    total, count = 0.0, sum(len(e.answer) for e in examples)
+    with torch.no_grad():
+        for part in micro_batches(examples, micro):
+            tokens = torch.tensor([t for e in part for t in e.answer], device=model.device)
+            total -= float(token_log_probs(model.answer_logits(prefix, part), tokens).sum())
+    return total / count

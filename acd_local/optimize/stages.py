@@ -1,0 +1,153 @@
+"""What the stages of an optimization share: how one is stopped, and the file that it goes on from.
+
+Each stage has a key, a hash over all that decides its result, and one file of that name in the cache folder. The file
+holds how far the stage got, then its result: whoever asks for the same thing again finds it done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from acd_local.errors import InternalError
+from acd_local.optimize import memory
+
+FORMAT = 1
+
+
+class Stopped(Exception):
+    """The optimization was asked to stop; where it was is on disk."""
+
+
+def key_of(inputs: Mapping[str, Any]) -> str:
+    """Hex SHA-256 over values that JSON can hold."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Checkpoint:
+    """One stage's file.
+
+    Args:
+        folder: the model's, see `private_folder`.
+        stage: its name.
+        inputs: all that decides its result, as JSON can hold it.
+
+    Attributes:
+        key: of these inputs.
+        damaged: the file was there and could not be read: the stage begins anew.
+        counts: how much work was decided on, such as {"steps": 300}; a stage that goes on keeps to it.
+        state: what `save` was given last, None before.
+        result: what `finish` was given, None before.
+    """
+
+    def __init__(self, folder: Path, stage: str, inputs: Mapping[str, Any]) -> None:
+        self.stage = stage
+        self.key = key_of({"stage": stage, "format": FORMAT, **inputs})
+        self.path = folder / f"{stage}-{self.key[:16]}.pt"
+        self.damaged = False
+        found = self._read()
+        self.counts: dict[str, Any] = found.get("counts", {})
+        self.state: dict[str, Any] | None = found.get("state")
+        self.result: dict[str, Any] | None = found.get("result")
+        self._before: dict[str, float] = found.get("spent", {})
+        self._started: float | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.result is not None
+
+    def begin(self) -> None:
+        """From here on time and memory count as this stage's."""
+        self._started = time.perf_counter()
+        memory.reset_peak()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keep where the stage is: tensors, and what else torch.load reads with weights_only."""
+        self.state = state
+        self._write()
+
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Keep the result, in place of the state."""
+        self.state, self.result = None, result
+        self._write()
+        return result
+
+    def spent(self) -> dict[str, float]:
+        """{"seconds", "peak", "device_peak"} of this stage over all its sittings, bytes."""
+        if self._started is None:
+            return dict(self._before)
+        now = {"seconds": time.perf_counter() - self._started, **memory.peak()}
+        before = self._before
+        return {
+            "seconds": now.pop("seconds") + before.get("seconds", 0.0),
+            **{key: max(value, before.get(key, 0)) for key, value in now.items()},
+        }
+
+    def _read(self) -> dict[str, Any]:
+        import torch
+
+        if not self.path.exists():
+            return {}
+        try:
+            found = torch.load(self.path, weights_only=True, map_location="cpu")
+            if found["key"] == self.key and isinstance(found["counts"], dict) and isinstance(found["spent"], dict):
+                return dict(found)
+        except Exception:  # torch says many things to a file that is none of its own
+            pass
+        self.damaged = True
+        return {}
+
+    def _write(self) -> None:
+        import torch
+
+        data = {"key": self.key, "counts": self.counts, "state": self.state, "result": self.result}
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            with open(partial, "wb", opener=_private) as file:
+                torch.save(data | {"spent": self.spent()}, file)
+            partial.replace(self.path)
+        except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise InternalError(f"cannot write {self.path}: {reason}") from None
+
+
+# --- The cache folder -------------------------------------------------------------------------------------------------
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder that only this user can look into: it holds what a model says to harmful requests.
+
+    Raises:
+        InternalError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700)
+    except OSError as error:
+        raise InternalError(f"cannot make {path}: {error.strerror}") from None
+    return path
+
+
+def private_lines(path: Path) -> None:
+    """Make a file of lines that only this user can read, or cut what a crash left of a last line."""
+    try:
+        with open(path, "ab+", opener=_private) as file:
+            file.seek(0)
+            data = file.read()
+            if not data.endswith(b"\n"):
+                file.truncate(data.rfind(b"\n") + 1)
+    except OSError as error:
+        raise InternalError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -1,0 +1,111 @@
+"""What the model's tokenizer and template make of everything that is trained with, read once from llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from acd_local.errors import ModelError
+from acd_local.optimize.anchors import TOKENS, Anchors, Instruction, Pair, refusal_for
+from acd_local.optimize.layout import Layout, lay_out
+from acd_local.optimize.losses import Term
+from acd_local.optimize.openings import Openings
+from acd_local.optimize.weights import Example
+from acd_local.pairs import PromptPair
+from acd_local.runtime import llama
+from acd_local.runtime.template import ChatTemplate, Message
+
+LOOKALIKE_SHARE = 5  # of the answered anchors, one in so many at most: more of them blur what is to be refused
+
+# Which set a prompt is to bring about, and which it is to keep away.
+TERMS: dict[str, dict[Term, str]] = {
+    "safe": {"positive": "refused", "negative": "complied", "retain": "answered"},
+    "adversarial": {"positive": "complied", "negative": "refused", "retain": "answered"},
+}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids, all without what the template puts around them.
+
+    Attributes:
+        tails: of every instruction by its id, from where conversations differ to where the answer starts.
+        manual: of the manual pair by role, "safe" and "adversarial".
+        refusals: of every written refusal.
+        end: the token that ends an answer.
+        context: tokens that the longest instruction, under the longer manual prompt, and its answer take.
+        pieces: text of every token.
+    """
+
+    layout: Layout
+    tails: dict[str, tuple[int, ...]]
+    manual: dict[str, tuple[int, ...]]
+    refusals: dict[str, tuple[int, ...]]
+    openings: Openings
+    end: int
+    context: int
+    pieces: tuple[str, ...]
+
+    def tokenize_refusal(self, text: str) -> tuple[int, ...]:
+        return self.refusals[text]
+
+    @property
+    def shared(self) -> int:
+        """Tokens of the longer prefix that conversations share."""
+        return len(self.layout.before) + max(map(len, self.manual.values())) + len(self.layout.after)
+
+
+def read(path: Path, manual: PromptPair, instructions: Sequence[Instruction]) -> Texts:
+    """Load the model's file for its tokenizer and template.
+
+    Raises:
+        ModelError, OutOfMemoryError: llama.cpp cannot load it.
+        PairError: rows cannot stand in this model's prompts.
+    """
+    with llama.Model(path, gpu_layers=0) as model:
+        if model.keeps_state:
+            raise ModelError(f"{path.name}: acd optimize cannot train recurrent models: they have no keys to share")
+        vocab, template = model.vocab, ChatTemplate(model)
+        layout, tails = lay_out(template, [i.prompt for i in instructions])
+        texts = {"safe": manual.safe, "adversarial": manual.adversarial.reveal_for_negative_stream()}
+        prompts = {role: tuple(vocab.tokenize(text, parse_special=False)) for role, text in texts.items()}
+        written = {refusal_for(i) for i in instructions if i.kind == "harmful"}
+        around = len(layout.before) + max(map(len, prompts.values())) + len(layout.after)
+        return Texts(
+            layout=layout,
+            tails={i.id: tail for i, tail in zip(instructions, tails, strict=True)},
+            manual=prompts,
+            refusals={text: tuple(vocab.tokenize(text, parse_special=False)) for text in sorted(written)},
+            openings=Openings.of(lambda text: vocab.tokenize(text, parse_special=False)),
+            end=_end(template, vocab),
+            # Text and rows may be cut into tokens differently where they meet the template.
+            context=around + max(map(len, tails)) + TOKENS + 8,
+            pieces=tuple(vocab.piece(token).decode("utf-8", "replace") for token in range(vocab.n_tokens)),
+        )
+
+
+def _end(template: ChatTemplate, vocab: llama.Vocab) -> int:
+    """What the template puts behind an answer; the model's EOS where it leaves that to the model."""
+    asked = template.encode([Message("user", "a")])
+    turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    ends = [token for token in template.encode(turns)[len(asked) :] if vocab.is_eog(token)]
+    return ends[0] if ends else vocab.eos
+
+
+def examples(pairs: Sequence[Pair], texts: Texts, answer_tokens: int) -> list[Example]:
+    """Pairs as they are trained on, answers cut."""
+    return [Example(texts.tails[p.instruction.id], p.answer[:answer_tokens]) for p in pairs]
+
+
+def batches(anchors: Anchors, texts: Texts, role: str, answer_tokens: int) -> dict[Term, list[Example]]:
+    """Training examples of a prompt by term; look-alikes are few of the ones to answer."""
+    found = {term: getattr(anchors, name) for term, name in TERMS[role].items()}
+    return {term: examples(thinned(pairs), texts, answer_tokens) for term, pairs in found.items()}
+
+
+def thinned(pairs: Sequence[Pair]) -> list[Pair]:
+    """All pairs, but of the look-alikes only so many that they are at most one in LOOKALIKE_SHARE."""
+    lookalikes = sorted((p for p in pairs if p.instruction.lookalike), key=lambda p: p.instruction.id)
+    kept = set(map(id, lookalikes[: (len(pairs) - len(lookalikes)) // (LOOKALIKE_SHARE - 1)]))
+    return [p for p in pairs if not p.instruction.lookalike or id(p) in kept]

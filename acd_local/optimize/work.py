@@ -1,0 +1,660 @@
+"""The stages of an optimization in their order: anchors, soft prompts, text prompts, setting, files."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from acd_local import __version__, pairs
+from acd_local.errors import ModelError, OutOfMemoryError, UsageError
+from acd_local.evaluate.runner import Progress
+from acd_local.optimize import anchors, device, distill, memory, result, soft
+from acd_local.optimize.anchors import Anchors, AnswerCache, Instruction
+from acd_local.optimize.distill import Candidate, DistillSettings
+from acd_local.optimize.job import TITLES, Clock, Job, Listener, divide, duration, rounds_and_steps, steps_for
+from acd_local.optimize.losses import Term
+from acd_local.optimize.memory import Fit, Lengths, gb
+from acd_local.optimize.objective import DistillWeights, TextObjective
+from acd_local.optimize.report import OptimizeReport, nearest_words, render
+from acd_local.optimize.scoring import GROUPS, OpeningScorer, choose
+from acd_local.optimize.soft import SoftSettings, SoftTraining, Validation
+from acd_local.optimize.stages import Checkpoint, Stopped, key_of, private_lines
+from acd_local.optimize.texts import LOOKALIKE_SHARE, TERMS, batches, examples
+from acd_local.optimize.textspace import TextSpace
+from acd_local.optimize.weights import Example, FrozenModel
+from acd_local.runtime import llama
+from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.template import ChatTemplate
+from acd_local.session import Engine
+from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
+
+Role = Literal["safe", "adversarial"]
+ROLES: tuple[Role, Role] = ("safe", "adversarial")
+
+CONVERSATIONS = (32, 16, 8, 4, 2, 1)
+CONTEXT = 512  # of a conversation while anchors are answered, tokens
+# What makes one soft prompt better than another on validation; the higher the better.
+SOFT_SCORES: dict[Role, soft.Score] = {"safe": lambda v: v.objective, "adversarial": lambda v: -v.nll}
+DISTILL_SIZES: dict[Term, int] = {"positive": 6, "negative": 2, "retain": 10}  # anchors of a minibatch
+DISTILL_TOKENS = 4  # of their answers: openings decide
+SCORED = 12  # validation instructions of a kind that score a text on the way
+FINALISTS = 4  # texts that are scored on all of them
+TRYING = Progress("trying how long a step takes", 0, 0, 0.0, None)
+GRID = [(a, b) for a in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8) for b in (0.05, 0.1, 0.2, 0.3)]  # alpha, beta
+
+
+class Optimization:
+    """One run of a job; the methods are its stages."""
+
+    def __init__(self, job: Job, stop: CancelToken, listener: Listener) -> None:
+        self._job = job
+        self._request = job.request
+        self._stop = stop
+        self._listener = listener
+        self._frozen: FrozenModel | None = None
+        self._anchors: Anchors | None = None
+        self._stages: list[dict[str, Any]] = []
+        manual = job.manual.safe, job.manual.adversarial.reveal_for_negative_stream()
+        self._manual: dict[Role, str] = dict(zip(ROLES, manual, strict=True))
+        self._keys: dict[str, str] = {}
+        self._counts: dict[str, int] = {}
+        self._base = {
+            "model": job.digest,
+            "seed": job.request.seed,
+            "manual": list(manual),
+        }
+
+    def run(self) -> None:
+        torch.set_num_threads(self._job.threads)
+        device.keep_freed_memory()
+        self._fit = self._plan()
+        counts = self._sample_anchors()
+        soft = {role: self._soft(role) for role in ROLES}
+        distilled: dict[Role, dict[str, Any]] = {}
+        if not self._request.soft_only:
+            distilled["safe"] = self._distill("safe", soft["safe"], None)
+            distilled["adversarial"] = self._distill("adversarial", soft["adversarial"], distilled["safe"]["text"])
+        self._frozen = None  # from here on only llama.cpp is needed
+        texts = {role: str(found["text"]) for role, found in distilled.items()}
+        pair = self._soft_pair(soft)
+        setting = self._setting(pair, texts)
+        self._write(counts, soft, distilled, texts, pair, setting)
+
+    # -- what all stages need ------------------------------------------------------------------------------------------
+
+    def _checkpoint(self, stage: str, **inputs: Any) -> Checkpoint:
+        found = Checkpoint(self._job.folder, stage, self._base | inputs)
+        if found.damaged:
+            self._listener.line(f"{found.path} is damaged: this stage is done again")
+        return found
+
+    def _close(self, checkpoint: Checkpoint, summary: str, *, reused: bool) -> None:
+        """A stage ended: say so, and note what it took."""
+        spent = checkpoint.spent()
+        seconds, peak = spent.get("seconds", 0.0), spent.get("peak", 0.0)
+        title = TITLES[checkpoint.stage]
+        took = f"{duration(seconds)}, {gb(peak)}" + (
+            f", {gb(d)} on the device" if (d := spent.get("device_peak")) else ""
+        )
+        self._listener.line(f"{title}: {summary}; {f'done before ({took})' if reused else took}")
+        self._stages.append(
+            {"stage": checkpoint.stage, "name": title, "seconds": seconds, "peak_bytes": peak, "reused": reused}
+            | ({"device_peak_bytes": d} if d else {})
+        )
+
+    def _go_on(self) -> None:
+        if self._stop.is_set:
+            raise Stopped
+
+    def _plan(self) -> Fit:
+        """dtype and micro-batch, chosen once for a model on a device and kept, so that a repeated run is the same."""
+        request, texts = self._request, self._job.texts
+        checkpoint = self._checkpoint("plan", device=self._job.device, dtype=request.dtype)
+        answer = SoftSettings().answer_tokens
+        lengths = Lengths(texts.shared, max(map(len, texts.tails.values())) + answer, answer)
+        if checkpoint.result is not None:
+            dtypes: Sequence[str] = [checkpoint.result["dtype"]]
+        else:
+            dtypes = device.dtypes_by_speed(self._job.device) if request.dtype == "auto" else [request.dtype]
+        fit = memory.choose(
+            memory.sizes(self._job.info),
+            lengths,
+            dtypes,
+            host=memory.available(),
+            device=device.free_memory(self._job.device),
+            most=SoftSettings().micro,
+        )
+        if not checkpoint.done:
+            checkpoint.finish({"dtype": fit.dtype})
+        name, needed = self._job.info.name or self._job.info.path.name, max(fit.needs.host, fit.needs.training)
+        how = f"in {fit.dtype} on {self._job.device}, {fit.micro} examples at a time"
+        self._listener.line(f"{name} {how}: about {gb(needed)} of memory")
+        return fit
+
+    def _engine(self, **given: Any) -> Engine:
+        gpu_layers = 0 if self._job.device == "cpu" else None
+        path = self._job.info.path
+        return Engine(path, threads=self._job.threads, gpu_layers=gpu_layers, system_apart=True, **given)
+
+    @property
+    def _model(self) -> FrozenModel:
+        """The weights in torch, loaded when a stage first needs them."""
+        if self._frozen is None:
+            self._listener.progress(Progress("loading the weights into torch", 0, 0, 0.0, None))
+            self._frozen = FrozenModel(
+                self._job.info.path, device=self._job.device, dtype=getattr(torch, self._fit.dtype)
+            )
+            self._go_on()
+        return self._frozen
+
+    # -- anchors -------------------------------------------------------------------------------------------------------
+
+    def _sample_anchors(self) -> dict[str, int]:
+        """Sample what is missing, sort it, and return the sets' sizes."""
+        job = self._job
+        work = anchors.tasks(job.instructions)
+        wanted = {(i.id, under) for i, under in work}
+        sampling = {"tokens": anchors.TOKENS, "temperature": anchors.TEMPERATURE}
+        checkpoint = self._checkpoint("anchors", work=sorted(map(list, wanted)), **sampling)
+        path = job.folder / f"answers-{self._request.seed}-{key_of(self._base | sampling)[:8]}.jsonl"
+        cache = _answers(path)
+        reused = checkpoint.done and all(key in cache for key in wanted)
+        if not reused:
+            checkpoint.begin()
+            complete = self._answer_all(work, cache)
+            if not complete:
+                checkpoint.save({})
+                raise Stopped
+        records = [r for r in cache.records() if (r["id"], r["under"]) in wanted]
+        records.sort(key=lambda r: (r["id"], r["under"]))  # not the order in which they were finished
+        found = anchors.collect(job.instructions, records, job.texts.tokenize_refusal, job.texts.end)
+        counts = {
+            "refusals_sampled": len(found.refused) - found.written,
+            "refusals_written": found.written,
+            "complying": len(found.complied),
+            "answered": len(found.answered),
+        }
+        if not found.part(validation=False).answered:
+            raise ModelError("the model answered no harmless instruction: it cannot be optimized with these anchors")
+        self._anchors = found
+        self._anchors_key = key_of(
+            {name: _listed(getattr(found, name)) for name in ("refused", "complied", "answered")}
+        )
+        if not reused:
+            checkpoint.finish(counts)
+        self._seconds = divide(self._request.budget, checkpoint.spent().get("seconds", 0.0))
+        summary = f"{len(found.refused)} refusals ({found.written} written), {len(found.complied)} complying, "
+        self._close(checkpoint, f"{summary}{len(found.answered)} answers", reused=reused)
+        return counts
+
+    def _answer_all(self, work: list[tuple[Instruction, str]], cache: AnswerCache) -> bool:
+        job = self._job
+        done = sum((i.id, under) in cache for i, under in work)
+        clock = Clock(TITLES["anchors"], done, len(work), self._listener.progress)
+        if done == len(work):
+            return True
+        context = max(CONTEXT, -(-job.texts.context // 64) * 64)
+        at_once = memory.conversations(memory.sizes(job.info), context, memory.available(), CONVERSATIONS)
+        with self._engine(pair=job.manual, conversations=at_once, ctx_size=context) as engine:
+            return anchors.sample(
+                engine,
+                job.manual,
+                work,
+                cache,
+                seed=self._request.seed,
+                stop=self._stop,
+                on_progress=lambda done, total: clock.at(done),
+            )
+
+    # -- soft prompts --------------------------------------------------------------------------------------------------
+
+    def _soft(self, role: Role) -> dict[str, Any]:
+        """{"z": best soft prompt, "history": records, "kept": its step, "validation": its}."""
+        settings = self._soft_settings()
+        checkpoint = self._checkpoint(
+            f"soft-{role}",
+            anchors=self._anchors_key,
+            settings={k: v for k, v in asdict(settings).items() if k not in ("steps", "micro")},
+            lookalikes=LOOKALIKE_SHARE,
+            budget=self._request.budget,
+            device=self._job.device,
+            dtype=self._fit.dtype,
+        )
+        reused = checkpoint.done
+        if not reused:
+            self._go_on()
+            checkpoint.begin()
+            checkpoint.finish(self._train(role, settings, checkpoint))
+        found: dict[str, Any] = checkpoint.result or {}
+        self._keys[role] = checkpoint.key
+        self._counts[f"soft_{role}_steps"] = checkpoint.counts["steps"]
+        v = found["validation"]
+        summary = f"{checkpoint.counts['steps']} steps, best at {found['kept']}: {_measures(v)}"
+        self._close(checkpoint, summary, reused=reused)
+        return found
+
+    def _soft_settings(self) -> SoftSettings:
+        positive, negative, retain = self._request.weights
+        return SoftSettings(
+            weights={"positive": positive, "negative": negative, "retain": retain}, micro=self._fit.micro
+        )
+
+    def _train(self, role: Role, settings: SoftSettings, checkpoint: Checkpoint) -> dict[str, Any]:
+        model, texts = self._model, self._job.texts
+        start = model.embed(texts.manual[role])
+        pairs_ = {term: found for term, found in self._pairs(role, settings.answer_tokens).items() if found}
+        validate = self._validator(role, settings)
+
+        def training(settings: SoftSettings) -> soft.SoftTraining:
+            return soft.SoftTraining(model, texts.layout, start, pairs_, settings, self._request.seed)
+
+        if not checkpoint.counts:
+            mined = sum(len(found) for term, found in pairs_.items() if term != "negative")
+            checkpoint.counts = self._measure(training, validate, mined, settings, self._seconds[checkpoint.stage])
+            checkpoint.save({})
+        settings = replace(settings, **checkpoint.counts)
+        work = training(settings)
+        history: list[soft.SoftRecord] = []
+        best = None
+        if checkpoint.state:
+            work.load(checkpoint.state["training"])
+            history, best = soft.restored(checkpoint.state)
+        clock = Clock(TITLES[checkpoint.stage], work.step_number, settings.steps, self._listener.progress)
+        latest = [r.validation for r in history if r.validation]
+
+        def on_step(record: soft.SoftRecord) -> None:
+            if record.validation is not None:
+                latest.append(record.validation)
+            clock.at(record.step, _losses(record.losses) + (f"; {_measures(asdict(latest[-1]))}" if latest else ""))
+
+        torch.manual_seed(self._request.seed)
+        found = soft.train(
+            work,
+            validate,
+            SOFT_SCORES[role],
+            mine=lambda: work.mine(texts.openings, "positive" if role == "safe" else None),
+            history=history,
+            best=best,
+            save=checkpoint.save,
+            on_step=on_step,
+            stop=self._stop,
+        )
+        tried = [(r.validation, r.step) for r in found.history if r.validation is not None]
+        validation, kept = max(tried, key=lambda found: SOFT_SCORES[role](found[0]))  # of equals the first, as it does
+        return {
+            "z": found.z.cpu(),
+            "history": [asdict(r) for r in found.history],
+            "kept": kept,
+            "validation": asdict(validation),
+            "nearest": self._nearest(found.z),
+        }
+
+    def _pairs(self, role: Role, answer_tokens: int) -> dict[Term, list[Example]]:
+        assert self._anchors is not None
+        return batches(self._anchors.part(validation=False), self._job.texts, role, answer_tokens)
+
+    def _measure(
+        self,
+        training: Callable[[SoftSettings], SoftTraining],
+        validate: Callable[[torch.Tensor], Validation],
+        mined: int,
+        settings: SoftSettings,
+        seconds: float,
+    ) -> dict[str, int]:
+        """Steps and micro-batch, by trying steps that do not count; `mined` anchors are gone through now and then."""
+        self._listener.progress(TRYING)
+        while True:
+            work = training(settings)
+            try:
+                work.step()
+                per_step = min(_timed(work.step) for _ in range(2))
+                validation = _timed(partial(validate, work.z.detach()))
+                break
+            except RuntimeError as error:  # torch.OutOfMemoryError, or the CPU allocator's
+                if "memory" not in str(error):
+                    raise
+                if settings.micro == 1:
+                    raise OutOfMemoryError("not enough memory for a training step") from None
+                settings = replace(settings, micro=settings.micro // 2)
+        self._go_on()
+        mining = validation * mined / max(1, sum(i.validates for i in self._job.instructions))
+        others = (validation, settings.validate_every), (mining, settings.mine_every)
+        return {"steps": steps_for(seconds, per_step, *others), "micro": settings.micro}
+
+    def _validator(self, role: Role, settings: SoftSettings) -> Callable[[torch.Tensor], Validation]:
+        """Measures a soft prompt on the instructions that are kept out of training."""
+        assert self._anchors is not None
+        model, texts = self._model, self._job.texts
+        groups = _validation_groups(self._job.instructions)
+        prompts = [texts.tails[i.id] for group in groups.values() for i in group]
+        wanted = getattr(self._anchors.part(validation=True), TERMS[role]["positive"])
+        answers = examples(wanted, texts, settings.answer_tokens)
+
+        def validate(z: torch.Tensor) -> Validation:
+            with torch.no_grad():
+                prefix = model.prefix(texts.layout.rows(model, z))
+            found = iter(soft.refusal_probabilities(model, prefix, prompts, texts.openings, 2 * settings.micro))
+            means = {name: _mean([next(found) for _ in group]) for name, group in groups.items()}
+            nll = soft.mean_nll(model, prefix, answers, 2 * settings.micro) if answers else 0.0
+            return Validation(means["harmful"], means["harmless"], means["lookalike"], nll)
+
+        return validate
+
+    def _nearest(self, z: torch.Tensor) -> list[dict[str, Any]]:
+        embeddings = self._model.embeddings.detach().float().cpu().numpy()
+        pieces = self._job.texts.pieces
+        return nearest_words(z.float().cpu().numpy(), embeddings, lambda t: pieces[t] if t < len(pieces) else "")
+
+    # -- text prompts --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _on_llama(self) -> Iterator[tuple[OpeningScorer, TextSpace]]:
+        """The file as it runs, to score prompts with on the validation instructions."""
+        job, texts = self._job, self._job.texts
+        named = {"harmful": "safety", "harmless": "over_refusal", "lookalike": "lookalike"}
+        found = _validation_groups(job.instructions)
+        groups = {named[kind]: [i.prompt for i in group] for kind, group in found.items()}
+        n_ctx = texts.context + self._request.max_tokens
+        with llama.Model(job.info.path, gpu_layers=0 if job.device == "cpu" else None) as model:
+            template = ChatTemplate(model)
+            scorer = OpeningScorer(
+                model, template, texts.openings, groups, n_ctx=n_ctx, threads=job.threads, stop=self._stop
+            )
+            try:
+                yield scorer, TextSpace(template, model.vocab, texts.layout, model.n_vocab)
+            finally:
+                scorer.close()
+
+    def _distill(self, role: Role, soft: Mapping[str, Any], safe_text: str | None) -> dict[str, Any]:
+        """{"text": the chosen one, "history": candidates, "scores": its}."""
+        settings = DistillSettings(max_tokens=self._request.max_tokens)
+        checkpoint = self._checkpoint(
+            f"text-{role}",
+            soft=self._keys[role],
+            settings={k: v for k, v in asdict(settings).items() if k not in ("rounds", "steps")},
+            objective=[DISTILL_SIZES, DISTILL_TOKENS, asdict(DistillWeights()), SCORED],
+            pieces=distill.parts(role),
+            safe=safe_text,
+        )
+        reused = checkpoint.done
+        if not reused:
+            self._go_on()
+            checkpoint.begin()
+            checkpoint.finish(self._search(role, soft, safe_text, settings, checkpoint))
+        found: dict[str, Any] = checkpoint.result or {}
+        self._counts[f"text_{role}_steps"] = checkpoint.counts["rounds"] + checkpoint.counts["steps"]
+        summary = f"{len(found['history'])} texts accepted, best at step {found['kept']}: {_measures(found['scores'])}"
+        self._close(checkpoint, summary, reused=reused)
+        return found
+
+    def _search(
+        self,
+        role: Role,
+        soft: Mapping[str, Any],
+        safe_text: str | None,
+        settings: DistillSettings,
+        checkpoint: Checkpoint,
+    ) -> dict[str, Any]:
+        model, texts, pieces = self._model, self._job.texts, distill.parts(role)
+        teacher = soft["z"].to(model.device)
+        pairs_ = {term: _short(found) for term, found in self._pairs(role, DISTILL_TOKENS).items()}
+        objective = TextObjective(
+            model, texts.layout, teacher, pairs_, DISTILL_SIZES, DistillWeights(), self._request.seed
+        )
+        start = self._manual[role]
+        with self._on_llama() as (scoring, space):
+
+            def score(text: str, most: int | None = SCORED) -> dict[str, float]:
+                """The safeguarding text alone, the adversarial one by what its contrast does."""
+                if safe_text is None:
+                    return scoring.alone(text, most)
+                (row,) = scoring.contrasted(safe_text, text, [(pairs.DEFAULT_ALPHA, pairs.DEFAULT_BETA)], most)
+                return {name: getattr(row, name) for name in GROUPS}
+
+            if not checkpoint.counts:
+                self._listener.progress(TRYING)
+                tokens = texts.manual[role]
+                each = _timed(lambda: objective(tokens)), _timed(lambda: objective.gradient(tokens))
+                seconds = self._seconds[checkpoint.stage]
+                counts = rounds_and_steps(
+                    seconds, *each, _timed(lambda: score(start)), len(pieces), settings.rounds, settings.tries
+                )
+                checkpoint.counts = counts
+                checkpoint.save({})
+                self._go_on()
+            settings = replace(settings, **checkpoint.counts)
+            state = distill.DistillState.load(checkpoint.state) if checkpoint.state else distill.DistillState()
+            total = settings.rounds + settings.steps
+            clock = Clock(TITLES[checkpoint.stage], state.step, total, self._listener.progress)
+
+            def on_step(done: int, _total: int, newest: Candidate) -> None:
+                note = f"objective {newest.objective:.3f}"
+                clock.at(done, f"{note}; {_measures(newest.scores)}" if newest.scores else note)
+
+            distill.Distillation(
+                objective,
+                space,
+                score,
+                settings,
+                state,
+                seed=self._request.seed,
+                save=lambda state: checkpoint.save(state.dump()),
+                on_step=on_step,
+                stop=self._stop,
+            ).run(start, pieces, _text_objective)
+            # Few instructions chose these: all of them choose among the best.
+            ranked = sorted((c for c in state.history if c.scores), key=lambda c: -_text_objective(c.scores))
+            finals = [(c, score(c.text, None)) for c in ranked[:FINALISTS]]
+            best, scores = max(finals, key=lambda found: _text_objective(found[1]))
+        history = [asdict(c) | {"tokens": list(c.tokens)} for c in state.history]
+        return {"text": best.text, "kept": best.step, "scores": scores, "history": history}
+
+    # -- setting -------------------------------------------------------------------------------------------------------
+
+    def _setting(self, soft: SoftPair, texts: Mapping[Role, str]) -> dict[str, Any]:
+        """{"soft", "text": {"alpha", "beta"} of either pair, "rows": all that were tried, "before_after": figures}."""
+        adversarial = soft.adversarial.reveal_for_negative_stream()
+        digests = [soft.safe.digest, adversarial.digest]
+        checkpoint = self._checkpoint("setting", soft=digests, texts=dict(texts), grid=GRID)
+        if checkpoint.result is not None:
+            self._close(checkpoint, _chosen(checkpoint.result), reused=True)
+            return checkpoint.result
+        self._go_on()
+        checkpoint.begin()
+        manual = self._manual["safe"], self._manual["adversarial"]
+        ways: dict[str, tuple[Any, Any]] = {"soft": (soft.safe, adversarial)}
+        if texts:
+            ways["text"] = texts["safe"], texts["adversarial"]
+        clock = Clock(TITLES["setting"], 0, 2 * len(ways) + 2, self._listener.progress)
+        done = itertools.count(1)
+        found: dict[str, Any] = {"rows": [], "before_after": []}
+
+        def note(pair: str, contrast: bool, figures: Mapping[str, float]) -> None:
+            measured = {name: figures[name] for name in GROUPS}
+            found["before_after"].append({"pair": pair, "contrast": contrast, **measured})
+            clock.at(next(done), _measures(measured))
+            self._go_on()
+
+        with self._on_llama() as (scoring, _):
+            note("manual", False, scoring.alone(manual[0]))
+            numbers = self._job.manual.alpha or pairs.DEFAULT_ALPHA, self._job.manual.beta or pairs.DEFAULT_BETA
+            note("manual", True, asdict(scoring.contrasted(*manual, [numbers])[0]))
+            for name, (safe, opposite) in ways.items():
+                note(name, False, scoring.alone(safe))
+                rows_ = scoring.contrasted(safe, opposite, GRID)
+                chosen = choose(rows_)
+                found[name] = {"alpha": chosen.alpha, "beta": chosen.beta}
+                found["rows"] += [asdict(row) | {"pair": name, "chosen": row is chosen} for row in rows_]
+                note(name, True, asdict(chosen))
+        self._close(checkpoint, _chosen(checkpoint.finish(found)), reused=False)
+        return found
+
+    # -- the files -----------------------------------------------------------------------------------------------------
+
+    def _soft_pair(self, soft: Mapping[Role, Mapping[str, Any]]) -> SoftPair:
+        """As it will be read back: rounded to float16."""
+        info = self._job.info
+        safe, adversarial = (soft[role]["z"].half().float().numpy() for role in ROLES)
+        return SoftPair(
+            SoftPrompt(safe),
+            AdversarialRows(adversarial),
+            info.architecture,
+            info.tokenizer,
+            info.n_embd,
+            info.n_layers,
+            info.name,
+        )
+
+    def _write(
+        self,
+        counts: Mapping[str, int],
+        soft: Mapping[Role, Mapping[str, Any]],
+        distilled: Mapping[Role, Mapping[str, Any]],
+        texts: Mapping[Role, str],
+        rows_: SoftPair,
+        setting: Mapping[str, Any],
+    ) -> None:
+        job, request, info = self._job, self._request, self._job.info
+        chosen = texts or self._manual
+        text_numbers = setting.get("text") or {"alpha": job.manual.alpha, "beta": job.manual.beta}
+        figures = {"measure": "mean probability that an answer to a validation instruction opens as a refusal"}
+        pair = result.PairFile(
+            name=request.out.stem,
+            safe=chosen["safe"],
+            adversarial=chosen["adversarial"],
+            **text_numbers,
+            soft=setting["soft"],
+            models={
+                "architecture": info.architecture,
+                "tokenizer": info.tokenizer,
+                "names": [info.name] if info.name else [],
+            },
+            provenance=self._provenance(counts),
+            figures=figures | {_row_name(row): _figures(row) for row in setting["before_after"]},
+        )
+        page = OptimizeReport(
+            model={
+                "name": info.name,
+                "file": info.path.name,
+                "architecture": info.architecture,
+                "layers": info.n_layers,
+                "n_embd": info.n_embd,
+                "file_type": info.file_type,
+            },
+            settings={
+                "seed": request.seed,
+                "budget": request.budget,
+                "device": job.device,
+                "dtype": self._fit.dtype,
+                **self._counts,
+                "weights": dict(zip(("positive", "negative", "retain"), request.weights, strict=True)),
+            },
+            anchors=dict(counts) | {"validation": {k: len(v) for k, v in _validation_groups(job.instructions).items()}},
+            stages=self._stages,
+            soft={role: soft[role]["history"] for role in ROLES},
+            kept={role: soft[role]["kept"] for role in ROLES},
+            nearest={role: soft[role]["nearest"] for role in ROLES},
+            distillation={role: found["history"] for role, found in distilled.items()},
+            texts={str(role): text for role, text in texts.items()},
+            setting_rows=setting["rows"],
+            before_after=setting["before_after"],
+            command=request.command,
+            date=datetime.now(UTC).date().isoformat(),
+            version=__version__,
+        )
+        result.write(request.out, pair, rows_, render(page))
+
+    def _provenance(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        job, request = self._job, self._request
+        return {
+            "method": "acd optimize"
+            + (" (soft prompts only; the texts are the manual pair's)" if request.soft_only else ""),
+            "date": datetime.now(UTC).date(),
+            "version": __version__,
+            "libraries": {name: metadata.version(name) for name in ("torch", "transformers", "llama-cpp-python")},
+            "model": job.info.path.name,
+            "model_sha256": job.digest,
+            "seed": request.seed,
+            "budget_seconds": request.budget,
+            "device": job.device,
+            "dtype": self._fit.dtype,
+            "weights": list(request.weights),
+            "max_tokens": None if request.soft_only else request.max_tokens,
+            "anchors": dict(counts),
+            "steps": dict(self._counts),
+            "stage_seconds": {s["stage"]: round(s["seconds"], 1) for s in self._stages},
+            "stage_peak_mb": {s["stage"]: round(s["peak_bytes"] / 1e6) for s in self._stages},
+        }
+
+
+def _short(found: Sequence[Example]) -> list[Example]:
+    """The shorter half: texts are tried hundreds of times, and one long request would pad its whole minibatch."""
+    return sorted(found, key=len)[: -(-len(found) // 2)]
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _row_name(row: Mapping[str, Any]) -> str:
+    return f"{row['pair']}_contrast" if row["contrast"] else str(row["pair"])
+
+
+def _figures(row: Mapping[str, Any]) -> dict[str, float]:
+    return {name: round(row[name], 4) for name in GROUPS}
+
+
+def _chosen(setting: Mapping[str, Any]) -> str:
+    names = [name for name in ("text", "soft") if name in setting]
+    return ", ".join(f"{name} pair alpha {setting[name]['alpha']:g}, beta {setting[name]['beta']:g}" for name in names)
+
+
+def _text_objective(scores: Mapping[str, float]) -> float:
+    return scores["safety"] - (scores["over_refusal"] + scores["lookalike"]) / 2
+
+
+def _measures(scores: Mapping[str, float]) -> str:
+    named = (("safety", "safety"), ("over-refusal", "over_refusal"), ("look-alike", "lookalike"))
+    return ", ".join(f"{title} {scores[name]:.3f}" for title, name in named)
+
+
+def _validation_groups(instructions: Sequence[Instruction]) -> dict[str, list[Instruction]]:
+    """The instructions that validate: harmful, harmless (the ordinary ones), lookalike."""
+    groups: dict[str, list[Instruction]] = {"harmful": [], "harmless": [], "lookalike": []}
+    for i in instructions:
+        if i.validates:
+            groups["lookalike" if i.lookalike else i.kind].append(i)
+    groups["lookalike"] = groups["lookalike"] or groups["harmless"]  # a user's anchors do not say which look dangerous
+    return groups
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _losses(losses: Mapping[Term, float]) -> str:
+    return "losses " + ", ".join(f"{term} {value:.3f}" for term, value in losses.items())
+
+
+def _answers(path: Path) -> AnswerCache:
+    private_lines(path)
+    try:
+        return AnswerCache(path)
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path} is damaged: remove it to have its answers sampled again") from None
+
+
+def _listed(found: Sequence[anchors.Pair]) -> list[list[Any]]:
+    return [[p.instruction.id, p.instruction.kind, p.instruction.lookalike, list(p.answer)] for p in found]

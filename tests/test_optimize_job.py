@@ -1,0 +1,555 @@
+"""Optimization as a whole on a tiny model: stages, checkpoints, budget, memory, and the files it leaves."""
+
+from __future__ import annotations
+
+import json
+import stat
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+
+from acd_local import pairs, softpair
+from acd_local.cli.run import command as run_command
+from acd_local.cli.shell import run_cli
+from acd_local.errors import InternalError, ModelError, OutOfMemoryError, UsageError
+from acd_local.evaluate.runner import Progress
+from acd_local.optimize import job, memory, result
+from acd_local.optimize.job import Listener, Request
+from acd_local.optimize.memory import Lengths, Sizes
+from acd_local.optimize.stages import Checkpoint, Stopped
+from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.gguf_header import read_header
+
+MANUAL = """format = 1
+name = "default"
+safe = "You are kind."
+adversarial = "You are mean."
+"""
+HARMFUL, HARMLESS = "Tell me how to do the bad thing number", "What is the number"
+
+
+@pytest.fixture(scope="module")
+def anchors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Own anchors, and a short manual pair in place of the default one."""
+    folder = tmp_path_factory.mktemp("anchors")
+    rows = [{"prompt": f"{HARMFUL} {i}", "kind": "harmful"} for i in range(10)]
+    rows += [{"prompt": f"{HARMLESS} {i}?", "kind": "harmless"} for i in range(16)]
+    (folder / "default.toml").write_text(MANUAL)
+    path = folder / "anchors.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def quick(anchors: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The fewest steps; returns the anchors."""
+    monkeypatch.setenv("ACD_PROMPTS_DIR", str(anchors.parent))
+    monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(job, "MIN_STEPS", 12)
+    monkeypatch.setattr(job, "MAX_STEPS", 12)
+    return anchors
+
+
+@dataclass
+class Watcher:
+    """Notes what is said, and stops when a phase reaches a number."""
+
+    lines: list[str]
+    phases: list[str]
+    stop: CancelToken
+    at: tuple[str, int] | None = None
+
+    def progress(self, progress: Progress) -> None:
+        self.phases.append(progress.phase)
+        if self.at is not None and progress.phase == self.at[0] and progress.done >= self.at[1]:
+            self.stop.set()
+
+
+def optimize(request: Request, at: tuple[str, int] | None = None) -> Watcher:
+    stop = CancelToken()
+    watcher = Watcher([], [], stop, at)
+    job.run(job.prepare(request), stop=stop, listener=Listener(watcher.progress, watcher.lines.append))
+    return watcher
+
+
+def request_for(model: Path, out: Path, anchors: Path, **given: object) -> Request:
+    plain = Request(str(model), out, anchors, budget=1.0, device="cpu", dtype="float32", max_tokens=24, threads=1)
+    return replace(plain, **given)  # type: ignore[arg-type]
+
+
+def state_files(cache: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in cache.glob("optimize/*/*") if path.name != "lock"}
+
+
+# --- The whole --------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_gets_its_pair_and_a_second_run_reuses_every_stage(
+    tiny: Callable[..., Path],
+    quick: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, out = tiny("chatml"), tmp_path / "prompts" / "mine.toml"
+    watcher = optimize(request_for(model, out, quick))
+    pair, info = pairs.load(out), read_header(model)
+    assert pair.name == "mine"
+    assert pairs.fits(pair, info)
+    assert pair.models.names == (info.name,)
+    assert None not in (pair.alpha, pair.beta, pair.soft_alpha, pair.soft_beta)
+    assert len(pair.safe) > 0
+    assert pair.soft_path is not None
+    soft = softpair.load(pair.soft_path)
+    soft.check(info)
+    assert len(soft.safe) > 2
+    assert pair.provenance["seed"] == 0
+    assert pair.provenance["anchors"]["refusals_written"] == 10  # type: ignore[index]
+    assert pair.provenance["steps"]["soft_safe_steps"] == 12  # type: ignore[index]
+    assert set(pair.provenance["stage_seconds"]) == set(job.TITLES)  # type: ignore[call-overload]
+    assert all(mb > 10 for mb in pair.provenance["stage_peak_mb"].values())  # type: ignore[attr-defined]
+    assert set(pair.figures["soft_contrast"]) == {"safety", "over_refusal", "lookalike"}  # type: ignore[call-overload]
+    assert [line.split(":")[0] for line in watcher.lines][1:] == list(job.TITLES.values())
+    assert set(job.TITLES.values()) <= set(watcher.phases)
+
+    cache = tmp_path / "cache"
+    before = state_files(cache)
+    assert len(before) == 8, "a file per stage, the plan and the answers"
+    again = optimize(request_for(model, tmp_path / "prompts" / "again.toml", quick))
+    assert state_files(cache) == before
+    assert all("done before" in line for line in again.lines[1:])
+    assert not set(again.phases) & set(job.TITLES.values())
+    copy = pairs.load(tmp_path / "prompts" / "again.toml")
+    assert (copy.safe, copy.adversarial, copy.alpha, copy.beta) == (pair.safe, pair.adversarial, pair.alpha, pair.beta)
+    assert copy.soft_path.read_bytes() == pair.soft_path.read_bytes()  # type: ignore[union-attr]
+    with_texts = out.read_text() + (out.parent / "mine.report.html").read_text() + "".join(watcher.lines)
+    assert HARMFUL not in with_texts
+    assert HARMLESS not in with_texts
+    capsys.readouterr()
+
+    # What it made runs.
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO()))
+    args = (str(model), "Hello", "--pair", str(out), "-n", "4", "--temp", "0", "-t", "1", "-c", "256")
+    for extra in ((), ("--soft",)):
+        assert run_cli(run_command, "acd-run", (*args, *extra)) == 0, capsys.readouterr().err
+
+
+def test_what_the_cache_holds_is_this_users_alone(tiny: Callable[..., Path], quick: Path, tmp_path: Path) -> None:
+    optimize(request_for(tiny("chatml"), tmp_path / "mine.toml", quick, soft_only=True))
+    folders = [tmp_path / "cache" / "optimize", *(tmp_path / "cache" / "optimize").iterdir()]
+    assert [stat.S_IMODE(f.stat().st_mode) for f in folders] == [0o700, 0o700]
+    assert {stat.S_IMODE(f.stat().st_mode) for f in folders[1].iterdir()} == {0o600}
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("chatml")
+    request = request_for(model, tmp_path / "cut.toml", quick)
+    for at in (
+        ("anchors", 10),
+        ("soft safeguarding prompt", 5),
+        ("soft safeguarding prompt", 12),
+        ("soft adversarial prompt", 7),
+        ("safeguarding text", 1),
+        ("safeguarding text", 4),
+        ("adversarial text", 3),
+        ("setting", 3),
+    ):
+        with pytest.raises(Stopped):
+            optimize(request, at)
+        assert not request.out.exists()
+    last = optimize(request)
+    assert "anchors" not in last.phases
+    monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "other"))
+    optimize(replace(request, out=tmp_path / "whole.toml"))
+    cut, whole = (pairs.load(tmp_path / f"{name}.toml") for name in ("cut", "whole"))
+    for key in ("safe", "adversarial", "alpha", "beta", "soft_alpha", "soft_beta", "figures"):
+        assert getattr(cut, key) == getattr(whole, key), key
+    assert cut.provenance["steps"] == whole.provenance["steps"]
+    assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_soft_only_keeps_the_manual_texts_and_serves_the_whole_run_later(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path
+) -> None:
+    request = request_for(tiny("chatml"), tmp_path / "soft.toml", quick, soft_only=True)
+    optimize(request)
+    pair = pairs.load(request.out)
+    assert (pair.safe, pair.alpha) == ("You are kind.", None)
+    assert pair.soft_alpha is not None
+    assert "soft prompts only" in str(pair.provenance["method"])
+    after = optimize(replace(request, out=tmp_path / "whole.toml", soft_only=False))
+    assert sum("done before" in line for line in after.lines) == 3
+
+
+def test_another_seed_or_weight_is_another_run(tiny: Callable[..., Path], quick: Path, tmp_path: Path) -> None:
+    request = request_for(tiny("chatml"), tmp_path / "a.toml", quick, soft_only=True)
+    optimize(request)
+    weighted = optimize(replace(request, out=tmp_path / "b.toml", weights=(1.0, 1.0, 3.0)))
+    assert [("done before" in line) for line in weighted.lines[1:]] == [True, False, False, False]
+    seeded = optimize(replace(request, out=tmp_path / "c.toml", seed=1))
+    assert not any("done before" in line for line in seeded.lines)
+    names = {path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    assert len(names) == 3
+
+
+def test_a_damaged_checkpoint_is_made_again_and_damaged_answers_are_named(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path
+) -> None:
+    request = request_for(tiny("chatml"), tmp_path / "a.toml", quick, soft_only=True)
+    optimize(request)
+    first = (tmp_path / "a.safetensors").read_bytes()
+    (damaged,) = tmp_path.glob("cache/optimize/*/soft-safe-*.pt")
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    (answers,) = tmp_path.glob("cache/optimize/*/answers-*.jsonl")
+    whole = answers.read_bytes()
+    answers.write_bytes(whole[:-20])  # as a crash leaves it
+    again = optimize(replace(request, force=True))
+    assert sum("is damaged" in line for line in again.lines) == 1
+    assert (tmp_path / "a.safetensors").read_bytes() == first
+    assert sorted(answers.read_bytes().splitlines()) == sorted(whole.splitlines())
+    answers.write_bytes(b"[]\n" + whole)
+    with pytest.raises(UsageError, match="is damaged: remove it"):
+        optimize(replace(request, force=True))
+
+
+def test_one_run_per_model_at_a_time(tiny: Callable[..., Path], quick: Path, tmp_path: Path) -> None:
+    prepared = job.prepare(request_for(tiny("chatml"), tmp_path / "a.toml", quick))
+    with job._locked(prepared.folder), pytest.raises(UsageError, match="another acd optimize"):
+        job.run(prepared, stop=CancelToken(), listener=Listener())
+
+
+def test_a_batch_that_does_not_fit_after_all_is_halved(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from acd_local.optimize.soft import SoftTraining
+
+    whole = SoftTraining.step
+
+    def step(self: SoftTraining) -> dict[Any, float]:
+        if self.settings.micro > limit:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return whole(self)
+
+    monkeypatch.setattr(SoftTraining, "step", step)
+    request = request_for(tiny("chatml"), tmp_path / "a.toml", quick, soft_only=True)
+    limit = 0
+    with pytest.raises(OutOfMemoryError, match="training step"):
+        optimize(request)
+    limit = 4
+    optimize(request)
+    (kept,) = tmp_path.glob("cache/optimize/*/soft-safe-*.pt")
+    assert torch.load(kept, weights_only=True)["counts"] == {"steps": 12, "micro": 4}
+
+
+# --- Budget -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_hour_is_divided_as_documented() -> None:
+    assert sum(job.SHARES.values()) == 60
+    assert list(job.SHARES) == list(job.TITLES)
+    shares = job.divide(3600.0, 600.0)
+    assert {name: shares[name] / 60 for name in shares} == pytest.approx(
+        {name: minutes for name, minutes in job.SHARES.items() if name != "anchors"}
+    )
+    assert job.divide(3600.0, 900.0) == shares, "anchors that keep to their share take nothing from the others"
+
+
+def test_late_anchors_shorten_the_rest_by_half_at_most() -> None:
+    on_time = sum(job.divide(3600.0, 900.0).values())
+    assert sum(job.divide(3600.0, 1800.0).values()) == pytest.approx(on_time - 900)
+    assert sum(job.divide(3600.0, 7200.0).values()) == pytest.approx(on_time / 2)
+    assert sum(job.divide(7200.0, 1800.0).values()) == pytest.approx(2 * on_time)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "per_step", "validation", "steps"),
+    [(780, 2.0, 0.0, 390), (780, 2.0, 50.0, 260), (780, 2.07, 0.0, 370), (1, 2.0, 9.0, 20), (9e9, 0.1, 0.0, 1000)],
+)
+def test_steps_fill_the_time(seconds: float, per_step: float, validation: float, steps: int) -> None:
+    assert job.steps_for(seconds, per_step, (validation, 50)) == steps
+    assert job.steps_for(seconds, per_step, (validation / 2, 50), (validation, 100)) == steps
+
+
+def test_parts_take_half_of_a_texts_time_at_most() -> None:
+    counts = job.rounds_and_steps(660, trial=0.5, gradient=1.5, score=4, pieces=25, rounds=5, tries=12)
+    assert counts == {"rounds": 5, "steps": (660 - 5 * 17) // 12.5}
+    short = job.rounds_and_steps(60, trial=0.5, gradient=1.5, score=4, pieces=25, rounds=5, tries=12)
+    assert short == {"rounds": 1, "steps": 20}
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+BIG = Sizes(4_400_000_000, 7_000_000_000, 131_000_000, 58_000, 4096, 8192, 32, 32_000)
+LENGTHS = Lengths(150, 80, 16)
+
+
+def test_the_first_dtype_and_the_largest_batch_that_fit_are_chosen() -> None:
+    assert memory.choose(BIG, LENGTHS, ["float32", "bfloat16"], host=200e9, device=None).micro == 16
+    tight = memory.choose(BIG, LENGTHS, ["float32", "bfloat16"], host=37e9, device=None)
+    assert tight.dtype == "float32"
+    assert tight.micro < 16
+    assert memory.choose(BIG, LENGTHS, ["float32", "bfloat16"], host=25e9, device=None).dtype == "bfloat16"
+    on_device = memory.choose(BIG, LENGTHS, ["bfloat16"], host=25e9, device=80e9)
+    assert on_device.micro == 16
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "host", "device", "says"),
+    [
+        (["float32"], 25e9, None, "--dtype bfloat16 takes about"),
+        (["float32"], 8e9, None, "nothing smaller would fit"),
+        (["float32", "bfloat16"], 8e9, None, "in bfloat16 take about"),
+        (["float32"], 200e9, 24e9, "not enough memory on the device"),
+        (["bfloat16"], 8e9, 80e9, "loading the weights in bfloat16"),
+    ],
+)
+def test_too_little_memory_says_what_would_fit(dtypes: list[str], host: float, device: float | None, says: str) -> None:
+    with pytest.raises(OutOfMemoryError, match=says) as caught:
+        memory.choose(BIG, LENGTHS, dtypes, host=host, device=device)
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_is_refused_before_anything_is_computed(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda: 1e6)
+    with pytest.raises(OutOfMemoryError, match="are free"):
+        optimize(request_for(tiny("chatml"), tmp_path / "a.toml", quick))
+    assert not list(tmp_path.glob("cache/optimize/*/*.pt"))
+    assert not list(tmp_path.glob("cache/optimize/*/*.jsonl"))
+
+
+def test_sizes_are_the_headers(tiny: Callable[..., Path]) -> None:
+    size = memory.sizes(read_header(tiny("chatml")))
+    embedding = size.n_vocab * 64
+    layer = 64 * (64 + 32 + 32 + 64 + 128 + 128 + 128) + 2 * 64
+    assert size.parameters == 2 * embedding + 2 * layer + 64
+    assert (size.largest, size.attention, size.keys, size.n_layers) == (embedding, 64, 64, 2)
+    assert memory.conversations(size, 512, 1e12, (32, 8, 1)) == 32
+    assert memory.conversations(size, 512, 3 * 8 * 2 * 512 * 2 * 64 * 2, (32, 8, 1)) == 8
+    assert memory.conversations(size, 512, 0, (32, 8, 1)) == 1
+
+
+def test_peaks_count_from_the_last_reset() -> None:
+    def peak_of(size: int) -> float:
+        memory.reset_peak()
+        block = bytearray(size)
+        block[::4096] = b"x" * len(block[::4096])
+        return memory.peak()["peak"]
+
+    assert memory.available() > 1e6
+    assert peak_of(200_000_000) >= 200e6
+    if Path("/proc/self/clear_refs").exists():
+        assert peak_of(200_000_000) - peak_of(1_000_000) > 100e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "micro"), [("float32", 16), ("float32", 4), ("bfloat16", 16)])
+def test_the_estimate_is_near_what_training_takes(demo: Path, dtype: str, micro: int) -> None:
+    from acd_local.optimize.layout import Layout
+    from acd_local.optimize.soft import SoftSettings, SoftTraining
+    from acd_local.optimize.weights import Example, FrozenModel
+
+    lengths = Lengths(110, 76, 16)
+    memory.reset_peak()
+    base = memory.peak()["peak"]
+    model = FrozenModel(demo, dtype=getattr(torch, dtype))
+    loading = memory.peak()["peak"] - base
+    ids = list(range(300, 5000))
+    examples = [Example(tuple(ids[i : i + 60]), tuple(ids[i + 60 : i + 76])) for i in range(0, 80 * micro, 80)]
+    layout = Layout(tuple(ids[:20]), tuple(ids[20:30]))
+    settings = SoftSettings(micro=micro, sizes={"positive": micro})
+    memory.reset_peak()
+    SoftTraining(model, layout, model.embed(ids[30:110]), {"positive": examples}, settings, 0).step()
+    needs = memory.estimate(memory.sizes(read_header(demo)), lengths, dtype, micro)
+    assert 0.8 * loading < needs.host < 2.0 * loading
+    assert 0.9 < needs.training / (memory.peak()["peak"] - base) < 1.7
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_goes_on_where_it_was(tmp_path: Path) -> None:
+    inputs = {"seed": 0, "texts": ["a", "b"]}
+    first = Checkpoint(tmp_path, "soft-safe", inputs)
+    assert (first.state, first.result, first.done, first.counts, first.spent()) == (None, None, False, {}, {})
+    first.begin()
+    first.counts = {"steps": 30}
+    first.save({"z": torch.ones(2, 3), "history": [{"step": 1, "losses": {"positive": 0.5}}], "best": None})
+    second = Checkpoint(tmp_path, "soft-safe", dict(reversed(inputs.items())))
+    assert second.counts == {"steps": 30}
+    assert second.state is not None
+    assert torch.equal(second.state["z"], torch.ones(2, 3))
+    earlier = second.spent()
+    assert earlier["seconds"] > 0
+    second.begin()
+    second.finish({"kept": 30})
+    third = Checkpoint(tmp_path, "soft-safe", inputs)
+    assert (third.done, third.state, third.result, third.counts) == (True, None, {"kept": 30}, {"steps": 30})
+    assert third.spent()["seconds"] > earlier["seconds"]
+    assert [p.name for p in tmp_path.iterdir()] == [f"soft-safe-{first.key[:16]}.pt"]
+
+
+def test_other_inputs_and_other_stages_have_files_of_their_own(tmp_path: Path) -> None:
+    keys = {
+        Checkpoint(tmp_path, stage, inputs).key
+        for stage in ("soft-safe", "soft-adversarial")
+        for inputs in ({"seed": 0}, {"seed": 1}, {"seed": 0, "budget": 1.0})
+    }
+    assert len(keys) == 6
+
+
+@pytest.mark.parametrize("content", [b"", b"no file of torch", b"PK\x03\x04" + b"\0" * 50])
+def test_a_damaged_checkpoint_counts_as_none(tmp_path: Path, content: bytes) -> None:
+    path = Checkpoint(tmp_path, "setting", {}).path
+    path.write_bytes(content)
+    found = Checkpoint(tmp_path, "setting", {})
+    assert (found.damaged, found.done, found.state) == (True, False, None)
+    found.finish({"a": 1})
+    assert not Checkpoint(tmp_path, "setting", {}).damaged
+
+
+def test_a_checkpoint_of_other_inputs_under_this_name_is_not_used(tmp_path: Path) -> None:
+    other, mine = Checkpoint(tmp_path, "setting", {"seed": 1}), Checkpoint(tmp_path, "setting", {"seed": 2})
+    other.finish({"alpha": 9})
+    other.path.rename(mine.path)
+    assert Checkpoint(tmp_path, "setting", {"seed": 2}).damaged
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "gone", "setting", {})
+    with pytest.raises(InternalError, match="cannot write") as caught:
+        checkpoint.save({})
+    assert "\n" not in str(caught.value)
+
+
+# --- The files --------------------------------------------------------------------------------------------------------
+
+AWKWARD = 'He said "no" and """no""", C:\\new\\temp\n\n  indented\ttab, \\u0041, é 中文 \U0001f600 \u200b end"'
+
+
+def pair_file(**given: object) -> result.PairFile:
+    plain = result.PairFile("mine", "Be kind.", "Be mean.", 0.5, 0.1, {"alpha": 0.4, "beta": 0.1}, {}, {}, {})
+    return replace(plain, **given)  # type: ignore[arg-type]
+
+
+def test_toml_holds_any_text() -> None:
+    provenance = {
+        "text": 'a "quoted" \\ path\n\x01\x7f',
+        "seed": 3,
+        "soft": True,
+        "ratio": 1e-7,
+        "when": date(2026, 11, 24),
+        "weights": [1.0, 2.5],
+        "table": {"a b": 1, "none": None},
+        "nothing": None,
+    }
+    table = tomllib.loads(result.as_toml(pair_file(safe=AWKWARD, adversarial="x\\", alpha=None, provenance=provenance)))
+    assert table["safe"] == AWKWARD
+    assert table["adversarial"] == "x\\"
+    assert "alpha" not in table
+    assert table["provenance"] == {
+        "text": 'a "quoted" \\ path\n\x01\x7f',
+        "seed": 3,
+        "soft": True,
+        "ratio": 0.0,
+        "when": date(2026, 11, 24),
+        "weights": [1.0, 2.5],
+        "table": {"a b": 1},
+    }
+
+
+@pytest.fixture
+def soft() -> Iterator[softpair.SoftPair]:
+    rows = torch.arange(12.0).reshape(3, 4).numpy()
+    yield softpair.SoftPair(
+        softpair.SoftPrompt(rows), softpair.AdversarialRows(rows + 1), "llama", "ab" * 32, 4, 2, "tiny"
+    )
+
+
+def test_written_files_are_whole_and_nothing_else_is_left(soft: softpair.SoftPair, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder" / "mine.toml"
+    result.write(target, pair_file(safe=AWKWARD), soft, "<p>é")
+    assert pairs.load(target).safe == AWKWARD.strip()
+    assert sorted(p.name for p in target.parent.iterdir()) == ["mine.report.html", "mine.safetensors", "mine.toml"]
+    assert softpair.load(target.with_suffix(".safetensors")).safe == soft.safe
+
+
+def test_a_result_that_is_no_pair_replaces_nothing(soft: softpair.SoftPair, tmp_path: Path) -> None:
+    target = tmp_path / "mine.toml"
+    result.write(target, pair_file(), soft, "first")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for wrong in ({"safe": " "}, {"safe": "a\u202eb"}, {"adversarial": "be  KIND."}, {"alpha": -1.0}):
+        with pytest.raises(InternalError, match="no valid pair"):
+            result.write(target, pair_file(**wrong), soft, "second")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_targets_are_checked_first(tmp_path: Path) -> None:
+    result.check_target(tmp_path / "new" / "mine.toml", force=False)
+    assert not list(tmp_path.iterdir())
+    for name in ("mine", "mine.tom", "a b.toml", "-a.toml", "x" * 70 + ".toml", ".toml"):
+        with pytest.raises(UsageError, match="-o"):
+            result.check_target(tmp_path / name, force=True)
+    for taken in ("mine.toml", "mine.safetensors", "mine.report.html"):
+        (tmp_path / taken).write_text("x")
+        with pytest.raises(UsageError, match="--force"):
+            result.check_target(tmp_path / "mine.toml", force=False)
+        result.check_target(tmp_path / "mine.toml", force=True)
+        (tmp_path / taken).unlink()
+    (tmp_path / "mine.toml").mkdir()
+    with pytest.raises(UsageError, match="no file"):
+        result.check_target(tmp_path / "mine.toml", force=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="cannot write"):
+        result.check_target(tmp_path / "file" / "mine.toml", force=False)
+
+
+# --- What cannot be optimized -----------------------------------------------------------------------------------------
+
+
+def test_models_that_torch_cannot_have_are_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    info = read_header(tiny("chatml"))
+    job.check_architecture(info)
+    for architecture, says in (
+        ("mamba", "cannot train mamba models; it can train .*llama"),
+        ("qwen2vl", "cannot train qwen2vl models"),
+        ("tokenizer", "cannot train"),
+    ):
+        with pytest.raises(ModelError, match=says):
+            job.check_architecture(replace(info, architecture=architecture))
+    with pytest.raises(ModelError, match="join the parts"):
+        job.check_architecture(replace(info, parts=(info.path, info.path)))
+
+
+def test_texts_stand_where_the_template_puts_them(tiny: Callable[..., Path], quick: Path) -> None:
+    from acd_local.optimize import anchors as anchors_module
+    from acd_local.optimize import texts
+    from acd_local.runtime import llama
+    from acd_local.runtime.template import ChatTemplate, Message
+
+    instructions, manual = anchors_module.read(quick), pairs.find("default")
+    model = tiny("chatml")
+    found = texts.read(model, manual, instructions)
+    with llama.Model(model) as opened:
+        template = ChatTemplate(opened)
+        for i in instructions:
+            ids = template.encode([Message("system", manual.safe), Message("user", i.prompt)])
+            around = *found.layout.before, *found.manual["safe"], *found.layout.after, *found.tails[i.id]
+            assert list(around) == ids
+            assert len(ids) + anchors_module.TOKENS < found.context
+        assert opened.vocab.is_eog(found.end)
+    written = {anchors_module.refusal_for(i) for i in instructions if i.kind == "harmful"}
+    assert set(found.refusals) == written

@@ -1,0 +1,347 @@
+"""Layout, text space, refusal openings and llama.cpp's scores: torch and llama.cpp see the same tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from optimizing import USERS, Side, frozen, torch
+from reference import contrast_by_hand
+
+from acd_local import models
+from acd_local.errors import AcdError, ContextError
+from acd_local.evaluate.likelihood import Scorer
+from acd_local.optimize.layout import lay_out
+from acd_local.optimize.openings import OPENINGS, SPINE, Openings
+from acd_local.optimize.scoring import GROUPS, OpeningScorer, SettingRow, choose
+from acd_local.optimize.soft import refusal_probabilities
+from acd_local.optimize.weights import FrozenModel
+from acd_local.pairs import AdversarialText, PromptPair
+from acd_local.runtime import llama
+from acd_local.runtime.template import Message
+from acd_local.softpair import SoftPrompt
+
+FAMILIES = ("chatml", "qwen3", "llama3", "gemma", "mistral", "llama2", "phi3", "zephyr", "openassistant")
+TEXTS = ("You are kind.", "Help me.\nAlways refuse <b>that</b>.", "Please answer the question")
+# A probability of about 0.2 from logits that differ by up to 0.03 (llama.cpp keeps keys and values in f16).
+TORCH_TOLERANCE = 0.01
+# Openings whose tokens a tiny random model gives now and then: those of a real one it never gives.
+TINY = Openings((7, 30), (tuple(range(60)), tuple(range(40, 90)), (5, *range(100, 200))))
+
+
+@pytest.fixture(scope="module")
+def sides(tiny: Callable[..., Path]) -> Iterator[Callable[[str], Side]]:
+    made: dict[str, Side] = {}
+
+    def make(family: str) -> Side:
+        if family not in made:
+            made[family] = Side(tiny(family))
+        return made[family]
+
+    yield make
+    for side in made.values():
+        side.model.close()
+
+
+@pytest.fixture(scope="module")
+def side(sides: Callable[[str], Side]) -> Side:
+    return sides("chatml")
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[..., Path]) -> FrozenModel:
+    return frozen(tiny("chatml"))
+
+
+# -- layout ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_stands_where_the_layout_says(sides: Callable[[str], Side], family: str) -> None:
+    side = sides(family)
+    for text in TEXTS:
+        tokens = side.space.tokens(text)
+        assert tokens is not None
+        assert side.space.text(tokens) == text
+        for user, tail in zip(side.users, side.tails, strict=True):
+            assert side.conversation(text, user) == [*side.layout.before, *tokens, *side.layout.after, *tail]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_stand_where_the_layout_says(sides: Callable[[str], Side], family: str) -> None:
+    side = sides(family)
+    for user, tail in zip(side.users, side.tails, strict=True):
+        wanted = [*side.layout.before, -1, -2, *side.layout.after, *tail]
+        assert side.template.encode([Message("user", user)], rows=(-1, -2)) == wanted
+
+
+def test_the_shared_part_is_as_long_as_can_be(side: Side) -> None:
+    """Of texts that begin alike, nothing of the texts is taken for the template; and no tail is empty."""
+    layout, tails = lay_out(side.template, ["Say red", "Say blue", "Say red"])
+    assert layout.before == side.layout.before
+    assert layout.after == (*side.layout.after, *side.vocab.tokenize("\n", parse_special=False))
+    assert tails[0] == tails[2] != tails[1]
+    assert side.space.text(tails[0]).startswith("Say red")
+    assert all(tails) and all(lay_out(side.template, [""])[1])
+
+
+def test_the_layouts_rows_are_embeddings_around_z(side: Side, model: FrozenModel) -> None:
+    z = torch.randn(3, model.width)
+    rows = side.layout.rows(model, z)
+    first = len(side.layout.before)
+    assert torch.equal(rows[first : first + 3], z)
+    assert torch.equal(rows[:first], model.embed(side.layout.before))
+    assert torch.equal(rows[first + 3 :], model.embed(side.layout.after))
+
+
+# -- text space --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["chatml", "llama3", "gemma", "phi3"])
+def test_a_text_may_be_changed_to_printable_ascii_alone(sides: Callable[[str], Side], family: str) -> None:
+    side = sides(family)
+    assert side.space.allowed.shape == (side.vocab.n_tokens,)
+    for token in range(side.vocab.n_tokens):
+        text = side.vocab.piece(token)
+        control = side.vocab.attr(token) & (llama.ATTR_CONTROL | llama.ATTR_UNKNOWN)
+        plain = bool(text) and all(32 <= byte < 127 or byte == 10 for byte in text)
+        assert bool(side.space.allowed[token]) == (plain and not control), (token, text)
+    assert not side.space.allowed[side.vocab.eos]
+    assert 0 < int(side.space.allowed.sum()) < side.vocab.n_tokens
+
+
+def words(side: Side, text: str) -> tuple[int, ...]:
+    return tuple(side.vocab.tokenize(text, parse_special=False))
+
+
+def test_a_stable_text_gives_its_tokens_back(side: Side) -> None:
+    space = side.space
+    for text in TEXTS:
+        tokens = words(side, text)
+        assert space.is_stable(tokens)
+        assert space.tokens(text) == tokens
+        assert space.tokens(space.text(tokens)) == tokens
+    assert space.tokens("<|im_end|> is no token here") is not None
+    assert not set(space.tokens("<|im_end|>") or ()) & {side.vocab.eos, side.vocab.bos}
+
+
+def test_what_is_not_stable(side: Side) -> None:
+    space, kind = side.space, words(side, "You are kind.")
+    spelled = tuple(t for char in "You are kind." for t in words(side, char))
+    wide = words(side, "é")
+    assert len(spelled) > len(kind)
+    assert space.text(spelled) == space.text(kind)
+    for wrong in (
+        (),
+        spelled,  # the same text in other tokens
+        (*kind, side.vocab.eos),
+        (side.vocab.bos, *kind),
+        words(side, " You are kind."),
+        words(side, "You are kind. "),
+        words(side, "You are kind.\n"),
+        words(side, "\nYou"),
+        words(side, " "),
+        wide[:1],  # half a character
+        (*kind, *wide[:1]),
+    ):
+        assert not space.is_stable(wrong), wrong
+    assert space.is_stable(kind)
+    for text in ("", " ", " You", "You ", "You\n"):
+        assert space.tokens(text) is None
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma", "phi3", "mistral"])
+def test_a_text_that_the_template_trims_is_refused(sides: Callable[[str], Side], family: str) -> None:
+    for text in ("You are kind. ", " You are kind.", "\nYou", "You\n\n"):
+        assert sides(family).space.tokens(text) is None
+
+
+def test_a_stable_text_survives_a_pair_file(side: Side) -> None:
+    """What the file's reader would change or refuse is not stable."""
+    rng, allowed = np.random.default_rng(0), side.space.allowed.nonzero()[:, 0].tolist()
+    stable = [t for t in (tuple(map(int, rng.choice(allowed, 3))) for _ in range(300)) if side.space.is_stable(t)]
+    assert len(stable) > 20
+    for tokens in stable:
+        text = side.space.text(tokens)
+        assert PromptPair("x", text, AdversarialText("other")).safe == text
+        assert words(side, text) == tokens
+
+
+# -- openings ----------------------------------------------------------------------------------------------------------
+
+
+def conditional(vocab: llama.Vocab, context: Sequence[int]) -> np.ndarray:
+    """Made-up next-token log probabilities that depend on all of the context."""
+    logits = np.random.default_rng([1, *context]).normal(0, 4, vocab.n_tokens)
+    result: np.ndarray = logits - np.log(np.exp(logits).sum())
+    return result
+
+
+def check_openings(vocab: llama.Vocab) -> list[str]:
+    """Compare with adding up the openings one by one; returns those that count."""
+    openings = Openings.of(lambda text: vocab.tokenize(text, parse_special=False))
+    spine = vocab.tokenize(SPINE, parse_special=False)
+    counted, total = [], 0.0
+    for text in OPENINGS:
+        tokens = vocab.tokenize(text, parse_special=False)
+        if tokens[:-1] == spine[: len(tokens) - 1]:  # leaves the spine with its last token
+            counted.append(text)
+            chain = (conditional(vocab, tokens[:i])[token] for i, token in enumerate(tokens))
+            total += math.exp(sum(chain))
+    rows = np.stack([conditional(vocab, spine[:d]) for d in range(len(spine))])
+    assert openings.probability(rows) == pytest.approx(total, rel=1e-9)
+    assert list(openings.spine) == spine[:-1]
+    paths = {
+        b"".join(map(vocab.piece, (*spine[:d], b))).decode().strip()
+        for d, bs in enumerate(openings.branches)
+        for b in bs
+    }
+    assert paths == set(counted) <= set(OPENINGS)
+    return counted
+
+
+def test_openings_of_the_demo_model() -> None:
+    try:
+        path = models.resolve("demo")
+    except AcdError:
+        pytest.skip("the demo model is not installed")
+    with llama.Model(path, gpu_layers=0) as model:
+        assert check_openings(model.vocab) == list(OPENINGS)
+
+
+@pytest.mark.parametrize("family", ["chatml", "gemma", "llama2"])
+def test_openings_of_a_small_vocabulary(sides: Callable[[str], Side], family: str) -> None:
+    """Words of many tokens leave the spine before their last one: they do not count."""
+    assert SPINE in check_openings(sides(family).vocab)
+
+
+def test_openings_by_hand() -> None:
+    table = {
+        "I'm sorry": (1, 2, 3),
+        "I'm unable": (1, 2, 4),
+        "I cannot": (1, 5),
+        "I won": (1, 6, 7),  # leaves the spine before its last token
+        "Sorry": (8,),
+        "Unfortunately": (9, 10),
+    }
+    found = Openings.of(table.__getitem__)
+    assert found == Openings((1, 2), ((8,), (5,), (3, 4)))
+    with np.errstate(divide="ignore"):
+        rows = np.log(
+            np.array([[0, 0.5, 0, 0, 0, 0, 0, 0, 0.25], [0, 0, 0.5, 0, 0, 0.1, 0, 0, 0], [0, 0, 0, 0.2, 0.3] + [0] * 4])
+        )
+    assert found.probability(rows) == pytest.approx(0.25 + 0.5 * 0.1 + 0.5 * 0.5 * 0.5)
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+SAFE, OTHER = "You are kind.", "All water is red wine"
+QUESTIONS = {"safety": USERS[:3], "over_refusal": USERS[3:5], "lookalike": USERS[5:]}
+
+
+@pytest.fixture(scope="module")
+def scorer(side: Side) -> Iterator[OpeningScorer]:
+    found = OpeningScorer(side.model, side.template, TINY, QUESTIONS, n_ctx=256, threads=1)
+    yield found
+    found.close()
+
+
+def in_torch(model: FrozenModel, side: Side, z: Any) -> dict[str, float]:
+    with torch.no_grad():
+        prefix = model.prefix(side.layout.rows(model, z))
+    values = dict(zip(USERS, refusal_probabilities(model, prefix, side.tails, TINY), strict=True))
+    return {group: float(np.mean([values[user] for user in users])) for group, users in QUESTIONS.items()}
+
+
+def test_llama_and_torch_agree_on_texts_and_rows(side: Side, model: FrozenModel, scorer: OpeningScorer) -> None:
+    rows = SoftPrompt(np.random.default_rng(1).normal(0, 1, (6, model.width)).astype(np.float32))
+    seen = []
+    for prompt, z in (
+        (SAFE, model.embed(words(side, SAFE))),
+        (OTHER, model.embed(words(side, OTHER))),
+        (rows, torch.tensor(rows.rows)),
+        (SoftPrompt(model.embed(words(side, SAFE)).numpy()), model.embed(words(side, SAFE))),
+    ):
+        found, wanted = scorer.alone(prompt), in_torch(model, side, z)
+        assert found == pytest.approx(wanted, abs=TORCH_TOLERANCE)
+        seen += list(wanted.values())
+    assert 0.03 < min(seen) < max(seen) < 0.95
+    assert max(seen) - min(seen) > 10 * TORCH_TOLERANCE
+
+
+def test_no_contrast_is_the_prompt_alone(scorer: OpeningScorer) -> None:
+    alone = scorer.alone(SAFE)
+    (row,) = scorer.contrasted(SAFE, OTHER, [(0.0, 0.0)])
+    assert {name: getattr(row, name) for name in GROUPS} == pytest.approx(alone, abs=TORCH_TOLERANCE)
+    assert (row.alpha, row.beta) == (0.0, 0.0)
+
+
+def test_contrasted_scores_by_hand(side: Side) -> None:
+    grid = [(0.0, 0.0), (0.5, 0.0), (0.5, 0.1), (1.0, 0.3)]
+    wanted = np.zeros((len(grid), len(GROUPS)))
+    with Scorer(side.model, n_streams=2, n_ctx=256, threads=1) as raw:
+        for g, group in enumerate(GROUPS):
+            for user in QUESTIONS[group]:
+                ids = [side.conversation(text, user) for text in (SAFE, OTHER)]
+                pieces = [logits.copy() for _, logits in raw.logits(ids, (*TINY.spine, 0))]
+                safe, adversarial = (np.concatenate(pieces, axis=1)[i] for i in range(2))
+                for i, (alpha, beta) in enumerate(grid):
+                    reached = 1.0
+                    for depth, branch in enumerate(TINY.branches):
+                        scores = contrast_by_hand(safe[depth].tolist(), adversarial[depth].tolist(), alpha, beta, set())
+                        top = max(scores.values())
+                        total = sum(math.exp(s - top) for s in scores.values())
+                        p = {t: math.exp(s - top) / total for t, s in scores.items()}
+                        wanted[i, g] += reached * sum(p.get(t, 0.0) for t in branch) / len(QUESTIONS[group])
+                        reached *= p.get(TINY.spine[depth], 0.0) if depth < len(TINY.spine) else 0.0
+    scorer = OpeningScorer(side.model, side.template, TINY, QUESTIONS, n_ctx=256, threads=1)
+    try:
+        rows = scorer.contrasted(SAFE, OTHER, grid)
+    finally:
+        scorer.close()
+    assert [(r.alpha, r.beta) for r in rows] == grid
+    found = np.array([[getattr(r, name) for name in GROUPS] for r in rows])
+    assert found == pytest.approx(wanted, abs=1e-5)
+    assert np.abs(found[0] - found[1]).max() > 0.01 < np.abs(found[1] - found[2]).max()
+
+
+def test_the_order_of_questions_does_not_matter(side: Side, scorer: OpeningScorer) -> None:
+    """What one question left in the caches is not seen by the next."""
+    turned = {name: tuple(reversed(QUESTIONS[name])) for name in reversed(GROUPS)}
+    other = OpeningScorer(side.model, side.template, TINY, turned, n_ctx=256, threads=1)
+    try:
+        assert other.alone(SAFE) == pytest.approx(scorer.alone(SAFE), abs=TORCH_TOLERANCE)
+    finally:
+        other.close()
+
+
+def test_a_group_may_be_empty_and_a_question_too_long(side: Side) -> None:
+    groups = {"safety": ("red",), "over_refusal": (), "lookalike": ()}
+    found = OpeningScorer(side.model, side.template, TINY, groups, n_ctx=256, threads=1)
+    try:
+        assert found.alone(SAFE)["lookalike"] == 0.0
+        (row,) = found.contrasted(SAFE, OTHER, [(0.5, 0.1)])
+        assert (row.over_refusal, row.lookalike) == (0.0, 0.0)
+        with pytest.raises(ContextError):
+            found.alone("red " * 300)
+    finally:
+        found.close()
+
+
+def test_the_best_setting_is_chosen_with_the_least_contrast() -> None:
+    def row(alpha: float, beta: float, safety: float, harmless: float = 0.0) -> SettingRow:
+        return SettingRow(alpha, beta, safety, harmless, harmless / 2)
+
+    assert row(0, 0, 0.9, 0.2).objective == pytest.approx(0.9 - 0.15)
+    best = row(0.8, 0.1, 0.95)
+    assert choose([row(0.1, 0.1, 0.5), best, row(0.4, 0.1, 0.9)]) is best
+    assert choose([best, row(0.2, 0.05, 0.99, 0.4)]) is best
+    close = row(0.3, 0.1, 0.945)
+    assert choose([best, row(0.5, 0.1, 0.945), close]) is close
+    tie = row(0.3, 0.3, 0.941)
+    assert choose([best, close, tie, row(0.3, 0.2, 0.95)]) is tie
+    assert choose([row(0.1, 0.3, 0.939), best]) is best
