@@ -10,7 +10,7 @@ import inspect
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Protocol, Self, TypeAlias
 
 from acd_local import pairs
 from acd_local.answers import Answer, Chunk, ContrastStats, FinishReason, OnEvent, Timings, TokenRecord, TurnsDropped
@@ -19,11 +19,16 @@ from acd_local.options import MAX_SEED, Options
 from acd_local.pairs import PromptPair, refuse_adversarial
 from acd_local.runtime import grammar
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.generate import ContrastSettings, Step, StreamLogits, generate
+from acd_local.runtime.choice import Chooser, ContrastSettings, Step
+from acd_local.runtime.deferred import deferred
+from acd_local.runtime.generate import Need, Strategy, StreamLogits, advance, stepwise
 from acd_local.runtime.llama import DecodeAborted, Logits
+from acd_local.runtime.lookup import Lookup
+from acd_local.runtime.pace import Pace
 from acd_local.runtime.prompts import Framing, Prompt
+from acd_local.runtime.rowcosts import RowCosts
 from acd_local.runtime.sampling import GrammarGuard, TokenSampler
-from acd_local.runtime.streams import Cache, Rows, Slot
+from acd_local.runtime.streams import Feed, Rows, Slot
 from acd_local.runtime.template import Message
 from acd_local.runtime.text import TextStream
 
@@ -31,8 +36,7 @@ if TYPE_CHECKING:
     from acd_local.session import Engine
 
 
-T = TypeVar("T")
-S = TypeVar("S")
+LEAD = 16  # tokens decoded stepwise where it is not known what rows cost
 Item: TypeAlias = Chunk | Rows
 Routine: TypeAlias = Generator[Item, list[Logits], None]
 
@@ -157,6 +161,7 @@ class Answering:
         self._records: list[TokenRecord] = []
         self._text: list[str] = []
         self._divergences: list[float] = []
+        self._compared = 0
 
     @property
     def text(self) -> str:
@@ -183,29 +188,35 @@ class Answering:
         except DecodeAborted as aborted:
             return abort(routine, aborted)
 
-    def routine(self) -> Routine:
-        """Yields text, and rows to be decoded; is sent the logits after each item's last row, or DecodeAborted.
+    def routine(self, *, beside_others: bool = False) -> Routine:
+        """Yields text, and rows to be decoded; is sent their logits, or DecodeAborted.
 
         The logits are read before the next item comes, never after. Started outside the engine's lock (it may wait for
         a slot), sent logits inside.
+
+        Args:
+            beside_others: the rows are decoded together with other answers' rows: one token per stream at a time.
         """
         started = time.perf_counter()
         prompt, gbnf = self._prompt()
         text = TextStream(self._options.stop)
-        reason: FinishReason
-        used, rows = (0, 0), 0
+        reason: FinishReason = "length"
+        rows = 0
         first_logits = started
         try:
             with self._engine._slot(prompt, self.cancel) as slot:
                 work, rows = self._engine._prepare(slot, prompt, self.cancel)
                 logits = yield work
                 first_logits = time.perf_counter()
-                steps = self._steps(prompt, _streams(logits), gbnf)
-                step = next(steps, None)
-                while True:
-                    piece = b"" if step is None else self._record(step)
-                    used = (len(slot.safe.tokens), 0 if prompt.adversarial is None else len(slot.adversarial.tokens))
-                    if step is None or step.ends:  # None: the grammar is complete
+                first = logits[0][0], logits[1][0] if len(logits) > 1 else None
+                strategy = self._strategy(prompt, first, gbnf, deferring=not beside_others)
+                item = next(strategy, None)
+                while item is not None:
+                    if not isinstance(item, Step):
+                        item = advance(strategy, (yield [_feed(need, slot, prompt) for need in item]))
+                        continue
+                    piece = self._record(item)
+                    if item.ends:
                         reason = "stop"
                         break
                     if shown := text.push(piece):
@@ -214,17 +225,16 @@ class Answering:
                     if text.stopped_by is not None:
                         reason = "stop_string"
                         break
-                    if len(self._records) >= prompt.room:
-                        reason = "length"
-                        break
-                    logits = yield [(cache, [step.token]) for cache in self._caches(slot)]
-                    step = advance(steps, _streams(logits))
+                    item = next(strategy, None)
+                else:
+                    if len(self._records) < prompt.room:  # the grammar is complete
+                        reason = "stop"
         except DecodeAborted:
             reason = "cancelled"
         if rest := text.finish():
             self._text.append(rest)
             yield Chunk(rest)
-        self.result = self._finish(reason, prompt, used, rows, (started, first_logits, time.perf_counter()))
+        self.result = self._finish(reason, prompt, rows, (started, first_logits, time.perf_counter()))
 
     def _prompt(self) -> tuple[Prompt, str | None]:
         engine, options = self._engine, self._options
@@ -244,23 +254,28 @@ class Answering:
             self._on_event(TurnsDropped(prompt.dropped))
         return prompt, gbnf
 
-    def _steps(self, prompt: Prompt, first: StreamLogits, gbnf: str | None) -> Generator[Step, StreamLogits, None]:
-        engine = self._engine
-        return generate(
-            first,
-            TokenSampler(engine.vocab, self._options, self.seed, prompt.safe, n_ctx=engine.n_ctx),
+    def _strategy(self, prompt: Prompt, first: StreamLogits, gbnf: str | None, *, deferring: bool) -> Strategy:
+        engine, options = self._engine, self._options
+        chooser = Chooser(
+            TokenSampler(engine.vocab, options, self.seed, prompt.safe, n_ctx=engine.n_ctx),
             engine._vocabulary,
             self.settings,
-            limit=prompt.room,
             grammar=None if gbnf is None else GrammarGuard(engine.vocab, gbnf),
             divergence=self._divergence,
             trace=self._trace,
         )
-
-    def _caches(self, slot: Slot) -> list[Cache]:
-        """The streams that the next choice looks at."""
-        contrasts = self.settings.contrasts(len(self._records))
-        return [slot.safe, slot.adversarial] if contrasts else [slot.safe]
+        costs, asked = engine._row_clock.known, options.strategy
+        if asked == "stepwise" or not deferring or not engine.can_defer or self.settings.alpha == 0:
+            return stepwise(first, chooser, limit=prompt.room)
+        return deferred(
+            first,
+            chooser,
+            Pace(costs or RowCosts(), alpha=self.settings.alpha, greedy=options.temp == 0),
+            Lookup(prompt.safe),
+            limit=prompt.room,
+            lead=LEAD if costs is None and asked == "auto" else 1,
+            patient=asked == "deferred" or costs is None,
+        )
 
     def _record(self, step: Step) -> bytes:
         vocab = self._engine.vocab
@@ -275,19 +290,27 @@ class Answering:
                 step.trace,
             )
         )
+        self._compared += step.compared
         if step.divergence is not None:
             self._divergences.append(step.divergence)
         return piece
+
+    def _used(self, prompt: Prompt) -> tuple[int, int]:
+        """Tokens of either stream: the prompt, and the answer but for its last token."""
+        n, window = len(self._records), self.settings.window
+        seen = n if window is None else min(n, window)
+        adversarial = 0 if prompt.adversarial is None else len(prompt.adversarial) + max(0, seen - 1)
+        return len(prompt.safe) + max(0, n - 1), adversarial
 
     def _finish(
         self,
         reason: FinishReason,
         prompt: Prompt,
-        used: tuple[int, int],
         rows: int,
         times: tuple[float, float, float],
     ) -> Answer:
         started, first_logits, ended = times
+        self._engine._row_clock.settle()
         records, s = self._records, self.settings
         completion = sum(1 for r in records if r.token not in self._engine._vocabulary.eog)
         seconds = ended - first_logits if records else 0.0
@@ -303,6 +326,7 @@ class Answering:
                 raw=s.raw,
                 positions=len(records),
                 changed=sum(r.changed for r in records),
+                compared=self._compared,
                 mean_divergence=sum(self._divergences) / len(self._divergences) if self._divergences else None,
             ),
             timings=Timings(
@@ -311,18 +335,16 @@ class Answering:
                 answer_seconds=seconds,
                 tokens_per_second=len(records) / seconds if len(records) > 1 and seconds > 0 else 0.0,
             ),
-            context_used=used,
+            context_used=self._used(prompt) if records or reason != "cancelled" else (0, 0),
             dropped_turns=prompt.dropped,
             tokens=tuple(records),
         )
 
 
-def advance(generator: Generator[T, S, None], value: S) -> T | None:
-    """`send`, or None where the generator ends."""
-    try:
-        return generator.send(value)
-    except StopIteration:
-        return None
+def _feed(need: Need, slot: Slot, prompt: Prompt) -> Feed:
+    if need.stream == "safe":
+        return Feed(slot.safe, need.tokens, need.wanted, len(prompt.safe) + need.start)
+    return Feed(slot.adversarial, need.tokens, need.wanted, len(prompt.adversarial or ()) + need.start)
 
 
 def abort(routine: Routine, aborted: DecodeAborted) -> Item | None:
@@ -331,10 +353,6 @@ def abort(routine: Routine, aborted: DecodeAborted) -> Item | None:
         return routine.throw(aborted)
     except StopIteration:
         return None
-
-
-def _streams(logits: list[Logits]) -> StreamLogits:
-    return logits[0], logits[1] if len(logits) > 1 else None
 
 
 def resolve_contrast(options: Options, pair: PromptPair, *, soft: bool = False) -> ContrastSettings:

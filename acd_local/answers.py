@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from acd_local.runtime.generate import TokenTrace
+from acd_local.runtime.choice import TokenTrace
 
 FinishReason = Literal["stop", "stop_string", "length", "cancelled", "error"]
 
@@ -59,6 +59,8 @@ class ContrastStats:
         positions: sampled positions, the one that ended the answer included.
         changed: positions where the same draw on the safe stream alone (alpha 0, same beta) would have given another
             token.
+        compared: positions where the adversarial stream's logits were taken; elsewhere they could not change the
+            choice, or lay beyond the window.
         mean_divergence: mean KL(S || A) over positions, nats; None where it was not asked for.
     """
 
@@ -67,6 +69,7 @@ class ContrastStats:
     raw: bool
     positions: int = 0
     changed: int = 0
+    compared: int = 0
     mean_divergence: float | None = None
 
 
@@ -93,7 +96,7 @@ class Answer:
 
     Attributes:
         prompt_tokens: length of the safe stream's prompt; completion_tokens: sampled tokens that added text.
-        context_used: tokens held by the (safe, adversarial) stream at the end.
+        context_used: tokens that prompt and answer take in the (safe, adversarial) stream.
         seed: the seed that repeats it.
         dropped_turns: messages left out at the front because the context was full.
         tokens: one record per sampled token.

@@ -12,9 +12,10 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from acd_local.answering import Answering, AnswerStream, Item, Routine, abort, advance
+from acd_local.answering import Answering, AnswerStream, Item, Routine, abort
 from acd_local.answers import Answer, Chunk
 from acd_local.errors import EngineBusyError, UsageError
+from acd_local.runtime.generate import advance
 from acd_local.runtime.llama import DecodeAborted
 from acd_local.runtime.streams import Rows
 
@@ -52,7 +53,7 @@ class _Member:
     @property
     def long(self) -> bool:
         """Whether more than a token per stream is to be decoded: a prompt."""
-        return any(len(tokens) > 1 for _, tokens in self.rows)
+        return any(len(feed.tokens) > 1 for feed in self.rows)
 
     def spend(self, seconds: float) -> None:
         """Count time for the prompt until its logits were there, for the answer from then on."""
@@ -92,7 +93,7 @@ class Batch:
         if self.room <= 0:
             raise EngineBusyError(f"this batch holds {self._capacity} answers already: load with more conversations")
         work = stream._answering
-        self._new.append(_Member(key, work, work.routine()))
+        self._new.append(_Member(key, work, work.routine(beside_others=True)))
 
     def step(self) -> list[Event]:
         """Decode one round: a token for every running answer, the whole prompt for new ones."""
@@ -140,12 +141,12 @@ class Batch:
             for member in members:
                 self._resume(member, lambda routine: abort(routine, DecodeAborted()), events)
             return
-        share = (time.perf_counter() - started) / sum(len(tokens) for _, tokens in rows)
+        share = (time.perf_counter() - started) / sum(len(feed.tokens) for feed in rows)
         at = 0
         for member in members:
             mine = logits[at : at + len(member.rows)]
             at += len(mine)
-            member.spend(share * sum(len(tokens) for _, tokens in member.rows))
+            member.spend(share * sum(len(feed.tokens) for feed in member.rows))
             member.answering = True
             self._resume(member, lambda routine, mine=mine: advance(routine, mine), events)  # type: ignore[misc]
 

@@ -18,6 +18,7 @@ ENGINE_RANGES = {
     "gpu_layers": (-1, 2**31 - 1),
 }
 
+STRATEGIES = ("auto", "stepwise", "deferred")
 MAX_SEED = 2**32 - 2  # llama.cpp keeps 2^32 - 1 for "draw a seed"
 
 
@@ -35,6 +36,7 @@ class Options:
     raw_contrast: bool = False
     plain: bool = False
     window: int | None = None
+    strategy: Literal["auto", "stepwise", "deferred"] = "auto"
 
     # Limits
     max_tokens: int | None = None
@@ -74,6 +76,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UsageError(f"{name} must be {_describe(low, high)}, not {value}")
+        if self.strategy not in STRATEGIES:
+            raise UsageError(f"strategy must be one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
         if self.overflow not in ("drop", "error"):
             raise UsageError(f"overflow must be 'drop' or 'error', not {self.overflow!r}")
         if self.grammar is not None and self.json_schema is not None:

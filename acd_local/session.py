@@ -18,18 +18,20 @@ from acd_local.errors import EngineBusyError, EngineClosedError, PairError, Usag
 from acd_local.models import resolve as resolve_model
 from acd_local.options import ENGINE_RANGES, Options
 from acd_local.pairs import PromptPair
-from acd_local.runtime import llama, probe
+from acd_local.runtime import llama, probe, rowcosts
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.generate import Vocabulary
+from acd_local.runtime.choice import Vocabulary
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.prefixes import PrefixStore, common_prefix
 from acd_local.runtime.prompts import Framing, Prompt, PromptBuilder
-from acd_local.runtime.streams import Cache, Layout, Rows, Slot, Streams, extend
+from acd_local.runtime.rowcosts import MOST, RowClock
+from acd_local.runtime.streams import Cache, Feed, Layout, Rows, Slot, Streams, extend
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.runtime.threads import physical_cores
 from acd_local.softpair import SoftPair
 
 DEFAULT_CTX_SIZE = 4096
+FEW = 2  # conversations whose safe streams may run ahead; more are decoded together
 
 # Never sampled unless they end the answer.
 _NOT_TEXT = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN | llama.ATTR_UNUSED
@@ -53,6 +55,7 @@ class Engine:
 
     Attributes:
         soft: as given.
+        can_defer: whether the safe stream can run ahead: caches can forget their last tokens.
 
     Raises:
         ModelError, PairError, UsageError, OutOfMemoryError.
@@ -97,11 +100,16 @@ class Engine:
                 layout=layout,
                 kv_type=kv_type,
                 threads=self.threads,
+                outputs=MOST if conversations <= FEW else 1,
             )
         except BaseException:
             self._model.close()
             raise
         rewinds = not self._model.keeps_state and self._model.n_swa == 0
+        self.can_defer = rewinds and conversations <= FEW
+        self._row_clock = RowClock(
+            rowcosts.file_for(self.info.path, threads=self.threads, kv=kv_type, layout=layout, gpu=gpu_layers)
+        )
         apart = conversations > 1 if system_apart is None else system_apart
         self._prefixes = PrefixStore(eager=apart or not rewinds)
         self._lock = threading.RLock()
@@ -253,10 +261,19 @@ class Engine:
             if any(cancel.is_set for cancel in cancels):
                 raise DecodeAborted
             try:
-                return extend(work)
+                return self._timed(work)
             except DecodeAborted:
                 self._check_open()
                 raise
+
+    def _timed(self, work: Rows) -> list[Logits]:
+        contexts = self._streams.contexts
+        before = sum(context.seconds for context in contexts)
+        logits = extend(work)
+        lengths = {len(feed.tokens) for feed in work}
+        if len(work) <= 2 and len(lengths) == 1:
+            self._row_clock.note(len(work), lengths.pop(), sum(context.seconds for context in contexts) - before)
+        return logits
 
     def _prepare(self, slot: Slot, prompt: Prompt, cancel: CancelToken) -> tuple[Rows, int]:
         """What is left to decode of a prompt, and how many rows it takes in all, new system prompts included."""
@@ -267,13 +284,13 @@ class Engine:
 
         def counted(items: Rows) -> None:
             nonlocal decoded
-            decoded += sum(len(tokens) for _, tokens in items)
+            decoded += sum(len(feed.tokens) for feed in items)
             self._extend(items, [cancel])
 
         with self._open:
             self._prefixes.prepare(work, counted)
-        rows = [(cache, tokens[len(cache.tokens) :]) for cache, tokens, _ in work]
-        return rows, decoded + sum(len(tokens) for _, tokens in rows)
+        rows = [Feed(cache, tokens[len(cache.tokens) :]) for cache, tokens, _ in work]
+        return rows, decoded + sum(len(feed.tokens) for feed in rows)
 
     def _check_open(self) -> None:
         if self._closed:

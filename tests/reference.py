@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from llama_cpp import llama_cpp as C
 
-from acd_local.runtime import llama
+from acd_local.runtime import llama, streams
+from acd_local.runtime.streams import Cache
 
 # The KV cache is f16, and flash attention on the CPU accumulates single rows in f16 and blocks of rows in f32: logits
 # of the same tokens in other batch shapes differ by up to 0.05. Wrong logits differ by their standard deviation, 2.
@@ -62,3 +63,8 @@ def chain_draw(
     token = int(array.data[array.selected].id)
     C.llama_sampler_free(chain)
     return token
+
+
+def extend(work: Sequence[tuple[Cache, Sequence[int]]]) -> list[np.ndarray]:
+    """`streams.extend` by tokens alone: for each cache the logits after its last one, shape (n_vocab,)."""
+    return [rows[0] for rows in streams.extend([streams.Feed(*item) for item in work])]

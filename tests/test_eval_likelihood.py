@@ -14,7 +14,7 @@ from reference import TOLERANCE, fresh_logits
 from acd_local.errors import ContextError, NumericalError
 from acd_local.evaluate.likelihood import ROWS, Scorer, contrasted
 from acd_local.runtime import llama
-from acd_local.runtime.generate import ContrastSettings
+from acd_local.runtime.choice import ContrastSettings
 
 WRITERS = {
     "full": tiny_gguf.write_llama,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,8 @@ from acd_local.answers import Answer
 from acd_local.errors import NumericalError
 from acd_local.options import Options
 from acd_local.runtime import llama
-from acd_local.runtime.generate import ContrastSettings, Vocabulary, generate
+from acd_local.runtime.choice import Chooser, ContrastSettings, Vocabulary
+from acd_local.runtime.generate import advance, stepwise
 from acd_local.runtime.sampling import GrammarGuard, TokenSampler, position_seed
 from acd_local.runtime.template import Message
 from acd_local.session import Engine
@@ -144,18 +143,21 @@ def loop(
     gbnf: str | None = None,
     **settings: float,
 ) -> list[int]:
-    steps = generate(
-        rows[0],
+    chooser = Chooser(
         TokenSampler(vocab, Options(temp=0.0), 1),
         Vocabulary(vocab, llama.ATTR_CONTROL),
         ContrastSettings(settings.get("alpha", 0.5), settings.get("beta", 0.1)),
-        limit=len(rows),
         grammar=None if gbnf is None else GrammarGuard(vocab, gbnf),
     )
-    tokens = [step.token for step in islice(steps, 1)]
-    for logits in rows[1:]:
-        with suppress(StopIteration):
-            tokens.append(steps.send(logits).token)
+    strategy = stepwise(rows[0], chooser, limit=len(rows))
+    tokens, item = [], next(strategy, None)
+    for logits in [*rows[1:], None]:
+        if item is not None:
+            tokens.append(item.token)
+            if next(strategy, None) is not None:
+                item = advance(strategy, [row[None] for row in logits if row is not None])
+            else:
+                item = None
     return tokens
 
 

@@ -605,7 +605,7 @@ def test_json_record(cli: Callable[..., Done], base: tuple[str, ...]) -> None:
     assert set(record["timings"]) == {"prompt_decoded", "prompt_ms", "answer_ms", "tokens_per_second"}
     assert record["timings"]["prompt_decoded"] > record["usage"]["prompt_tokens"]
     contrast = record["contrast"]
-    assert set(contrast) == {"alpha", "beta", "raw", "positions", "changed_tokens", "mean_kl_nats"}
+    assert set(contrast) == {"alpha", "beta", "raw", "positions", "compared", "changed_tokens", "mean_kl_nats"}
     assert 0 <= contrast["changed_tokens"] <= contrast["positions"]
     assert contrast["mean_kl_nats"] > 0
 
@@ -637,7 +637,7 @@ def test_an_error_after_some_text(
 ) -> None:
     """What was said stays, ended by a newline."""
     from acd_local.errors import NumericalError
-    from acd_local.runtime import contrast, generate
+    from acd_local.runtime import choice, contrast
 
     left = 0
 
@@ -648,12 +648,12 @@ def test_an_error_after_some_text(
             raise NumericalError("the safe stream produced nan logits")
         return contrast.against(*args, **kw)
 
-    monkeypatch.setattr(generate, "against", failing)
+    monkeypatch.setattr(choice, "against", failing)
     left = 3
-    done = cli(*base, "hi", "--grammar", ENDLESS)
+    done = cli(*base, "hi", "--grammar", ENDLESS, "--strategy", "stepwise")
     assert done == Done(1, "aaa\n", "acd-run: the safe stream produced nan logits\n")
     left = 3
-    done = cli(*base, "hi", "--grammar", ENDLESS, "--json")
+    done = cli(*base, "hi", "--grammar", ENDLESS, "--strategy", "stepwise", "--json")
     assert json.loads(done.out) == {
         "text": "aaa",
         "finish_reason": "error",

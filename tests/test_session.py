@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_gguf
-from reference import TOLERANCE, fresh_logits
+from reference import TOLERANCE, extend, fresh_logits
 
 import acd_local
 from acd_local import CancelToken, Engine, Message, Options, TurnsDropped
@@ -27,7 +27,6 @@ from acd_local.errors import (
     PairError,
     UsageError,
 )
-from acd_local.runtime.streams import extend
 
 SHORT = Options(max_tokens=12, temp=0.0)
 

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny_gguf
-from reference import TOLERANCE, contrast_by_hand
+from reference import TOLERANCE, contrast_by_hand, extend
 
 from acd_local import Engine, Message, Options, pairs, softpair
 from acd_local.answering import resolve_contrast
@@ -32,7 +32,7 @@ from acd_local.runtime.gguf_header import GGUFInfo, read_header
 from acd_local.runtime.prompts import Framing
 from acd_local.runtime.rows import RowTable
 from acd_local.runtime.sampling import TokenSampler
-from acd_local.runtime.streams import Cache, extend
+from acd_local.runtime.streams import Cache
 from acd_local.runtime.template import ChatTemplate
 from acd_local.runtime.text import disarm
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt

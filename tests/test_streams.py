@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_gguf
-from reference import TOLERANCE, fresh_logits
+from reference import TOLERANCE, extend, fresh_logits
 
 from acd_local.errors import ContextError, UsageError
 from acd_local.runtime import llama
 from acd_local.runtime.prefixes import PrefixStore, common_prefix
-from acd_local.runtime.streams import LAYOUTS, Cache, Streams, _chunks, extend
+from acd_local.runtime.streams import LAYOUTS, Cache, Streams, _chunks
 
 WRITERS = {
     "full": tiny_gguf.write_llama,
@@ -123,7 +123,7 @@ class Counted:
         self.rows: list[int] = []
 
     def __call__(self, work: Sequence[tuple[Cache, Sequence[int]]]) -> list[np.ndarray]:
-        self.rows.append(sum(len(t) for _, t in work))
+        self.rows.append(sum(len(feed.tokens) for feed in work))
         return extend(work)
 
 

@@ -145,7 +145,7 @@ def test_events_of_an_answer(worker: Client) -> None:
     assert done["finish_reason"] in ("length", "stop")
     assert set(done["usage"]) == {"prompt_tokens", "completion_tokens"}
     assert set(done["timings"]) == {"prompt_decoded", "prompt_ms", "answer_ms", "tokens_per_second"}
-    assert set(done["contrast"]) == {"alpha", "beta", "raw", "positions", "changed_tokens", "mean_kl_nats"}
+    assert set(done["contrast"]) == {"alpha", "beta", "raw", "positions", "compared", "changed_tokens", "mean_kl_nats"}
     assert done["contrast"]["mean_kl_nats"] > 0
     assert 0 <= done["seed"] < 2**32 - 1
 

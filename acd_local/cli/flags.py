@@ -57,6 +57,12 @@ _CONTRAST = (
     click.option(
         "--window", type=int, metavar="N", help="Contrast only the first N tokens of an answer; default: all."
     ),
+    click.option(
+        "--strategy",
+        type=click.Choice(["auto", "stepwise", "deferred"]),
+        help="How both streams are decoded: side by side, or the safe one ahead. The text is the same but for "
+        "near-ties. Default auto: what is faster here.",
+    ),
     click.option("--raw-contrast", is_flag=True, help="Do not divide by 1 - alpha; with --beta 0 the paper's formula."),
     click.option("--plain", is_flag=True, help="The safe prompt alone, no contrast."),
 )

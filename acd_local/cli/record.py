@@ -35,6 +35,7 @@ def contrast_record(answer: Answer) -> dict[str, Any]:
         "raw": c.raw,
         "positions": c.positions,
         "changed_tokens": c.changed,
+        "compared": c.compared,
         "mean_kl_nats": None if kl is None or not math.isfinite(kl) else round(kl, 6),
     }
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from acd_local.errors import ContextError, NumericalError
 from acd_local.runtime import llama
+from acd_local.runtime.choice import ContrastSettings
 from acd_local.runtime.contrast import MAX_DIVISOR_ALPHA, check_finite
-from acd_local.runtime.generate import ContrastSettings
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.streams import Cache, runs
 

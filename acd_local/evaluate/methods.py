@@ -25,7 +25,7 @@ from acd_local.answering import resolve_contrast
 from acd_local.errors import UsageError
 from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair, refuse_adversarial
-from acd_local.runtime.generate import ContrastSettings
+from acd_local.runtime.choice import ContrastSettings
 from acd_local.runtime.prompts import Framing, Negative, Positive
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 

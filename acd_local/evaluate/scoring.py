@@ -12,7 +12,7 @@ from acd_local.evaluate.journal import Journal
 from acd_local.evaluate.likelihood import LogProbs, Scorer
 from acd_local.evaluate.methods import Method, manual_pair
 from acd_local.evaluate.sets import EvalSet, Item
-from acd_local.runtime.generate import ContrastSettings
+from acd_local.runtime.choice import ContrastSettings
 from acd_local.runtime.prompts import Framing, Negative, Prompt
 from acd_local.runtime.template import Message
 

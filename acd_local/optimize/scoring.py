@@ -117,10 +117,15 @@ class OpeningScorer:
 def choose(rows: Sequence[SettingRow]) -> SettingRow:
     """The best setting; of those within a hundredth of it the one with the smallest alpha, then the largest beta.
 
-    Little contrast costs little fluency, which this table does not show.
+    Over-refusal counts twice: contrast raises both sides, and most requests are harmless. Little contrast costs little
+    fluency, which this table does not show.
     """
-    best = max(row.objective for row in rows)
-    return min((r for r in rows if r.objective >= best - 0.01), key=lambda r: (r.alpha, -r.beta))
+
+    def worth(row: SettingRow) -> float:
+        return row.safety - row.over_refusal - row.lookalike
+
+    best = max(map(worth, rows))
+    return min((r for r in rows if worth(r) >= best - 0.01), key=lambda r: (r.alpha, -r.beta))
 
 
 def _log_softmax(logits: Logits) -> NDArray[np.float64]:

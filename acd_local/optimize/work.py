@@ -50,7 +50,7 @@ DISTILL_TOKENS = 4  # of their answers: openings decide
 SCORED = 12  # validation instructions of a kind that score a text on the way
 FINALISTS = 4  # texts that are scored on all of them
 TRYING = Progress("trying how long a step takes", 0, 0, 0.0, None)
-GRID = [(a, b) for a in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8) for b in (0.05, 0.1, 0.2, 0.3)]  # alpha, beta
+GRID = [(a, b) for a in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8) for b in (0.05, 0.1, 0.2, 0.3)]  # alpha, beta
 
 
 class Optimization:
@@ -465,7 +465,7 @@ class Optimization:
         """{"soft", "text": {"alpha", "beta"} of either pair, "rows": all that were tried, "before_after": figures}."""
         adversarial = soft.adversarial.reveal_for_negative_stream()
         digests = [soft.safe.digest, adversarial.digest]
-        checkpoint = self._checkpoint("setting", soft=digests, texts=dict(texts), grid=GRID)
+        checkpoint = self._checkpoint("setting", soft=digests, texts=dict(texts), grid=GRID, twice="over-refusal")
         if checkpoint.result is not None:
             self._close(checkpoint, _chosen(checkpoint.result), reused=True)
             return checkpoint.result

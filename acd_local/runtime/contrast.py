@@ -121,14 +121,13 @@ def check_finite(safe: Logits, adversarial: Logits | None) -> None:
     Raises:
         NumericalError: a logit is NaN or +inf.
     """
-    _largest(safe, "safe")
+    check_stream(safe, "safe")
     if adversarial is not None:
-        _largest(adversarial, "adversarial")
+        check_stream(adversarial, "adversarial")
 
 
-def _largest(logits: Logits, stream: str) -> float:
-    """The largest logit; max() passes NaN on, so one pass finds both NaN and +inf."""
-    top = float(logits.max())
+def check_stream(logits: Logits, stream: str) -> None:
+    """The same for one stream, which the error names."""
+    top = float(logits.max())  # passes NaN on: one pass finds both
     if math.isnan(top) or top == math.inf:
         raise NumericalError(f"the {stream} stream produced {top} logits: the model file is damaged or badly quantized")
-    return top

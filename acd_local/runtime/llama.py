@@ -41,6 +41,7 @@ ATTR_LSTRIP = C.LLAMA_TOKEN_ATTR_LSTRIP
 ATTR_RSTRIP = C.LLAMA_TOKEN_ATTR_RSTRIP
 
 KV_TYPES = {"f16": C.GGML_TYPE_F16, "q8_0": C.GGML_TYPE_Q8_0}
+QUANTIZATIONS = {"q4_0": C.LLAMA_FTYPE_MOSTLY_Q4_0, "q8_0": C.LLAMA_FTYPE_MOSTLY_Q8_0}
 
 # Rope types that turn by four positions (GGML_ROPE_TYPE_MROPE, _IMROPE): llama.cpp makes a token's, we make a row's.
 _SEVERAL_POSITIONS = (8, 40)
@@ -118,6 +119,30 @@ _abort_if_flag_set = _strlen()
 def supports_gpu_offload() -> bool:
     """Whether this build of llama.cpp can put layers on a GPU (llama_supports_gpu_offload)."""
     return bool(C.llama_supports_gpu_offload())
+
+
+def quantize(source: Path, target: Path, kind: str, *, threads: int = 1) -> None:
+    """Write a model with other weight types, as llama-quantize does; what is quantized is requantized.
+
+    Args:
+        source: a file that `probe.verify` accepted; of a split model the first part.
+        target: where the new file goes, in one part.
+        kind: one of QUANTIZATIONS.
+
+    Raises:
+        UsageError: unknown `kind`.
+        ModelError: llama.cpp cannot (llama_model_quantize).
+    """
+    if kind not in QUANTIZATIONS:
+        raise UsageError(f"unknown quantization {kind!r}: choose one of {', '.join(QUANTIZATIONS)}")
+    params = C.llama_model_quantize_default_params()
+    params.ftype = QUANTIZATIONS[kind]
+    params.nthread = threads
+    params.allow_requantize = True
+    _log_sink.problems.clear()
+    if int(C.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))) != 0:
+        cause = _log_sink.last_problem("llama.cpp gave no reason")
+        raise ModelError(f"llama.cpp cannot write {source} as {kind}: {cause}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from acd_local.runtime.streams import Cache, Rows, Snapshot
+from acd_local.runtime.streams import Cache, Feed, Rows, Snapshot
 
 # A state takes what its tokens take in the cache (23 kB per token for a 135M model, 128 kB for an 8B one), so only the
 # latest few are kept.
@@ -56,7 +56,7 @@ class PrefixStore:
                 cache.restore(snapshot)
             elif self._eager:
                 cache.rewind(0)
-                extend([(cache, key)])
+                extend([Feed(cache, key)])
                 self._save(cache, key)
 
     def _rescue(self, cache: Cache, prompt: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ execution strategy changes a text: samplers with a random state (XTC, the draw) 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -79,6 +80,13 @@ class TokenSampler:
                 if token >= 0:
                     self.accept(token)
 
+    def clone(self) -> TokenSampler:
+        """One that goes on from here by itself."""
+        other = copy.copy(self)
+        other._penalties = [sampler.clone() for sampler in self._penalties]
+        other._mirostat = None if self._mirostat is None else self._mirostat.clone()
+        return other
+
     def draw(self, ids: TokenIds, scores: Logits, position: int, *, dry_run: bool = False) -> int:
         """One token out of `ids`, both arrays of shape (k,), k >= 1, for answer position `position` (from 0).
 
@@ -137,6 +145,12 @@ class GrammarGuard:
     def __init__(self, vocab: llama.Vocab, gbnf: str) -> None:
         self._sampler = llama.grammar(vocab, gbnf)
         self._candidates = llama.Candidates(vocab.n_tokens)
+
+    def clone(self) -> GrammarGuard:
+        """One that goes on from here by itself."""
+        other = copy.copy(self)
+        other._sampler = self._sampler.clone()
+        return other
 
     def restrict(self, logits: Logits, beta: float) -> Logits:
         """A copy, shape (n_vocab,), with -inf at every token that is illegal here.

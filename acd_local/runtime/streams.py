@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from acd_local.errors import ContextError, InternalError, UsageError
 from acd_local.runtime import llama
@@ -88,8 +90,26 @@ class Cache:
             self.clear()
 
 
-# What is to be decoded: caches and the tokens they are to be extended by.
-Rows = Sequence[tuple[Cache, Sequence[int]]]
+class Feed(NamedTuple):
+    """What a cache is to be extended by.
+
+    Attributes:
+        wanted: for each token whether the logits after it are needed; None: the last one's alone. Such feeds have to go
+            into one batch.
+        start: tokens that the cache is to hold before; what it holds beyond is forgotten. None: all it holds.
+    """
+
+    cache: Cache
+    tokens: Sequence[int]
+    wanted: Sequence[bool] | None = None
+    start: int | None = None
+
+    @property
+    def outputs(self) -> int:
+        return 1 if self.wanted is None else sum(self.wanted)
+
+
+Rows = Sequence[Feed]
 
 
 @dataclass(frozen=True)
@@ -108,6 +128,7 @@ class Streams:
         conversations: how many conversations are held at once, N. Conversation i has sequences i and N + i of the
             shared context, or sequence i of each of two contexts: llama.cpp splits batches of divided caches where
             sequence numbers have gaps, so that the safe sequences alone have to be consecutive too.
+        outputs: logits rows that one sequence may want per decode.
     """
 
     def __init__(
@@ -119,6 +140,7 @@ class Streams:
         layout: Layout = "shared",
         kv_type: str = "f16",
         threads: int = 1,
+        outputs: int = 1,
     ) -> None:
         if layout not in LAYOUTS:
             raise UsageError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
@@ -127,7 +149,9 @@ class Streams:
         try:
             n_seq = 2 * conversations if layout == "shared" else conversations
             for _ in range(1 if layout == "shared" else 2):
-                context = llama.Context(model, n_ctx=n_ctx, n_seq=n_seq, kv_type=kv_type, threads=threads)
+                context = llama.Context(
+                    model, n_ctx=n_ctx, n_seq=n_seq, kv_type=kv_type, threads=threads, outputs=outputs
+                )
                 self.contexts.append(context)
         except BaseException:
             self.close()
@@ -153,45 +177,54 @@ def extend(work: Rows) -> list[Logits]:
     """Decode further tokens of several caches, one llama_decode per context and batch.
 
     Args:
-        work: (cache, tokens) with at least one token each, every cache at most once.
+        work: with at least one token each, every cache at most once.
 
     Returns:
-        For each item the logits after its last token, shape (n_vocab,): llama.cpp's own memory, which the caller may
-        write into and the next decode of that context overwrites.
+        For each feed the logits that it wants, shape (rows, n_vocab), one row unless it says otherwise: llama.cpp's own
+        memory, which the caller may write into and the next decode of that context overwrites.
 
     Raises:
         ContextError: a cache would exceed its n_ctx; nothing was decoded.
+        InternalError: a cache cannot go back to `start`.
         llama.DecodeAborted: cancelled; the caches hold what was finished.
     """
-    for cache, tokens in work:
-        if len(cache.tokens) + len(tokens) > cache.n_ctx:
-            raise ContextError(
-                f"the conversation needs {len(cache.tokens) + len(tokens)} tokens, the context holds {cache.n_ctx}"
-            )
+    for feed in work:
+        _go_back(feed)
+        needed = len(feed.cache.tokens) + len(feed.tokens)
+        if needed > feed.cache.n_ctx:
+            raise ContextError(f"the conversation needs {needed} tokens, the context holds {feed.cache.n_ctx}")
     logits: dict[Cache, Logits] = {}
-    for context in dict.fromkeys(cache.context for cache, _ in work):
-        group = sorted((item for item in work if item[0].context is context), key=lambda item: item[0].seq)
-        rows = _extend_context(context, group)
-        logits.update((cache, row) for (cache, _), row in zip(group, rows, strict=True))
-    return [logits[cache] for cache, _ in work]
+    for context in dict.fromkeys(feed.cache.context for feed in work):
+        group = sorted((feed for feed in work if feed.cache.context is context), key=lambda feed: feed.cache.seq)
+        rows, at = _extend_context(context, group), 0
+        for feed in group:
+            logits[feed.cache] = rows[at : at + feed.outputs]
+            at += feed.outputs
+    return [logits[feed.cache] for feed in work]
+
+
+def _go_back(feed: Feed) -> None:
+    if feed.start is not None and feed.start < len(feed.cache.tokens) and feed.cache.rewind(feed.start) != feed.start:
+        raise InternalError("this model's caches cannot forget their last tokens alone")
 
 
 def _extend_context(context: llama.Context, work: Rows) -> Logits:
     done = [0] * len(work)
     try:
-        for lengths in _phases([tokens for _, tokens in work]):
+        for lengths in _phases([feed.tokens for feed in work]):
             for chunk in _chunks(lengths, context.n_batch):
-                last = all(d + n == len(tokens) for d, n, (_, tokens) in zip(done, chunk, work, strict=True))
+                last = all(d + n == len(feed.tokens) for d, n, feed in zip(done, chunk, work, strict=True))
                 _decode_chunk(context, work, done, chunk, outputs=last)
                 for i, n in enumerate(chunk):
-                    cache, tokens = work[i]
-                    cache.tokens.extend(tokens[done[i] : done[i] + n])
+                    feed = work[i]
+                    feed.cache.tokens.extend(feed.tokens[done[i] : done[i] + n])
                     done[i] += n
     except BaseException:
-        for cache, _ in work:
-            cache.resync()
+        for feed in work:
+            feed.cache.resync()
         raise
-    return context.logits(len(work))
+    outputs = sum(feed.outputs for feed in work)
+    return context.logits(outputs) if outputs else np.empty((0, context.model.n_vocab), np.float32)
 
 
 def _decode_chunk(
@@ -206,13 +239,15 @@ def _decode_chunk(
     seqs: list[int] = []
     positions: list[int] = []
     wanted: list[int] = []
-    for (cache, pending), d, n in zip(work, done, chunk, strict=True):
+    for (cache, pending, mask, _), d, n in zip(work, done, chunk, strict=True):
+        if mask is not None and n < len(pending):
+            raise InternalError(f"{len(pending)} rows with logits do not fit one batch of {context.n_batch}")
         start = len(cache.tokens)
         tokens += pending[d : d + n]
         seqs += [cache.seq] * n
         positions += range(start, start + n)
-        wanted += [0] * n
-        if outputs:
+        wanted += [0] * n if mask is None else [int(w) for w in mask]
+        if outputs and mask is None:
             wanted[-1] = 1
     context.decode(tokens, seqs, positions, wanted)
 

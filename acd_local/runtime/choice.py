@@ -1,0 +1,222 @@
+"""What may be said at one position, and what is: legal tokens, the contrast over the plausible ones, the draw.
+
+Every execution strategy asks here, so that they differ in what they decode when, never in what they choose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from acd_local.runtime.contrast import Divergence, against, check_stream, plausible
+from acd_local.runtime.llama import Logits, TokenIds, Vocab
+from acd_local.runtime.sampling import GrammarGuard, TokenSampler
+
+
+@dataclass(frozen=True)
+class ContrastSettings:
+    """The contrast's numbers for one answer, see `contrast.contrast`.
+
+    `window`: contrast only the first so many tokens of the answer; None: all of them.
+    """
+
+    alpha: float
+    beta: float
+    raw: bool = False
+    window: int | None = None
+
+    def contrasts(self, position: int) -> bool:
+        """Whether the contrast is taken at answer position `position` (from 0)."""
+        return self.alpha > 0 and (self.window is None or position < self.window)
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """How both streams saw one token: natural-log probabilities, and its rank (1 = first) in the safe stream."""
+
+    safe_logprob: float
+    adversarial_logprob: float | None
+    safe_rank: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One choice of the loop.
+
+    Attributes:
+        token: what was sampled.
+        safe_choice: what the same draw gives on the safe stream's scores alone.
+        divergence: KL(S || A) in nats at this position, where asked for and there is a second stream.
+        ends: the token ends the answer and adds no text.
+        trace: filled where asked for.
+        compared: whether the adversarial stream's logits were taken here.
+    """
+
+    token: int
+    safe_choice: int
+    divergence: float | None
+    ends: bool
+    trace: TokenTrace | None
+    compared: bool
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the safe stream says of one position.
+
+    Attributes:
+        ids, scores: the plausible legal tokens, ascending, and their logits; both of shape (k,). k = 0: the grammar is
+            complete and the vocabulary has no token to say so.
+        logits: all logits as they came, shape (n_vocab,), where something other than the choice needs them.
+    """
+
+    position: int
+    ids: TokenIds
+    scores: Logits
+    logits: Logits | None
+
+    @property
+    def gap(self) -> float:
+        """Logits between the best and the second-best plausible token; infinite where there is one only."""
+        if len(self.ids) < 2:
+            return float("inf")
+        second, first = np.partition(self.scores, -2)[-2:]
+        return float(first - second)
+
+
+class Vocabulary:
+    """What the loop must know of a vocabulary: which tokens end an answer, and which may never be said.
+
+    The latter are control tokens that end nothing, and those the model file itself suppresses.
+    """
+
+    def __init__(self, vocab: Vocab, control_mask: int) -> None:
+        self.eog = vocab.eog_tokens()
+        control = {i for i, attr in enumerate(vocab.attrs()) if attr & control_mask and i not in self.eog}
+        self.banned = np.array(sorted(control | vocab.suppressed_tokens()), np.int32)
+
+
+class Chooser:
+    """Chooses an answer's tokens in order; remembers what samplers and a grammar remember.
+
+    Args:
+        divergence, trace: fill these fields of the steps; each takes a few passes over the vocabulary.
+    """
+
+    def __init__(
+        self,
+        sampler: TokenSampler,
+        vocabulary: Vocabulary,
+        settings: ContrastSettings,
+        *,
+        grammar: GrammarGuard | None = None,
+        divergence: bool = False,
+        trace: bool = False,
+    ) -> None:
+        self.settings = settings
+        self._sampler = sampler
+        self._vocabulary = vocabulary
+        self._grammar = grammar
+        self._divergence = divergence
+        self._trace = trace
+        self._measure: Divergence | None = None
+
+    def look(self, safe: Logits, position: int) -> Look:
+        """Take in the safe stream's logits, shape (n_vocab,), which are overwritten.
+
+        Raises:
+            NumericalError: the stream produced NaN.
+        """
+        check_stream(safe, "safe")
+        kept = safe.copy() if self._trace or self._divergence else None
+        # Control tokens that do not end the answer are never said; a grammar narrows further.
+        safe[self._vocabulary.banned] = -np.inf
+        legal = safe if self._grammar is None else self._grammar.restrict(safe, self.settings.beta)
+        return Look(position, *plausible(legal, self.settings.beta), kept)
+
+    def is_open(self, look: Look) -> bool:
+        """Whether the adversarial stream could change this choice."""
+        return self.settings.contrasts(look.position) and len(look.ids) > 1
+
+    def needs_adversary(self, look: Look) -> bool:
+        """Whether the adversarial stream's logits are needed here: for the choice, or because they were asked for."""
+        asked = look.logits is not None and len(look.ids) > 0 and self.settings.contrasts(look.position)
+        return asked or self.is_open(look)
+
+    def choose(self, look: Look, adversarial: Logits | None) -> Step | None:
+        """The loop's choice; None where there is nothing to say. Positions are to be chosen in order.
+
+        Args:
+            adversarial: the adversarial stream's logits, shape (n_vocab,); None where no contrast is taken.
+
+        Raises:
+            NumericalError: the stream produced NaN.
+        """
+        if len(look.ids) == 0:
+            return None
+        ids, scores, s = look.ids, look.scores, self.settings
+        safe_choice = None
+        if adversarial is not None:
+            check_stream(adversarial, "adversarial")
+            ids, scores = against(ids, scores, adversarial, alpha=s.alpha, raw=s.raw)
+            safe_choice = self._sampler.draw(look.ids, look.scores, look.position, dry_run=True)
+        token = self._sampler.draw(ids, scores, look.position)
+        self._accept(token)
+        return Step(
+            token=token,
+            safe_choice=token if safe_choice is None else safe_choice,
+            divergence=self._kl(look, adversarial),
+            ends=token in self._vocabulary.eog,
+            trace=_trace(token, look.logits, adversarial) if self._trace and look.logits is not None else None,
+            compared=adversarial is not None,
+        )
+
+    # -- going ahead ---------------------------------------------------------------------------------------------------
+
+    def fork(self) -> Self:
+        """A chooser that goes on from here by itself, for `guess`."""
+        grammar = None if self._grammar is None else self._grammar.clone()
+        return type(self)(
+            self._sampler.clone(),
+            self._vocabulary,
+            self.settings,
+            grammar=grammar,
+            divergence=self._divergence,
+            trace=self._trace,
+        )
+
+    def guess(self, look: Look) -> int:
+        """What the same draw gives on the safe stream's scores alone, accepted as if it were the choice."""
+        token = self._sampler.draw(look.ids, look.scores, look.position)
+        self._accept(token)
+        return token
+
+    def ends(self, token: int) -> bool:
+        return token in self._vocabulary.eog
+
+    def _accept(self, token: int) -> None:
+        self._sampler.accept(token)
+        if self._grammar is not None and token not in self._vocabulary.eog:
+            self._grammar.accept(token)
+
+    def _kl(self, look: Look, adversarial: Logits | None) -> float | None:
+        if not self._divergence or adversarial is None or look.logits is None:
+            return None
+        if self._measure is None:
+            self._measure = Divergence(len(adversarial))
+        return self._measure(look.logits, adversarial)
+
+
+def _trace(token: int, safe: Logits, adversarial: Logits | None) -> TokenTrace:
+    return TokenTrace(
+        safe_logprob=_logprob(safe, token),
+        adversarial_logprob=None if adversarial is None else _logprob(adversarial, token),
+        safe_rank=1 + int((safe > safe[token]).sum()),
+    )
+
+
+def _logprob(logits: Logits, token: int) -> float:
+    top = float(logits.max())
+    return float(logits[token]) - top - float(np.log(np.exp(logits - top).sum(dtype=np.float64)))

@@ -1,0 +1,172 @@
+"""The safe stream runs ahead on its own choices; the adversarial one takes them in one batch, and checks them.
+
+Rows are cheaper together. At the first choice that the contrast changes, both streams go back and on from the right
+token. The text is the stepwise loop's: a draft only guesses which logits will be needed (as in speculative decoding,
+Leviathan et al. 2023, but with the same draw on both sides instead of rejection sampling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+
+from acd_local.errors import NumericalError
+from acd_local.runtime.choice import Chooser, Look, Step
+from acd_local.runtime.generate import Need, Strategy, StreamLogits, advance, stepwise
+from acd_local.runtime.llama import Logits
+from acd_local.runtime.lookup import Lookup
+from acd_local.runtime.pace import Pace
+
+# The adversarial stream is this far behind at most; a batch takes 512 rows.
+BEHIND = 256
+
+
+@dataclass
+class _Run:
+    """Positions that the safe stream went ahead: what it saw there, and the tokens it went on with."""
+
+    looks: list[Look] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    survival: float = 1.0  # how likely the contrast changes none of them
+
+
+def deferred(
+    first: StreamLogits,
+    chooser: Chooser,
+    pace: Pace,
+    lookup: Lookup,
+    *,
+    limit: int,
+    lead: int = 1,
+    patient: bool = False,
+) -> Strategy:
+    """See `generate.stepwise`; needs streams that can forget their last tokens.
+
+    Args:
+        lookup: has seen the prompt.
+        lead: tokens at the beginning that are decoded stepwise.
+        patient: run ahead even where too many drafts fall for it to pay.
+    """
+    answer: list[int] = []
+    yield from _lead(first, chooser, min(lead, limit), answer)
+    lookup.extend(answer)
+    behind = len(answer) - 1  # answer tokens that the adversarial stream holds
+    over = not answer or chooser.ends(answer[-1])
+    while not over and len(answer) < limit:
+        if patient or pace.pays or not chooser.settings.contrasts(len(answer)) or lookup.draft([], 1):
+            run = yield from _ahead(answer, chooser, pace, lookup, limit)
+            steps, behind = yield from _catch_up(answer, behind, run, chooser, pace)
+        else:
+            steps, behind = yield from _abreast(answer, behind, chooser)
+        yield from steps
+        said = [step.token for step in steps]
+        answer += said
+        lookup.extend(said)
+        behind = min(behind, len(answer) - 1)  # after a change the last token is another
+        over = not steps or steps[-1].ends
+
+
+def _lead(first: StreamLogits, chooser: Chooser, limit: int, answer: list[int]) -> Strategy:
+    """The answer's beginning, stepwise; its tokens are added to `answer`."""
+    strategy = stepwise(first, chooser, limit=limit)
+    item = next(strategy, None)
+    while item is not None:
+        if isinstance(item, Step):
+            answer.append(item.token)
+            yield item
+            item = next(strategy, None)
+        else:
+            item = advance(strategy, (yield item))
+
+
+def _ahead(
+    answer: Sequence[int], chooser: Chooser, pace: Pace, lookup: Lookup, limit: int
+) -> Generator[Sequence[Need], list[Logits], _Run]:
+    """Draft until a change is likely, or until every choice so far is one that the contrast cannot change."""
+    drafting, run = chooser.fork(), _Run()
+    while True:
+        position = len(answer) + len(run.tokens)
+        last = run.tokens[-1] if run.tokens else answer[-1]
+        draft = lookup.draft(run.tokens, limit - position - 1)
+        tokens = [last, *draft]
+        (rows,) = yield [Need("safe", position - 1, tokens, [True] * len(tokens))]
+        pace.spend(len(tokens), 0)
+        right = 0
+        for logits, drafted in zip(rows, [*draft, None], strict=True):
+            try:
+                look = drafting.look(logits, len(answer) + len(run.tokens))
+            except NumericalError:
+                if run.looks:  # what was said before is not lost: the next run meets the same logits
+                    return run
+                raise
+            run.looks.append(look)
+            if len(look.ids) == 0:
+                return run
+            token = drafting.guess(look)
+            run.tokens.append(token)
+            if chooser.is_open(look):
+                run.survival *= 1 - pace.chance(look)
+            if drafting.ends(token) or len(answer) + len(run.tokens) == limit:
+                return run
+            if token != drafted:
+                break
+            right += 1
+        if draft:
+            lookup.learn(len(draft), right)
+        waits = any(map(chooser.needs_adversary, run.looks))
+        if not waits or not pace.goes_on(run.survival, len(run.tokens)):
+            return run
+
+
+def _catch_up(
+    answer: Sequence[int], behind: int, run: _Run, chooser: Chooser, pace: Pace
+) -> Generator[Sequence[Need], list[Logits], tuple[list[Step], int]]:
+    """Let the adversarial stream see the run, as far as it can change a choice; the choices, and what it holds then."""
+    wanted = [chooser.needs_adversary(look) for look in run.looks]
+    rows: list[Logits | None] = [None] * len(wanted)
+    if True in wanted:
+        last = len(wanted) - wanted[::-1].index(True)
+        # The logits of a position come from the token before it.
+        end = len(answer) + last - 1
+        pending = [*answer, *run.tokens][behind:end]
+        (found,) = yield [Need("adversarial", behind, pending, [False] * (len(pending) - last) + wanted[:last])]
+        pace.spend(len(pending), 0)
+        behind, logits = end, iter(found)
+        rows = [next(logits) if needed else None for needed in wanted]
+    elif len(answer) - behind > BEHIND and chooser.settings.contrasts(len(answer)):
+        pending = list(answer[behind:-1])
+        yield [Need("adversarial", behind, pending, [False] * len(pending))]
+        behind = len(answer) - 1
+    steps = _check(run, rows, chooser, pace)
+    pace.spend(0, len(steps))
+    return steps, behind
+
+
+def _abreast(
+    answer: Sequence[int], behind: int, chooser: Chooser
+) -> Generator[Sequence[Need], list[Logits], tuple[list[Step], int]]:
+    """One position side by side, as `stepwise` does."""
+    needs = [Need("safe", len(answer) - 1, answer[-1:]), Need("adversarial", behind, answer[behind:])]
+    safe, adversarial = yield needs
+    step = chooser.choose(chooser.look(safe[0], len(answer)), adversarial[0])
+    return [] if step is None else [step], len(answer)
+
+
+def _check(run: _Run, rows: Sequence[Logits | None], chooser: Chooser, pace: Pace) -> list[Step]:
+    """The run's choices up to the first that is another than was drafted."""
+    steps: list[Step] = []
+    for look, token, logits in zip(run.looks, [*run.tokens, None], rows, strict=False):
+        try:
+            step = chooser.choose(look, logits)
+        except NumericalError:
+            if steps:  # as above
+                break
+            raise
+        if step is None:
+            break
+        steps.append(step)
+        if chooser.is_open(look):
+            pace.learn(look, changed=step.token != token)
+        if step.token != token:
+            break
+    return steps

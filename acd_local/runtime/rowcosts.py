@@ -1,0 +1,115 @@
+"""What rows cost on this machine: measured while answers are decoded, and kept for the next process.
+
+An engine that knows no figures yet decodes the beginning of its answers stepwise and the rest deferred, so that both
+are seen. Figures that were read from disk do not change any more: the same answer gets the same batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from acd_local.runtime.probe import cache_dir
+
+SINGLES, BATCHES = 12, 6  # measurements that are enough
+KEPT = 200  # of a kind
+# How long runs are, and rows per token lost to drafts that fall: greedy and sampled, on the demo model (docs/speed.md).
+TYPICAL = {True: (5.0, 0.05), False: (2.5, 0.12)}
+MOST = 16  # rows of a batch
+
+
+@dataclass(frozen=True)
+class RowCosts:
+    """What decoding costs, in units of one row of one stream alone.
+
+    Attributes:
+        pair: a row of each stream together.
+        fixed, each: a batch of k > 1 rows of one stream costs fixed + k * each.
+    """
+
+    pair: float = 1.9
+    fixed: float = 0.9
+    each: float = 0.4
+
+    def rows(self, k: int) -> float:
+        """Of k rows of one stream in one batch."""
+        return float(k) if k < 2 else self.fixed + k * self.each
+
+    def deferred(self, *, greedy: bool) -> float:
+        """What a token is expected to cost if the safe stream runs ahead; side by side it is `pair`."""
+        length, lost = TYPICAL[greedy]
+        return (1 + self.each) * (1 + lost) + self.fixed / length
+
+
+class RowClock:
+    """Collects what batches took.
+
+    Args:
+        path: where figures are kept; see `file_for`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seconds: dict[tuple[int, int], list[float]] = defaultdict(list)  # by (streams, rows of each)
+        self.known = _read(path)
+
+    def note(self, streams: int, rows: int, seconds: float) -> None:
+        """A batch of `rows` rows of each of `streams` streams was decoded."""
+        if self.known is None and len(self._seconds[streams, rows]) < KEPT:
+            self._seconds[streams, rows].append(seconds)
+
+    def settle(self) -> None:
+        """Keep the figures if there are enough of them."""
+        if self.known is None and (found := self.measured()) is not None:
+            self.known = found
+            with suppress(OSError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                draft = self._path.with_suffix(f".{os.getpid()}.tmp")
+                draft.write_text(json.dumps(asdict(found)), "utf-8")
+                draft.replace(self._path)
+
+    def measured(self) -> RowCosts | None:
+        single, pair = self._seconds[1, 1], self._seconds[2, 1]
+        batches = [(k, t) for (n, k), found in self._seconds.items() if n == 1 and 4 <= k <= MOST for t in found]
+        if len(single) < SINGLES or len(pair) < SINGLES or len(batches) < BATCHES:
+            return None
+        one = statistics.median(single)
+        medians = {k: statistics.median(t for j, t in batches if j == k) / one for k, _ in batches}
+        fixed, each = _line(medians)
+        return RowCosts(round(statistics.median(pair) / one, 2), round(fixed, 2), round(each, 2))
+
+
+def _line(costs: dict[int, float]) -> tuple[float, float]:
+    """fixed and each of fixed + k * each, with a rise as of RowCosts where all batches are of one size."""
+    k, c = np.array(list(costs)), np.array(list(costs.values()))
+    spread = float(((k - k.mean()) ** 2).sum())
+    each = float(((k - k.mean()) * (c - c.mean())).sum()) / spread if spread > 0 else RowCosts.each
+    each = min(1.0, max(0.02, each))
+    return max(0.0, float((c - each * k).mean())), each
+
+
+def file_for(model: Path, **settings: object) -> Path:
+    """Where the figures of a model file under `settings` are kept."""
+    with suppress(OSError):
+        seen = model.stat()
+        settings = {**settings, "size": seen.st_size, "changed": seen.st_mtime_ns}
+    key = hashlib.sha256(
+        json.dumps([str(model.absolute()), settings], sort_keys=True, default=str).encode()
+    ).hexdigest()
+    return cache_dir() / "rowcosts" / f"{key[:32]}.json"
+
+
+def _read(path: Path) -> RowCosts | None:
+    try:
+        found = RowCosts(**{name: float(value) for name, value in json.loads(path.read_text("utf-8")).items()})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    return found if all(0 <= value < 100 for value in asdict(found).values()) else None

@@ -1,0 +1,397 @@
+"""Execution strategies: the same text as stepwise, fewer and larger batches, and what decides between them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_gguf
+from reference import TOLERANCE, contrast_by_hand, fresh_logits
+
+from acd_local.answers import Answer
+from acd_local.errors import InternalError, NumericalError, UsageError
+from acd_local.options import Options
+from acd_local.runtime import llama
+from acd_local.runtime.choice import Look
+from acd_local.runtime.lookup import MATCH, MOST, REST, START, Lookup
+from acd_local.runtime.pace import Pace
+from acd_local.runtime.rowcosts import RowClock, RowCosts
+from acd_local.runtime.streams import Feed, Streams, extend
+from acd_local.runtime.template import Message
+from acd_local.session import Engine
+
+PROMPTS = (
+    "How do I get red wine out of a carpet?",
+    "Name three rivers. Name three lakes. Name three rivers.",
+    "x",
+    "Write a poem about the sea, and then one about the sky.",
+)
+N = 40
+
+
+def both(engine: Engine, prompt: str, options: dict[str, Any], **asked: bool) -> tuple[Answer, Answer]:
+    """The answer by stepwise and by deferred decoding."""
+    given = {"temp": 0.0, "max_tokens": N, "seed": 7, **options}
+    one, other = (
+        engine.generate(prompt, Options(**given, strategy=strategy), **asked).run()
+        for strategy in ("stepwise", "deferred")
+    )
+    return one, other
+
+
+def tokens(answer: Answer) -> list[int]:
+    return [record.token for record in answer.tokens]
+
+
+def assert_near_tie(engine: Engine, prompt: str, one: Answer, other: Answer) -> None:
+    """At the first difference both tokens score alike under fully recomputed logits, or lie at the plausible border."""
+    a, b = tokens(one), tokens(other)
+    at = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    texts = (engine.pair.safe, engine.pair.adversarial.reveal_for_negative_stream())
+    prompts = [engine.template.encode([Message("system", text), Message("user", prompt)]) for text in texts]
+    s, v = (fresh_logits(engine._model, p + a[:at]).tolist() for p in prompts)
+    scores = contrast_by_hand(s, v, one.contrast.alpha, one.contrast.beta * np.exp(-2 * TOLERANCE), set())
+    assert abs(scores[a[at]] - scores[b[at]]) < 2 * TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Callable[..., Path]) -> Iterator[Engine]:
+    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+        yield engine
+
+
+# -- the same text -----------------------------------------------------------------------------------------------------
+
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "greedy, strong": {"alpha": 0.95, "beta": 0.02},
+    "raw": {"alpha": 0.5, "beta": 0.0, "raw_contrast": True},
+    "sampled": {"temp": 1.0},
+    "sampled, wide": {"temp": 1.5, "beta": 0.01, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+    "typical": {"temp": 1.0, "typical": 0.7},
+    "penalties": {"temp": 0.8, "repeat_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.3},
+    "greedy penalties": {"repeat_penalty": 1.5, "repeat_last_n": 16},
+    "dry": {"dry_multiplier": 1.0, "dry_allowed_length": 1},
+    "xtc": {"temp": 1.0, "xtc_probability": 0.7, "xtc_threshold": 0.05},
+    "mirostat 1": {"temp": 1.0, "mirostat": 1},
+    "mirostat 2": {"temp": 1.0, "mirostat": 2},
+    "grammar": {"temp": 1.0, "grammar": 'root ::= ([a-z]+ " ")+'},
+    "grammar that ends": {"grammar": 'root ::= "yes" | "no"'},
+    "schema": {"temp": 0.7, "json_schema": '{"type":"object","properties":{"a":{"type":"integer"}},"required":["a"]}'},
+    "window": {"window": 5},
+    "sampled window": {"temp": 1.0, "window": 1},
+    "never contrasted": {"alpha": 0.0},
+    "one plausible token": {"beta": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_text_is_the_stepwise_loops(engine: Engine, name: str) -> None:
+    differing = 0
+    for prompt in PROMPTS:
+        one, other = both(engine, prompt, SAMPLERS[name])
+        assert len(tokens(one)) > 0
+        if tokens(one) != tokens(other):
+            differing += 1
+            if "temp" not in SAMPLERS[name]:
+                assert_near_tie(engine, prompt, one, other)
+            continue
+        assert other.text == one.text
+        assert other.finish_reason == one.finish_reason
+        assert other.context_used == one.context_used
+        assert [r.safe_token for r in other.tokens] == [r.safe_token for r in one.tokens] or "mirostat" in name
+        assert other.contrast.changed == one.contrast.changed or "mirostat" in name
+    assert differing <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temp", [0.0, 1.0])
+def test_texts_over_many_prompts(tiny: Callable[..., Path], temp: float) -> None:
+    differing = 0
+    with Engine(tiny("chatml", seed=5), ctx_size=512, threads=1) as engine:
+        for i in range(200):
+            prompt = f"{i}. {PROMPTS[i % len(PROMPTS)]}"
+            one, other = both(engine, prompt, {"temp": temp, "seed": i})
+            if tokens(one) != tokens(other):
+                differing += 1
+                if temp == 0:
+                    assert_near_tie(engine, prompt, one, other)
+    assert differing <= 4
+
+
+@pytest.mark.parametrize("stream", ["safe", "adversarial"])
+def test_what_was_said_before_an_error_is_not_lost(
+    engine: Engine, stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are broken from one position on, whenever they are decoded."""
+    said, texts = [], {}
+    seq = 0 if stream == "safe" else 1
+    decode, logits, last = engine._streams.contexts[0].decode, engine._streams.contexts[0].logits, []
+
+    def decoding(tokens: Any, seqs: Any, positions: Any, outputs: Any) -> None:
+        last[:] = [(s, p) for s, p, o in zip(seqs, positions, outputs, strict=True) if o]
+        decode(tokens, seqs, positions, outputs)
+
+    def breaking(count: int) -> Any:
+        found = logits(count)
+        for row, (s, position) in zip(found, last, strict=True):
+            if s == seq and position >= said[seq] + 20:
+                row[:] = np.nan
+        return found
+
+    monkeypatch.setattr(engine._streams.contexts[0], "decode", decoding)
+    monkeypatch.setattr(engine._streams.contexts[0], "logits", breaking)
+    prompts = (engine.pair.safe, engine.pair.adversarial.reveal_for_negative_stream())
+    said += [len(engine.template.encode([Message("system", p), Message("user", PROMPTS[3])])) for p in prompts]
+    for strategy in ("stepwise", "deferred"):
+        stream_ = engine.generate(PROMPTS[3], Options(temp=0.0, max_tokens=N, strategy=strategy))  # type: ignore[arg-type]
+        with pytest.raises(NumericalError, match=stream):
+            for _ in stream_:
+                pass
+        texts[strategy] = stream_.text
+    assert texts["stepwise"] == texts["deferred"] != ""
+
+
+def test_stop_strings_end_where_they_did(engine: Engine) -> None:
+    text = engine.generate(PROMPTS[0], Options(temp=1.0, max_tokens=N, seed=7, strategy="stepwise")).run().text
+    stop = text[len(text) // 2 : len(text) // 2 + 3]
+    one, other = both(engine, PROMPTS[0], {"temp": 1.0, "stop": (stop,)})
+    assert one.finish_reason == other.finish_reason == "stop_string"
+    assert one.text == other.text
+    assert one.context_used == other.context_used
+
+
+def test_traces_and_divergence_are_those_of_every_position(engine: Engine) -> None:
+    one, other = both(engine, PROMPTS[0], {"temp": 1.0}, trace=True, divergence=True)
+    assert tokens(one) == tokens(other)
+    assert other.contrast.compared == one.contrast.compared == len(one.tokens)
+    assert other.contrast.mean_divergence == pytest.approx(one.contrast.mean_divergence, abs=TOLERANCE)
+    for a, b in zip(one.tokens, other.tokens, strict=True):
+        assert a.trace is not None and b.trace is not None
+        assert b.trace.safe_logprob == pytest.approx(a.trace.safe_logprob, abs=2 * TOLERANCE)
+        assert b.trace.adversarial_logprob == pytest.approx(a.trace.adversarial_logprob, abs=2 * TOLERANCE)
+
+
+def test_a_conversation_goes_on_after_a_deferred_answer(tiny: Callable[..., Path]) -> None:
+    """What drafts left in the caches is forgotten, and what the adversarial stream never saw is decoded."""
+    path, texts = tiny("chatml", seed=3), []
+    for strategy in ("stepwise", "deferred"):
+        with Engine(path, ctx_size=512, threads=1) as engine:
+            chat = engine.chat(options=Options(temp=0.0, max_tokens=16, strategy=strategy))  # type: ignore[arg-type]
+            texts.append([chat.ask(prompt).text for prompt in PROMPTS[:3]])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("writer", [tiny_gguf.write_mamba, tiny_gguf.write_gemma3])
+def test_models_that_cannot_forget_their_last_tokens_are_decoded_stepwise(
+    tiny: Callable[..., Path], writer: Callable[..., Path]
+) -> None:
+    with Engine(tiny("chatml", writer=writer), ctx_size=512, threads=1) as engine:
+        assert not engine.can_defer
+        one, other = both(engine, PROMPTS[0], {})
+        assert tokens(one) == tokens(other)
+        assert other.contrast.compared == len(other.tokens)
+
+
+# -- what is decoded ---------------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """What `Context.decode` was given: (rows of the safe sequence, of the adversarial one, logits rows) per batch."""
+
+    def __init__(self, context: llama.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[tuple[int, int, int]] = []
+        decode = context.decode
+
+        def recording(tokens: Any, seqs: Any, positions: Any, outputs: Any) -> None:
+            self.batches.append((list(seqs).count(0), list(seqs).count(1), int(sum(outputs))))
+            decode(tokens, seqs, positions, outputs)
+
+        monkeypatch.setattr(context, "decode", recording)
+
+
+def test_the_adversarial_stream_takes_several_tokens_at_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"beta": 0.5}
+    both(engine, PROMPTS[3], options)  # the system prompts are decoded
+    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    one, other = both(engine, PROMPTS[3], options)
+    assert tokens(one) == tokens(other)
+    stepwise, deferred = recorded.batches[: len(one.tokens)], recorded.batches[len(one.tokens) :]
+    assert set(stepwise[1:]) == {(1, 1, 2)}
+    adversarial = [batch for batch in deferred[1:] if batch[1]]
+    assert all(batch[0] == 0 for batch in adversarial)
+    assert max(batch[1] for batch in adversarial) > 2
+    # The first choice's logits came with the prompt; drafts that fell were looked at, but not compared.
+    wanted = sum(batch[2] for batch in adversarial)
+    assert other.contrast.compared - 1 <= wanted < sum(batch[1] for batch in adversarial)
+    assert other.contrast.compared < one.contrast.compared == len(one.tokens)
+
+
+def test_beyond_the_window_the_adversarial_stream_rests(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    answer = engine.generate(PROMPTS[1], Options(temp=0.0, max_tokens=N, window=4, strategy="deferred")).run()
+    assert len(answer.tokens) > 10
+    rows = [batch for batch in recorded.batches if batch[1] and batch[2]]
+    assert sum(batch[1] for batch in rows[1:]) <= 3
+    assert answer.contrast.compared <= 4
+
+
+def test_repetitions_are_drafted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under this grammar every token is the only one: the safe stream takes what came before in one batch."""
+    grammar = 'root ::= "' + "red green blue black white " * 8 + '"'
+    options = {"grammar": grammar, "max_tokens": 300, "beta": 1.0}
+    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    one, other = both(engine, PROMPTS[0], options)
+    assert one.text == other.text
+    assert other.text.startswith("red green blue black white red")
+    assert len(recorded.batches) - len(one.tokens) < 0.7 * len(other.tokens)
+
+
+def test_rows_with_logits_have_to_fit_one_batch(tiny: Callable[..., Path]) -> None:
+    with llama.Model(tiny("chatml")) as model:
+        streams = Streams(model, n_ctx=1024, outputs=16)
+        try:
+            cache = streams.slots[0].safe
+            (rows,) = extend([Feed(cache, list(range(5, 25)), [i in (3, 19) for i in range(20)])])
+            expected = [fresh_logits(model, list(range(5, 25))[: i + 1]) for i in (3, 19)]
+            assert rows.shape == (2, model.n_vocab)
+            assert np.abs(rows - np.stack(expected)).max() < TOLERANCE
+            (rows,) = extend([Feed(cache, [7], start=4)])
+            assert cache.tokens == [5, 6, 7, 8, 7]
+            assert np.abs(rows[0] - fresh_logits(model, [5, 6, 7, 8, 7])).max() < TOLERANCE
+            with pytest.raises(InternalError, match="one batch"):
+                extend([Feed(cache, [5] * 600, [True] * 600)])
+        finally:
+            streams.close()
+
+
+# -- how far ahead -----------------------------------------------------------------------------------------------------
+
+
+def look(*scores: float) -> Look:
+    return Look(0, np.arange(len(scores), dtype=np.int32), np.array(scores, np.float32), None)
+
+
+def test_the_gap_is_between_the_two_best() -> None:
+    assert look(1.0, 3.0, 2.5).gap == 0.5
+    assert look(1.0).gap == float("inf")
+
+
+def test_a_run_ends_where_a_change_is_likely() -> None:
+    pace = Pace(RowCosts(pair=1.8, fixed=0.7, each=0.45), alpha=0.5, greedy=True)
+    assert pace.goes_on(1.0, 1)
+    assert pace.goes_on(1 - pace.chance(look(3.0, 1.0)), 1)
+    assert not pace.goes_on(1 - pace.chance(look(3.0, 2.95)), 1)
+    assert not pace.goes_on(1.0, 16)
+    weak = Pace(RowCosts(), alpha=0.1, greedy=True)
+    assert weak.chance(look(3.0, 2.8)) < pace.chance(look(3.0, 2.8))
+
+
+def test_a_pace_learns_from_its_answer() -> None:
+    pace = Pace(RowCosts(pair=1.8, fixed=0.7, each=0.45), alpha=0.5, greedy=True)
+    before = pace.chance(look(3.0, 2.0))
+    for _ in range(40):
+        pace.learn(look(3.0, 2.0), changed=True)
+    assert pace.chance(look(3.0, 2.0)) > 0.7 > before
+    assert pace.pays
+    for _ in range(40):  # four rows a token
+        pace.spend(2, 0)
+        pace.spend(1, 1)
+    assert not pace.pays
+
+
+def test_cheap_batches_make_running_ahead_pay_and_dear_ones_do_not() -> None:
+    assert Pace(RowCosts(pair=1.9, fixed=0.8, each=0.3), alpha=0.5, greedy=False).pays
+    assert not Pace(RowCosts(pair=1.8, fixed=0.3, each=0.8), alpha=0.5, greedy=True).pays
+    assert not Pace(RowCosts(pair=1.05, fixed=0.9, each=0.05), alpha=0.5, greedy=True).pays  # a GPU
+
+
+def test_drafts_continue_what_came_before() -> None:
+    lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2])
+    assert lookup.draft([3], 10) == [4, 5, 6, 7][:START]
+    assert lookup.draft([3], 2) == [4, 5]
+    assert lookup.draft([9], 10) == []
+    lookup.extend([3])
+    assert lookup.draft([], 10) == [4, 5, 6, 7]
+    assert MATCH == 3
+
+
+def test_drafts_grow_while_they_come_true_and_rest_when_they_fail() -> None:
+    history = [*range(100, 160), 100, 101, 102]
+    lookup = Lookup(history)
+    assert len(lookup.draft([], 99)) == START
+    lookup.learn(START, START)
+    assert len(lookup.draft([], 99)) == 2 * START
+    lookup.learn(8, 8)
+    assert len(lookup.draft([], 99)) == MOST
+    for drafted in (15, 7, 3):
+        lookup.learn(drafted, 0)
+    assert lookup.draft([], 99) == []
+    lookup.extend([*range(REST), 100, 101, 102])
+    assert len(lookup.draft([], 99)) == START
+
+
+def test_embedding_rows_are_never_drafted() -> None:
+    assert Lookup([1, 2, 3, 4, -5, 6, 1, 2, 3]).draft([], 9) == [4]
+
+
+# -- what rows cost ----------------------------------------------------------------------------------------------------
+
+
+def measured(clock: RowClock, *, pair: float, fixed: float, each: float) -> None:
+    for _ in range(12):
+        clock.note(1, 1, 0.01)
+        clock.note(2, 1, 0.01 * pair)
+        for k in (4, 8, 12):
+            clock.note(1, k, 0.01 * (fixed + each * k))
+
+
+def test_row_costs_are_measured_once_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "costs" / "a.json"
+    clock = RowClock(path)
+    clock.settle()
+    assert clock.known is None and not path.exists()
+    measured(clock, pair=1.7, fixed=0.8, each=0.35)
+    clock.settle()
+    assert clock.known == RowCosts(1.7, 0.8, 0.35)
+    again = RowClock(path)
+    assert again.known == clock.known
+    measured(again, pair=3.0, fixed=0.1, each=0.9)
+    again.settle()
+    assert again.known == clock.known
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"pair": "x"}', '{"pairs": 1}', '{"pair": -1}', '{"pair": NaN}'])
+def test_damaged_figures_are_measured_again(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    assert RowClock(path).known is None
+
+
+def test_an_engine_measures_and_the_next_one_knows(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path))
+    path = tiny("chatml", seed=4)
+    with Engine(path, ctx_size=512, threads=1) as engine:
+        for prompt in (*PROMPTS, *PROMPTS):
+            engine.generate(prompt, Options(temp=0.0, max_tokens=N)).run()
+        known = engine._row_clock.known
+    assert known is not None
+    (kept,) = (tmp_path / "rowcosts").iterdir()
+    assert RowCosts(**json.loads(kept.read_text())) == known
+    with Engine(path, ctx_size=512, threads=1) as engine:
+        assert engine._row_clock.known == known
+
+
+# -- the option --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["fast", "", None, 3])
+def test_an_unknown_strategy_is_refused(value: Any) -> None:
+    with pytest.raises(UsageError, match="strategy"):
+        Options(strategy=value)
