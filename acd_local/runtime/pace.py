@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect
 
 from acd_local.runtime.choice import Look
-from acd_local.runtime.rowcosts import MOST, RowCosts
+from acd_local.runtime.rowcosts import RowCosts
 
 # By the gap between the two best plausible tokens, in nats at alpha 0.5: how often the contrast changes the choice,
 # greedy and sampled, and as how many observations that counts. Measured on the demo model: docs/speed.md.
@@ -57,7 +57,7 @@ class Pace:
         Args:
             survival: how likely none of the open choices so far changes.
         """
-        return drafted < MOST and survival * self.cost > 1 + self.costs.each
+        return drafted < self.costs.longest_run and survival * self.cost > 1 + self.costs.each
 
     def learn(self, look: Look, *, changed: bool) -> None:
         """What the contrast did to an open choice."""

@@ -23,7 +23,8 @@ SINGLES, BATCHES = 12, 6  # measurements that are enough
 KEPT = 200  # of a kind
 # How long runs are, and rows per token lost to drafts that fall: greedy and sampled, on the demo model (docs/speed.md).
 TYPICAL = {True: (5.0, 0.05), False: (2.5, 0.12)}
-MOST = 16  # rows of a batch
+MOST, LEAST = 16, 4  # drafted tokens at most: so many, or what takes PATIENCE, but not fewer than LEAST
+PATIENCE = 0.4  # seconds that a reader waits for the next words
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,22 @@ class RowCosts:
     Attributes:
         pair: a row of each stream together.
         fixed, each: a batch of k > 1 rows of one stream costs fixed + k * each.
+        seconds: of one row.
     """
 
     pair: float = 1.9
     fixed: float = 0.9
     each: float = 0.4
+    seconds: float = 0.02
 
     def rows(self, k: int) -> float:
         """Of k rows of one stream in one batch."""
         return float(k) if k < 2 else self.fixed + k * self.each
+
+    @property
+    def longest_run(self) -> int:
+        """Tokens that may be drafted before the first of them is shown."""
+        return min(MOST, max(LEAST, int(PATIENCE / max(self.seconds, 1e-6))))
 
     def deferred(self, *, greedy: bool) -> float:
         """What a token is expected to cost if the safe stream runs ahead; side by side it is `pair`."""
@@ -84,7 +92,7 @@ class RowClock:
         one = statistics.median(single)
         medians = {k: statistics.median(t for j, t in batches if j == k) / one for k, _ in batches}
         fixed, each = _line(medians)
-        return RowCosts(round(statistics.median(pair) / one, 2), round(fixed, 2), round(each, 2))
+        return RowCosts(round(statistics.median(pair) / one, 2), round(fixed, 2), round(each, 2), round(one, 4))
 
 
 def _line(costs: dict[int, float]) -> tuple[float, float]:
