@@ -1,7 +1,8 @@
 """What the contrast costs, measured against plain llama.cpp decoding of the same model in the same process.
 
-The cases take turns within every round, so that a machine whose speed drifts slows all of them alike; ratios are taken
-round by round and their median is reported. Peak memory is a process' own figure, so each case gets a process.
+The cases take turns within every round, one round forwards and the next backwards, so that a machine whose speed drifts
+slows all of them alike; ratios are taken round by round and their median is reported. Peak memory is a process' own
+figure, so each case gets a process.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
@@ -21,6 +24,7 @@ from acd_local.answering import AnswerStream
 from acd_local.errors import InternalError, UsageError
 from acd_local.options import Options
 from acd_local.runtime import child, llama
+from acd_local.runtime.rowcosts import RowCosts
 from acd_local.runtime.streams import LAYOUTS
 from acd_local.runtime.template import Message
 from acd_local.runtime.threads import physical_cores
@@ -34,8 +38,99 @@ QUESTIONS = (
     "Describe the water cycle to a curious child, step by step.",
     "Give me a plan for learning to cook in thirty days.",
 )
+# Answers that repeat their source.
+REPEATS = (
+    "Copy this text and correct its spelling:\n\n"
+    "The libary in our town opens at nine in the morning and closes at six in the evening. On Saturdays it closes at "
+    "noon, and on Sundays it stays shut. Everyone who lives here can borow up to ten books for four weeks, and films "
+    "and games for one week. If nobody else is waiting for a book, it can be kept for another four weeks. Whoever "
+    "brings a book back to late pays twenty cents for each day. Children pay nothing. In the cellar there is a room "
+    "where school classes meet, and a large table where old maps are laid out. The oldest of them was drawn by a "
+    "surveyer who walked along the river for two summers. Next to the entrance hangs a board with the lectures of the "
+    "month. Most of them are about history, some about gardening, and one of them is always about the stars.",
+    "Rewrite this text with all numbers as digits and change nothing else:\n\n"
+    "Our bakery starts work at three in the morning. Two bakers knead the dough, and a third one heats the oven. By "
+    "five the first forty loaves are done, and at six the shop opens. We sell seven kinds of bread and twelve kinds "
+    "of rolls, and on Fridays a cake with plums. A loaf weighs one kilogram and keeps for four days. In winter we "
+    "bake fifteen loaves more each day, because the school across the street takes them. The flour comes from a mill "
+    "that is eight kilometres away, and the salt from a mine that has been open for two hundred years. What is left in "
+    "the evening costs half, and what is left after that goes to a farm with thirty pigs. Nothing is thrown away.",
+    "Summarise this note by quoting its three most important sentences word for word:\n\n"
+    "The pump in the cellar was checked on Monday. Its filter was full of sand and has been replaced. While it was "
+    "open we found that the seal of the lower valve is worn and lets a little water through. It will hold for the "
+    "summer, but it has to be replaced before the first frost, because water that stands in the pipe can freeze and "
+    "burst it. A new seal has been ordered and should be here in three weeks. Until then, please do not switch the "
+    "pump off for longer than an hour, and look at the gauge once a day. If it shows less than two bar, close the "
+    "main valve and call us. The pressure tank is in good order. The electrical box has been cleaned, and its cover "
+    "now closes again. We also replaced the lamp at the foot of the stairs, which had been broken since spring.",
+)
 PLAIN = "plain llama.cpp"
 ENGINE_PLAIN = "acd --plain"
+SHARED = "contrast, shared"
+WINDOW = 16
+STRATEGIES: Mapping[str, Mapping[str, Any]] = {
+    "stepwise": {"strategy": "stepwise"},
+    "deferred": {"strategy": "deferred"},
+    "auto": {"strategy": "auto"},
+    f"window {WINDOW}": {"strategy": "auto", "window": WINDOW},
+}
+WARM_UPS = 12  # answers at most until it is known what rows cost
+SAFE, ADVERSARIAL = 0, 1  # sequences of a shared context with one conversation
+
+
+class Batch(NamedTuple):
+    """What one llama_decode was given, each of shape (rows,)."""
+
+    seqs: tuple[int, ...]
+    positions: tuple[int, ...]
+    wanted: tuple[int, ...]
+
+    def rows(self, seq: int) -> int:
+        return self.seqs.count(seq)
+
+    def start(self, seq: int) -> int:
+        """The first position of a sequence that has rows here."""
+        return min(p for p, s in zip(self.positions, self.seqs, strict=True) if s == seq)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One answer.
+
+    Attributes:
+        steps: tokens after the first.
+        seconds: from the first token to the last.
+        outside: of these, spent outside llama_decode; None: not measured.
+        first: seconds to the first token.
+        compared: share of the positions where the adversarial stream's logits were taken.
+        batches: what was decoded after the prompt, where it was recorded.
+    """
+
+    steps: int
+    seconds: float
+    outside: float | None = None
+    first: float | None = None
+    compared: float | None = None
+    batches: Sequence[Batch] = ()
+
+    def prompt(self, seq: int) -> int:
+        """Tokens that a sequence held before the first of the batches."""
+        return min((batch.start(seq) for batch in self.batches if seq in batch.seqs), default=0)
+
+    @property
+    def accepted(self) -> float | None:
+        """Share of the safe stream's rows that became answer tokens: the others were drafts that fell."""
+        rows = sum(batch.rows(SAFE) for batch in self.batches)
+        return self.steps / rows if rows else None
+
+    @property
+    def rows(self) -> float | None:
+        """Rows decoded per token, both streams."""
+        rows = sum(len(batch.seqs) for batch in self.batches)
+        return rows / self.steps if rows else None
+
+
+Ask: TypeAlias = Callable[[], Measured]
 
 
 @dataclass
@@ -44,11 +139,12 @@ class Case:
 
     Attributes:
         tokens_per_second: per round.
-        ratio: time per token over plain llama.cpp's in the same round, per round.
+        ratio: time per token over that of as many tokens of plain llama.cpp in the same round, per round.
         outside_ms: time per token spent outside llama_decode, milliseconds, per round.
         cold_s: time to the first token of a fresh engine, seconds, load excluded.
         warm_s: the same for a new conversation whose system prompts are decoded, per round.
         peak_mb: peak resident memory of a process that does only this, 10^6 bytes.
+        compared, accepted, rows: see `Measured`, per round.
     """
 
     name: str
@@ -58,13 +154,24 @@ class Case:
     cold_s: float | None = None
     warm_s: list[float] = field(default_factory=list)
     peak_mb: float | None = None
+    compared: list[float] = field(default_factory=list)
+    accepted: list[float] = field(default_factory=list)
+    rows: list[float] = field(default_factory=list)
+
+    def add(self, found: Measured, plain_s: float) -> None:
+        """A round's answer; plain_s: seconds that plain llama.cpp took for as many tokens. One token is no measure."""
+        if found.steps > 0:
+            self.tokens_per_second.append(found.steps / found.seconds)
+            self.ratio.append(found.seconds / plain_s)
+            if found.outside is not None:
+                self.outside_ms.append(found.outside / found.steps * 1e3)
+        lists = (self.warm_s, self.compared, self.accepted, self.rows)
+        for values, value in zip(lists, (found.first, found.compared, found.accepted, found.rows), strict=True):
+            if value is not None:
+                values.append(value)
 
     def summary(self) -> dict[str, float | str | None]:
         """Medians, JSON types."""
-
-        def median(values: list[float]) -> float | None:
-            return round(statistics.median(values), 4) if values else None
-
         return {
             "case": self.name,
             "tokens_per_second": median(self.tokens_per_second),
@@ -75,10 +182,32 @@ class Case:
             "peak_mb": None if self.peak_mb is None else round(self.peak_mb, 1),
         }
 
+    def strategy_summary(self) -> dict[str, float | str | None]:
+        """The same of an execution strategy."""
+        return {
+            "case": self.name,
+            "tokens_per_second": median(self.tokens_per_second),
+            "ratio_to_plain": median(self.ratio),
+            "compared_share": median(self.compared),
+            "accepted_share": median(self.accepted),
+            "rows_per_token": median(self.rows),
+        }
+
+
+def median(values: Sequence[float]) -> float | None:
+    """Rounded for people; None of nothing."""
+    return round(statistics.median(values), 4) if values else None
+
 
 @dataclass(frozen=True)
 class Report:
-    """A finished benchmark."""
+    """A finished benchmark.
+
+    Attributes:
+        cases: plain llama.cpp and the engine, without contrast and in each layout, on QUESTIONS.
+        strategies, repeat: execution strategies of the shared layout, on QUESTIONS and on REPEATS.
+        costs: what rows cost here, as the engine measured it; None where it could not.
+    """
 
     model: str
     n_vocab: int
@@ -86,6 +215,21 @@ class Report:
     tokens: int
     rounds: int
     cases: list[Case]
+    strategies: list[Case]
+    repeat: list[Case]
+    costs: RowCosts | None
+
+
+def auto_against_best(cases: Sequence[Case]) -> float | None:
+    """The time of `auto` over that of the better fixed strategy; 1 is what it should be, less is noise."""
+    medians = {case.name: statistics.median(case.ratio) for case in cases if case.ratio}
+    if not {"auto", "stepwise", "deferred"} <= set(medians):
+        return None
+    return round(medians["auto"] / min(medians["stepwise"], medians["deferred"]), 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rounds
 
 
 def run(
@@ -98,15 +242,14 @@ def run(
     memory: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Measure plain llama.cpp, the engine without contrast, and the contrast in each layout, in turns.
+    """Measure plain llama.cpp, the engine without contrast, the contrast in each layout and strategy, in turns.
 
     Args:
         tokens: answer tokens per measurement.
         rounds: how often every case is measured.
         memory: also start one process per case for its peak memory.
     """
-    if tokens < 2 or rounds < 1:
-        raise UsageError(f"a benchmark needs at least 2 tokens and 1 round, not {tokens} and {rounds}")
+    check_counts(tokens, rounds)
     threads = threads or physical_cores()
     settings: dict[str, Any] = {"threads": threads, "ctx_size": ctx_size}
     with ExitStack() as stack:
@@ -114,15 +257,36 @@ def run(
         engines = {ENGINE_PLAIN: Engine(model, **settings), **engines}
         for engine in engines.values():
             stack.enter_context(engine)
-        first = engines[ENGINE_PLAIN]
+        first, shared = engines[ENGINE_PLAIN], engines[SHARED]
         bare = stack.enter_context(llama.Context(first._model, n_ctx=ctx_size, n_seq=1, threads=threads))
         cases = {name: Case(name) for name in (PLAIN, *engines)}
-        for number in range(rounds + 1):  # the first round warms caches up; only its cold start counts
-            progress(f"round {number} of {rounds}" if number else "warming up")
-            question = QUESTIONS[number % len(QUESTIONS)]
-            plain_s = _plain(first, bare, question, tokens, cases[PLAIN], counts=number > 0)
-            for name, engine in engines.items():
-                _engine(engine, question, tokens, cases[name], plain_s, counts=number > 0)
+        strategies, repeat = ({name: Case(name) for name in STRATEGIES} for _ in range(2))
+
+        def plain(text: str) -> Plain:
+            return decode_plain(bare, first.template.encode(conversation(first, text)), tokens)
+
+        def ways(text: str) -> dict[str, Ask]:
+            return {name: partial(by_strategy, shared, name, text, tokens) for name in STRATEGIES}
+
+        progress("warming up")
+        cases[PLAIN].cold_s = plain(QUESTIONS[0]).first
+        for name, engine in engines.items():
+            cases[name].cold_s = _ask(engine, name, QUESTIONS[0], tokens).first
+            if name != ENGINE_PLAIN:
+                warm_up(engine, tokens)
+        others = {name: engine for name, engine in engines.items() if name != SHARED}
+        for number in range(1, rounds + 1):
+            progress(f"round {number} of {rounds}")
+            text = QUESTIONS[number % len(QUESTIONS)]
+            asks = {name: partial(_ask_anew, engine, name, text, tokens) for name, engine in others.items()}
+            base, found = in_turns(number, partial(plain, text), asks | ways(text))
+            found[SHARED] = found["auto"]  # what the engine does by default
+            found[PLAIN] = base.measured(tokens - 1)
+            note(cases, base, found)
+            note(strategies, base, found)
+            text = REPEATS[number % len(REPEATS)]
+            base, found = in_turns(number, partial(plain, text), ways(text))
+            note(repeat, base, found)
         report = Report(
             model=first.info.name or first.info.path.name,
             n_vocab=first.info.n_vocab,
@@ -130,6 +294,9 @@ def run(
             tokens=tokens,
             rounds=rounds,
             cases=list(cases.values()),
+            strategies=list(strategies.values()),
+            repeat=list(repeat.values()),
+            costs=shared._row_clock.known,
         )
     if memory:
         for case in report.cases:
@@ -138,28 +305,65 @@ def run(
     return report
 
 
-def _plain(engine: Engine, context: llama.Context, question: str, tokens: int, case: Case, *, counts: bool) -> float:
-    """llama_decode and argmax, nothing else; returns seconds per token."""
-    prompt = engine.template.encode([Message("system", engine.pair.safe), Message("user", question)])
+def check_counts(tokens: int, rounds: int) -> None:
+    if tokens < 2 or rounds < 1:
+        raise UsageError(f"a benchmark needs at least 2 tokens and 1 round, not {tokens} and {rounds}")
+
+
+def in_turns(number: int, plain: Callable[[], Plain], others: Mapping[str, Ask]) -> tuple[Plain, dict[str, Measured]]:
+    """One round: all of them once, every second time backwards."""
+    base = plain() if number % 2 else None
+    names = list(others) if number % 2 else list(others)[::-1]
+    found = {name: others[name]() for name in names}
+    return base or plain(), found
+
+
+def note(cases: Mapping[str, Case], base: Plain, found: Mapping[str, Measured]) -> None:
+    """Add a round's answers to their cases."""
+    for name, case in cases.items():
+        if name in found:
+            case.add(found[name], base.seconds(found[name].steps))
+
+
+def conversation(engine: Engine, text: str) -> list[Message]:
+    """What the safe stream reads."""
+    return [Message("system", engine.pair.safe), Message("user", text)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain llama.cpp
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Plain decoding: seconds to the first token, seconds of each one after it, seconds outside llama_decode."""
+
+    first: float
+    each: Sequence[float]
+    outside: float
+
+    def seconds(self, steps: int) -> float:
+        """Of the first so many tokens after the first."""
+        return list(accumulate(self.each))[min(steps, len(self.each)) - 1] if steps > 0 else 0.0
+
+    def measured(self, steps: int) -> Measured:
+        return Measured(steps, self.seconds(steps), self.outside, self.first)
+
+
+def decode_plain(context: llama.Context, prompt: Sequence[int], tokens: int) -> Plain:
+    """llama_decode and argmax, nothing else; an end of the answer is no reason to stop."""
     context.truncate(0, 0)
     started = time.perf_counter()
     token = int(_decode(context, prompt, 0).argmax())
-    first = time.perf_counter() - started
-    inside, started = context.seconds, time.perf_counter()
+    first, inside, each = time.perf_counter() - started, context.seconds, []
     for position in range(len(prompt), len(prompt) + tokens - 1):
+        started = time.perf_counter()
         token = int(_decode(context, [token], position).argmax())
-    per_token = (time.perf_counter() - started) / (tokens - 1)
-    if counts:
-        case.tokens_per_second.append(1 / per_token)
-        case.ratio.append(1.0)
-        case.outside_ms.append((per_token - (context.seconds - inside) / (tokens - 1)) * 1e3)
-        case.warm_s.append(first)
-    else:
-        case.cold_s = first
-    return per_token
+        each.append(time.perf_counter() - started)
+    return Plain(first, each, sum(each) - (context.seconds - inside))
 
 
-def _decode(context: llama.Context, tokens: list[int], start: int) -> llama.Logits:
+def _decode(context: llama.Context, tokens: Sequence[int], start: int) -> llama.Logits:
     rows = np.array(tokens, np.int32)
     for at in range(0, len(rows), context.n_batch):
         part = rows[at : at + context.n_batch]
@@ -171,28 +375,90 @@ def _decode(context: llama.Context, tokens: list[int], start: int) -> llama.Logi
     return logits
 
 
-def _engine(engine: Engine, question: str, tokens: int, case: Case, plain_s: float, *, counts: bool) -> None:
-    """The whole engine, text and statistics included."""
-    stream, contexts = _ask(engine, question, tokens, plain=case.name == ENGINE_PLAIN), engine._streams.contexts
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine
+
+
+class Recorder:
+    """Keeps what a context is given to decode, between entry and exit."""
+
+    def __init__(self, context: llama.Context) -> None:
+        self._context = context
+        self.batches: list[Batch] = []
+
+    def __enter__(self) -> Self:
+        decode = self._context.decode
+
+        def recording(tokens: llama.Row, seqs: llama.Row, positions: llama.Row, outputs: llama.Row) -> None:
+            self.batches.append(Batch(tuple(seqs), tuple(positions), tuple(outputs)))
+            decode(tokens, seqs, positions, outputs)
+
+        self._context.decode = recording  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._context.decode  # the class' own is back
+
+    def after(self, prompt: int) -> list[Batch]:
+        """Those that followed a prompt of so many tokens in the safe stream."""
+        starts = (i for i, b in enumerate(self.batches) if SAFE in b.seqs and b.start(SAFE) >= prompt)
+        return self.batches[next(starts, len(self.batches)) :]
+
+
+def measure(engine: Engine, stream: AnswerStream) -> Measured:
+    """One answer, text and statistics included."""
+    contexts = engine._streams.contexts
     started, inside = time.perf_counter(), 0.0
     for _ in stream:
         inside = inside or sum(context.seconds for context in contexts)  # once the prompt is decoded
     seconds = time.perf_counter() - started
     inside = sum(context.seconds for context in contexts) - inside
-    timings, steps = stream.answer.timings, max(1, len(stream.answer.tokens) - 1)
-    first, seconds = timings.prompt_seconds, seconds - timings.prompt_seconds
-    per_token = seconds / steps
-    if counts:
-        case.tokens_per_second.append(1 / per_token)
-        case.ratio.append(per_token / plain_s)
-        case.outside_ms.append((seconds - inside) / steps * 1e3)
-        case.warm_s.append(first)
-    else:
-        case.cold_s = first
+    answer = stream.answer
+    seconds -= answer.timings.prompt_seconds
+    positions = answer.contrast.positions
+    return Measured(
+        steps=max(0, len(answer.tokens) - 1),
+        seconds=seconds,
+        outside=seconds - inside,
+        first=answer.timings.prompt_seconds,
+        compared=answer.contrast.compared / positions if positions else None,
+    )
 
 
-def _ask(engine: Engine, question: str, tokens: int, *, plain: bool) -> AnswerStream:
-    return engine.generate(question, Options(temp=0.0, max_tokens=tokens, plain=plain))
+def measure_rows(engine: Engine, stream: AnswerStream) -> Measured:
+    """The same with its batches; of an engine with the shared layout and one conversation."""
+    with Recorder(engine._streams.contexts[0]) as recorder:
+        found = measure(engine, stream)
+    return replace(found, batches=recorder.after(stream.answer.prompt_tokens))
+
+
+def warm_up(engine: Engine, tokens: int) -> None:
+    """Answer until the engine knows what rows cost, where it wants to know."""
+    for text in (QUESTIONS * WARM_UPS)[:WARM_UPS]:
+        if engine._row_clock.known is not None or not engine.can_defer:
+            return
+        engine.generate(text, Options(temp=0.0, max_tokens=max(tokens, 64))).run()
+
+
+def by_strategy(engine: Engine, name: str, text: str, tokens: int) -> Measured:
+    """A new conversation's answer by one of STRATEGIES; the system prompts are decoded."""
+    _forget(engine, Options(temp=0.0, max_tokens=1))
+    options = Options(temp=0.0, max_tokens=tokens, **STRATEGIES[name])
+    return measure_rows(engine, engine.generate(text, options))
+
+
+def _ask(engine: Engine, name: str, text: str, tokens: int) -> Measured:
+    return measure(engine, engine.generate(text, Options(temp=0.0, max_tokens=tokens, plain=name == ENGINE_PLAIN)))
+
+
+def _ask_anew(engine: Engine, name: str, text: str, tokens: int) -> Measured:
+    _forget(engine, Options(temp=0.0, max_tokens=1, plain=name == ENGINE_PLAIN))
+    return _ask(engine, name, text, tokens)
+
+
+def _forget(engine: Engine, options: Options) -> None:
+    """Answer something else, so that the caches hold nothing of the next conversation but its system prompts."""
+    engine.generate("Hello.", options).run()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,7 +490,7 @@ def _peak_here(case: str, model: str, threads: int, ctx_size: int) -> float:
     else:
         layout = "split" if "split" in case else "shared"
         with Engine(model, threads=threads, ctx_size=ctx_size, layout=layout) as engine:  # type: ignore[arg-type]
-            _ask(engine, QUESTIONS[0], 16, plain=case == ENGINE_PLAIN).run()
+            _ask(engine, case, QUESTIONS[0], 16)
     return _high_water_mark()
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from acd_local import __version__
-from acd_local.cli import evaluate, flags, optimize
+from acd_local.cli import bench, evaluate, optimize
 from acd_local.cli.shell import EXIT_CODES, one_line, run_cli, say
 
 if TYPE_CHECKING:
@@ -143,102 +142,7 @@ def check_pair(file: str) -> None:
     print(f"{one_line(file)}: valid")
 
 
-@command.command("bench")
-@click.argument("model", required=False)
-@click.option("--tokens", type=click.IntRange(4), default=64, show_default=True, help="Answer tokens per measurement.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How often each case is measured.")
-@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads; default: the physical cores.")
-@click.option("--ctx-size", "-c", type=click.IntRange(512), default=2048, show_default=True, help="Tokens per stream.")
-@click.option("--no-memory", is_flag=True, help="Do not measure peak memory (one process per case).")
-@click.option(
-    "--parallel",
-    type=click.IntRange(2, 128),
-    metavar="N",
-    help="Instead: prompts per minute, N at once against one by one.",
-)
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
-def run_bench(
-    model: str | None,
-    tokens: int,
-    rounds: int,
-    threads: int | None,
-    ctx_size: int,
-    no_memory: bool,
-    parallel: int | None,
-    as_json: bool,
-) -> None:
-    """Measure what the contrast costs on MODEL, in turns with plain llama.cpp decoding.
-
-    Medians over the rounds; ratios are taken within a round.
-    """
-    from acd_local import bench
-
-    if parallel is not None:
-        _bench_parallel(flags.resolve_model(model), parallel, tokens, rounds, threads, ctx_size, as_json)
-        return
-
-    report = bench.run(
-        flags.resolve_model(model),
-        tokens=tokens,
-        rounds=rounds,
-        threads=threads,
-        ctx_size=ctx_size,
-        memory=not no_memory,
-        progress=lambda line: say(f"{PROGRAM} bench: {line}"),
-    )
-    rows = [case.summary() for case in report.cases]
-    if as_json:
-        head = {k: getattr(report, k) for k in ("model", "n_vocab", "threads", "tokens", "rounds")}
-        print(json.dumps(head | {"cases": rows}, ensure_ascii=False))
-        return
-    print(f"{one_line(report.model)}: vocabulary {report.n_vocab}, {report.threads} threads, ", end="")
-    print(f"{report.tokens} tokens x {report.rounds} rounds, medians")
-    print(f"{'':<20}{'tokens/s':>10}{'time ratio':>12}{'outside':>12}{'first token':>22}{'peak':>11}")
-    print(f"{'':<20}{'':>10}{'to plain':>12}{'llama_decode':>14}{'cold':>9}{'warm':>11}{'memory':>11}")
-    for row in rows:
-        print(_bench_line(row))
-
-
-def _bench_parallel(
-    model: str, parallel: int, tokens: int, rounds: int, threads: int | None, ctx_size: int, as_json: bool
-) -> None:
-    from acd_local import throughput
-
-    found = throughput.run(
-        model,
-        parallel,
-        tokens=tokens,
-        rounds=rounds,
-        threads=threads,
-        ctx_size=ctx_size,
-        progress=lambda line: say(f"{PROGRAM} bench: {line}"),
-    )
-    speeds = {n: statistics.median(values) for n, values in found.per_minute.items()}
-    if as_json:
-        keys = ("parallel", "prompts", "tokens", "threads", "gains", "gain", "differing")
-        print(json.dumps({k: getattr(found, k) for k in keys} | {"prompts_per_minute": speeds}))
-        return
-    print(f"{found.prompts} prompts, up to {found.tokens} tokens, {found.threads} threads, {rounds} rounds, medians")
-    print(f"one by one {speeds[1]:9.1f} prompts per minute")
-    print(f"{parallel:>3} at once{speeds[parallel]:9.1f} prompts per minute, {found.gain:.2f} times as many")
-    print(f"texts that differ (near-ties in another batch shape): {found.differing} of {found.prompts}")
-
-
-def _bench_line(row: dict[str, Any]) -> str:
-    def cell(value: float | None, form: str, width: int) -> str:
-        return (form.format(value) if value is not None else "-").rjust(width)
-
-    return (
-        f"{row['case']:<20}"
-        + cell(row["tokens_per_second"], "{:.1f}", 10)
-        + cell(row["ratio_to_plain"], "{:.2f}", 12)
-        + cell(row["outside_decode_ms"], "{:.2f} ms", 14)
-        + cell(row["first_token_cold_s"], "{:.2f} s", 9)
-        + cell(row["first_token_warm_s"], "{:.2f} s", 11)
-        + cell(row["peak_mb"], "{:.0f} MB", 11)
-    )
-
-
+command.add_command(bench.command)
 command.add_command(evaluate.command)
 command.add_command(optimize.command)
 
