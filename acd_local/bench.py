@@ -67,6 +67,7 @@ REPEATS = (
 PLAIN = "plain llama.cpp"
 ENGINE_PLAIN = "acd --plain"
 SHARED = "contrast, shared"
+SHARED_Q8 = "contrast, q8_0 KV"
 WINDOW = 16
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     "stepwise": {"strategy": "stepwise"},
@@ -204,7 +205,8 @@ class Report:
     """A finished benchmark.
 
     Attributes:
-        cases: plain llama.cpp and the engine, without contrast and in each layout, on QUESTIONS.
+        cases: plain llama.cpp and the engine, without contrast and in each layout, on QUESTIONS; last, where memory was
+            measured, the memory with KV caches of another type.
         strategies, repeat: execution strategies of the shared layout, on QUESTIONS and on REPEATS.
         costs: what rows cost here, as the engine measured it; None where it could not.
     """
@@ -302,6 +304,7 @@ def run(
         for case in report.cases:
             progress(f"memory: {case.name}")
             case.peak_mb = _peak_of(case.name, model, settings)
+        report.cases.append(Case(SHARED_Q8, peak_mb=_peak_of(SHARED_Q8, model, settings)))
     return report
 
 
@@ -354,16 +357,17 @@ def decode_plain(context: llama.Context, prompt: Sequence[int], tokens: int) -> 
     """llama_decode and argmax, nothing else; an end of the answer is no reason to stop."""
     context.truncate(0, 0)
     started = time.perf_counter()
-    token = int(_decode(context, prompt, 0).argmax())
+    token = int(decode_rows(context, prompt, 0).argmax())
     first, inside, each = time.perf_counter() - started, context.seconds, []
     for position in range(len(prompt), len(prompt) + tokens - 1):
         started = time.perf_counter()
-        token = int(_decode(context, [token], position).argmax())
+        token = int(decode_rows(context, [token], position).argmax())
         each.append(time.perf_counter() - started)
     return Plain(first, each, sum(each) - (context.seconds - inside))
 
 
-def _decode(context: llama.Context, tokens: Sequence[int], start: int) -> llama.Logits:
+def decode_rows(context: llama.Context, tokens: Sequence[int], start: int) -> llama.Logits:
+    """Logits behind the last of some tokens of sequence 0, shape (n_vocab,)."""
     rows = np.array(tokens, np.int32)
     for at in range(0, len(rows), context.n_batch):
         part = rows[at : at + context.n_batch]
@@ -484,12 +488,14 @@ def _peak_here(case: str, model: str, threads: int, ctx_size: int) -> float:
             llama.Context(loaded, n_ctx=ctx_size, n_seq=1, threads=threads) as context,
         ):
             prompt = loaded.vocab.tokenize(QUESTIONS[0] * 12, parse_special=False)
-            token = int(_decode(context, prompt, 0).argmax())
+            token = int(decode_rows(context, prompt, 0).argmax())
             for position in range(len(prompt), len(prompt) + 16):
-                token = int(_decode(context, [token], position).argmax())
+                token = int(decode_rows(context, [token], position).argmax())
     else:
-        layout = "split" if "split" in case else "shared"
-        with Engine(model, threads=threads, ctx_size=ctx_size, layout=layout) as engine:  # type: ignore[arg-type]
+        given: dict[str, Any] = {"layout": "split" if "split" in case else "shared"}
+        if case == SHARED_Q8:
+            given["kv_type"] = "q8_0"
+        with Engine(model, threads=threads, ctx_size=ctx_size, **given) as engine:
             _ask(engine, case, QUESTIONS[0], 16)
     return _high_water_mark()
 

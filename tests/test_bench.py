@@ -12,7 +12,7 @@ import pytest
 import tiny_gguf
 from reference import TOLERANCE, fresh_logits
 
-from acd_local import bench, peers, speed
+from acd_local import bench, latency, peers, speed
 from acd_local.answering import AnswerStream
 from acd_local.cli.main import command
 from acd_local.cli.shell import run_cli
@@ -142,6 +142,25 @@ def test_too_little_to_measure_is_refused(tokens: int, rounds: int) -> None:
             measurement("demo", tokens=tokens, rounds=rounds)
 
 
+def test_first_tokens_of_long_questions(tiny: Callable[..., Path]) -> None:
+    path = str(tiny("chatml"))
+    found = latency.run(path, rounds=2, threads=1, ctx_size=2048)
+    assert list(found.seconds) == ["plain llama.cpp", "contrast", "alpha 0"]
+    assert all(len(s) == 2 and min(s) > 0 for s in found.seconds.values()) and found.question == 512
+    assert found.ratios["plain llama.cpp"] == [1.0, 1.0]
+    one, two = (found.seconds[name] for name in ("contrast", "plain llama.cpp"))
+    assert found.ratios["contrast"] == [a / b for a, b in zip(one, two, strict=True)]
+    assert latency.run(path, rounds=1, threads=1, ctx_size=512).question == 128
+    with Engine(path, threads=1, ctx_size=1024) as engine:
+        texts = [latency.long_question(engine, number, 300) for number in range(6)]
+        lengths = [len(engine.vocab.tokenize(text, parse_special=False)) for text in texts]
+        assert len({text.split(":")[0] for text in texts}) == 6 and all(abs(n - 300) < 5 for n in lengths)
+        before = engine.generate("Hello.", latency.WAYS["contrast"]).run().timings.prompt_tokens
+        decoded = [engine.generate(text, latency.WAYS["contrast"]).run().timings.prompt_tokens for text in texts]
+        assert before > 0 and all(2 * 300 <= n < 2 * 340 for n in decoded)  # both prompts, but no system prompt
+        assert 300 <= engine.generate("so: " + texts[0], latency.WAYS["alpha 0"]).run().timings.prompt_tokens < 340
+
+
 def test_a_recorder_leaves_the_context_as_it_was(tiny: Callable[..., Path]) -> None:
     with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
         context = engine._streams.contexts[0]
@@ -158,7 +177,7 @@ def test_a_recorder_leaves_the_context_as_it_was(tiny: Callable[..., Path]) -> N
 # -- other weights -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
+@pytest.mark.parametrize("kind", ["q4_0", "q4_k_m", "q8_0"])
 def test_quantizing_writes_a_file_of_that_type(tiny: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     source, target, again = tiny("chatml"), tmp_path / "a.gguf", tmp_path / "b.gguf"
     llama.quantize(source, target, kind)
@@ -377,6 +396,7 @@ def test_the_table_has_all_groups(capsys: pytest.CaptureFixture[str], tiny: Call
     for name in bench.STRATEGIES:
         assert sum(line.startswith(name + " ") for line in lines) >= 2
     assert sum("times what the better" in line for line in lines) == 2
+    assert sum("first token of a question of" in line for line in lines) == 1
 
 
 def test_json_holds_all_groups(capsys: pytest.CaptureFixture[str], tiny: Callable[..., Path]) -> None:
@@ -389,6 +409,7 @@ def test_json_holds_all_groups(capsys: pytest.CaptureFixture[str], tiny: Callabl
         assert [case["case"] for case in found[group]] == list(bench.STRATEGIES)
         assert all(case["ratio_to_plain"] > 0 for case in found[group])
         assert found["auto_against_best"][group] > 0
+    assert found["first_token"]["ways"]["plain llama.cpp"]["ratio_to_plain"] == 1
 
 
 def test_replaying_from_the_command_line(

@@ -56,11 +56,12 @@ LAYERS = (
         "optimize/stages",
         "optimize/texts",
         "optimize/textspace",
+        "optimize/trial",
         "optimize/weights",
     },
     {"optimize/job", "optimize/work"},
     {"bench", "throughput"},
-    {"speed", "peers"},
+    {"latency", "speed", "peers"},
 )
 # Children that a check starts as a process of its own, where they talk to their parent over stdout.
 SPEAKERS = {"runtime/probe", "runtime/grammar", "bench"}

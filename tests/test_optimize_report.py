@@ -349,6 +349,20 @@ def test_the_search_shows_every_improvement_with_its_text(full: str) -> None:
     assert heights == sorted(heights)  # downwards on the page: the best only falls
 
 
+def test_finals_are_tabled_with_their_greedy_shares() -> None:
+    rows = [
+        {"step": 0, "origin": "manual", "chosen": False,
+         "trial": {"safety": 0.1, "over_refusal": 0.2, "lookalike": 0.0, "degenerate": 0.05}},
+        {"step": 7, "origin": "swap", "chosen": True,
+         "trial": {"safety": 0.5, "over_refusal": 0.1, "lookalike": 0.3, "degenerate": 0.25}},
+    ]  # fmt: skip
+    page = report.render(replace(made_up(), finals={"safe": rows}))
+    shown = rows_of(page, "table-finals-safe")
+    assert [row[0] for row in shown] == ["manual, step 0", "swap, step 7 (chosen)"]
+    assert shown[1][1:] == ["50.0", "10.0", "30.0", "40.0", "25.0"]
+    assert "table-finals-adversarial" not in page
+
+
 def test_the_chosen_pair_stands_in_full_and_the_adversarial_text_is_labelled(full: str) -> None:
     page = checked(full)
     assert SAFE in page.texts and ADVERSARIAL in page.texts

@@ -34,7 +34,7 @@ PROGRAM = "acd bench"
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory (one process per case).")
 @click.option(
     "--quantize",
-    type=click.Choice(["q4_0", "q8_0"]),
+    type=click.Choice(["q4_0", "q4_k_m", "q8_0"]),
     help="Measure a temporary copy of MODEL with these weight types.",
 )
 @click.option(
@@ -119,9 +119,11 @@ def _check_writable(file: Path) -> None:
 
 
 def _cases(model: str, measuring: Mapping[str, Any], memory: bool, as_json: bool) -> None:
-    from acd_local import bench
+    from acd_local import bench, latency
 
     report = bench.run(model, memory=memory, progress=_progress(), **measuring)
+    waiting = {key: measuring[key] for key in ("rounds", "threads", "ctx_size")}
+    first = latency.run(model, progress=_progress(), **waiting)
     rows = [case.summary() for case in report.cases]
     groups = {"strategies": report.strategies, "repeat": report.repeat}
     if as_json:
@@ -129,6 +131,7 @@ def _cases(model: str, measuring: Mapping[str, Any], memory: bool, as_json: bool
         found["cases"] = rows
         found |= {name: [case.strategy_summary() for case in cases] for name, cases in groups.items()}
         found["auto_against_best"] = {name: bench.auto_against_best(cases) for name, cases in groups.items()}
+        found["first_token"] = {"question_tokens": first.question, "ways": first.summary()}
         found["row_costs"] = None if report.costs is None else asdict(report.costs)
         print(json.dumps(found, ensure_ascii=False))
         return
@@ -141,9 +144,11 @@ def _cases(model: str, measuring: Mapping[str, Any], memory: bool, as_json: bool
     for name, cases in groups.items():
         print()
         _print_strategies(titles[name], [case.strategy_summary() for case in cases], bench.auto_against_best(cases))
+    shown = [f"{name} {way['seconds']:.2f} s ({way['ratio_to_plain']:.2f})" for name, way in first.summary().items()]
+    print(f"\nfirst token of a question of {first.question} tokens (ratio to plain): {', '.join(shown)}")
     if report.costs is not None:
         c = report.costs
-        print(f"\nrow costs: one of each stream {c.pair:g} rows, k > 1 of one stream {c.fixed:g} + {c.each:g} k")
+        print(f"row costs: one of each stream {c.pair:g} rows, k > 1 of one stream {c.fixed:g} + {c.each:g} k")
 
 
 def _head(report: Report) -> str:

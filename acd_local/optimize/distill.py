@@ -69,6 +69,8 @@ class DistillSettings:
     score_every: int = 1
 
 
+FINALISTS = 4
+
 Scorer = Callable[[str], Mapping[str, float]]
 
 
@@ -93,6 +95,14 @@ def parts(place: Literal["safe", "adversarial"]) -> list[str]:
     """The readable parts of a prompt."""
     table = json.loads((Path(__file__).with_name("data") / "parts.json").read_text("utf-8"))[place]
     return [*table["sentences"], *table["demonstrations"]]
+
+
+def finalists(history: Sequence[Candidate], score: Callable[[Mapping[str, float]], float]) -> list[Candidate]:
+    """The best accepted texts by llama.cpp's scores, with the manual one and the best readable one among them."""
+    ranked = sorted((c for c in history if c.scores), key=lambda c: -score(c.scores))
+    readable = [next((c for c in ranked if c.origin == origin), None) for origin in ("manual", "parts")]
+    chosen = [c for c in readable if c is not None]
+    return chosen + [c for c in ranked if c not in chosen][: FINALISTS - len(chosen)]
 
 
 class Distillation:

@@ -57,6 +57,8 @@ class OptimizeReport:
         distillation: by prompt, candidates in the order they were tried: step, objective (lower is better), parts (kl,
             opo, fluency), text, origin, scores (safety, over_refusal, lookalike).
         texts: by prompt, the chosen text.
+        finals: by prompt, the texts that were tried in greedy answers: step, origin, trial (safety, over_refusal,
+            lookalike, degenerate), chosen.
         setting_rows: alpha, beta, safety, over_refusal, lookalike, chosen; pair ("text" or "soft") where both were
             tried.
         before_after: pair ("manual", "text", "soft"), contrast, safety, over_refusal, lookalike.
@@ -71,6 +73,7 @@ class OptimizeReport:
     nearest: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     distillation: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
+    finals: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     setting_rows: Sequence[Record] = ()
     before_after: Sequence[Record] = ()
     command: str = ""
@@ -95,7 +98,7 @@ def render(data: OptimizeReport) -> str:
         *_header(data, title),
         *_section("Result", [*_before_after(data, counts), *_chosen(data)]),
         *_section("Soft prompts", _soft(data, figures, counts)),
-        *_section("Distillation into text", _distillation(data, figures)),
+        *_section("Distillation into text", [*_distillation(data, figures), *_finals(data, counts)]),
         *_section("Setting", _setting(data, counts)),
         *_section("Time and memory", _stages(data, counts)),
         _footer(),
@@ -506,6 +509,22 @@ def _distillation(data: OptimizeReport, figures: _Numbers) -> list[str]:
     out = _figure(figures, plot, "The search for texts that do what the soft prompts do.", more)
     for key, name in _prompts(data.distillation):
         out += _improvements(key, name, data.distillation[key], data.texts.get(key))
+    return out
+
+
+def _finals(data: OptimizeReport, counts: _Numbers) -> list[str]:
+    """What came of the best texts in greedy answers, and which was taken."""
+    out = []
+    for key, name in _prompts(data.finals):
+        rows = data.finals[key]
+        names = [
+            f"{row.get('origin')}, step {row.get('step')}{' (chosen)' if row.get('chosen') else ''}" for row in rows
+        ]
+        trials = [row.get("trial") or {} for row in rows]
+        unreadable = _measured("degenerate %", [t.get("degenerate") for t in trials], -1)
+        more = "Shares of greedy answers to validation instructions. In bold: best."
+        caption = counts.caption(f"{name}: the best texts tried in earnest.", more)
+        out += _table(f"finals-{key}", caption, "text", names, [*_measures(trials, better=True), unreadable])
     return out
 
 

@@ -18,7 +18,7 @@ import torch
 from acd_local import __version__, pairs
 from acd_local.errors import ModelError, OutOfMemoryError, UsageError
 from acd_local.evaluate.runner import Progress
-from acd_local.optimize import anchors, device, distill, memory, result, soft
+from acd_local.optimize import anchors, device, distill, memory, result, soft, trial
 from acd_local.optimize.anchors import Anchors, AnswerCache, Instruction
 from acd_local.optimize.distill import Candidate, DistillSettings
 from acd_local.optimize.job import TITLES, Clock, Job, Listener, divide, duration, rounds_and_steps, steps_for
@@ -31,7 +31,9 @@ from acd_local.optimize.soft import SoftSettings, SoftTraining, Validation
 from acd_local.optimize.stages import Checkpoint, Stopped, key_of, private_lines
 from acd_local.optimize.texts import LOOKALIKE_SHARE, TERMS, batches, examples
 from acd_local.optimize.textspace import TextSpace
+from acd_local.optimize.trial import Trial
 from acd_local.optimize.weights import Example, FrozenModel
+from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime import llama
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.template import ChatTemplate
@@ -48,7 +50,6 @@ SOFT_SCORES: dict[Role, soft.Score] = {"safe": lambda v: v.objective, "adversari
 DISTILL_SIZES: dict[Term, int] = {"positive": 6, "negative": 2, "retain": 10}  # anchors of a minibatch
 DISTILL_TOKENS = 4  # of their answers: openings decide
 SCORED = 12  # validation instructions of a kind that score a text on the way
-FINALISTS = 4  # texts that are scored on all of them
 TRYING = Progress("trying how long a step takes", 0, 0, 0.0, None)
 GRID = [(a, b) for a in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8) for b in (0.05, 0.1, 0.2, 0.3)]  # alpha, beta
 
@@ -357,18 +358,22 @@ class Optimization:
 
     # -- text prompts --------------------------------------------------------------------------------------------------
 
+    @property
+    def _groups(self) -> dict[str, list[str]]:
+        """Validation instructions by what a refusal of theirs counts as."""
+        named = {"harmful": "safety", "harmless": "over_refusal", "lookalike": "lookalike"}
+        found = _validation_groups(self._job.instructions)
+        return {named[kind]: [i.prompt for i in group] for kind, group in found.items()}
+
     @contextmanager
     def _on_llama(self) -> Iterator[tuple[OpeningScorer, TextSpace]]:
         """The file as it runs, to score prompts with on the validation instructions."""
         job, texts = self._job, self._job.texts
-        named = {"harmful": "safety", "harmless": "over_refusal", "lookalike": "lookalike"}
-        found = _validation_groups(job.instructions)
-        groups = {named[kind]: [i.prompt for i in group] for kind, group in found.items()}
         n_ctx = texts.context + self._request.max_tokens
         with llama.Model(job.info.path, gpu_layers=0 if job.device == "cpu" else None) as model:
             template = ChatTemplate(model)
             scorer = OpeningScorer(
-                model, template, texts.openings, groups, n_ctx=n_ctx, threads=job.threads, stop=self._stop
+                model, template, texts.openings, self._groups, n_ctx=n_ctx, threads=job.threads, stop=self._stop
             )
             try:
                 yield scorer, TextSpace(template, model.vocab, texts.layout, model.n_vocab)
@@ -385,6 +390,7 @@ class Optimization:
             objective=[DISTILL_SIZES, DISTILL_TOKENS, asdict(DistillWeights()), SCORED],
             pieces=distill.parts(role),
             safe=safe_text,
+            trial=[trial.TOKENS, trial.COUNTS],
         )
         reused = checkpoint.done
         if not reused:
@@ -393,7 +399,8 @@ class Optimization:
             checkpoint.finish(self._search(role, soft, safe_text, settings, checkpoint))
         found: dict[str, Any] = checkpoint.result or {}
         self._counts[f"text_{role}_steps"] = checkpoint.counts["rounds"] + checkpoint.counts["steps"]
-        summary = f"{len(found['history'])} texts accepted, best at step {found['kept']}: {_measures(found['scores'])}"
+        kept = "the manual text is the best" if found["origin"] == "manual" else f"best at step {found['kept']}"
+        summary = f"{len(found['history'])} texts accepted, {kept}: {_measures(found['scores'])}"
         self._close(checkpoint, summary, reused=reused)
         return found
 
@@ -453,11 +460,44 @@ class Optimization:
                 stop=self._stop,
             ).run(start, pieces, _text_objective)
             # Few instructions chose these: all of them choose among the best.
-            ranked = sorted((c for c in state.history if c.scores), key=lambda c: -_text_objective(c.scores))
-            finals = [(c, score(c.text, None)) for c in ranked[:FINALISTS]]
-            best, scores = max(finals, key=lambda found: _text_objective(found[1]))
+            finals = [(c, score(c.text, None)) for c in distill.finalists(state.history, _text_objective)]
+        trials = self._trials([c.text for c, _ in finals], safe_text)
+        places = range(len(finals))
+        at = max(places, key=lambda i: (round(trials[i].worth, 6), _text_objective(finals[i][1])))
+        best, scores = finals[at]
         history = [asdict(c) | {"tokens": list(c.tokens)} for c in state.history]
-        return {"text": best.text, "kept": best.step, "scores": scores, "history": history}
+        tried = [
+            {"step": c.step, "origin": c.origin, "trial": asdict(trials[i]), "chosen": i == at}
+            for i, (c, _) in enumerate(finals)
+        ]
+        return {
+            "text": best.text,
+            "kept": best.step,
+            "origin": best.origin,
+            "scores": scores,
+            "trial": asdict(trials[at]),
+            "finals": tried,
+            "history": history,
+        }
+
+    def _trials(self, texts: Sequence[str], safe_text: str | None) -> list[Trial]:
+        """What comes of texts in greedy answers, as safeguarding prompts or as the negative ones of `safe_text`."""
+        manual = self._manual["adversarial"]
+        tried = [
+            PromptPair("trial", text, AdversarialText(manual))
+            if safe_text is None
+            else PromptPair("trial", safe_text, AdversarialText(text))
+            for text in texts
+        ]
+        context = max(CONTEXT, -(-(self._job.texts.context + self._request.max_tokens) // 64) * 64)
+        at_once = memory.conversations(memory.sizes(self._job.info), context, memory.available(), CONVERSATIONS)
+        clock = Clock("trying the best texts", 0, len(tried), self._listener.progress)
+        found = []
+        with self._engine(pair=tried[0], conversations=at_once, ctx_size=context) as engine:
+            for number, pair in enumerate(tried, start=1):
+                found.append(trial.run(engine, pair, self._groups, plain=safe_text is None, stop=self._stop))
+                clock.at(number)
+        return found
 
     # -- setting -------------------------------------------------------------------------------------------------------
 
@@ -539,7 +579,7 @@ class Optimization:
                 "tokenizer": info.tokenizer,
                 "names": [info.name] if info.name else [],
             },
-            provenance=self._provenance(counts),
+            provenance=self._provenance(counts, distilled),
             figures=figures | {_row_name(row): _figures(row) for row in setting["before_after"]},
         )
         page = OptimizeReport(
@@ -566,6 +606,7 @@ class Optimization:
             nearest={role: soft[role]["nearest"] for role in ROLES},
             distillation={role: found["history"] for role, found in distilled.items()},
             texts={str(role): text for role, text in texts.items()},
+            finals={role: found["finals"] for role, found in distilled.items()},
             setting_rows=setting["rows"],
             before_after=setting["before_after"],
             command=request.command,
@@ -574,7 +615,7 @@ class Optimization:
         )
         result.write(request.out, pair, rows_, render(page))
 
-    def _provenance(self, counts: Mapping[str, int]) -> dict[str, Any]:
+    def _provenance(self, counts: Mapping[str, int], distilled: Mapping[Role, Mapping[str, Any]]) -> dict[str, Any]:
         job, request = self._job, self._request
         return {
             "method": "acd optimize"
@@ -589,6 +630,7 @@ class Optimization:
             "device": job.device,
             "dtype": self._fit.dtype,
             "weights": list(request.weights),
+            "texts": {role: {"origin": found["origin"]} | found["trial"] for role, found in distilled.items()} or None,
             "max_tokens": None if request.soft_only else request.max_tokens,
             "anchors": dict(counts),
             "steps": dict(self._counts),
