@@ -239,6 +239,7 @@ def run(
     *,
     tokens: int = 64,
     rounds: int = 5,
+    pair: str | None = None,
     threads: int | None = None,
     ctx_size: int = 2048,
     memory: bool = True,
@@ -253,7 +254,7 @@ def run(
     """
     check_counts(tokens, rounds)
     threads = threads or physical_cores()
-    settings: dict[str, Any] = {"threads": threads, "ctx_size": ctx_size}
+    settings: dict[str, Any] = {"threads": threads, "ctx_size": ctx_size, "pair": pair}
     with ExitStack() as stack:
         engines = {f"contrast, {layout}": Engine(model, layout=layout, **settings) for layout in LAYOUTS}
         engines = {ENGINE_PLAIN: Engine(model, **settings), **engines}

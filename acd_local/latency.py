@@ -43,6 +43,7 @@ def run(
     model: str,
     *,
     rounds: int = 5,
+    pair: str | None = None,
     threads: int | None = None,
     ctx_size: int = 2048,
     progress: Callable[[str], None] = lambda line: None,
@@ -53,7 +54,7 @@ def run(
     """
     check_counts(2, rounds)
     threads = threads or physical_cores()
-    settings: dict[str, Any] = {"threads": threads, "ctx_size": ctx_size}
+    settings: dict[str, Any] = {"threads": threads, "ctx_size": ctx_size, "pair": pair}
     with Engine(model, **settings) as engine:
         question = min(QUESTION, ctx_size // 4)
         with llama.Context(engine._model, n_ctx=ctx_size, n_seq=1, threads=threads) as bare:

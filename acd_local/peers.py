@@ -64,6 +64,7 @@ def run(
     *,
     tokens: int = 64,
     rounds: int = 5,
+    pair: str | None = None,
     threads: int | None = None,
     ctx_size: int = 2048,
     progress: Callable[[str], None] = lambda line: None,
@@ -71,7 +72,7 @@ def run(
     """Answer QUESTIONS greedily by each, with the engine's own prompts, alpha and beta."""
     check_counts(tokens, rounds)
     with ExitStack() as stack:
-        engine = stack.enter_context(Engine(model, threads=threads, ctx_size=ctx_size))
+        engine = stack.enter_context(Engine(model, threads=threads, ctx_size=ctx_size, pair=pair))
         settings = resolve_contrast(Options(), engine.pair)
         peers: dict[str, Peer] = {}
         left_out: dict[str, str] = {}

@@ -193,6 +193,7 @@ def run_replay(
     source: str = DEMO,
     tokens: int = 64,
     rounds: int = 5,
+    pair: str | None = None,
     threads: int | None = None,
     ctx_size: int = 2048,
     progress: Progress = lambda line: None,
@@ -213,7 +214,7 @@ def run_replay(
         progress("measuring batches")
         costs = batch_costs(both)
         progress(f"recording answers of {source}")
-        recorded = _record(source, costs, tokens, rounds, {"threads": threads, "ctx_size": ctx_size})
+        recorded = _record(source, costs, tokens, rounds, {"threads": threads, "ctx_size": ctx_size, "pair": pair})
         groups: list[dict[str, Case]] = [{name: Case(name) for name in STRATEGIES} for _ in recorded]
         for number in range(1, rounds + 1):
             progress(f"round {number} of {rounds}")
@@ -399,6 +400,7 @@ def run_curves(
     *,
     tokens: int = 64,
     rounds: int = 5,
+    pair: str | None = None,
     threads: int | None = None,
     ctx_size: int = 2048,
     progress: Progress = lambda line: None,
@@ -409,7 +411,7 @@ def run_curves(
         UsageError: the model's caches cannot forget tokens.
     """
     check_counts(tokens, rounds)
-    with Engine(model, threads=threads, ctx_size=ctx_size) as engine:
+    with Engine(model, threads=threads, ctx_size=ctx_size, pair=pair) as engine:
         if not engine.can_defer:
             raise UsageError("this model's caches cannot forget their last tokens: it is always decoded stepwise")
         with _pair_context(engine._model, ctx_size, engine.threads) as both:

@@ -56,6 +56,7 @@ def run(
     *,
     tokens: int = 64,
     rounds: int = 3,
+    pair: str | None = None,
     threads: int | None = None,
     ctx_size: int = 1024,
     plain: bool = False,
@@ -65,8 +66,8 @@ def run(
     options = Options(temp=0.0, max_tokens=tokens, plain=plain)
     speeds: dict[int, list[float]] = {1: [], parallel: []}
     with (
-        Engine(model, ctx_size=ctx_size, threads=threads, system_apart=True) as alone,
-        Engine(model, ctx_size=ctx_size, threads=threads, conversations=parallel) as together,
+        Engine(model, ctx_size=ctx_size, threads=threads, pair=pair, system_apart=True) as alone,
+        Engine(model, ctx_size=ctx_size, threads=threads, pair=pair, conversations=parallel) as together,
     ):
         texts: dict[int, list[str]] = {}
         for number in range(rounds + 1):  # the first decodes the system prompts

@@ -412,6 +412,23 @@ def test_json_holds_all_groups(capsys: pytest.CaptureFixture[str], tiny: Callabl
     assert found["first_token"]["ways"]["plain llama.cpp"]["ratio_to_plain"] == 1
 
 
+def test_the_pair_decides_what_is_contrasted(
+    capsys: pytest.CaptureFixture[str], tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, pair = str(tiny("chatml")), tmp_path / "calm.toml"
+    pair.write_text('format = 1\nname = "calm"\nsafe = "Be kind."\nadversarial = "Be rude."\nalpha = 0.0\nbeta = 0.1\n')
+    shares = []
+    for given in ((), ("--pair", str(pair))):
+        code, out, _ = acd(capsys, "bench", model, "--no-memory", "--json", *given, *SMALL)
+        assert code == 0
+        shares.append({c["case"]: c["compared_share"] for c in json.loads(out)["strategies"]}["stepwise"])
+    assert shares == [1, 0]
+    for mode in ((), ("--replay",), ("--peers",), ("--plot", str(tmp_path / "x.svg")), ("--parallel", "2")):
+        code, out, err = acd(capsys, "bench", model, *mode, "--pair", "no-such-pair", *SMALL)
+        assert (code, out) == (5, "")
+        assert "no-such-pair" in err.splitlines()[-1]
+
+
 def test_replaying_from_the_command_line(
     capsys: pytest.CaptureFixture[str], tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ PROGRAM = "acd bench"
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How often each case is measured.")
 @click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads; default: the physical cores.")
 @click.option("--ctx-size", "-c", type=click.IntRange(512), default=2048, show_default=True, help="Tokens per stream.")
+@click.option("--pair", metavar="NAME|FILE", help="Prompt pair; default: the best one for the model.")
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory (one process per case).")
 @click.option(
     "--quantize",
@@ -122,7 +123,7 @@ def _cases(model: str, measuring: Mapping[str, Any], memory: bool, as_json: bool
     from acd_local import bench, latency
 
     report = bench.run(model, memory=memory, progress=_progress(), **measuring)
-    waiting = {key: measuring[key] for key in ("rounds", "threads", "ctx_size")}
+    waiting = {key: measuring[key] for key in ("rounds", "pair", "threads", "ctx_size")}
     first = latency.run(model, progress=_progress(), **waiting)
     rows = [case.summary() for case in report.cases]
     groups = {"strategies": report.strategies, "repeat": report.repeat}
