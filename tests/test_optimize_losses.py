@@ -16,7 +16,7 @@ from acd_local.optimize.anchors import Anchors, Instruction, Pair
 from acd_local.optimize.layout import Layout
 from acd_local.optimize.losses import MAX_LOG_P, Term, term_loss, token_log_probs
 from acd_local.optimize.objective import DistillWeights, TextObjective
-from acd_local.optimize.openings import Openings
+from acd_local.optimize.openings import Openings, Spine
 from acd_local.optimize.soft import SoftSettings, loss_and_gradient, mean_nll, micro_batches, refusal_probabilities
 from acd_local.optimize.texts import Texts
 from acd_local.optimize.weights import Example, FrozenModel
@@ -105,7 +105,7 @@ def test_the_roles_swap_the_sets(model: FrozenModel, layout: Layout, z: Any, lik
     anchors = Anchors(
         **{name: tuple(Pair(instructions[e], e.answer) for e in es) for name, es in sets.items()}, written=0
     )
-    texts = Texts(layout, tails, {}, {}, Openings((), ((),)), 0, 0, ())
+    texts = Texts(layout, tails, {}, {}, Openings(()), 0, 0, ())
     for role, terms in (
         ("safe", {"positive": "refused", "negative": "complied", "retain": "answered"}),
         ("adversarial", {"positive": "complied", "negative": "refused", "retain": "answered"}),
@@ -226,7 +226,8 @@ def test_unlikelihood_stays_finite_where_the_token_is_certain() -> None:
 
 
 def test_refusal_probabilities_keep_the_order_of_the_prompts(model: FrozenModel, layout: Layout, z: Any) -> None:
-    openings = Openings((7, 30), ((1, 2, 3), tuple(range(40, 90)), (5,)))
+    first, other = Spine((7, 30), 0, ((1, 2, 3), tuple(range(40, 90)), (5,))), Spine((7, 31, 8), 2, ((4,), (9, 10)))
+    openings = Openings((first, other))
     prompts = [e.prompt for e in random_examples(8, 7, longest=12)]
     with torch.no_grad():
         prefix = model.prefix(layout.rows(model, z))
@@ -234,6 +235,8 @@ def test_refusal_probabilities_keep_the_order_of_the_prompts(model: FrozenModel,
         for prompt in prompts:
             p = torch.softmax(whole_logits(model, layout, z, Example(prompt, (7, 30, 0))), dim=1).numpy()
             wanted.append(p[0, [1, 2, 3]].sum() + p[0, 7] * p[1, 40:90].sum() + p[0, 7] * p[1, 30] * p[2, 5])
+            q = torch.softmax(whole_logits(model, layout, z, Example(prompt, (7, 31, 8, 0))), dim=1).numpy()
+            wanted[-1] += q[0, 7] * q[1, 31] * (q[2, 4] + q[2, 8] * q[3, [9, 10]].sum())
     for micro in (1, 3, 32):
         assert refusal_probabilities(model, prefix, prompts, openings, micro) == pytest.approx(wanted, rel=1e-3)
     assert len({round(float(p), 6) for p in wanted}) > 3

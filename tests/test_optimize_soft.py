@@ -18,7 +18,7 @@ from optimizing import Side, frozen, random_examples, torch
 from acd_local.errors import NumericalError
 from acd_local.optimize.layout import Layout
 from acd_local.optimize.losses import Term
-from acd_local.optimize.openings import Openings
+from acd_local.optimize.openings import Openings, Spine
 from acd_local.optimize.soft import (
     HARD_SHARE,
     SoftResult,
@@ -49,7 +49,7 @@ PAIRS: dict[Term, list[Example]] = {
     "negative": random_examples(21, 5, 4),
     "retain": random_examples(22, 13, 4),
 }
-OPENINGS = Openings((7,), ((1, 2, 3), (5, 6)))
+OPENINGS = Openings((Spine((7,), 0, ((1, 2, 3), (5, 6))),))
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from acd_local.errors import NumericalError
 from acd_local.optimize.layout import Layout
 from acd_local.optimize.losses import Term, term_loss, token_log_probs
-from acd_local.optimize.openings import Openings
-from acd_local.optimize.stages import Stopped
+from acd_local.optimize.openings import Openings, Spine
+from acd_local.optimize.stages import Stopped, go_on
 from acd_local.optimize.weights import Example, FrozenModel, Prefix
 from acd_local.runtime.cancel import CancelToken
 
@@ -302,28 +303,52 @@ def restored(checkpoint: Mapping[str, Any]) -> tuple[list[SoftRecord], tuple[flo
 
 
 def refusal_probabilities(
-    model: FrozenModel, prefix: Prefix, prompts: Sequence[tuple[int, ...]], openings: Openings, micro: int = 32
+    model: FrozenModel,
+    prefix: Prefix,
+    prompts: Sequence[tuple[int, ...]],
+    openings: Openings,
+    micro: int = 32,
+    stop: CancelToken | None = None,
 ) -> list[float]:
-    """P(the answer opens as a refusal) for each prompt's tokens after the prefix, in their order."""
-    examples = [Example(p, (*openings.spine, 0)) for p in prompts]
+    """P(the answer opens as a refusal) for each prompt's tokens after the prefix, in their order.
+
+    Raises:
+        Stopped: `stop` was set.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [0.0] * len(prompts)
-    depth = len(openings.spine) + 1
     with torch.no_grad():
         for start in range(0, len(order), micro):
+            go_on(stop)
             part = order[start : start + micro]
-            logits = model.answer_logits(prefix, [examples[i] for i in part])
-            log_probs = logits.log_softmax(1).reshape(len(part), depth, -1).cpu().numpy()
-            for i, rows in zip(part, log_probs, strict=True):
-                found[i] = openings.probability(rows)
+            rows = [_behind(model, prefix, [prompts[i] for i in part], spine) for spine in openings.spines]
+            for i, log_probs in zip(part, np.concatenate(rows, axis=1), strict=True):
+                found[i] = openings.probability(log_probs)
     return found
 
 
-def mean_nll(model: FrozenModel, prefix: Prefix, examples: Sequence[Example], micro: int = 32) -> float:
-    """Nats per token of the examples' answers."""
+def _behind(
+    model: FrozenModel, prefix: Prefix, prompts: Sequence[tuple[int, ...]], spine: Spine
+) -> NDArray[np.float32]:
+    """Log probabilities behind each prompt and the spine's own beginnings, shape (prompts, beginnings, n_vocab)."""
+    examples = [Example((*p, *spine.tokens[: spine.shared]), spine.continuation) for p in prompts]
+    log_probs = model.answer_logits(prefix, examples).log_softmax(1)
+    rows: NDArray[np.float32] = log_probs.reshape(len(prompts), len(spine.continuation), -1).cpu().numpy()
+    return rows
+
+
+def mean_nll(
+    model: FrozenModel, prefix: Prefix, examples: Sequence[Example], micro: int = 32, stop: CancelToken | None = None
+) -> float:
+    """Nats per token of the examples' answers.
+
+    Raises:
+        Stopped: `stop` was set.
+    """
     total, count = 0.0, sum(len(e.answer) for e in examples)
     with torch.no_grad():
         for part in micro_batches(examples, micro):
+            go_on(stop)
             tokens = torch.tensor([t for e in part for t in e.answer], device=model.device)
             total -= float(token_log_probs(model.answer_logits(prefix, part), tokens).sum())
     return total / count

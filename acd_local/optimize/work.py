@@ -227,6 +227,7 @@ class Optimization:
             anchors=self._anchors_key,
             settings={k: v for k, v in asdict(settings).items() if k not in ("steps", "micro")},
             lookalikes=LOOKALIKE_SHARE,
+            openings=asdict(self._job.texts.openings),
             budget=self._request.budget,
             device=self._job.device,
             dtype=self._fit.dtype,
@@ -505,7 +506,14 @@ class Optimization:
         """{"soft", "text": {"alpha", "beta"} of either pair, "rows": all that were tried, "before_after": figures}."""
         adversarial = soft.adversarial.reveal_for_negative_stream()
         digests = [soft.safe.digest, adversarial.digest]
-        checkpoint = self._checkpoint("setting", soft=digests, texts=dict(texts), grid=GRID, twice="over-refusal")
+        checkpoint = self._checkpoint(
+            "setting",
+            soft=digests,
+            texts=dict(texts),
+            grid=GRID,
+            twice="over-refusal",
+            openings=asdict(self._job.texts.openings),
+        )
         if checkpoint.result is not None:
             self._close(checkpoint, _chosen(checkpoint.result), reused=True)
             return checkpoint.result
