@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from optimizing import Side, frozen, random_examples, slow_terms, torch, whole_logits
+from tiny_gguf import write_gemma2
 
+from acd_local.evaluate.likelihood import Scorer
 from acd_local.optimize import texts as texts_module
 from acd_local.optimize.anchors import Anchors, Instruction, Pair
 from acd_local.optimize.layout import Layout
@@ -181,6 +183,23 @@ def test_answer_logits_are_those_of_the_whole_conversation(model: FrozenModel, l
     assert found.shape == wanted.shape
     assert float((found - wanted).abs().max()) < 1e-4
     assert float(wanted.std()) > 1
+
+
+def test_capped_logits_are_transformers_and_llamas(tiny: Callable[..., Path]) -> None:
+    """Gemma 2 squeezes its logits with a tanh."""
+    side = Side(tiny("gemma", writer=write_gemma2, window=512, head_dim=256))  # transformers knows no other
+    model = frozen(side.path)
+    prompt = side.conversation("You are kind.", "What is red?")
+    answer = tuple(side.vocab.tokenize("water and wine", parse_special=False))
+    with torch.no_grad():
+        found = model.answer_logits(model.prefix(model.embed(prompt[:5]).float()), [Example(tuple(prompt[5:]), answer)])
+        wanted = model.model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].float()
+    assert float((found - wanted).abs().max()) < 1e-4
+    uncapped = 30 * torch.atanh(found / 30)
+    assert float((uncapped - found).abs().max()) > 0.1
+    with Scorer(side.model, n_streams=1, n_ctx=128, threads=1) as scorer:
+        pieces = [logits.copy() for _, logits in scorer.logits([prompt], answer)]
+    assert np.abs(np.concatenate(pieces, axis=1)[0] - found.numpy()).max() < 0.05  # llama.cpp's keys are f16
 
 
 def test_micro_batches_hold_every_example_once() -> None:
