@@ -286,8 +286,9 @@ def objective(
     seed: int = 0,
     sizes: dict[Term, int] = SIZES,
     many: int = 6,
+    micro: int = 16,
 ) -> TextObjective:
-    return TextObjective(model, layout, teacher, batch(likely, (many, many, many)), sizes, WEIGHTS, seed)
+    return TextObjective(model, layout, teacher, batch(likely, (many, many, many)), sizes, WEIGHTS, seed, micro)
 
 
 def slow_objective(
@@ -317,6 +318,27 @@ def test_the_objective_and_its_parts_are_the_slow_ones(
     assert found == pytest.approx({name: float(value) for name, value in wanted.items()}, rel=CLOSE)
     assert found["objective"] == pytest.approx(found["kl"] + 0.7 * found["opo"] + 0.3 * found["fluency"], rel=CLOSE)
     assert min(found.values()) > 0.01
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_a_minibatch_in_parts_is_the_whole_one(
+    model: FrozenModel, layout: Layout, z: Any, likely: list[Example], monkeypatch: pytest.MonkeyPatch, micro: int
+) -> None:
+    whole = objective(model, layout, likely, z)
+    value, gradient = whole(TEXT), whole.gradient(TEXT)
+    most: list[tuple[bool, int]] = []
+    answer_logits = FrozenModel.answer_logits
+
+    def counted(self: FrozenModel, prefix: Any, examples: list[Example]) -> Any:
+        most.append((torch.is_grad_enabled(), len(examples)))
+        return answer_logits(self, prefix, examples)
+
+    monkeypatch.setattr(FrozenModel, "answer_logits", counted)
+    parts = objective(model, layout, likely, z, micro=micro)
+    assert parts(TEXT) == pytest.approx(value, rel=CLOSE)
+    assert float((parts.gradient(TEXT) - gradient).abs().max()) < CLOSE * float(gradient.abs().max())
+    assert max(n for graded, n in most if graded) <= micro
+    assert micro < max(n for graded, n in most if not graded) <= 2 * micro
 
 
 def test_the_text_that_the_teacher_is_has_no_divergence(
