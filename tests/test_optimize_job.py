@@ -253,6 +253,57 @@ def test_a_batch_that_does_not_fit_after_all_is_halved(
     assert torch.load(kept, weights_only=True)["counts"] == {"steps": 12, "micro": 4}
 
 
+def test_memory_that_runs_out_later_halves_the_batch_and_goes_on(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from acd_local.optimize.soft import SoftTraining
+
+    whole = SoftTraining.step
+    steps: list[tuple[int, int]] = []
+
+    def step(self: SoftTraining) -> dict[Any, float]:
+        if self.step_number >= 11 and self.settings.micro > limit:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        steps.append((self.step_number, self.settings.micro))
+        return whole(self)
+
+    monkeypatch.setattr(SoftTraining, "step", step)
+    request = request_for(tiny("chatml"), tmp_path / "a.toml", quick, soft_only=True)
+    limit = 0
+    with pytest.raises(OutOfMemoryError, match="training step"):
+        optimize(request)
+    steps.clear()
+    limit = 4
+    watcher = optimize(request)
+    assert sum("going on with" in line for line in watcher.lines) == 2  # 16, 8, 4; the other prompt begins with 4
+    assert steps[0] == (10, 16), "from the last checkpoint"
+    assert {micro for number, micro in steps if number == 11} == {4}
+    (kept,) = tmp_path.glob("cache/optimize/*/soft-safe-*.pt")
+    found = torch.load(kept, weights_only=True)
+    assert found["counts"] == {"steps": 12, "micro": 4}
+    assert [row["step"] for row in found["result"]["history"]] == list(range(1, 13))
+
+
+def test_a_resumed_training_keeps_to_the_memory_there_is_now(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from acd_local.optimize.soft import SoftTraining
+
+    request = request_for(tiny("chatml"), tmp_path / "a.toml", quick, soft_only=True)
+    with pytest.raises(Stopped):
+        optimize(request, ("soft safeguarding prompt", 5))
+    choose, step, sizes = memory.choose, SoftTraining.step, set()
+
+    def counted(self: SoftTraining) -> dict[Any, float]:
+        sizes.add(self.settings.micro)
+        return step(self)
+
+    monkeypatch.setattr(memory, "choose", lambda *args, **given: replace(choose(*args, **given), micro=2))
+    monkeypatch.setattr(SoftTraining, "step", counted)
+    optimize(request)
+    assert sizes == {2}
+
+
 # --- Budget -----------------------------------------------------------------------------------------------------------
 
 

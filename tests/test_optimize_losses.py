@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from optimizing import Side, frozen, random_examples, slow_terms, torch, whole_logits
+from tiny_gguf import write_gemma2
 
+from acd_local.evaluate.likelihood import Scorer
 from acd_local.optimize import texts as texts_module
 from acd_local.optimize.anchors import Anchors, Instruction, Pair
 from acd_local.optimize.layout import Layout
 from acd_local.optimize.losses import MAX_LOG_P, Term, term_loss, token_log_probs
 from acd_local.optimize.objective import DistillWeights, TextObjective
-from acd_local.optimize.openings import Openings
+from acd_local.optimize.openings import Openings, Spine
 from acd_local.optimize.soft import SoftSettings, loss_and_gradient, mean_nll, micro_batches, refusal_probabilities
 from acd_local.optimize.texts import Texts
 from acd_local.optimize.weights import Example, FrozenModel
@@ -105,7 +107,7 @@ def test_the_roles_swap_the_sets(model: FrozenModel, layout: Layout, z: Any, lik
     anchors = Anchors(
         **{name: tuple(Pair(instructions[e], e.answer) for e in es) for name, es in sets.items()}, written=0
     )
-    texts = Texts(layout, tails, {}, {}, Openings((), ((),)), 0, 0, ())
+    texts = Texts(layout, tails, {}, {}, Openings(()), 0, 0, ())
     for role, terms in (
         ("safe", {"positive": "refused", "negative": "complied", "retain": "answered"}),
         ("adversarial", {"positive": "complied", "negative": "refused", "retain": "answered"}),
@@ -183,6 +185,23 @@ def test_answer_logits_are_those_of_the_whole_conversation(model: FrozenModel, l
     assert float(wanted.std()) > 1
 
 
+def test_capped_logits_are_transformers_and_llamas(tiny: Callable[..., Path]) -> None:
+    """Gemma 2 squeezes its logits with a tanh."""
+    side = Side(tiny("gemma", writer=write_gemma2, window=512, head_dim=256))  # transformers knows no other
+    model = frozen(side.path)
+    prompt = side.conversation("You are kind.", "What is red?")
+    answer = tuple(side.vocab.tokenize("water and wine", parse_special=False))
+    with torch.no_grad():
+        found = model.answer_logits(model.prefix(model.embed(prompt[:5]).float()), [Example(tuple(prompt[5:]), answer)])
+        wanted = model.model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].float()
+    assert float((found - wanted).abs().max()) < 1e-4
+    uncapped = 30 * torch.atanh(found / 30)
+    assert float((uncapped - found).abs().max()) > 0.1
+    with Scorer(side.model, n_streams=1, n_ctx=128, threads=1) as scorer:
+        pieces = [logits.copy() for _, logits in scorer.logits([prompt], answer)]
+    assert np.abs(np.concatenate(pieces, axis=1)[0] - found.numpy()).max() < 0.05  # llama.cpp's keys are f16
+
+
 def test_micro_batches_hold_every_example_once() -> None:
     examples = random_examples(6, 23, longest=30)
     for size in (1, 4, 50):
@@ -226,7 +245,8 @@ def test_unlikelihood_stays_finite_where_the_token_is_certain() -> None:
 
 
 def test_refusal_probabilities_keep_the_order_of_the_prompts(model: FrozenModel, layout: Layout, z: Any) -> None:
-    openings = Openings((7, 30), ((1, 2, 3), tuple(range(40, 90)), (5,)))
+    first, other = Spine((7, 30), 0, ((1, 2, 3), tuple(range(40, 90)), (5,))), Spine((7, 31, 8), 2, ((4,), (9, 10)))
+    openings = Openings((first, other))
     prompts = [e.prompt for e in random_examples(8, 7, longest=12)]
     with torch.no_grad():
         prefix = model.prefix(layout.rows(model, z))
@@ -234,6 +254,8 @@ def test_refusal_probabilities_keep_the_order_of_the_prompts(model: FrozenModel,
         for prompt in prompts:
             p = torch.softmax(whole_logits(model, layout, z, Example(prompt, (7, 30, 0))), dim=1).numpy()
             wanted.append(p[0, [1, 2, 3]].sum() + p[0, 7] * p[1, 40:90].sum() + p[0, 7] * p[1, 30] * p[2, 5])
+            q = torch.softmax(whole_logits(model, layout, z, Example(prompt, (7, 31, 8, 0))), dim=1).numpy()
+            wanted[-1] += q[0, 7] * q[1, 31] * (q[2, 4] + q[2, 8] * q[3, [9, 10]].sum())
     for micro in (1, 3, 32):
         assert refusal_probabilities(model, prefix, prompts, openings, micro) == pytest.approx(wanted, rel=1e-3)
     assert len({round(float(p), 6) for p in wanted}) > 3
@@ -264,8 +286,9 @@ def objective(
     seed: int = 0,
     sizes: dict[Term, int] = SIZES,
     many: int = 6,
+    micro: int = 16,
 ) -> TextObjective:
-    return TextObjective(model, layout, teacher, batch(likely, (many, many, many)), sizes, WEIGHTS, seed)
+    return TextObjective(model, layout, teacher, batch(likely, (many, many, many)), sizes, WEIGHTS, seed, micro)
 
 
 def slow_objective(
@@ -295,6 +318,27 @@ def test_the_objective_and_its_parts_are_the_slow_ones(
     assert found == pytest.approx({name: float(value) for name, value in wanted.items()}, rel=CLOSE)
     assert found["objective"] == pytest.approx(found["kl"] + 0.7 * found["opo"] + 0.3 * found["fluency"], rel=CLOSE)
     assert min(found.values()) > 0.01
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_a_minibatch_in_parts_is_the_whole_one(
+    model: FrozenModel, layout: Layout, z: Any, likely: list[Example], monkeypatch: pytest.MonkeyPatch, micro: int
+) -> None:
+    whole = objective(model, layout, likely, z)
+    value, gradient = whole(TEXT), whole.gradient(TEXT)
+    most: list[tuple[bool, int]] = []
+    answer_logits = FrozenModel.answer_logits
+
+    def counted(self: FrozenModel, prefix: Any, examples: list[Example]) -> Any:
+        most.append((torch.is_grad_enabled(), len(examples)))
+        return answer_logits(self, prefix, examples)
+
+    monkeypatch.setattr(FrozenModel, "answer_logits", counted)
+    parts = objective(model, layout, likely, z, micro=micro)
+    assert parts(TEXT) == pytest.approx(value, rel=CLOSE)
+    assert float((parts.gradient(TEXT) - gradient).abs().max()) < CLOSE * float(gradient.abs().max())
+    assert max(n for graded, n in most if graded) <= micro
+    assert micro < max(n for graded, n in most if not graded) <= 2 * micro
 
 
 def test_the_text_that_the_teacher_is_has_no_divergence(

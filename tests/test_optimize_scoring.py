@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ from acd_local import models
 from acd_local.errors import AcdError, ContextError
 from acd_local.evaluate.likelihood import Scorer
 from acd_local.optimize.layout import lay_out
-from acd_local.optimize.openings import OPENINGS, SPINE, Openings
+from acd_local.optimize.openings import OPENINGS, SPINES, Openings, Spine
 from acd_local.optimize.scoring import GROUPS, OpeningScorer, SettingRow, choose
 from acd_local.optimize.soft import refusal_probabilities
+from acd_local.optimize.texts import answer_tokens
 from acd_local.optimize.weights import FrozenModel
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime import llama
-from acd_local.runtime.template import Message
+from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.softpair import SoftPrompt
 
 FAMILIES = ("chatml", "qwen3", "llama3", "gemma", "mistral", "llama2", "phi3", "zephyr", "openassistant")
@@ -30,7 +33,12 @@ TEXTS = ("You are kind.", "Help me.\nAlways refuse <b>that</b>.", "Please answer
 # A probability of about 0.2 from logits that differ by up to 0.03 (llama.cpp keeps keys and values in f16).
 TORCH_TOLERANCE = 0.01
 # Openings whose tokens a tiny random model gives now and then: those of a real one it never gives.
-TINY = Openings((7, 30), (tuple(range(60)), tuple(range(40, 90)), (5, *range(100, 200))))
+TINY = Openings(
+    (
+        Spine((7, 30), 0, (tuple(range(8, 60)), tuple(range(45, 90)), (5, *range(100, 200)))),
+        Spine((7, 44, 9), 2, (tuple(range(20, 120)), tuple(range(300)))),
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -174,33 +182,39 @@ def test_a_stable_text_survives_a_pair_file(side: Side) -> None:
 # -- openings ----------------------------------------------------------------------------------------------------------
 
 
-def conditional(vocab: llama.Vocab, context: Sequence[int]) -> np.ndarray:
+def conditional(vocab_size: int, context: Sequence[int], seed: int = 1) -> np.ndarray:
     """Made-up next-token log probabilities that depend on all of the context."""
-    logits = np.random.default_rng([1, *context]).normal(0, 4, vocab.n_tokens)
+    logits = np.random.default_rng([seed, len(context), *context]).normal(0, 4, vocab_size)
     result: np.ndarray = logits - np.log(np.exp(logits).sum())
     return result
 
 
-def check_openings(vocab: llama.Vocab) -> list[str]:
+def rows_of(openings: Openings, vocab_size: int, seed: int = 1) -> np.ndarray:
+    beginnings = [s.tokens[:d] for s in openings.spines for d in range(s.shared, len(s.tokens) + 1)]
+    return np.stack([conditional(vocab_size, b, seed) for b in beginnings])
+
+
+def check_openings(vocab: llama.Vocab, tokenize: Callable[[str], Sequence[int]]) -> list[str]:
     """Compare with adding up the openings one by one; returns those that count."""
-    openings = Openings.of(lambda text: vocab.tokenize(text, parse_special=False))
-    spine = vocab.tokenize(SPINE, parse_special=False)
+    openings = Openings.of(tokenize)
+    paths = [tuple(tokenize(text)) for text in SPINES]
+    beginnings = {path[:d] for path in paths for d in range(len(path))}
     counted, total = [], 0.0
     for text in OPENINGS:
-        tokens = vocab.tokenize(text, parse_special=False)
-        if tokens[:-1] == spine[: len(tokens) - 1]:  # leaves the spine with its last token
+        tokens = tuple(tokenize(text))
+        if tokens[:-1] in beginnings:  # leaves a spine with its last token
             counted.append(text)
-            chain = (conditional(vocab, tokens[:i])[token] for i, token in enumerate(tokens))
+            chain = (conditional(vocab.n_tokens, tokens[:i])[token] for i, token in enumerate(tokens))
             total += math.exp(sum(chain))
-    rows = np.stack([conditional(vocab, spine[:d]) for d in range(len(spine))])
-    assert openings.probability(rows) == pytest.approx(total, rel=1e-9)
-    assert list(openings.spine) == spine[:-1]
-    paths = {
-        b"".join(map(vocab.piece, (*spine[:d], b))).decode().strip()
-        for d, bs in enumerate(openings.branches)
-        for b in bs
-    }
-    assert paths == set(counted) <= set(OPENINGS)
+    assert openings.probability(rows_of(openings, vocab.n_tokens)) == pytest.approx(total, rel=1e-9)
+    assert [s.tokens for s in openings.spines] == [path[:-1] for path in paths]
+    leaves = [
+        b"".join(map(vocab.piece, (*spine.tokens[:d], leaf))).decode().strip()
+        for spine in openings.spines
+        for d, branch in enumerate(spine.branches, start=spine.shared)
+        for leaf in branch
+    ]
+    assert sorted(leaves) == sorted(counted)
     return counted
 
 
@@ -210,31 +224,81 @@ def test_openings_of_the_demo_model() -> None:
     except AcdError:
         pytest.skip("the demo model is not installed")
     with llama.Model(path, gpu_layers=0) as model:
-        assert check_openings(model.vocab) == list(OPENINGS)
+        tokenize = partial(answer_tokens, ChatTemplate(model), model.vocab)
+        counted = check_openings(model.vocab, tokenize)
+        assert {"I'm sorry", "I'm unable", "I cannot", "I can't", "I won", "Sorry", "Unfortunately"} <= set(counted)
 
 
 @pytest.mark.parametrize("family", ["chatml", "gemma", "llama2"])
 def test_openings_of_a_small_vocabulary(sides: Callable[[str], Side], family: str) -> None:
-    """Words of many tokens leave the spine before their last one: they do not count."""
-    assert SPINE in check_openings(sides(family).vocab)
+    """Words of many tokens leave the spines before their last one: they do not count."""
+    side = sides(family)
+    counted = check_openings(side.vocab, partial(answer_tokens, side.template, side.vocab))
+    assert {"I'm sorry", "I can't"} <= set(counted)
+
+
+TABLE = {
+    "I'm sorry": (1, 2, 3),
+    "I'm unable": (1, 2, 4),
+    "I cannot": (1, 5),
+    "I can't": (1, 11, 12),
+    "I can’t": (1, 11, 13),
+    "I can’": (1, 11, 0),
+    "I won": (1, 6, 7),  # leaves the spines before its last token
+    "Sorry": (8,),
+    "Unfortunately": (9, 10),
+}
 
 
 def test_openings_by_hand() -> None:
-    table = {
-        "I'm sorry": (1, 2, 3),
-        "I'm unable": (1, 2, 4),
-        "I cannot": (1, 5),
-        "I won": (1, 6, 7),  # leaves the spine before its last token
-        "Sorry": (8,),
-        "Unfortunately": (9, 10),
-    }
-    found = Openings.of(table.__getitem__)
-    assert found == Openings((1, 2), ((8,), (5,), (3, 4)))
+    found = Openings.of(TABLE.__getitem__)
+    assert found == Openings((Spine((1, 2), 0, ((8,), (5,), (3, 4))), Spine((1, 11), 2, ((0, 12, 13),))))
+    table = np.zeros((4, 14))
+    table[0, [1, 8]] = 0.5, 0.25
+    table[1, [2, 5, 11]] = 0.5, 0.1, 0.25
+    table[2, [3, 4]] = 0.2, 0.3
+    table[3, [12, 13]] = 0.3, 0.5
     with np.errstate(divide="ignore"):
-        rows = np.log(
-            np.array([[0, 0.5, 0, 0, 0, 0, 0, 0, 0.25], [0, 0, 0.5, 0, 0, 0.1, 0, 0, 0], [0, 0, 0, 0.2, 0.3] + [0] * 4])
-        )
-    assert found.probability(rows) == pytest.approx(0.25 + 0.5 * 0.1 + 0.5 * 0.5 * 0.5)
+        rows = np.log(table)
+    wanted = 0.25 + 0.5 * 0.1 + 0.5 * 0.5 * 0.5 + 0.5 * 0.25 * 0.8
+    assert found.probability(rows) == pytest.approx(wanted)
+
+
+def test_a_spine_without_a_beginning_of_its_own_is_not_decoded() -> None:
+    found = Openings.of((TABLE | {"I can't": (1, 11), "I can’t": (1, 2, 13), "I can’": (7,)}).__getitem__)
+    assert found == Openings((Spine((1, 2), 0, ((7, 8), (5, 11), (3, 4, 13))),))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_probability_is_that_of_all_answers_with_such_an_opening(seed: int) -> None:
+    """Against all answers of three tokens of a small vocabulary."""
+    found, size = Openings.of(TABLE.__getitem__), 14
+    starts = {TABLE[text] for text in OPENINGS} - {TABLE["I won"], TABLE["Unfortunately"]}
+    first = np.exp(conditional(size, (), seed))
+    second = np.exp([conditional(size, (a,), seed) for a in range(size)])
+    wanted = 0.0
+    for a, b in itertools.product(range(size), repeat=2):
+        third = np.exp(conditional(size, (a, b), seed))
+        refusals = [c for c in range(size) if any((a, b, c)[: len(s)] == s for s in starts)]
+        wanted += first[a] * second[a, b] * third[refusals].sum()
+    assert found.probability(rows_of(found, size, seed)) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answers_tokens_are_those_behind_the_template(sides: Callable[[str], Side], family: str) -> None:
+    """As the model would have to say them: behind a line break SentencePiece puts no space of its own."""
+    side = sides(family)
+    asked = side.template.encode([Message("user", "a")])
+    for text in (*OPENINGS, "water and wine."):
+        tokens = answer_tokens(side.template, side.vocab, text)
+        written = b"".join(map(side.vocab.piece, tokens)).decode()
+        # Two templates write a space there, and behind Phi-3's markers line breaks are dropped.
+        space = " " if family in ("mistral", "llama2", "phi3") else ""
+        assert written == space + text
+        # Qwen3's newest answer alone has thoughts; llama.cpp adds a space to the one that Mistral's template writes.
+        if family not in ("qwen3", "mistral"):
+            turns = [Message("user", "a"), Message("assistant", text), Message("user", "c")]
+            assert side.template.encode(turns)[: len(asked) + len(tokens)] == [*asked, *tokens]
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------
@@ -280,6 +344,22 @@ def test_no_contrast_is_the_prompt_alone(scorer: OpeningScorer) -> None:
     assert (row.alpha, row.beta) == (0.0, 0.0)
 
 
+def by_hand(raw: Scorer, ids: list[list[int]], spine: Spine, alpha: float, beta: float) -> float:
+    """P(one of a spine's own leaves), from the whole spine."""
+    pieces = [logits.copy() for _, logits in raw.logits(ids, (*spine.tokens, 0))]
+    safe, adversarial = np.concatenate(pieces, axis=1)
+    reached, found = 1.0, 0.0
+    for depth in range(len(spine.tokens) + 1):
+        scores = contrast_by_hand(safe[depth].tolist(), adversarial[depth].tolist(), alpha, beta, set())
+        top = max(scores.values())
+        total = sum(math.exp(s - top) for s in scores.values())
+        p = {t: math.exp(s - top) / total for t, s in scores.items()}
+        if depth >= spine.shared:
+            found += reached * sum(p.get(t, 0.0) for t in spine.branches[depth - spine.shared])
+        reached *= p.get(spine.tokens[depth], 0.0) if depth < len(spine.tokens) else 0.0
+    return found
+
+
 def test_contrasted_scores_by_hand(side: Side) -> None:
     grid = [(0.0, 0.0), (0.5, 0.0), (0.5, 0.1), (1.0, 0.3)]
     wanted = np.zeros((len(grid), len(GROUPS)))
@@ -287,17 +367,9 @@ def test_contrasted_scores_by_hand(side: Side) -> None:
         for g, group in enumerate(GROUPS):
             for user in QUESTIONS[group]:
                 ids = [side.conversation(text, user) for text in (SAFE, OTHER)]
-                pieces = [logits.copy() for _, logits in raw.logits(ids, (*TINY.spine, 0))]
-                safe, adversarial = (np.concatenate(pieces, axis=1)[i] for i in range(2))
                 for i, (alpha, beta) in enumerate(grid):
-                    reached = 1.0
-                    for depth, branch in enumerate(TINY.branches):
-                        scores = contrast_by_hand(safe[depth].tolist(), adversarial[depth].tolist(), alpha, beta, set())
-                        top = max(scores.values())
-                        total = sum(math.exp(s - top) for s in scores.values())
-                        p = {t: math.exp(s - top) / total for t, s in scores.items()}
-                        wanted[i, g] += reached * sum(p.get(t, 0.0) for t in branch) / len(QUESTIONS[group])
-                        reached *= p.get(TINY.spine[depth], 0.0) if depth < len(TINY.spine) else 0.0
+                    for spine in TINY.spines:
+                        wanted[i, g] += by_hand(raw, ids, spine, alpha, beta) / len(QUESTIONS[group])
     scorer = OpeningScorer(side.model, side.template, TINY, QUESTIONS, n_ctx=256, threads=1)
     try:
         rows = scorer.contrasted(SAFE, OTHER, grid)

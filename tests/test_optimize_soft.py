@@ -18,7 +18,7 @@ from optimizing import Side, frozen, random_examples, torch
 from acd_local.errors import NumericalError
 from acd_local.optimize.layout import Layout
 from acd_local.optimize.losses import Term
-from acd_local.optimize.openings import Openings
+from acd_local.optimize.openings import Openings, Spine
 from acd_local.optimize.soft import (
     HARD_SHARE,
     SoftResult,
@@ -49,7 +49,7 @@ PAIRS: dict[Term, list[Example]] = {
     "negative": random_examples(21, 5, 4),
     "retain": random_examples(22, 13, 4),
 }
-OPENINGS = Openings((7,), ((1, 2, 3), (5, 6)))
+OPENINGS = Openings((Spine((7,), 0, ((1, 2, 3), (5, 6))),))
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +150,34 @@ def test_mining_finds_what_the_prompt_does_worst_on(model: FrozenModel, layout: 
         assert [chances[i] for i in found] == pytest.approx(worst)
 
 
+def test_mining_keeps_to_twice_the_micro_batch_and_tries_it_first(
+    model: FrozenModel, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[list[int]] = []
+    answer_logits = FrozenModel.answer_logits
+
+    def counted(self: FrozenModel, prefix: Any, examples: Sequence[Example]) -> Any:
+        sizes.append([len(e.prompt) for e in examples])
+        return answer_logits(self, prefix, examples)
+
+    monkeypatch.setattr(FrozenModel, "answer_logits", counted)
+    work = training(model, layout, micro=2)
+    work.try_mining(OPENINGS)
+    longest = sorted(len(e.prompt) for term in ("positive", "retain") for e in PAIRS[term])[-4:]
+    assert sizes == [longest]
+    work.mine(OPENINGS, "positive")
+    assert max(map(len, sizes)) == 4
+
+
+def test_stopped_mining_leaves_the_hard_anchors(model: FrozenModel, layout: Layout) -> None:
+    work, stop = training(model, layout, micro=1), CancelToken()
+    work.hard = {"positive": [1]}
+    stop.set()
+    with pytest.raises(Stopped):
+        work.mine(OPENINGS, "positive", stop)
+    assert work.hard == {"positive": [1]}
+
+
 def test_half_of_a_batch_is_hard(model: FrozenModel, layout: Layout) -> None:
     work = training(model, layout, sizes={"positive": 4, "negative": 2, "retain": 4})
     assert [len(b) for b in work._batch(0).values()] == [4, 2, 4]
@@ -220,6 +248,7 @@ class Run:
 
     def go(self, checkpoint: dict[str, Any] | None = None) -> SoftResult:
         history, best = restored(checkpoint) if checkpoint else ([], None)
+        pending = checkpoint["pending"] if checkpoint else None
         if checkpoint:
             self.work.load(checkpoint["training"])
 
@@ -238,6 +267,7 @@ class Run:
             save=self.save,
             on_step=on_step,
             stop=self.stop,
+            pending=pending,
         )
 
 
@@ -287,6 +317,36 @@ def test_a_stopped_training_goes_on_from_its_checkpoint(model: FrozenModel, layo
         (r.step, r.losses, r.validation) for r in wanted.history
     ]
     assert first.mined + second.mined == whole.mined
+
+
+def stopping(*args: Any) -> Any:
+    raise Stopped
+
+
+@pytest.mark.parametrize(
+    ("what", "step"), [("validate", 2), ("mine", 3), ("validate", 6), ("mine", 6), ("validate", 8)]
+)
+def test_a_stop_within_validation_or_mining_keeps_the_step(
+    model: FrozenModel, layout: Layout, what: str, step: int
+) -> None:
+    """The step is in the checkpoint, and what was stopped is done again."""
+    whole = Run(training(model, layout), SAFETY)
+    wanted = whole.go()
+    first = Run(training(model, layout), SAFETY)
+    method = getattr(first, what)
+    setattr(first, what, lambda *args: stopping() if first.work.step_number == step else method(*args))
+    with pytest.raises(Stopped):
+        first.go()
+    checkpoint = first.saved[-1]
+    assert checkpoint["training"]["step"] == step == len(checkpoint["history"]) + 1
+    second = Run(training(model, layout), SAFETY)
+    found = second.go(checkpoint)
+    assert first.steps + second.steps == whole.steps
+    assert torch.equal(found.z, wanted.z)
+    assert torch.equal(second.work.z, whole.work.z)
+    assert [(r.step, r.losses, r.validation) for r in found.history] == [
+        (r.step, r.losses, r.validation) for r in wanted.history
+    ]
 
 
 def test_a_finished_training_has_its_result_in_the_checkpoint(model: FrozenModel, layout: Layout) -> None:

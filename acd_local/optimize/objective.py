@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,7 @@ class TextObjective:
         teacher: the soft prompt, shape (n, n_embd).
         pairs: anchors by term, answers cut to the few tokens that count.
         sizes: anchors of a minibatch, by term.
+        micro: most anchors that go through the model together with gradients; without, twice as many.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class TextObjective:
         sizes: Mapping[Term, int],
         weights: DistillWeights,
         seed: int,
+        micro: int = 16,
     ) -> None:
         self._model = model
         self._layout = layout
@@ -60,6 +62,7 @@ class TextObjective:
         self._sizes = sizes
         self._weights = weights
         self._seed = seed
+        self._micro = micro
         with torch.no_grad():
             self._teacher = model.prefix(layout.rows(model, teacher))
         self._batch = self._minibatch(0)
@@ -70,19 +73,34 @@ class TextObjective:
 
     def __call__(self, tokens: Sequence[int]) -> dict[str, float]:
         """The parts and their weighted sum "objective", lower is better, for a prompt's token ids."""
+        w = self._weights
         with torch.no_grad():
-            parts = self._parts(self._model.embed(tokens).float(), tokens)
-        return {name: float(value) for name, value in parts.items()}
+            prefix = self._model.prefix(self._layout.rows(self._model, self._model.embed(tokens).float()))
+            sums = [self._sums(prefix, *part) for part in self._split(2 * self._micro)]
+            kl, opo = (float(torch.stack(values).sum()) for values in zip(*sums, strict=True))
+            fluency = float(self._nll(prefix, tokens))
+        return {"objective": w.kl * kl + w.opo * opo + w.fluency * fluency, "kl": kl, "opo": opo, "fluency": fluency}
 
     def gradient(self, tokens: Sequence[int]) -> torch.Tensor:
         """What replacing a token by another would change, to first order: shape (len(tokens), n_vocab).
 
-        The gradient with respect to the tokens' one-hot rows (Zou et al. 2023, greedy coordinate gradient).
+        The gradient with respect to the tokens' one-hot rows (Zou et al. 2023, greedy coordinate gradient). As in
+        `soft.loss_and_gradient`, micro-batches leave theirs at the prefix's keys and values.
         """
+        w = self._weights
         rows = self._model.embed(tokens).float().requires_grad_()
-        (gradient,) = torch.autograd.grad(self._parts(rows, tokens)["objective"], rows)
+        prefix = self._model.prefix(self._layout.rows(self._model, rows))
+        leaf = prefix.leaf()
+        for part in self._split(self._micro):
+            kl, opo = self._sums(leaf, *part)
+            (w.kl * kl + w.opo * opo).backward()  # type: ignore[no-untyped-call]
+        fluency = self._nll(prefix, tokens)
+        if fluency.requires_grad:
+            (w.fluency * fluency).backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        prefix.backward(leaf)
+        assert rows.grad is not None
         with torch.no_grad():
-            return (gradient.to(self._model.dtype) @ self._model.embeddings.T).float()
+            return (rows.grad.to(self._model.dtype) @ self._model.embeddings.T).float()
 
     def _minibatch(self, number: int) -> _Minibatch:
         examples: list[Example] = []
@@ -96,19 +114,30 @@ class TextObjective:
             examples += chosen
         tokens = torch.tensor([t for e in examples for t in e.answer], device=self._model.device)
         with torch.no_grad():
-            teacher = self._model.answer_logits(self._teacher, examples).log_softmax(1)
-        return _Minibatch(examples, tokens, teacher, spans)
+            parts = [examples[at] for at in _even(len(examples), 2 * self._micro)]
+            logits = [self._model.answer_logits(self._teacher, part).log_softmax(1) for part in parts]
+        return _Minibatch(examples, tokens, torch.cat(logits), spans)
 
-    def _parts(self, rows: torch.Tensor, tokens: Sequence[int]) -> dict[str, torch.Tensor]:
-        batch, w = self._batch, self._weights
-        prefix = self._model.prefix(self._layout.rows(self._model, rows))
-        logits = self._model.answer_logits(prefix, batch.examples)
-        student = logits.log_softmax(1)
-        kl = (batch.teacher.exp() * (batch.teacher - student)).sum(1).mean()
-        log_probs = student.gather(1, batch.tokens[:, None])[:, 0]
-        opo = torch.stack([term_loss(t, log_probs[s]) / max(1, s.stop - s.start) for t, s in batch.spans.items()]).sum()
-        fluency = self._nll(prefix, tokens)
-        return {"objective": w.kl * kl + w.opo * opo + w.fluency * fluency, "kl": kl, "opo": opo, "fluency": fluency}
+    def _split(self, micro: int) -> Iterator[tuple[list[Example], slice]]:
+        """The minibatch in parts of at most `micro` anchors, each with the place of its answers' tokens."""
+        end = 0
+        for at in _even(len(self._batch.examples), micro):
+            part = self._batch.examples[at]
+            start, end = end, end + sum(len(e.answer) for e in part)
+            yield part, slice(start, end)
+
+    def _sums(self, prefix: Prefix, examples: list[Example], here: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """What some of the minibatch's anchors add to KL and to the paper's losses."""
+        batch = self._batch
+        student = self._model.answer_logits(prefix, examples).log_softmax(1)
+        teacher = batch.teacher[here]
+        kl = (teacher.exp() * (teacher - student)).sum(1).sum() / len(batch.tokens)
+        log_probs = student.gather(1, batch.tokens[here][:, None])[:, 0]
+        losses = []
+        for term, span in batch.spans.items():
+            mine = log_probs[max(0, span.start - here.start) : max(0, span.stop - here.start)]
+            losses.append(term_loss(term, mine) / max(1, span.stop - span.start))
+        return kl, torch.stack(losses).sum()
 
     def _nll(self, prefix: Prefix, tokens: Sequence[int]) -> torch.Tensor:
         """Nats per token of the prompt's own text."""
@@ -119,3 +148,9 @@ class TextObjective:
             return torch.zeros((), device=self._model.device)
         logits = self._model.logits(prefix.hidden[first - 1 : first - 1 + len(tokens)])
         return -token_log_probs(logits, torch.tensor(list(tokens), device=self._model.device)).mean()
+
+
+def _even(count: int, most: int) -> list[slice]:
+    """The fewest parts of at most `most`, of about one size."""
+    parts = -(-count // most)
+    return [slice(i * count // parts, (i + 1) * count // parts) for i in range(parts)]

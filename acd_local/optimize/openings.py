@@ -1,7 +1,7 @@
-"""How likely an answer opens as a refusal, from one forward pass.
+"""How likely an answer opens as a refusal, from one forward pass per spine.
 
-Refusals open in few ways ("I'm sorry", "I can't", "Sorry", ...). As tokens they leave one path, the spine "I'm sorry",
-at one point or another: logits along the spine are enough for the probability of them all.
+Refusals open in few ways ("I'm sorry", "I can't", "Sorry", ...). As tokens they are leaves of a trie whose inner nodes
+lie on few paths, the spines "I'm sorry" and "I can't": logits along these are enough for the probability of them all.
 """
 
 from __future__ import annotations
@@ -13,43 +13,76 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-SPINE = "I'm sorry"
-# Each ends where it can only go on as a refusal, and where the last of its tokens leaves the spine.
-OPENINGS = ("I'm sorry", "I'm unable", "I cannot", "I won", "Sorry", "Unfortunately")
+SPINES = ("I'm sorry", "I can't")
+# Each ends where it can only go on as a refusal, and where the last of its tokens leaves the spines.
+OPENINGS = (
+    "I'm sorry", "I'm unable", "I cannot", "I can't", "I can’t", "I can’", "I won", "Sorry", "Unfortunately",
+)  # fmt: skip
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Spine:
+    """Tokens that are decoded behind a prompt, and the refusals that leave them.
+
+    Attributes:
+        tokens: all but the last of an opening.
+        shared: how many of its beginnings an earlier spine has too: their leaves are that one's.
+        branches: for each depth d = shared .. len(tokens), tokens that after tokens[:d] make the opening a refusal.
+    """
+
+    tokens: Tokens
+    shared: int
+    branches: tuple[Tokens, ...]
+
+    @property
+    def continuation(self) -> Tokens:
+        """What is predicted behind a prompt and `tokens[:shared]`; the last one stands for the leaves."""
+        return (*self.tokens[self.shared :], 0)
 
 
 @dataclass(frozen=True)
 class Openings:
-    """A model's refusal openings.
+    """A model's refusal openings: `spines`, each of which has a beginning that no earlier one has."""
 
-    Attributes:
-        spine: tokens of "I'm sorry" but the last: what is decoded behind a prompt.
-        branches: for each depth d = 0 .. len(spine), tokens that after spine[:d] make the opening a refusal.
-    """
-
-    spine: tuple[int, ...]
-    branches: tuple[tuple[int, ...], ...]
+    spines: tuple[Spine, ...]
 
     @classmethod
     def of(cls, tokenize: Callable[[str], Sequence[int]]) -> Self:
-        spine = tuple(tokenize(SPINE))
-        branches: list[set[int]] = [set() for _ in spine]
-        for text in OPENINGS:
-            tokens = tuple(tokenize(text))
-            depth = next((d for d, (a, b) in enumerate(zip(tokens, spine, strict=False)) if a != b), len(spine) - 1)
-            if depth == len(tokens) - 1 < len(spine):
-                branches[depth].add(tokens[depth])
-        return cls(spine[:-1], tuple(tuple(sorted(b)) for b in branches))
+        openings = [tuple(tokenize(text)) for text in OPENINGS]
+        seen: set[Tokens] = set()
+        spines = []
+        for text in SPINES:
+            path = tuple(tokenize(text))[:-1]
+            fresh = [path[:d] for d in range(len(path) + 1) if path[:d] not in seen]
+            if fresh:
+                leaves = [sorted({o[-1] for o in openings if o and o[:-1] == beginning}) for beginning in fresh]
+                spines.append(Spine(path, len(fresh[0]), tuple(map(tuple, leaves))))
+                seen.update(fresh)
+        return cls(tuple(spines))
 
     def probability(self, log_probs: NDArray[np.floating]) -> float:
         """P(the answer opens as a refusal).
 
         Args:
-            log_probs: next-token log probabilities after spine[:d], shape (len(spine) + 1, n_vocab).
+            log_probs: next-token log probabilities behind the spines' beginnings that are not shared, spine after
+                spine, shape (rows, n_vocab).
         """
-        reached, total = 0.0, 0.0
-        for depth, branch in enumerate(self.branches):
-            total += float(np.exp(reached + log_probs[depth][list(branch)].astype(np.float64)).sum())
-            if depth < len(self.spine):
-                reached += float(log_probs[depth][self.spine[depth]])
+        reached: dict[Tokens, float] = {(): 0.0}
+        total, row = 0.0, 0
+        for spine in self.spines:
+            for depth, branch in enumerate(spine.branches, start=spine.shared):
+                here = spine.tokens[:depth]
+                found = log_probs[row].astype(np.float64)
+                total += float(np.exp(reached[here] + found[list(branch)]).sum())
+                self._go_on(reached, here, found)
+                row += 1
         return total
+
+    def _go_on(self, reached: dict[Tokens, float], here: Tokens, found: NDArray[np.float64]) -> None:
+        """Note how likely the beginnings are that are one token longer than `here`."""
+        for spine in self.spines:
+            if spine.tokens[: len(here)] == here and len(spine.tokens) > len(here):
+                token = spine.tokens[len(here)]
+                reached[*here, token] = reached[here] + float(found[token])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from acd_local.evaluate.likelihood import Scorer
 from acd_local.optimize.openings import Openings
-from acd_local.optimize.stages import Stopped
+from acd_local.optimize.stages import go_on
 from acd_local.runtime import llama
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.contrast import contrast
@@ -99,13 +99,14 @@ class OpeningScorer:
         self._scorer.close()
 
     def _logits(self, prompts: Sequence[str | SoftPrompt], users: Sequence[str]) -> Iterator[Logits]:
-        """For each user's text the logits after the spine's beginnings, shape (prompts, len(spine) + 1, n_vocab)."""
-        continuation = (*self._openings.spine, 0)  # the last one is predicted, never decoded
+        """For each user's text the logits that `Openings.probability` asks for, shape (prompts, rows, n_vocab)."""
         for user in users:
-            if self._stop.is_set:
-                raise Stopped
+            go_on(self._stop)
             ids = [self._encode(prompt, user) for prompt in prompts]
-            pieces = [logits.copy() for _, logits in self._scorer.logits(ids, continuation)]
+            pieces = []
+            for spine in self._openings.spines:  # what a later one shares is in the caches
+                begun = [[*prompt, *spine.tokens[: spine.shared]] for prompt in ids]
+                pieces += [logits.copy() for _, logits in self._scorer.logits(begun, spine.continuation)]
             yield np.concatenate(pieces, axis=1)
 
     def _encode(self, prompt: str | SoftPrompt, user: str) -> list[int]:

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from acd_local.errors import NumericalError
 from acd_local.optimize.layout import Layout
 from acd_local.optimize.losses import Term, term_loss, token_log_probs
-from acd_local.optimize.openings import Openings
-from acd_local.optimize.stages import Stopped
+from acd_local.optimize.openings import Openings, Spine
+from acd_local.optimize.stages import Stopped, go_on
 from acd_local.optimize.weights import Example, FrozenModel, Prefix
 from acd_local.runtime.cancel import CancelToken
 
@@ -110,19 +111,37 @@ class SoftTraining:
             found[term] = draw(pairs, size - len(hard), number, self._seed) + hard
         return found
 
-    def mine(self, openings: Openings, refusing: Term | None) -> None:
+    def mine(self, openings: Openings, refusing: Term | None, stop: CancelToken | None = None) -> None:
         """Look for the anchors that the prompt does worst on: what should be answered and is refused, or not refused.
 
         Args:
             refusing: the term whose answers are refusals.
+
+        Raises:
+            Stopped: `stop` was set; the hard anchors are the ones from before.
         """
+        found: dict[Term, list[int]] = {}
+        prefix = self._prefix()
+        for term, pairs in self._mined():
+            prompts = [e.prompt for e in pairs]
+            chances = refusal_probabilities(self._model, prefix, prompts, openings, 2 * self.settings.micro, stop)
+            order = np.argsort(np.array(chances) * (1 if term == refusing else -1), kind="stable")
+            found[term] = [int(i) for i in order[: max(1, len(pairs) // HARD_SHARE)]]
+        self.hard = found
+
+    def try_mining(self, openings: Openings) -> None:
+        """The largest micro-batch of `mine`: where memory is too small, it shows now."""
+        prompts = sorted((e.prompt for _, pairs in self._mined() for e in pairs), key=len)
+        many = 2 * self.settings.micro
+        refusal_probabilities(self._model, self._prefix(), prompts[-many:], openings, many)
+
+    def _mined(self) -> list[tuple[Term, Sequence[Example]]]:
+        """All terms but the negative one: its instructions are those of the positive term."""
+        return [(term, pairs) for term, pairs in self._pairs.items() if term != "negative"]
+
+    def _prefix(self) -> Prefix:
         with torch.no_grad():
-            prefix = self._model.prefix(self._layout.rows(self._model, self.z))
-        for term, pairs in self._pairs.items():
-            if term != "negative":  # its instructions are those of the positive term
-                chances = refusal_probabilities(self._model, prefix, [e.prompt for e in pairs], openings)
-                order = np.argsort(np.array(chances) * (1 if term == refusing else -1), kind="stable")
-                self.hard[term] = [int(i) for i in order[: max(1, len(pairs) // HARD_SHARE)]]
+            return self._model.prefix(self._layout.rows(self._model, self.z))
 
     def state(self) -> dict[str, Any]:
         return {
@@ -253,36 +272,48 @@ def train(
     save: Callable[[dict[str, Any]], None],
     on_step: Callable[[SoftRecord], None],
     stop: CancelToken,
+    pending: Mapping[Term, float] | None = None,
 ) -> SoftResult:
     """Train to the end, keeping the prompt whose validation scores highest.
 
     Args:
+        validate, mine: may raise Stopped; what they did not finish is done again.
         score: what makes one validation better than another; higher is better.
         mine: looks for hard anchors, see `SoftTraining.mine`.
-        history, best: what a checkpoint holds; empty and None at the start.
+        history, best, pending: what a checkpoint holds; empty and None at the start. `pending` are the losses of a step
+            that was made and not validated.
         save: is given a checkpoint now and then.
 
     Raises:
         Stopped: `stop` was set; a checkpoint was saved.
     """
     s = training.settings
-    while training.step_number < s.steps:
+
+    def keep(pending: Mapping[Term, float] | None) -> None:
+        rows = [asdict(r) for r in history]
+        save({"training": training.state(), "history": rows, "best": best, "pending": pending})
+
+    while pending is not None or training.step_number < s.steps:
         started = time.perf_counter()
-        losses = training.step()
+        losses, pending = training.step() if pending is None else pending, None
         step = training.step_number
         validation = None
-        if step % s.validate_every == 0 or step == s.steps:
-            validation = validate(training.z.detach())
-            if best is None or score(validation) > best[0]:
-                best = score(validation), training.z.detach().clone()
-        if step % s.mine_every == 0 and step < s.steps:
-            mine()
+        try:
+            if step % s.validate_every == 0 or step == s.steps:
+                validation = validate(training.z.detach())
+                if best is None or score(validation) > best[0]:
+                    best = score(validation), training.z.detach().clone()
+            if step % s.mine_every == 0 and step < s.steps:
+                mine()
+        except Stopped:
+            keep(losses)
+            raise
         record = SoftRecord(step, losses, validation, time.perf_counter() - started)
         history.append(record)
         on_step(record)
         stopping = stop.is_set  # asked once: what is stopped is saved
         if step % SAVE_EVERY == 0 or validation is not None or stopping:
-            save({"training": training.state(), "history": [asdict(r) for r in history], "best": best})
+            keep(None)
         if stopping:
             raise Stopped
     assert best is not None
@@ -302,28 +333,52 @@ def restored(checkpoint: Mapping[str, Any]) -> tuple[list[SoftRecord], tuple[flo
 
 
 def refusal_probabilities(
-    model: FrozenModel, prefix: Prefix, prompts: Sequence[tuple[int, ...]], openings: Openings, micro: int = 32
+    model: FrozenModel,
+    prefix: Prefix,
+    prompts: Sequence[tuple[int, ...]],
+    openings: Openings,
+    micro: int = 32,
+    stop: CancelToken | None = None,
 ) -> list[float]:
-    """P(the answer opens as a refusal) for each prompt's tokens after the prefix, in their order."""
-    examples = [Example(p, (*openings.spine, 0)) for p in prompts]
+    """P(the answer opens as a refusal) for each prompt's tokens after the prefix, in their order.
+
+    Raises:
+        Stopped: `stop` was set.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [0.0] * len(prompts)
-    depth = len(openings.spine) + 1
     with torch.no_grad():
         for start in range(0, len(order), micro):
+            go_on(stop)
             part = order[start : start + micro]
-            logits = model.answer_logits(prefix, [examples[i] for i in part])
-            log_probs = logits.log_softmax(1).reshape(len(part), depth, -1).cpu().numpy()
-            for i, rows in zip(part, log_probs, strict=True):
-                found[i] = openings.probability(rows)
+            rows = [_behind(model, prefix, [prompts[i] for i in part], spine) for spine in openings.spines]
+            for i, log_probs in zip(part, np.concatenate(rows, axis=1), strict=True):
+                found[i] = openings.probability(log_probs)
     return found
 
 
-def mean_nll(model: FrozenModel, prefix: Prefix, examples: Sequence[Example], micro: int = 32) -> float:
-    """Nats per token of the examples' answers."""
+def _behind(
+    model: FrozenModel, prefix: Prefix, prompts: Sequence[tuple[int, ...]], spine: Spine
+) -> NDArray[np.float32]:
+    """Log probabilities behind each prompt and the spine's own beginnings, shape (prompts, beginnings, n_vocab)."""
+    examples = [Example((*p, *spine.tokens[: spine.shared]), spine.continuation) for p in prompts]
+    log_probs = model.answer_logits(prefix, examples).log_softmax(1)
+    rows: NDArray[np.float32] = log_probs.reshape(len(prompts), len(spine.continuation), -1).cpu().numpy()
+    return rows
+
+
+def mean_nll(
+    model: FrozenModel, prefix: Prefix, examples: Sequence[Example], micro: int = 32, stop: CancelToken | None = None
+) -> float:
+    """Nats per token of the examples' answers.
+
+    Raises:
+        Stopped: `stop` was set.
+    """
     total, count = 0.0, sum(len(e.answer) for e in examples)
     with torch.no_grad():
         for part in micro_batches(examples, micro):
+            go_on(stop)
             tokens = torch.tensor([t for e in part for t in e.answer], device=model.device)
             total -= float(token_log_probs(model.answer_logits(prefix, part), tokens).sum())
     return total / count

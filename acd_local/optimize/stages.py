@@ -17,12 +17,19 @@ from typing import Any
 
 from acd_local.errors import InternalError
 from acd_local.optimize import memory
+from acd_local.runtime.cancel import CancelToken
 
 FORMAT = 1
 
 
 class Stopped(Exception):
     """The optimization was asked to stop; where it was is on disk."""
+
+
+def go_on(stop: CancelToken | None) -> None:
+    """Raises Stopped where `stop` is set."""
+    if stop is not None and stop.is_set:
+        raise Stopped
 
 
 def key_of(inputs: Mapping[str, Any]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from acd_local.errors import ModelError
+from acd_local.errors import ModelError, UsageError
 from acd_local.optimize.anchors import TOKENS, Anchors, Instruction, Pair, refusal_for
 from acd_local.optimize.layout import Layout, lay_out
 from acd_local.optimize.losses import Term
@@ -14,6 +15,7 @@ from acd_local.optimize.openings import Openings
 from acd_local.optimize.weights import Example
 from acd_local.pairs import PromptPair
 from acd_local.runtime import llama
+from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.template import ChatTemplate, Message
 
 LOOKALIKE_SHARE = 5  # of the answered anchors, one in so many at most: more of them blur what is to be refused
@@ -71,18 +73,40 @@ def read(path: Path, manual: PromptPair, instructions: Sequence[Instruction]) ->
         texts = {"safe": manual.safe, "adversarial": manual.adversarial.reveal_for_negative_stream()}
         prompts = {role: tuple(vocab.tokenize(text, parse_special=False)) for role, text in texts.items()}
         written = {refusal_for(i) for i in instructions if i.kind == "harmful"}
+        answer = partial(answer_tokens, template, vocab)
         around = len(layout.before) + max(map(len, prompts.values())) + len(layout.after)
         return Texts(
             layout=layout,
             tails={i.id: tail for i, tail in zip(instructions, tails, strict=True)},
             manual=prompts,
-            refusals={text: tuple(vocab.tokenize(text, parse_special=False)) for text in sorted(written)},
-            openings=Openings.of(lambda text: vocab.tokenize(text, parse_special=False)),
+            refusals={text: answer(text) for text in sorted(written)},
+            openings=Openings.of(answer),
             end=_end(template, vocab),
             # Text and rows may be cut into tokens differently where they meet the template.
             context=around + max(map(len, tails)) + TOKENS + 8,
             pieces=tuple(vocab.piece(token).decode("utf-8", "replace") for token in range(vocab.n_tokens)),
         )
+
+
+def answer_tokens(template: ChatTemplate, vocab: llama.Vocab, text: str) -> tuple[int, ...]:
+    """A text's tokens where the template has an answer stand.
+
+    SentencePiece puts a space in front of a text that is tokenized alone: behind a template's line break it has none.
+    """
+    turns = [Message("user", "a"), Message("assistant", text), Message("user", "c")]
+    try:
+        ids, other = (template.encode([turns[0], m, turns[2]]) for m in (turns[1], Message("assistant", "7")))
+    except UsageError:  # not every template takes a second turn
+        return tuple(vocab.tokenize(text, parse_special=False))
+    asked = template.encode(turns[:1])
+    if ids[: len(asked)] != asked:  # such as Qwen3's empty thoughts, which only the newest answer has
+        asked = ids[: common_prefix(ids, other)]
+    answer, wanted = b"", text.encode()
+    for end, token in enumerate(ids[len(asked) :], start=len(asked) + 1):
+        answer += vocab.piece(token)
+        if answer.removeprefix(b" ") == wanted:
+            return tuple(ids[len(asked) : end])
+    return tuple(vocab.tokenize(text, parse_special=False))  # the template changes it
 
 
 def _end(template: ChatTemplate, vocab: llama.Vocab) -> int:

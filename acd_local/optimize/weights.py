@@ -60,6 +60,7 @@ class FrozenModel:
         self.dtype = dtype
         self.embeddings: torch.Tensor = self.model.get_input_embeddings().weight
         self._scale = self._embedding_scale()
+        self._cap: float | None = getattr(self.model.config, "final_logit_softcapping", None)
 
     @property
     def width(self) -> int:
@@ -99,7 +100,7 @@ class FrozenModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits, shape (n, n_vocab), float32, from last hidden states of shape (n, n_embd)."""
         logits: torch.Tensor = self.model.lm_head(hidden).float()
-        return logits
+        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)  # Gemma 2
 
     def hidden(self, prefix: Prefix, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
         """Last hidden states after the prefix, right-padded, shape (len(sequences), longest, n_embd)."""

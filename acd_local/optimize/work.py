@@ -79,6 +79,7 @@ class Optimization:
         torch.set_num_threads(self._job.threads)
         device.keep_freed_memory()
         self._fit = self._plan()
+        self._micro = self._fit.micro  # less where training found less memory
         counts = self._sample_anchors()
         soft = {role: self._soft(role) for role in ROLES}
         distilled: dict[Role, dict[str, Any]] = {}
@@ -86,6 +87,7 @@ class Optimization:
             distilled["safe"] = self._distill("safe", soft["safe"], None)
             distilled["adversarial"] = self._distill("adversarial", soft["adversarial"], distilled["safe"]["text"])
         self._frozen = None  # from here on only llama.cpp is needed
+        device.empty_cache()
         texts = {role: str(found["text"]) for role, found in distilled.items()}
         pair = self._soft_pair(soft)
         setting = self._setting(pair, texts)
@@ -227,6 +229,7 @@ class Optimization:
             anchors=self._anchors_key,
             settings={k: v for k, v in asdict(settings).items() if k not in ("steps", "micro")},
             lookalikes=LOOKALIKE_SHARE,
+            openings=asdict(self._job.texts.openings),
             budget=self._request.budget,
             device=self._job.device,
             dtype=self._fit.dtype,
@@ -239,6 +242,7 @@ class Optimization:
         found: dict[str, Any] = checkpoint.result or {}
         self._keys[role] = checkpoint.key
         self._counts[f"soft_{role}_steps"] = checkpoint.counts["steps"]
+        self._micro = min(self._micro, checkpoint.counts["micro"])
         v = found["validation"]
         summary = f"{checkpoint.counts['steps']} steps, best at {found['kept']}: {_measures(v)}"
         self._close(checkpoint, summary, reused=reused)
@@ -246,50 +250,32 @@ class Optimization:
 
     def _soft_settings(self) -> SoftSettings:
         positive, negative, retain = self._request.weights
-        return SoftSettings(
-            weights={"positive": positive, "negative": negative, "retain": retain}, micro=self._fit.micro
-        )
+        return SoftSettings(weights={"positive": positive, "negative": negative, "retain": retain}, micro=self._micro)
 
     def _train(self, role: Role, settings: SoftSettings, checkpoint: Checkpoint) -> dict[str, Any]:
         model, texts = self._model, self._job.texts
         start = model.embed(texts.manual[role])
         pairs_ = {term: found for term, found in self._pairs(role, settings.answer_tokens).items() if found}
-        validate = self._validator(role, settings)
 
         def training(settings: SoftSettings) -> soft.SoftTraining:
             return soft.SoftTraining(model, texts.layout, start, pairs_, settings, self._request.seed)
 
         if not checkpoint.counts:
             mined = sum(len(found) for term, found in pairs_.items() if term != "negative")
-            checkpoint.counts = self._measure(training, validate, mined, settings, self._seconds[checkpoint.stage])
+            validator = partial(self._validator, role)
+            checkpoint.counts = self._measure(training, validator, mined, settings, self._seconds[checkpoint.stage])
             checkpoint.save({})
-        settings = replace(settings, **checkpoint.counts)
-        work = training(settings)
-        history: list[soft.SoftRecord] = []
-        best = None
-        if checkpoint.state:
-            work.load(checkpoint.state["training"])
-            history, best = soft.restored(checkpoint.state)
-        clock = Clock(TITLES[checkpoint.stage], work.step_number, settings.steps, self._listener.progress)
-        latest = [r.validation for r in history if r.validation]
-
-        def on_step(record: soft.SoftRecord) -> None:
-            if record.validation is not None:
-                latest.append(record.validation)
-            clock.at(record.step, _losses(record.losses) + (f"; {_measures(asdict(latest[-1]))}" if latest else ""))
-
-        torch.manual_seed(self._request.seed)
-        found = soft.train(
-            work,
-            validate,
-            SOFT_SCORES[role],
-            mine=lambda: work.mine(texts.openings, "positive" if role == "safe" else None),
-            history=history,
-            best=best,
-            save=checkpoint.save,
-            on_step=on_step,
-            stop=self._stop,
-        )
+        counts = checkpoint.counts  # there may be less memory than there was
+        settings = replace(settings, steps=counts["steps"], micro=min(counts["micro"], settings.micro))
+        while True:
+            try:
+                found = self._train_on(role, training(settings), checkpoint)
+                break
+            except RuntimeError as error:
+                settings = _halved(settings, error)
+            device.empty_cache()
+            checkpoint.counts = checkpoint.counts | {"micro": settings.micro}
+            self._listener.line(f"out of memory: going on with {settings.micro} examples at a time")
         tried = [(r.validation, r.step) for r in found.history if r.validation is not None]
         validation, kept = max(tried, key=lambda found: SOFT_SCORES[role](found[0]))  # of equals the first, as it does
         return {
@@ -300,6 +286,37 @@ class Optimization:
             "nearest": self._nearest(found.z),
         }
 
+    def _train_on(self, role: Role, work: SoftTraining, checkpoint: Checkpoint) -> soft.SoftResult:
+        """From the checkpoint to the end."""
+        openings = self._job.texts.openings
+        history: list[soft.SoftRecord] = []
+        best = pending = None
+        if checkpoint.state:
+            work.load(checkpoint.state["training"])
+            history, best = soft.restored(checkpoint.state)
+            pending = checkpoint.state.get("pending")
+        clock = Clock(TITLES[checkpoint.stage], work.step_number, work.settings.steps, self._listener.progress)
+        latest = [r.validation for r in history if r.validation]
+
+        def on_step(record: soft.SoftRecord) -> None:
+            if record.validation is not None:
+                latest.append(record.validation)
+            clock.at(record.step, _losses(record.losses) + (f"; {_measures(asdict(latest[-1]))}" if latest else ""))
+
+        torch.manual_seed(self._request.seed)
+        return soft.train(
+            work,
+            self._validator(role, work.settings),
+            SOFT_SCORES[role],
+            mine=lambda: work.mine(openings, "positive" if role == "safe" else None, self._stop),
+            history=history,
+            best=best,
+            save=checkpoint.save,
+            on_step=on_step,
+            stop=self._stop,
+            pending=pending,
+        )
+
     def _pairs(self, role: Role, answer_tokens: int) -> dict[Term, list[Example]]:
         assert self._anchors is not None
         return batches(self._anchors.part(validation=False), self._job.texts, role, answer_tokens)
@@ -307,7 +324,7 @@ class Optimization:
     def _measure(
         self,
         training: Callable[[SoftSettings], SoftTraining],
-        validate: Callable[[torch.Tensor], Validation],
+        validator: Callable[[SoftSettings], Callable[[torch.Tensor], Validation]],
         mined: int,
         settings: SoftSettings,
         seconds: float,
@@ -318,15 +335,14 @@ class Optimization:
             work = training(settings)
             try:
                 work.step()
+                work.try_mining(self._job.texts.openings)
                 per_step = min(_timed(work.step) for _ in range(2))
-                validation = _timed(partial(validate, work.z.detach()))
+                validation = _timed(partial(validator(settings), work.z.detach()))
                 break
             except RuntimeError as error:  # torch.OutOfMemoryError, or the CPU allocator's
-                if "memory" not in str(error):
-                    raise
-                if settings.micro == 1:
-                    raise OutOfMemoryError("not enough memory for a training step") from None
-                settings = replace(settings, micro=settings.micro // 2)
+                settings = _halved(settings, error)
+            del work  # before the smaller ones
+            device.empty_cache()
         self._go_on()
         mining = validation * mined / max(1, sum(i.validates for i in self._job.instructions))
         others = (validation, settings.validate_every), (mining, settings.mine_every)
@@ -340,13 +356,14 @@ class Optimization:
         prompts = [texts.tails[i.id] for group in groups.values() for i in group]
         wanted = getattr(self._anchors.part(validation=True), TERMS[role]["positive"])
         answers = examples(wanted, texts, settings.answer_tokens)
+        many = 2 * settings.micro  # nothing is kept for a backward pass
 
         def validate(z: torch.Tensor) -> Validation:
             with torch.no_grad():
                 prefix = model.prefix(texts.layout.rows(model, z))
-            found = iter(soft.refusal_probabilities(model, prefix, prompts, texts.openings, 2 * settings.micro))
+            found = iter(soft.refusal_probabilities(model, prefix, prompts, texts.openings, many, self._stop))
             means = {name: _mean([next(found) for _ in group]) for name, group in groups.items()}
-            nll = soft.mean_nll(model, prefix, answers, 2 * settings.micro) if answers else 0.0
+            nll = soft.mean_nll(model, prefix, answers, many, self._stop) if answers else 0.0
             return Validation(means["harmful"], means["harmless"], means["lookalike"], nll)
 
         return validate
@@ -416,7 +433,7 @@ class Optimization:
         teacher = soft["z"].to(model.device)
         pairs_ = {term: _short(found) for term, found in self._pairs(role, DISTILL_TOKENS).items()}
         objective = TextObjective(
-            model, texts.layout, teacher, pairs_, DISTILL_SIZES, DistillWeights(), self._request.seed
+            model, texts.layout, teacher, pairs_, DISTILL_SIZES, DistillWeights(), self._request.seed, self._micro
         )
         start = self._manual[role]
         with self._on_llama() as (scoring, space):
@@ -505,7 +522,14 @@ class Optimization:
         """{"soft", "text": {"alpha", "beta"} of either pair, "rows": all that were tried, "before_after": figures}."""
         adversarial = soft.adversarial.reveal_for_negative_stream()
         digests = [soft.safe.digest, adversarial.digest]
-        checkpoint = self._checkpoint("setting", soft=digests, texts=dict(texts), grid=GRID, twice="over-refusal")
+        checkpoint = self._checkpoint(
+            "setting",
+            soft=digests,
+            texts=dict(texts),
+            grid=GRID,
+            twice="over-refusal",
+            openings=asdict(self._job.texts.openings),
+        )
         if checkpoint.result is not None:
             self._close(checkpoint, _chosen(checkpoint.result), reused=True)
             return checkpoint.result
@@ -642,6 +666,19 @@ class Optimization:
 def _short(found: Sequence[Example]) -> list[Example]:
     """The shorter half: texts are tried hundreds of times, and one long request would pad its whole minibatch."""
     return sorted(found, key=len)[: -(-len(found) // 2)]
+
+
+def _halved(settings: SoftSettings, error: RuntimeError) -> SoftSettings:
+    """With micro-batches of half the size, where `error` is torch.OutOfMemoryError or the CPU allocator's.
+
+    Raises:
+        OutOfMemoryError: they cannot be smaller.
+    """
+    if "memory" not in str(error):
+        raise error
+    if settings.micro == 1:
+        raise OutOfMemoryError("not enough memory for a training step") from None
+    return replace(settings, micro=settings.micro // 2)
 
 
 def _timed(work: Callable[[], object]) -> float:
