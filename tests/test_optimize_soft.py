@@ -125,6 +125,22 @@ def test_a_step_moves_by_the_schedule(model: FrozenModel, layout: Layout) -> Non
     assert work.step_number == 1
 
 
+def test_the_average_follows_the_iterates(model: FrozenModel, layout: Layout) -> None:
+    """A plain mean at first, whose memory grows up to that of a decay of 0.97."""
+    work = training(model, layout, steps=400)
+    start = expected = work.z.detach().clone()
+    for number in range(1, 5):
+        work.step()
+        keep = number / (number + 10)
+        expected = keep * expected + (1 - keep) * work.z.detach()
+        assert torch.allclose(work.average, expected, atol=1e-6)
+    work.step_number = 399  # late
+    before = work.average.clone()
+    work.step()
+    assert torch.allclose(work.average, 0.97 * before + 0.03 * work.z.detach(), atol=1e-6)
+    assert not torch.equal(work.average, start)
+
+
 def test_training_lowers_the_loss(model: FrozenModel, layout: Layout) -> None:
     everything: dict[Term, int] = {term: len(pairs) for term, pairs in PAIRS.items()}
     work = training(model, layout, steps=12, sizes=everything, micro=16)
@@ -209,6 +225,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(model: FrozenModel, layout:
         for _ in range(4):
             other.step()
         assert torch.equal(other.z, whole.z)
+        assert torch.equal(other.average, whole.average)
     assert other.step_number == whole.step_number == 8
     different = training(model, layout, seed=1)
     for _ in range(8):
@@ -293,7 +310,8 @@ def test_the_best_validation_is_kept_not_the_last(model: FrozenModel, layout: La
 
 def test_the_last_step_validates_whenever_it_comes(model: FrozenModel, layout: Layout) -> None:
     run = Run(training(model, layout, steps=3, validate_every=100, mine_every=3), {3: 0.5})
-    assert torch.equal(run.go().z, run.work.z)
+    assert torch.equal(run.go().z, run.work.average)
+    assert not torch.equal(run.work.average, run.work.z)
     assert list(run.seen) == [3]
     assert run.mined == []  # nothing is trained after it
 

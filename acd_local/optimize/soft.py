@@ -26,6 +26,7 @@ from acd_local.optimize.weights import Example, FrozenModel, Prefix
 from acd_local.runtime.cancel import CancelToken
 
 SAVE_EVERY = 10  # steps
+AVERAGING = 0.97  # of the iterates' exponential moving average
 HARD_SHARE = 6  # the hardest sixth of the anchors
 
 # A sequence shorter than this part of a micro-batch's longest goes into another one.
@@ -63,9 +64,15 @@ Batches = Mapping[Term, Sequence[Example]]
 class SoftTraining:
     """The training of one soft prompt, step by step; `state` and `load` make it resumable at any step.
 
+    What counts is `average`, not the last iterate: batches are small, and steps back and forth cancel out in it.
+
     Args:
         start: initial z, shape (n, n_embd).
         pairs: training examples by term, already cut to `answer_tokens`.
+
+    Attributes:
+        z: the newest iterate.
+        average: exponential moving average of the iterates (Polyak averaging), shorter at the beginning.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class SoftTraining:
         self._pairs = pairs
         self.settings = settings
         self.z = start.detach().float().clone().requires_grad_()
+        self.average = self.z.detach().clone()
         self._optimizer = torch.optim.AdamW([self.z], lr=settings.lr, weight_decay=0.0)
         self._seed = seed
         self.hard: dict[Term, list[int]] = {}
@@ -101,6 +109,7 @@ class SoftTraining:
         torch.nn.utils.clip_grad_norm_([self.z], s.clip)
         self._optimizer.step()
         self.step_number += 1
+        self.average.lerp_(self.z.detach(), 1 - min(AVERAGING, self.step_number / (self.step_number + 10)))
         return losses
 
     def _batch(self, number: int) -> Batches:
@@ -141,11 +150,12 @@ class SoftTraining:
 
     def _prefix(self) -> Prefix:
         with torch.no_grad():
-            return self._model.prefix(self._layout.rows(self._model, self.z))
+            return self._model.prefix(self._layout.rows(self._model, self.average))
 
     def state(self) -> dict[str, Any]:
         return {
             "z": self.z.detach().clone(),
+            "average": self.average.clone(),
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),  # its tensors change with the next step
             "step": self.step_number,
             "hard": dict(self.hard),
@@ -154,6 +164,7 @@ class SoftTraining:
     def load(self, state: Mapping[str, Any]) -> None:
         with torch.no_grad():
             self.z.copy_(state["z"])
+            self.average.copy_(state["average"])
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.step_number = state["step"]
         self.hard = dict(state["hard"])
@@ -300,9 +311,9 @@ def train(
         validation = None
         try:
             if step % s.validate_every == 0 or step == s.steps:
-                validation = validate(training.z.detach())
+                validation = validate(training.average)
                 if best is None or score(validation) > best[0]:
-                    best = score(validation), training.z.detach().clone()
+                    best = score(validation), training.average.clone()
             if step % s.mine_every == 0 and step < s.steps:
                 mine()
         except Stopped:

@@ -337,7 +337,7 @@ class Optimization:
                 work.step()
                 work.try_mining(self._job.texts.openings)
                 per_step = min(_timed(work.step) for _ in range(2))
-                validation = _timed(partial(validator(settings), work.z.detach()))
+                validation = _timed(partial(validator(settings), work.average))
                 break
             except RuntimeError as error:  # torch.OutOfMemoryError, or the CPU allocator's
                 settings = _halved(settings, error)
