@@ -27,7 +27,8 @@ from acd_local.runtime.cancel import CancelToken
 
 SAVE_EVERY = 10  # steps
 AVERAGING = 0.97  # of the iterates' exponential moving average
-HARD_SHARE = 6  # the hardest sixth of the anchors
+LOOKED_AT = 3  # one anchor in so many, others every time, is looked at for the hardest
+HARD_SHARE = 6  # the hardest sixth of these
 
 # A sequence shorter than this part of a micro-batch's longest goes into another one.
 MAX_PADDING = 0.8
@@ -121,7 +122,7 @@ class SoftTraining:
         return found
 
     def mine(self, openings: Openings, refusing: Term | None, stop: CancelToken | None = None) -> None:
-        """Look for the anchors that the prompt does worst on: what should be answered and is refused, or not refused.
+        """Look for anchors that the prompt does badly on: what should be answered and is refused, or not refused.
 
         Args:
             refusing: the term whose answers are refusals.
@@ -132,10 +133,12 @@ class SoftTraining:
         found: dict[Term, list[int]] = {}
         prefix = self._prefix()
         for term, pairs in self._mined():
-            prompts = [e.prompt for e in pairs]
+            looked_at = np.random.default_rng([self._seed, self.step_number]).permutation(len(pairs))
+            looked_at = looked_at[: -(-len(pairs) // LOOKED_AT)]
+            prompts = [pairs[i].prompt for i in looked_at]
             chances = refusal_probabilities(self._model, prefix, prompts, openings, 2 * self.settings.micro, stop)
             order = np.argsort(np.array(chances) * (1 if term == refusing else -1), kind="stable")
-            found[term] = [int(i) for i in order[: max(1, len(pairs) // HARD_SHARE)]]
+            found[term] = [int(i) for i in looked_at[order[: max(1, len(looked_at) // HARD_SHARE)]]]
         self.hard = found
 
     def try_mining(self, openings: Openings) -> None:

@@ -261,7 +261,7 @@ class Optimization:
             return soft.SoftTraining(model, texts.layout, start, pairs_, settings, self._request.seed)
 
         if not checkpoint.counts:
-            mined = sum(len(found) for term, found in pairs_.items() if term != "negative")
+            mined = sum(len(found) for term, found in pairs_.items() if term != "negative") // soft.LOOKED_AT
             validator = partial(self._validator, role)
             checkpoint.counts = self._measure(training, validator, mined, settings, self._seconds[checkpoint.stage])
             checkpoint.save({})
@@ -336,7 +336,7 @@ class Optimization:
             try:
                 work.step()
                 work.try_mining(self._job.texts.openings)
-                per_step = min(_timed(work.step) for _ in range(2))
+                per_step = _mean([_timed(work.step) for _ in range(4)])
                 validation = _timed(partial(validator(settings), work.average))
                 break
             except RuntimeError as error:  # torch.OutOfMemoryError, or the CPU allocator's
