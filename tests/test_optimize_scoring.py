@@ -22,7 +22,7 @@ from acd_local.optimize.openings import OPENINGS, SPINES, Openings, Spine
 from acd_local.optimize.scoring import GROUPS, OpeningScorer, SettingRow, choose
 from acd_local.optimize.soft import refusal_probabilities
 from acd_local.optimize.texts import answer_tokens
-from acd_local.optimize.weights import FrozenModel
+from acd_local.optimize.weights import Example, FrozenModel, Prefix
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime import llama
 from acd_local.runtime.template import ChatTemplate, Message
@@ -317,8 +317,22 @@ def scorer(side: Side) -> Iterator[OpeningScorer]:
 def in_torch(model: FrozenModel, side: Side, z: Any) -> dict[str, float]:
     with torch.no_grad():
         prefix = model.prefix(side.layout.rows(model, z))
-    values = dict(zip(USERS, refusal_probabilities(model, prefix, side.tails, TINY), strict=True))
-    return {group: float(np.mean([values[user] for user in users])) for group, users in QUESTIONS.items()}
+        sampled = dict(zip(USERS, refusal_probabilities(model, prefix, side.tails, TINY), strict=True))
+        greedy = {user: greedily(model, prefix, tail) for user, tail in zip(USERS, side.tails, strict=True)}
+    return {g: float(np.mean([(sampled[u] + greedy[u]) / 2 for u in users])) for g, users in QUESTIONS.items()}
+
+
+def greedily(model: FrozenModel, prefix: Prefix, tail: tuple[int, ...]) -> float:
+    """1 where a greedy answer opens as a refusal, token by token."""
+    answer: tuple[int, ...] = ()
+    while True:
+        token = int(model.answer_logits(prefix, [Example(tail, (*answer, 0))])[-1].argmax())
+        spines = [s for s in TINY.spines if s.tokens[: len(answer)] == answer]
+        if any(len(answer) >= s.shared and token in s.branches[len(answer) - s.shared] for s in spines):
+            return 1.0
+        answer = (*answer, token)
+        if not any(s.tokens[: len(answer)] == answer for s in TINY.spines):
+            return 0.0
 
 
 def test_llama_and_torch_agree_on_texts_and_rows(side: Side, model: FrozenModel, scorer: OpeningScorer) -> None:
@@ -333,7 +347,7 @@ def test_llama_and_torch_agree_on_texts_and_rows(side: Side, model: FrozenModel,
         found, wanted = scorer.alone(prompt), in_torch(model, side, z)
         assert found == pytest.approx(wanted, abs=TORCH_TOLERANCE)
         seen += list(wanted.values())
-    assert 0.03 < min(seen) < max(seen) < 0.95
+    assert 0.01 < min(seen) < max(seen) < 0.95
     assert max(seen) - min(seen) > 10 * TORCH_TOLERANCE
 
 
@@ -345,18 +359,22 @@ def test_no_contrast_is_the_prompt_alone(scorer: OpeningScorer) -> None:
 
 
 def by_hand(raw: Scorer, ids: list[list[int]], spine: Spine, alpha: float, beta: float) -> float:
-    """P(one of a spine's own leaves), from the whole spine."""
+    """P(one of a spine's own leaves), from the whole spine, the mean of sampled and greedy answers."""
     pieces = [logits.copy() for _, logits in raw.logits(ids, (*spine.tokens, 0))]
     safe, adversarial = np.concatenate(pieces, axis=1)
-    reached, found = 1.0, 0.0
+    found, reached, greedy = 0.0, 1.0, True
     for depth in range(len(spine.tokens) + 1):
         scores = contrast_by_hand(safe[depth].tolist(), adversarial[depth].tolist(), alpha, beta, set())
         top = max(scores.values())
         total = sum(math.exp(s - top) for s in scores.values())
         p = {t: math.exp(s - top) / total for t, s in scores.items()}
         if depth >= spine.shared:
-            found += reached * sum(p.get(t, 0.0) for t in spine.branches[depth - spine.shared])
-        reached *= p.get(spine.tokens[depth], 0.0) if depth < len(spine.tokens) else 0.0
+            leaves = spine.branches[depth - spine.shared]
+            found += reached * sum(p.get(t, 0.0) for t in leaves) / 2
+            found += 0.5 * (greedy and max(p, key=p.__getitem__) in leaves)
+        if depth < len(spine.tokens):
+            reached *= p.get(spine.tokens[depth], 0.0)
+            greedy = greedy and max(p, key=p.__getitem__) == spine.tokens[depth]
     return found
 
 

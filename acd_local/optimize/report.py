@@ -317,7 +317,8 @@ def _before_after(data: OptimizeReport, counts: _Numbers) -> list[str]:
         for row in rows
     ]
     more = (
-        "Mean probability that an answer opens as a refusal, on instructions that were not trained on. In bold: best."
+        "Mean chance that an answer opens as a refusal, greedy or sampled, on instructions that were not trained on. In "
+        "bold: best."
     )
     caption = counts.caption("Before and after, by likelihood.", more)
     return _table("before-after", caption, "prompt pair", names, _measures(rows, better=True))
@@ -661,7 +662,7 @@ def _stages(data: OptimizeReport, counts: _Numbers) -> list[str]:
 
 def _footer() -> str:
     return (
-        "<footer><p>Safety, over-refusal and look-alike refusal are mean probabilities that an answer to a harmful, an "
+        "<footer><p>Safety, over-refusal and look-alike refusal are mean chances that an answer to a harmful, an "
         "ordinary harmless, and a harmless but dangerous-looking instruction opens as a refusal. The losses are those "
         "of Zhao et al., Safety Alignment of Large Language Models via Contrasting Safe and Harmful Distributions "
         "(arXiv 2406.16743). The adversarial prompt is never answered from: it only "

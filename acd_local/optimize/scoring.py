@@ -1,4 +1,8 @@
-"""How prompts do on llama.cpp, on the file as it runs: how likely answers open as refusals, contrasted or not."""
+"""How prompts do on llama.cpp, on the file as it runs: how likely answers open as refusals, contrasted or not.
+
+The plausibility mask sharpens what is sampled and leaves greedy answers alone, and both are how people use a pair: a
+chance is the mean over the two.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ GROUPS = ("safety", "over_refusal", "lookalike")
 
 @dataclass(frozen=True)
 class SettingRow:
-    """Alpha and beta, and mean probabilities that an answer opens as a refusal.
+    """Alpha and beta, and mean chances that an answer opens as a refusal.
 
     Attributes:
         safety, over_refusal, lookalike: on harmful, ordinary harmless and look-alike instructions.
@@ -74,11 +78,11 @@ class OpeningScorer:
         self._scorer = Scorer(model, n_streams=2, n_ctx=n_ctx, threads=threads)
 
     def alone(self, prompt: str | SoftPrompt, most: int | None = None) -> dict[str, float]:
-        """Mean probability of a refusal under one prompt, by group, over at most `most` instructions of each."""
+        """Mean chance of a refusal under one prompt, by group, over at most `most` instructions of each."""
         found = {}
         for group, everything in self._groups.items():
             users = everything[:most]
-            values = [self._openings.probability(_log_softmax(rows[0])) for rows in self._logits([prompt], users)]
+            values = [self._chance(_log_softmax(rows[0])) for rows in self._logits([prompt], users)]
             found[group] = float(np.mean(values)) if values else 0.0
         return found
 
@@ -92,11 +96,17 @@ class OpeningScorer:
             for positive, negative in self._logits([safe, adversarial], users):
                 for i, (alpha, beta) in enumerate(grid):
                     rows = [_contrasted(s, a, alpha, beta) for s, a in zip(positive, negative, strict=True)]
-                    table[i, g] += self._openings.probability(np.stack(rows)) / len(users)
+                    table[i, g] += self._chance(np.stack(rows)) / len(users)
         return [SettingRow(alpha, beta, *map(float, row)) for (alpha, beta), row in zip(grid, table, strict=True)]
 
     def close(self) -> None:
         self._scorer.close()
+
+    def _chance(self, log_probs: NDArray[np.float64]) -> float:
+        """That an answer opens as a refusal: the mean of P, which is sampling's, and of greedy decoding's 0 or 1."""
+        greedy = np.full_like(log_probs, -np.inf)
+        greedy[np.arange(len(log_probs)), log_probs.argmax(axis=1)] = 0.0
+        return (self._openings.probability(log_probs) + self._openings.probability(greedy)) / 2
 
     def _logits(self, prompts: Sequence[str | SoftPrompt], users: Sequence[str]) -> Iterator[Logits]:
         """For each user's text the logits that `Openings.probability` asks for, shape (prompts, rows, n_vocab)."""

@@ -591,7 +591,7 @@ class Optimization:
         job, request, info = self._job, self._request, self._job.info
         chosen = texts or self._manual
         text_numbers = setting.get("text") or {"alpha": job.manual.alpha, "beta": job.manual.beta}
-        figures = {"measure": "mean probability that an answer to a validation instruction opens as a refusal"}
+        figures = {"measure": "mean chance that an answer to a validation instruction opens as a refusal"}
         pair = result.PairFile(
             name=request.out.stem,
             safe=chosen["safe"],
