@@ -317,8 +317,8 @@ def _before_after(data: OptimizeReport, counts: _Numbers) -> list[str]:
         for row in rows
     ]
     more = (
-        "Mean chance that an answer opens as a refusal, greedy or sampled, on instructions that were not trained on. In "
-        "bold: best."
+        "Mean chance that an answer opens as a refusal, greedy or sampled, on instructions that were not trained on. "
+        "In bold: best."
     )
     caption = counts.caption("Before and after, by likelihood.", more)
     return _table("before-after", caption, "prompt pair", names, _measures(rows, better=True))
