@@ -10,6 +10,7 @@ A pair file is named after the pair (`prompts/NAME.toml`) and looks like this:
     beta = 0.1                  # optional: plausibility threshold, in [0, 1]
     [soft]                      # optional: alpha and beta of the soft prompts in NAME.safetensors beside it
     alpha = 0.4
+    sha256 = "..."              # optional: of that file, so that another one is not taken for it
     [models]                    # optional: the models it was made for; without it, any model
     architecture = "llama"
     tokenizer = "<sha256>"      # GGUFInfo.tokenizer
@@ -64,7 +65,7 @@ MAX_ALPHA = 3.4e38  # float32, in which logits are contrasted
 
 _KEYS = ("format", "name", "safe", "adversarial", "alpha", "beta", "soft", "models", "provenance", "figures")
 _MODEL_KEYS = ("architecture", "tokenizer", "names")
-_SOFT_KEYS = ("alpha", "beta")
+_SOFT_KEYS = ("alpha", "beta", "sha256")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>")
@@ -124,6 +125,7 @@ class PromptPair:
         provenance, figures: where it comes from and what was measured with it; free tables.
         path: its file; None if it was made in Python.
         soft_alpha, soft_beta: settings of the soft prompts; None leaves the pair's own.
+        soft_sha256: of the soft prompts' file; empty: any.
 
     Raises:
         PairError: a text is empty, both are the same, or a number is out of range.
@@ -140,6 +142,7 @@ class PromptPair:
     path: Path | None = None
     soft_alpha: float | None = None
     soft_beta: float | None = None
+    soft_sha256: str = ""
 
     def __post_init__(self) -> None:
         try:
@@ -253,14 +256,17 @@ def _checked_models(value: object) -> ModelMatch:
     return ModelMatch(match.get("architecture", ""), tokenizer, tuple(_checked_text("models.names", n) for n in names))
 
 
-def _checked_soft(value: object) -> dict[str, float | None]:
+def _checked_soft(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _Fault("soft", f"must be a table, not {_kind(value)}")
     for key in value:
         if key not in _SOFT_KEYS:
             raise _Fault(f"soft.{key}", f"unknown field; [soft] knows {', '.join(_SOFT_KEYS)}")
-    alpha = _checked_number("soft.alpha", value.get("alpha"), MAX_ALPHA)
-    return {"soft_alpha": alpha, "soft_beta": _checked_number("soft.beta", value.get("beta"), 1.0)}
+    alpha, beta = (_checked_number(f"soft.{k}", value.get(k), m) for k, m in (("alpha", MAX_ALPHA), ("beta", 1.0)))
+    sha256 = value.get("sha256", "")
+    if not isinstance(sha256, str) or (sha256 and not _SHA256.fullmatch(sha256)):
+        raise _Fault("soft.sha256", "must be a SHA-256 as 64 hex digits: of NAME.safetensors")
+    return {"soft_alpha": alpha, "soft_beta": beta, "soft_sha256": sha256}
 
 
 def _kind(value: object) -> str:

@@ -304,9 +304,9 @@ class Engine:
                 "make them with acd optimize"
             )
         seen = path.stat() if path.exists() else None
-        key = (path, seen and seen.st_mtime_ns, seen and seen.st_size)
+        key = (path, pair.soft_sha256, seen and seen.st_mtime_ns, seen and seen.st_size)
         if key not in self._soft_pairs:
-            found = softpair.load(path)
+            found = softpair.load(path, sha256=pair.soft_sha256)
             found.check(self.info)
             self._soft_pairs[key] = found
         return self._soft_pairs[key]

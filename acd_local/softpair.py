@@ -187,21 +187,27 @@ def _checked_rows(rows: Any) -> Rows:
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike[str]) -> SoftPair:
+def load(path: str | os.PathLike[str], *, sha256: str = "") -> SoftPair:
     """Read and check one soft pair.
+
+    Args:
+        sha256: of the file that is wanted, as the pair's TOML says it; empty: any.
 
     Raises:
         PairError: one line with the file and what is wrong with it.
     """
     shown = _printable(os.fspath(path))
     try:
-        return _parse(Path(path))
+        return _parse(Path(path), sha256)
     except PairError as error:
         raise PairError(f"{shown}: {error}") from None
 
 
-def _parse(path: Path) -> SoftPair:
+def _parse(path: Path, sha256: str) -> SoftPair:
     data = _read(path)
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        toml = _printable(path.with_suffix(".toml").name)
+        raise PairError(f"not the soft prompts that {toml} was written with: copy both files again, or make them anew")
     from safetensors.numpy import load as parse
 
     try:

@@ -147,9 +147,11 @@ def lines(count: int = 40) -> list[str]:
 def test_reading_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     more = json.dumps({"prompt": "  Völlig anders\n", "kind": "harmless", "category": "x"}, ensure_ascii=False)
-    path.write_text("\ufeff" + "\r\n".join([*lines(), "", more, lines()[0]]), "utf-8")
+    alike = json.dumps({"prompt": "Kill the weeds", "kind": "harmless", "lookalike": True})
+    path.write_text("\ufeff" + "\r\n".join([*lines(), "", alike, more, lines()[0]]), "utf-8")
     found = read(path)
-    assert len(found) == 81  # a prompt that occurs twice counts once
+    assert len(found) == 82  # a prompt that occurs twice counts once
+    assert [i.prompt for i in found if i.lookalike] == ["Kill the weeds"]
     assert found[0] == Instruction("harmful request 0", "harmful")
     assert found[-1] == Instruction("Völlig anders", "harmless", "x")
     assert {i.validates for i in found if i.kind == "harmful"} == {True, False}
@@ -171,6 +173,8 @@ def test_reading_ones_own(tmp_path: Path) -> None:
         (b'{"prompt": "x", "kind": "evil"}', "line 3: kind: must be harmful or harmless"),
         (b'{"prompt": "x", "kind": ["harmful"]}', "line 3: kind: must be harmful or harmless"),
         (b'{"prompt": "x", "kind": "harmful", "category": 1}', "line 3: category: must be a text"),
+        (b'{"prompt": "x", "kind": "harmless", "lookalike": 1}', "line 3: lookalike: must be true or false"),
+        (b'{"prompt": "x", "kind": "harmful", "lookalike": true}', "line 3: lookalike: only a harmless instruction"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: bytes, words: str) -> None:

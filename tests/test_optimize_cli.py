@@ -175,6 +175,27 @@ def test_a_device_that_is_not_there_is_named(
         assert err.count("\n") == 1
 
 
+def test_a_repeated_run_takes_its_options_from_the_file_alone(
+    capsys: pytest.CaptureFixture[str], tiny: Callable[..., Path], folder: Path
+) -> None:
+    model, file = str(tiny("chatml")), str(folder / "pairs" / "default.toml")
+    for option in (
+        ("--seed", "0"),
+        ("--budget", "1h"),
+        ("--dtype", "float32"),
+        ("--max-tokens", "96"),
+        ("--soft-only",),
+    ):
+        code, _, err = acd_optimize(capsys, model, "-o", "mine.toml", "--repeat", file, *option)
+        assert code == 2
+        assert f"--repeat sets {option[0]}: leave it out" in err
+        assert err.count("\n") == 1
+    code, _, err = acd_optimize(capsys, model, "-o", "mine.toml", "--repeat", file)
+    assert code == 2
+    assert "provenance has no steps" in err
+    assert err.count("\n") == 1
+
+
 def test_too_little_memory_ends_with_one_line(
     capsys: pytest.CaptureFixture[str], tiny: Callable[..., Path], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

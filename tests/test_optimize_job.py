@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
+from hashlib import sha256
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ import torch
 from acd_local import pairs, softpair
 from acd_local.cli.run import command as run_command
 from acd_local.cli.shell import run_cli
-from acd_local.errors import InternalError, ModelError, OutOfMemoryError, UsageError
+from acd_local.errors import InternalError, ModelError, OutOfMemoryError, PairError, UsageError
 from acd_local.evaluate.runner import Progress
-from acd_local.optimize import job, memory, result
+from acd_local.optimize import job, memory, repeat, result
 from acd_local.optimize.job import Listener, Request
 from acd_local.optimize.memory import Lengths, Sizes
 from acd_local.optimize.stages import Checkpoint, Stopped
@@ -180,6 +181,39 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
+def test_trials_and_settings_are_not_made_again(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from acd_local.optimize import trial
+    from acd_local.optimize.scoring import OpeningScorer
+
+    request = request_for(tiny("chatml"), tmp_path / "a.toml", quick)
+    run, contrasted = trial.run, OpeningScorer.contrasted
+    tried: list[tuple[bool, str, str]] = []
+    grids: list[object] = []
+
+    def counted(engine: Any, pair: pairs.PromptPair, groups: Any, **given: Any) -> trial.Trial:
+        found = run(engine, pair, groups, **given)
+        tried.append((given["plain"], pair.safe, pair.adversarial.reveal_for_negative_stream()))
+        return found
+
+    def scored(self: OpeningScorer, safe: Any, other: Any, grid: Any, most: int | None = None) -> Any:
+        found = contrasted(self, safe, other, grid, most)
+        if len(grid) > 1:
+            grids.append(safe)
+        return found
+
+    monkeypatch.setattr(trial, "run", counted)
+    monkeypatch.setattr(OpeningScorer, "contrasted", scored)
+    for at in (("safeguarding text", 11), ("trying the best texts", 2), ("setting", 2), ("setting", 4)):
+        with pytest.raises(Stopped):
+            optimize(request, at)
+    assert len(grids) == 1
+    optimize(request)
+    assert len(tried) == len(set(tried)) >= 4
+    assert len(grids) == 2
+
+
 def test_soft_only_keeps_the_manual_texts_and_serves_the_whole_run_later(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path
 ) -> None:
@@ -191,6 +225,75 @@ def test_soft_only_keeps_the_manual_texts_and_serves_the_whole_run_later(
     assert "soft prompts only" in str(pair.provenance["method"])
     after = optimize(replace(request, out=tmp_path / "whole.toml", soft_only=False))
     assert sum("done before" in line for line in after.lines) == 3
+
+
+def test_a_result_can_be_repeated_on_a_machine_of_another_speed(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, first = tiny("chatml"), tmp_path / "first.toml"
+    monkeypatch.setattr(memory, "conversations", lambda *args, **given: 8)
+    optimize(request_for(model, first, quick, seed=3, weights=(1.0, 0.5, 2.0)))
+    options, rest = repeat.read(first)
+    assert options == {
+        "seed": 3,
+        "budget": 1.0,
+        "weights": (1.0, 0.5, 2.0),
+        "dtype": "float32",
+        "soft_only": False,
+        "max_tokens": 24,
+    }
+    assert set(options) == set(repeat.OPTIONS)
+    monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "other"))
+    monkeypatch.setattr(job, "MIN_STEPS", 20)
+    monkeypatch.setattr(job, "MAX_STEPS", 20)
+    optimize(request_for(model, tmp_path / "again.toml", quick, **options, repeat=rest))
+    one, two = pairs.load(first), pairs.load(tmp_path / "again.toml")
+    for key in ("safe", "adversarial", "alpha", "beta", "soft_alpha", "soft_beta", "soft_sha256", "figures"):
+        assert getattr(one, key) == getattr(two, key), key
+    for key in ("steps", "conversations", "micro", "texts", "anchors"):
+        assert one.provenance[key] == two.provenance[key], key
+    assert one.provenance["steps"]["text_safe_steps"] > one.provenance["steps"]["text_safe_rounds"]  # type: ignore[index]
+    other = request_for(tiny("chatml", seed=5), tmp_path / "b.toml", quick, **options, repeat=rest)
+    with pytest.raises(UsageError, match="made from another file"):
+        job.prepare(other)
+
+
+def test_memory_pressure_does_not_change_how_many_anchors_are_answered_at_once(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_for(tiny("chatml"), tmp_path / "a.toml", quick, soft_only=True)
+    with pytest.raises(Stopped):
+        optimize(request, ("anchors", 10))
+    monkeypatch.setattr(memory, "conversations", lambda *args, **given: 1)
+    optimize(request)
+    assert pairs.load(request.out).provenance["conversations"] == 32
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("seed = 0", "has no seed"),
+        ("conversations = 8", "has no conversations"),
+        ("soft_safe_steps = 12", "has no soft_safe_steps"),
+        ("text_safe_rounds = 2", "has no text_safe_rounds"),
+        ("weights = [1.0, 1.0, 1.0]", "has no weights"),
+        ("max_tokens = 96", "has no max_tokens"),
+    ],
+)
+def test_what_cannot_be_repeated_is_refused_in_one_line(tmp_path: Path, line: str, says: str) -> None:
+    steps = "soft_safe_steps = 12\nsoft_adversarial_steps = 12\ntext_safe_rounds = 2\ntext_safe_steps = 14\n"
+    steps += "text_adversarial_rounds = 1\ntext_adversarial_steps = 13\n"
+    said = 'seed = 0\nbudget_seconds = 60.0\nweights = [1.0, 1.0, 1.0]\ndtype = "bfloat16"\nmax_tokens = 96\n'
+    said += f'model_sha256 = "{"0" * 64}"\nconversations = 8\nmicro = 16\n[provenance.steps]\n{steps}'
+    path = tmp_path / "x.toml"
+    path.write_text(MANUAL.replace("default", "x") + f"[provenance]\n{said}")
+    _, rest = repeat.read(path)
+    assert rest.search("safe") == {"rounds": 2, "steps": 12}
+    assert rest.search("adversarial") == {"rounds": 1, "steps": 12}
+    path.write_text(path.read_text().replace(f"{line}\n", ""))
+    with pytest.raises(UsageError, match=says) as caught:
+        repeat.read(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_another_seed_or_weight_is_another_run(tiny: Callable[..., Path], quick: Path, tmp_path: Path) -> None:
@@ -336,6 +439,10 @@ def test_steps_fill_the_time(seconds: float, per_step: float, validation: float,
 def test_parts_take_half_of_a_texts_time_at_most() -> None:
     counts = job.rounds_and_steps(660, trial=0.5, gradient=1.5, score=4, pieces=25, rounds=5, tries=12)
     assert counts == {"rounds": 5, "steps": (660 - 5 * 17) // 12.5}
+    late = job.rounds_and_steps(660, trial=0.5, gradient=1.5, score=4, pieces=25, rounds=5, tries=12, finals=200)
+    assert late == {"rounds": 5, "steps": (460 - 5 * 17) // 12.5}
+    none = job.rounds_and_steps(660, trial=0.5, gradient=1.5, score=4, pieces=25, rounds=5, tries=12, finals=900)
+    assert none == {"rounds": 1, "steps": job.MIN_STEPS}
     short = job.rounds_and_steps(60, trial=0.5, gradient=1.5, score=4, pieces=25, rounds=5, tries=12)
     assert short == {"rounds": 1, "steps": 20}
 
@@ -362,6 +469,7 @@ def test_the_first_dtype_and_the_largest_batch_that_fit_are_chosen() -> None:
         (["float32"], 25e9, None, "--dtype bfloat16 takes about"),
         (["float32"], 8e9, None, "nothing smaller would fit"),
         (["float32", "bfloat16"], 8e9, None, "in bfloat16 take about"),
+        (["bfloat16", "float32"], 8e9, None, "in bfloat16 take about"),
         (["float32"], 200e9, 24e9, "not enough memory on the device"),
         (["bfloat16"], 8e9, 80e9, "loading the weights in bfloat16"),
     ],
@@ -391,6 +499,11 @@ def test_sizes_are_the_headers(tiny: Callable[..., Path]) -> None:
     assert memory.conversations(size, 512, 1e12, (32, 8, 1)) == 32
     assert memory.conversations(size, 512, 3 * 8 * 2 * 512 * 2 * 64 * 2, (32, 8, 1)) == 8
     assert memory.conversations(size, 512, 0, (32, 8, 1)) == 1
+    eight = 3 * 8 * 2 * 512 * 2 * 64 * 2
+    for host, device in ((1e12, size.file + eight), (eight, 1e12)):  # the file goes to the device too
+        assert memory.conversations(size, 512, host, (32, 8, 1), device=device) == 8
+    assert memory.conversations(size, 512, 1e12, (32, 8, 1), device=eight) == 1
+    assert memory.conversations(size, 512, 1e12, (32, 8, 1), device=0) == 1
 
 
 def test_peaks_count_from_the_last_reset() -> None:
@@ -536,6 +649,35 @@ def test_written_files_are_whole_and_nothing_else_is_left(soft: softpair.SoftPai
     assert pairs.load(target).safe == AWKWARD.strip()
     assert sorted(p.name for p in target.parent.iterdir()) == ["mine.report.html", "mine.safetensors", "mine.toml"]
     assert softpair.load(target.with_suffix(".safetensors")).safe == soft.safe
+
+
+def test_a_crash_between_two_files_pairs_no_rows_with_anothers_text(
+    soft: softpair.SoftPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "mine.toml"
+    result.write(target, pair_file(), soft, "first")
+    assert pairs.load(target).soft_sha256 == sha256((tmp_path / "mine.safetensors").read_bytes()).hexdigest()
+    whole, done = Path.replace, []
+
+    def replace_once(self: Path, other: Path) -> Path:
+        if other.parent == tmp_path:
+            if done:
+                raise OSError("power cut")
+            done.append(other)
+        return whole(self, other)
+
+    newer = replace(soft, safe=softpair.SoftPrompt(soft.safe.rows + 5))
+    monkeypatch.setattr(Path, "replace", replace_once)
+    with pytest.raises(UsageError, match="power cut"):
+        result.write(target, pair_file(safe="Be very kind."), newer, "second")
+    found = pairs.load(target)
+    assert found.soft_path is not None
+    with pytest.raises(PairError, match=r"not the soft prompts that mine\.toml was written with") as caught:
+        softpair.load(found.soft_path, sha256=found.soft_sha256)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    result.write(target, pair_file(), newer, "second")
+    assert softpair.load(found.soft_path, sha256=pairs.load(target).soft_sha256).safe == newer.safe
 
 
 def test_a_result_that_is_no_pair_replaces_nothing(soft: softpair.SoftPair, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from acd_local.evaluate.report import FIGURE_SPACE
 from acd_local.optimize import report
 from acd_local.optimize.report import OptimizeReport, nearest_words, render
+from acd_local.optimize.scoring import SettingRow, choose
 
 NASTY = "</script></p><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\"'\u202e\u2066\x00\x1b[31m\u2028\ud800"
 
@@ -377,11 +378,35 @@ def test_settings_make_a_table_of_alpha_and_beta(full: str) -> None:
         assert [row[0] for row in rows] == ["0", "0.25", "0.5", "0.75", "1"]
         row = next(r for r in settings() if r["chosen"] and r["pair"] == pair)
         small = " / ".join(f"{100 * row[key]:.1f}" for key in ("safety", "over_refusal", "lookalike"))
-        assert rows[2][2] == f"{100 * (row['safety'] - row['over_refusal']):.1f}{small}"
+        assert rows[2][2] == f"{100 * (row['safety'] - row['over_refusal'] - row['lookalike']):.1f}{small}"
         (body,) = re.findall(rf'<table id="table-setting-{place}".*?</table>', full, re.S)
         chosen = re.findall(r'<td class="h\d chosen">.*?</td>', body)
         assert len(chosen) == 1 and small in chosen[0]
         assert body.count('"h1') and body.count(f'"h{report.HEAT}')
+
+
+def test_the_framed_setting_has_the_largest_number() -> None:
+    """Over-refusal on look-alikes counts in the table as it does where the setting is chosen."""
+    rows = [
+        SettingRow(0.1, 0.1, 0.5, 0.02, 0.05),
+        SettingRow(0.5, 0.1, 0.6, 0.05, 0.2),
+        SettingRow(0.8, 0.1, 0.3, 0, 0),
+    ]
+    chosen = choose(rows)
+    made = [asdict(row) | {"chosen": row is chosen} for row in rows]
+    page = render(OptimizeReport(model={"name": "tiny"}, setting_rows=made))
+    cells = re.findall(r'<td class="h(\d)( chosen)?"><span class="value">([^<]*)</span>', page)
+    assert max(cells, key=lambda cell: float(cell[2])) == next(cell for cell in cells if cell[1])
+    assert len(cells) == 3
+
+
+def test_a_devices_peak_has_a_column_where_there_is_one() -> None:
+    stages = [
+        {"name": "anchors", "seconds": 5.0, "peak_bytes": 612_000_000, "reused": False},
+        {"name": "soft", "seconds": 5.0, "peak_bytes": 2_410_000_000, "device_peak_bytes": 9.5e9, "reused": False},
+    ]
+    rows = rows_of(render(OptimizeReport(model={"name": "tiny"}, stages=stages)), "table-stages")
+    assert [row[3] for row in rows] == ["–", "9.50 GB", "9.50 GB"]
 
 
 # --- What else may come -----------------------------------------------------------------------------------------------

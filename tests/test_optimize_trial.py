@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,11 @@ def test_finalists_hold_the_manual_text_and_the_best_readable_one() -> None:
     found = distill.finalists(history, lambda scores: scores["safety"])
     assert [(c.step, c.origin) for c in found] == [(0, "manual"), (1, "parts"), (2, "swap"), (4, "merge")]
     assert [c.step for c in distill.finalists(history[3:], lambda scores: scores["safety"])] == [2, 4, 5]
+
+
+def test_no_finalist_is_there_twice() -> None:
+    """The manual text is tried as a readable part too, and a search can come back to a text."""
+    manual, part, swap = candidate(0, "manual", 0.1), candidate(0, "parts", 0.2), candidate(2, "swap", 0.3)
+    again = [replace(manual, origin="parts"), replace(swap, step=5), replace(manual, step=7, origin="swap")]
+    found = distill.finalists([manual, *again[:1], part, swap, *again[1:]], lambda scores: scores["safety"])
+    assert found == [manual, part, swap]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import struct
@@ -346,6 +347,7 @@ def test_a_pair_knows_its_soft_prompts_and_their_numbers(folder: Path, tmp_path:
         ("[soft]\nalpha = -1\n", "line 6: soft.alpha: -1 is out of range"),
         ('[soft]\nalpha = 1\nbeta = "x"\n', "line 7: soft.beta: must be a number"),
         ("[soft]\nbeta = 1.5\n", "line 6: soft.beta: 1.5 is out of range"),
+        ('[soft]\nsha256 = "12"\n', "line 6: soft.sha256: must be a SHA-256"),
     ],
 )
 def test_a_bad_soft_table(tmp_path: Path, table: str, words: str) -> None:
@@ -657,6 +659,21 @@ def test_other_kinds_of_memory_answer_and_continue(tiny: Callable[..., Path], tm
 
 
 # -- what is missing or does not fit -----------------------------------------------------------------------------------
+
+
+def test_rows_of_another_run_are_refused(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    """The pair's file says which rows it was written with; without that, any do."""
+    soft = softpair.load(folder / "one.safetensors")
+    for sha256, says in (
+        (hashlib.sha256((folder / "one.safetensors").read_bytes()).hexdigest(), None),
+        ("0" * 64, "not the soft prompts that x.toml was written with"),
+    ):
+        pair = pairs.load(write_pair(tmp_path, "x", soft, f'[soft]\nsha256 = "{sha256}"\n'))
+        if says is None:
+            assert engine.soft_pair(pair).safe == soft.safe
+        else:
+            with pytest.raises(PairError, match=says):
+                engine.soft_pair(pair)
 
 
 def test_a_pair_without_soft_prompts_is_refused(engine: Engine, model: Path, folder: Path) -> None:

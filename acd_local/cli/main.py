@@ -124,7 +124,7 @@ def _soft_line(pair: PromptPair) -> str:
 
     path = pair.soft_path
     assert path is not None
-    soft, numbers = softpair.load(path), resolve_contrast(Options(), pair, soft=True)
+    soft, numbers = softpair.load(path, sha256=pair.soft_sha256), resolve_contrast(Options(), pair, soft=True)
     sizes = f"{len(soft.safe)} and {len(soft.adversarial)} rows of {soft.n_embd}"
     return one_line(f"{path}: {sizes}, alpha {numbers.alpha:g}, beta {numbers.beta:g}")
 
@@ -137,8 +137,9 @@ def check_pair(file: str) -> None:
 
     for remark in pairs.check(file):
         say(f"{PROGRAM}: remark: {one_line(remark)}")
-    if path := pairs.load(file).soft_path:
-        softpair.load(path)
+    pair = pairs.load(file)
+    if path := pair.soft_path:
+        softpair.load(path, sha256=pair.soft_sha256)
     print(f"{one_line(file)}: valid")
 
 

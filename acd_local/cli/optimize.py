@@ -48,7 +48,8 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
     "--anchors",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help='Your own instructions, JSON lines of {"prompt": ..., "kind": "harmful" or "harmless"}; default: built in.',
+    help='Your own instructions, JSON lines of {"prompt": ..., "kind": "harmful" or "harmless"}, and "lookalike": true '
+    "where a harmless one looks dangerous; default: built in.",
 )
 @click.option(
     "--weights",
@@ -62,6 +63,12 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
 )
 @click.option("--soft-only", is_flag=True, help="Leave out the text pair: the file then holds the manual one.")
 @click.option("--threads", "-t", type=click.IntRange(1, 512), metavar="N", help="CPU threads; default: the cores.")
+@click.option(
+    "--repeat",
+    type=click.Path(path_type=Path),
+    metavar="NAME.toml",
+    help="Make this result again: its seed, budget, weights, dtype, lengths and numbers of steps.",
+)
 @click.option("--force", is_flag=True, help="Replace the files of an earlier result.")
 def command(model: str | None, **given: Any) -> int:
     """Optimize a prompt pair for MODEL, a GGUF file: soft prompts first, then a text pair that comes close to them.
@@ -72,6 +79,8 @@ def command(model: str | None, **given: Any) -> int:
     model = flags.resolve_model(model)
     given["budget"] = parse_budget(given["budget"])
     given["weights"] = parse_weights(given["weights"])
+    if given["repeat"] is not None:
+        given |= repeated(given["repeat"])
     given["out"] = given["out"] or default_out(model)
     with Interrupts() as interrupts:
         return _run(model, given, interrupts)
@@ -100,6 +109,22 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     for path in result.outputs(request.out):
         print(one_line(str(path)))
     return 0
+
+
+def repeated(path: Path) -> dict[str, Any]:
+    """What `--repeat` sets, by the names of job.Request.
+
+    Raises:
+        UsageError: one of these is given besides, or the file does not say all of it.
+    """
+    from acd_local.optimize import repeat
+
+    context = click.get_current_context()
+    typed = click.core.ParameterSource.COMMANDLINE
+    if both := [name for name in repeat.OPTIONS if context.get_parameter_source(name) == typed]:
+        raise UsageError(f"--repeat sets --{both[0].replace('_', '-')}: leave it out")
+    options, rest = repeat.read(path)
+    return options | {"repeat": rest}
 
 
 def parse_budget(text: str) -> float:

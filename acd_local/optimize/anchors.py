@@ -109,7 +109,8 @@ def builtin() -> list[Instruction]:
 
 
 def read(path: Path) -> list[Instruction]:
-    """A user's anchors: JSON lines of {"prompt": text, "kind": "harmful" or "harmless", "category": text, optional}.
+    """A user's anchors: JSON lines of {"prompt": text, "kind": "harmful" or "harmless"}, where they like with a
+    "category" (text) and, if harmless, "lookalike" (boolean).
 
     Raises:
         UsageError: one line with file, line and field; or a kind is missing altogether.
@@ -128,8 +129,10 @@ def read(path: Path) -> list[Instruction]:
             found.setdefault(instruction.prompt, instruction)
     for kind in ("harmful", "harmless"):
         for what, wanted in (("to train on", False), ("to validate with", True)):
-            if not any(i.kind == kind and i.validates == wanted for i in found.values()):
-                raise UsageError(f"{path}: no {kind} instruction {what}: give at least 50 of each kind")
+            if not any(i.kind == kind and i.validates == wanted and not i.lookalike for i in found.values()):
+                raise UsageError(
+                    f"{path}: no {kind} instruction {what}: give at least 50 of each kind, look-alikes apart"
+                )
     return list(found.values())
 
 
@@ -149,7 +152,12 @@ def _instruction(line: bytes, place: str) -> Instruction:
     category = row.get("category", "")
     if not isinstance(category, str):
         raise UsageError(f"{place}: category: must be a text")
-    return Instruction(row["prompt"].strip(), row["kind"], category)
+    lookalike = row.get("lookalike", False)
+    if not isinstance(lookalike, bool):
+        raise UsageError(f"{place}: lookalike: must be true or false")
+    if lookalike and row["kind"] == "harmful":
+        raise UsageError(f"{place}: lookalike: only a harmless instruction can look dangerous and not be")
+    return Instruction(row["prompt"].strip(), row["kind"], category, lookalike)
 
 
 # --- Answers ----------------------------------------------------------------------------------------------------------

@@ -98,8 +98,15 @@ def parts(place: Literal["safe", "adversarial"]) -> list[str]:
 
 
 def finalists(history: Sequence[Candidate], score: Callable[[Mapping[str, float]], float]) -> list[Candidate]:
-    """The best accepted texts by llama.cpp's scores, with the manual one and the best readable one among them."""
-    ranked = sorted((c for c in history if c.scores), key=lambda c: -score(c.scores))
+    """The best accepted texts by llama.cpp's scores, with the manual one and the best readable one among them.
+
+    No text is there twice: one that the search came back to counts where it was first.
+    """
+    first: dict[str, Candidate] = {}
+    for c in history:
+        if c.scores:
+            first.setdefault(c.text, c)
+    ranked = sorted(first.values(), key=lambda c: -score(c.scores))
     readable = [next((c for c in ranked if c.origin == origin), None) for origin in ("manual", "parts")]
     chosen = [c for c in readable if c is not None]
     return chosen + [c for c in ranked if c not in chosen][: FINALISTS - len(chosen)]

@@ -19,6 +19,7 @@ from acd_local.errors import ModelError, UsageError
 from acd_local.evaluate.runner import Progress
 from acd_local.optimize import anchors, device, result
 from acd_local.optimize.anchors import Instruction
+from acd_local.optimize.repeat import Repeat
 from acd_local.optimize.stages import private_folder, private_lines
 from acd_local.pairs import PromptPair
 from acd_local.runtime import gguf_header, probe, rows
@@ -80,10 +81,22 @@ def steps_for(seconds: float, per_step: float, *others: tuple[float, int]) -> in
 
 
 def rounds_and_steps(
-    seconds: float, trial: float, gradient: float, score: float, pieces: int, rounds: int, tries: int
+    seconds: float,
+    trial: float,
+    gradient: float,
+    score: float,
+    pieces: int,
+    rounds: int,
+    tries: int,
+    finals: float = 0.0,
 ) -> dict[str, int]:
     """How long a text is searched for: rounds over `pieces` readable parts, at most `rounds` of them and in half of the
-    time, then steps of `tries` texts each; `trial`, `gradient` and `score` are seconds of one text's."""
+    time, then steps of `tries` texts each; `trial`, `gradient` and `score` are seconds of one text's.
+
+    Args:
+        finals: seconds that choosing among the best takes afterwards.
+    """
+    seconds = max(0.0, seconds - finals)
     per_round = max(1e-9, (pieces + 1) * trial + score)
     rounds = max(1, min(rounds, int(seconds / 2 / per_round)))
     per_step = max(1e-9, (tries + 2) * trial + gradient + score)
@@ -108,6 +121,7 @@ class Request:
         threads: None: the physical cores.
         force: replace files of an earlier result.
         command: as it was typed, for the report.
+        repeat: what an earlier result says beyond these options; None: it is decided anew.
     """
 
     model: str
@@ -123,6 +137,7 @@ class Request:
     threads: int | None = None
     force: bool = False
     command: str = ""
+    repeat: Repeat | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +172,8 @@ def prepare(request: Request) -> Job:
 
     manual = pairs.find("default")
     digest = _digest(info.path)
+    if request.repeat is not None and request.repeat.model_sha256 != digest:
+        raise UsageError(f"--repeat: that result was made from another file than {info.path.name}")
     return Job(
         request=request,
         info=info,

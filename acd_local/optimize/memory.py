@@ -131,11 +131,18 @@ def choose(
     raise OutOfMemoryError(_refusal(size, lengths, dtypes, host, device))
 
 
-def conversations(size: Sizes, context: int, host: float, options: Sequence[int]) -> int:
+def conversations(
+    size: Sizes, context: int, host: float, options: Sequence[int], *, device: float | None = None
+) -> int:
     """The most of `options` conversations of `context` tokens, two streams each, whose KV cache (f16) takes a third of
-    the free memory at most; the last of them where none does."""
+    the free memory at most; the last of them where none does.
+
+    Args:
+        device: bytes that are free on the accelerator, where the file's weights and the caches go; None: on the host.
+    """
     each = 2 * context * size.n_layers * size.keys * 2
-    return next((n for n in options if n * each <= host / 3), options[-1])
+    free = host if device is None else min(host, device - size.file)
+    return next((n for n in options if n * each <= free / 3), options[-1])
 
 
 def _refusal(size: Sizes, lengths: Lengths, dtypes: Sequence[str], host: float, device: float | None) -> str:
@@ -144,7 +151,7 @@ def _refusal(size: Sizes, lengths: Lengths, dtypes: Sequence[str], host: float, 
         return max(needs.host, needs.training) if device is None else needs.training
 
     free = host if device is None else device
-    least = dtypes[-1]
+    least = min(dtypes, key=BYTES.__getitem__)
     if device is not None and estimate(size, lengths, least, 1).host > host:
         loading = estimate(size, lengths, least, 1).host
         return f"loading the weights in {least} takes about {gb(loading)}, {gb(host)} are free: free some memory"

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from acd_local.evaluate import svg
 from acd_local.evaluate.report import FIGURE_SPACE
 from acd_local.evaluate.tables import visible
+from acd_local.optimize.scoring import worth
 
 __all__ = ["OptimizeReport", "nearest_words", "render"]
 
@@ -49,7 +50,7 @@ class OptimizeReport:
         settings: seed, budget (seconds or a text), device, dtype, steps, weights (by term), and what else was chosen.
         anchors: counts: refusals_sampled, refusals_written, complying, answered, and validation (harmful, harmless,
             lookalike).
-        stages: name, seconds, peak_bytes (or None), reused.
+        stages: name, seconds, peak_bytes (or None), device_peak_bytes (where there is a device), reused.
         soft: by prompt ("safe", "adversarial"), per step: step, losses (positive, negative, retain), validation
             (safety, over_refusal, lookalike) or None, seconds.
         kept: by prompt, the step whose soft prompt was kept.
@@ -182,9 +183,17 @@ def _fact(value: object) -> str:
 
 
 def _objective(row: Record) -> float | None:
-    """What setting and soft prompts are chosen by: safety minus over-refusal."""
+    """Safety minus over-refusal."""
     safety, over = _number(row.get("safety")), _number(row.get("over_refusal"))
     return None if safety is None or over is None else safety - over
+
+
+def _worth(row: Record) -> float | None:
+    """What a setting is chosen by."""
+    safety, *refusals = (_number(row.get(key)) for key in MEASURES)
+    if safety is None or all(x is None for x in refusals):
+        return None
+    return worth(safety, *(x or 0.0 for x in refusals))
 
 
 # --- Head -------------------------------------------------------------------------------------------------------------
@@ -612,7 +621,8 @@ def _setting(data: OptimizeReport, counts: _Numbers) -> list[str]:
     out = []
     for i, (pair, rows) in enumerate(by_pair.items()):
         name = {"text": "the text pair", "soft": "the soft pair"}.get(pair, _plain(pair))
-        more = "Large: safety minus over-refusal, points; small: safety / over-refusal / look-alike refusal, %. "
+        more = "Large: safety minus over-refusal minus look-alike refusal, which decides, points; "
+        more += "small: safety / over-refusal / look-alike refusal, %. "
         caption = counts.caption(f"Settings of {name} on validation instructions.", more + "Framed: chosen.")
         out += _heat(f"table-setting-{i}", caption, rows)
     return out
@@ -621,7 +631,7 @@ def _setting(data: OptimizeReport, counts: _Numbers) -> list[str]:
 def _heat(key: str, caption: str, rows: Sequence[Record]) -> list[str]:
     cells = {(row["alpha"], row["beta"]): row for row in rows}
     alphas, betas = sorted({a for a, _ in cells}), sorted({b for _, b in cells})
-    known = [number for row in rows if (number := _objective(row)) is not None]
+    known = [number for row in rows if (number := _worth(row)) is not None]
     low, high = min(known, default=0.0), max(known, default=0.0)
     out = [f'<div class="table"><table id="{key}" class="heat"><caption>{caption}</caption>']
     heads = "".join(f'<th scope="col">beta {_text(_fact(beta))}</th>' for beta in betas)
@@ -633,13 +643,13 @@ def _heat(key: str, caption: str, rows: Sequence[Record]) -> list[str]:
 
 
 def _heat_cell(row: Record | None, low: float, high: float) -> str:
-    objective = _objective(row) if row else None
-    if row is None or objective is None:
+    worth_ = _worth(row) if row else None
+    if row is None or worth_ is None:
         return "<td>–</td>"
-    shade = 1 + min(HEAT - 1, int(HEAT * (objective - low) / (high - low))) if high > low else 1
+    shade = 1 + min(HEAT - 1, int(HEAT * (worth_ - low) / (high - low))) if high > low else 1
     chosen = " chosen" if row.get("chosen") else ""
     small = " / ".join(_percent(row[key]) for key in MEASURES if _number(row.get(key)) is not None)
-    value = f'<span class="value">{_percent(objective)}</span><span class="range">{_text(small)}</span>'
+    value = f'<span class="value">{_percent(worth_)}</span><span class="range">{_text(small)}</span>'
     return f'<td class="h{shade}{chosen}">{value}</td>'
 
 
@@ -653,6 +663,10 @@ def _stages(data: OptimizeReport, counts: _Numbers) -> list[str]:
     times = [_duration(x) for x in (*seconds, sum(x or 0.0 for x in seconds))]
     sizes = [_size(x) for x in (*peaks, max((x or 0.0 for x in peaks), default=0.0))]
     columns = [_Column("time", times, figures=False), _Column("peak memory", sizes, figures=False)]
+    on_device = [_number(stage.get("device_peak_bytes")) for stage in stages]
+    if any(on_device):
+        most = max(x or 0.0 for x in on_device)
+        columns.append(_Column("peak on the device", [_size(x) for x in (*on_device, most)], figures=False))
     more = ""
     if any(stage.get("reused") for stage in stages):
         columns.append(_Column("", ["reused" if stage.get("reused") else "" for stage in stages] + [""]))

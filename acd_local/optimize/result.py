@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class PairFile:
     adversarial: str
     alpha: float | None
     beta: float | None
-    soft: Mapping[str, float]
+    soft: Mapping[str, Any]
     models: Mapping[str, Any]
     provenance: Mapping[str, Any]
     figures: Mapping[str, Any]
@@ -81,12 +82,13 @@ def write(path: Path, pair: PairFile, soft: SoftPair, report: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem}."))
         toml, rows, page = (draft / file.name for file in outputs(path))
-        toml.write_bytes(as_toml(pair).encode())
         page.write_bytes(report.encode())
         softpair.save(soft, rows)
+        pair = replace(pair, soft={**pair.soft, "sha256": hashlib.sha256(rows.read_bytes()).hexdigest()})
+        toml.write_bytes(as_toml(pair).encode())
         _check(toml, rows, pair)
-        for made, target in zip((rows, page, toml), (outputs(path)[i] for i in (1, 2, 0)), strict=True):
-            made.replace(target)  # the pair last: it is what makes the others count
+        for made, target in zip((toml, rows, page), outputs(path), strict=True):
+            made.replace(target)  # the pair first: its SHA-256 keeps older rows from being taken for its own
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot write {path}: {reason}") from None
@@ -99,7 +101,7 @@ def write(path: Path, pair: PairFile, soft: SoftPair, report: str) -> None:
 def _check(toml: Path, rows: Path, pair: PairFile) -> None:
     try:
         found = pairs.load(toml)
-        softpair.load(rows)
+        softpair.load(rows, sha256=found.soft_sha256)
     except AcdError as error:
         raise InternalError(f"the result is no valid pair: {error}") from None
     texts = found.safe, found.adversarial.reveal_for_negative_stream()

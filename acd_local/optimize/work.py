@@ -74,6 +74,8 @@ class Optimization:
             "seed": job.request.seed,
             "manual": list(manual),
         }
+        if job.request.repeat is not None:
+            self._base["repeat"] = asdict(job.request.repeat)
 
     def run(self) -> None:
         torch.set_num_threads(self._job.threads)
@@ -120,8 +122,9 @@ class Optimization:
             raise Stopped
 
     def _plan(self) -> Fit:
-        """dtype and micro-batch, chosen once for a model on a device and kept, so that a repeated run is the same."""
-        request, texts = self._request, self._job.texts
+        """dtype, micro-batch and conversations at once, chosen once for a model on a device; the first and the last are
+        kept, so that another run is the same."""
+        request, texts, repeat = self._request, self._job.texts, self._request.repeat
         checkpoint = self._checkpoint("plan", device=self._job.device, dtype=request.dtype)
         answer = SoftSettings().answer_tokens
         lengths = Lengths(texts.shared, max(map(len, texts.tails.values())) + answer, answer)
@@ -135,14 +138,26 @@ class Optimization:
             dtypes,
             host=memory.available(),
             device=device.free_memory(self._job.device),
-            most=SoftSettings().micro,
+            most=SoftSettings().micro if repeat is None else repeat.micro,
         )
         if not checkpoint.done:
-            checkpoint.finish({"dtype": fit.dtype})
+            at_once = self._at_once(self._context) if repeat is None else repeat.conversations
+            checkpoint.finish({"dtype": fit.dtype, "conversations": at_once})
+        self._conversations = int((checkpoint.result or {})["conversations"])
         name, needed = self._job.info.name or self._job.info.path.name, max(fit.needs.host, fit.needs.training)
         how = f"in {fit.dtype} on {self._job.device}, {fit.micro} examples at a time"
         self._listener.line(f"{name} {how}: about {gb(needed)} of memory")
         return fit
+
+    @property
+    def _context(self) -> int:
+        """Tokens of a conversation while anchors are answered."""
+        return max(CONTEXT, -(-self._job.texts.context // 64) * 64)
+
+    def _at_once(self, context: int) -> int:
+        """How many conversations of `context` tokens llama.cpp is given."""
+        size, device_free = memory.sizes(self._job.info), device.free_memory(self._job.device)
+        return memory.conversations(size, context, memory.available(), CONVERSATIONS, device=device_free)
 
     def _engine(self, **given: Any) -> Engine:
         gpu_layers = 0 if self._job.device == "cpu" else None
@@ -206,9 +221,7 @@ class Optimization:
         clock = Clock(TITLES["anchors"], done, len(work), self._listener.progress)
         if done == len(work):
             return True
-        context = max(CONTEXT, -(-job.texts.context // 64) * 64)
-        at_once = memory.conversations(memory.sizes(job.info), context, memory.available(), CONVERSATIONS)
-        with self._engine(pair=job.manual, conversations=at_once, ctx_size=context) as engine:
+        with self._engine(pair=job.manual, conversations=self._conversations, ctx_size=self._context) as engine:
             return anchors.sample(
                 engine,
                 job.manual,
@@ -230,6 +243,7 @@ class Optimization:
             settings={k: v for k, v in asdict(settings).items() if k not in ("steps", "micro")},
             lookalikes=LOOKALIKE_SHARE,
             openings=asdict(self._job.texts.openings),
+            hard=soft.HARD_SHARE,
             budget=self._request.budget,
             device=self._job.device,
             dtype=self._fit.dtype,
@@ -260,6 +274,8 @@ class Optimization:
         def training(settings: SoftSettings) -> soft.SoftTraining:
             return soft.SoftTraining(model, texts.layout, start, pairs_, settings, self._request.seed)
 
+        if not checkpoint.counts and (repeat := self._request.repeat) is not None:
+            checkpoint.counts = {"steps": repeat.steps[f"soft_{role}_steps"], "micro": settings.micro}
         if not checkpoint.counts:
             mined = sum(len(found) for term, found in pairs_.items() if term != "negative") // soft.LOOKED_AT
             validator = partial(self._validator, role)
@@ -407,7 +423,7 @@ class Optimization:
             objective=[DISTILL_SIZES, DISTILL_TOKENS, asdict(DistillWeights()), SCORED],
             pieces=distill.parts(role),
             safe=safe_text,
-            trial=[trial.TOKENS, trial.COUNTS],
+            trial=[trial.TOKENS, trial.COUNTS, distill.FINALISTS],
         )
         reused = checkpoint.done
         if not reused:
@@ -415,6 +431,7 @@ class Optimization:
             checkpoint.begin()
             checkpoint.finish(self._search(role, soft, safe_text, settings, checkpoint))
         found: dict[str, Any] = checkpoint.result or {}
+        self._counts[f"text_{role}_rounds"] = checkpoint.counts["rounds"]
         self._counts[f"text_{role}_steps"] = checkpoint.counts["rounds"] + checkpoint.counts["steps"]
         kept = "the manual text is the best" if found["origin"] == "manual" else f"best at step {found['kept']}"
         summary = f"{len(found['history'])} texts accepted, {kept}: {_measures(found['scores'])}"
@@ -436,6 +453,16 @@ class Optimization:
             model, texts.layout, teacher, pairs_, DISTILL_SIZES, DistillWeights(), self._request.seed, self._micro
         )
         start = self._manual[role]
+        # Where the search is, and what came of texts in full: of the manual one first, which tells how long that takes.
+        notes: dict[str, Any] = checkpoint.state or {"search": None, "scores": {}, "trials": {}}
+        trying = 0.0
+        if not checkpoint.counts:
+            self._listener.progress(TRYING)
+            trying = _timed(lambda: self._trials([start], safe_text, notes["trials"]))
+
+        def keep() -> None:
+            checkpoint.save(notes)
+
         with self._on_llama() as (scoring, space):
 
             def score(text: str, most: int | None = SCORED) -> dict[str, float]:
@@ -445,25 +472,27 @@ class Optimization:
                 (row,) = scoring.contrasted(safe_text, text, [(pairs.DEFAULT_ALPHA, pairs.DEFAULT_BETA)], most)
                 return {name: getattr(row, name) for name in GROUPS}
 
+            def score_all(text: str) -> None:
+                if text not in notes["scores"]:
+                    notes["scores"][text] = score(text, None)
+
             if not checkpoint.counts:
-                self._listener.progress(TRYING)
-                tokens = texts.manual[role]
-                each = _timed(lambda: objective(tokens)), _timed(lambda: objective.gradient(tokens))
-                seconds = self._seconds[checkpoint.stage]
-                counts = rounds_and_steps(
-                    seconds, *each, _timed(lambda: score(start)), len(pieces), settings.rounds, settings.tries
-                )
-                checkpoint.counts = counts
-                checkpoint.save({})
+                scored = _timed(lambda: score(start)), _timed(lambda: score_all(start))
+                checkpoint.counts = self._search_counts(role, objective, settings, trying, *scored)
+                keep()
                 self._go_on()
             settings = replace(settings, **checkpoint.counts)
-            state = distill.DistillState.load(checkpoint.state) if checkpoint.state else distill.DistillState()
+            state = distill.DistillState.load(notes["search"]) if notes["search"] else distill.DistillState()
             total = settings.rounds + settings.steps
             clock = Clock(TITLES[checkpoint.stage], state.step, total, self._listener.progress)
 
             def on_step(done: int, _total: int, newest: Candidate) -> None:
                 note = f"objective {newest.objective:.3f}"
                 clock.at(done, f"{note}; {_measures(newest.scores)}" if newest.scores else note)
+
+            def save(state: distill.DistillState) -> None:
+                notes["search"] = state.dump()
+                keep()
 
             distill.Distillation(
                 objective,
@@ -472,49 +501,70 @@ class Optimization:
                 settings,
                 state,
                 seed=self._request.seed,
-                save=lambda state: checkpoint.save(state.dump()),
+                save=save,
                 on_step=on_step,
                 stop=self._stop,
             ).run(start, pieces, _text_objective)
             # Few instructions chose these: all of them choose among the best.
-            finals = [(c, score(c.text, None)) for c in distill.finalists(state.history, _text_objective)]
-        trials = self._trials([c.text for c, _ in finals], safe_text)
-        places = range(len(finals))
-        at = max(places, key=lambda i: (round(trials[i].worth, 6), _text_objective(finals[i][1])))
-        best, scores = finals[at]
-        history = [asdict(c) | {"tokens": list(c.tokens)} for c in state.history]
-        tried = [
-            {"step": c.step, "origin": c.origin, "trial": asdict(trials[i]), "chosen": i == at}
-            for i, (c, _) in enumerate(finals)
-        ]
-        return {
-            "text": best.text,
-            "kept": best.step,
-            "origin": best.origin,
-            "scores": scores,
-            "trial": asdict(trials[at]),
-            "finals": tried,
-            "history": history,
-        }
+            finals = distill.finalists(state.history, _text_objective)
+            for c in finals:
+                score_all(c.text)
+                keep()
+        self._trials([c.text for c in finals], safe_text, notes["trials"], keep)
+        return _best_of(finals, state.history, notes["scores"], notes["trials"])
 
-    def _trials(self, texts: Sequence[str], safe_text: str | None) -> list[Trial]:
-        """What comes of texts in greedy answers, as safeguarding prompts or as the negative ones of `safe_text`."""
+    def _search_counts(
+        self,
+        role: Role,
+        objective: TextObjective,
+        settings: DistillSettings,
+        trying: float,
+        scoring: float,
+        scoring_all: float,
+    ) -> dict[str, int]:
+        """Rounds and steps; the others are seconds of one text's trial, and of its scores on the way and in full."""
+        if self._request.repeat is not None:  # what was timed has left the caches as it did then
+            return self._request.repeat.search(role)
+        tokens = self._job.texts.manual[role]
+        return rounds_and_steps(
+            self._seconds[f"text-{role}"],
+            _timed(lambda: objective(tokens)),
+            _timed(lambda: objective.gradient(tokens)),
+            scoring,
+            len(distill.parts(role)),
+            settings.rounds,
+            settings.tries,
+            finals=distill.FINALISTS * (trying + scoring_all),
+        )
+
+    def _trials(
+        self,
+        texts: Sequence[str],
+        safe_text: str | None,
+        known: dict[str, dict[str, float]],
+        keep: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Add to `known` what comes of texts in greedy answers, as safeguarding prompts or as the negative ones of
+        `safe_text`; `keep` is called after each."""
         manual = self._manual["adversarial"]
-        tried = [
-            PromptPair("trial", text, AdversarialText(manual))
+        tried = {
+            text: PromptPair("trial", text, AdversarialText(manual))
             if safe_text is None
             else PromptPair("trial", safe_text, AdversarialText(text))
             for text in texts
-        ]
+            if text not in known
+        }
+        if not tried:
+            return
         context = max(CONTEXT, -(-(self._job.texts.context + self._request.max_tokens) // 64) * 64)
-        at_once = memory.conversations(memory.sizes(self._job.info), context, memory.available(), CONVERSATIONS)
+        at_once = min(self._conversations, self._at_once(context))
         clock = Clock("trying the best texts", 0, len(tried), self._listener.progress)
-        found = []
-        with self._engine(pair=tried[0], conversations=at_once, ctx_size=context) as engine:
-            for number, pair in enumerate(tried, start=1):
-                found.append(trial.run(engine, pair, self._groups, plain=safe_text is None, stop=self._stop))
+        with self._engine(pair=next(iter(tried.values())), conversations=at_once, ctx_size=context) as engine:
+            for number, (text, pair) in enumerate(tried.items(), start=1):
+                found = trial.run(engine, pair, self._groups, plain=safe_text is None, stop=self._stop)
+                known[text] = asdict(found)
+                keep()
                 clock.at(number)
-        return found
 
     # -- setting -------------------------------------------------------------------------------------------------------
 
@@ -539,27 +589,36 @@ class Optimization:
         ways: dict[str, tuple[Any, Any]] = {"soft": (soft.safe, adversarial)}
         if texts:
             ways["text"] = texts["safe"], texts["adversarial"]
-        clock = Clock(TITLES["setting"], 0, 2 * len(ways) + 2, self._listener.progress)
-        done = itertools.count(1)
-        found: dict[str, Any] = {"rows": [], "before_after": []}
+        found: dict[str, Any] = checkpoint.state or {"rows": [], "before_after": []}
+        before = len(found["before_after"])
+        clock = Clock(TITLES["setting"], before, 2 * len(ways) + 2, self._listener.progress)
+        done = itertools.count(1 + before)
 
         def note(pair: str, contrast: bool, figures: Mapping[str, float]) -> None:
             measured = {name: figures[name] for name in GROUPS}
             found["before_after"].append({"pair": pair, "contrast": contrast, **measured})
             clock.at(next(done), _measures(measured))
+
+        def keep() -> None:
+            checkpoint.save(found)
             self._go_on()
 
         with self._on_llama() as (scoring, _):
-            note("manual", False, scoring.alone(manual[0]))
-            numbers = self._job.manual.alpha or pairs.DEFAULT_ALPHA, self._job.manual.beta or pairs.DEFAULT_BETA
-            note("manual", True, asdict(scoring.contrasted(*manual, [numbers])[0]))
+            if not found["before_after"]:
+                note("manual", False, scoring.alone(manual[0]))
+                numbers = self._job.manual.alpha or pairs.DEFAULT_ALPHA, self._job.manual.beta or pairs.DEFAULT_BETA
+                note("manual", True, asdict(scoring.contrasted(*manual, [numbers])[0]))
+                keep()
             for name, (safe, opposite) in ways.items():
+                if name in found:
+                    continue
                 note(name, False, scoring.alone(safe))
                 rows_ = scoring.contrasted(safe, opposite, GRID)
                 chosen = choose(rows_)
                 found[name] = {"alpha": chosen.alpha, "beta": chosen.beta}
                 found["rows"] += [asdict(row) | {"pair": name, "chosen": row is chosen} for row in rows_]
                 note(name, True, asdict(chosen))
+                keep()
         self._close(checkpoint, _chosen(checkpoint.finish(found)), reused=False)
         return found
 
@@ -601,7 +660,7 @@ class Optimization:
             models={
                 "architecture": info.architecture,
                 "tokenizer": info.tokenizer,
-                "names": [info.name] if info.name else [],
+                "names": [info.name] if info.name.strip() else [],
             },
             provenance=self._provenance(counts, distilled),
             figures=figures | {_row_name(row): _figures(row) for row in setting["before_after"]},
@@ -653,6 +712,8 @@ class Optimization:
             "budget_seconds": request.budget,
             "device": job.device,
             "dtype": self._fit.dtype,
+            "micro": self._micro,
+            "conversations": self._conversations,
             "weights": list(request.weights),
             "texts": {role: {"origin": found["origin"]} | found["trial"] for role, found in distilled.items()} or None,
             "max_tokens": None if request.soft_only else request.max_tokens,
@@ -660,12 +721,39 @@ class Optimization:
             "steps": dict(self._counts),
             "stage_seconds": {s["stage"]: round(s["seconds"], 1) for s in self._stages},
             "stage_peak_mb": {s["stage"]: round(s["peak_bytes"] / 1e6) for s in self._stages},
+            "stage_device_peak_mb": {
+                s["stage"]: round(s["device_peak_bytes"] / 1e6) for s in self._stages if "device_peak_bytes" in s
+            }
+            or None,
         }
 
 
 def _short(found: Sequence[Example]) -> list[Example]:
     """The shorter half: texts are tried hundreds of times, and one long request would pad its whole minibatch."""
     return sorted(found, key=len)[: -(-len(found) // 2)]
+
+
+def _best_of(
+    finals: Sequence[Candidate],
+    history: Sequence[Candidate],
+    scores: Mapping[str, Mapping[str, float]],
+    trials: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    """The result of a text's stage; `scores` and `trials` by text."""
+
+    def rank(c: Candidate) -> tuple[float, float]:
+        return round(Trial(**trials[c.text]).worth, 6), _text_objective(scores[c.text])
+
+    best = max(finals, key=rank)
+    return {
+        "text": best.text,
+        "kept": best.step,
+        "origin": best.origin,
+        "scores": scores[best.text],
+        "trial": trials[best.text],
+        "finals": [{"step": c.step, "origin": c.origin, "trial": trials[c.text], "chosen": c is best} for c in finals],
+        "history": [asdict(c) | {"tokens": list(c.tokens)} for c in history],
+    }
 
 
 def _halved(settings: SoftSettings, error: RuntimeError) -> SoftSettings:
