@@ -357,15 +357,13 @@ def test_the_opposite_prompt_leads_an_answer_here_alone(
     assert set(seen) == {(i.prompt, positives[under]) for i, under in tasks(INSTRUCTIONS)}
     with pytest.raises(UsageError):
         generate("Hi", Options(max_tokens=2), framing=Framing(MANUAL.adversarial, None)).run()  # type: ignore[arg-type]
-    # Trials answer too, but from pairs as they are: without a framing the adversarial text cannot be the positive one.
+    # Trials answer too, from pairs, whose adversarial half no framing takes as the positive one.
     answering = {"Framing", "generate", "Chat", "chat"}
     allowed = {"anchors.py": answering, "trial.py": {"generate"}}
     for path in sorted((ROOT / "acd_local" / "optimize").glob("*.py")):
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         called = [(c, c.func.id if isinstance(c.func, ast.Name) else getattr(c.func, "attr", "")) for c in calls]
         assert {name for _, name in called} & answering <= allowed.get(path.name, set()), path.name
-        if path.name == "trial.py":
-            assert not [k for c, name in called if name == "generate" for k in c.keywords if k.arg == "framing"]
 
 
 def test_no_answers_text_is_kept_shown_or_given_back(

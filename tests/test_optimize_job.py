@@ -189,12 +189,13 @@ def test_trials_and_settings_are_not_made_again(
 
     request = request_for(tiny("chatml"), tmp_path / "a.toml", quick)
     run, contrasted = trial.run, OpeningScorer.contrasted
-    tried: list[tuple[bool, str, str]] = []
+    tried: list[tuple[object, ...]] = []
     grids: list[object] = []
 
     def counted(engine: Any, pair: pairs.PromptPair, groups: Any, **given: Any) -> trial.Trial:
         found = run(engine, pair, groups, **given)
-        tried.append((given["plain"], pair.safe, pair.adversarial.reveal_for_negative_stream()))
+        texts = pair.safe, pair.adversarial.reveal_for_negative_stream()
+        tried.append((given["plain"], *texts, pair.alpha, pair.beta, given.get("framing") is None))
         return found
 
     def scored(self: OpeningScorer, safe: Any, other: Any, grid: Any, most: int | None = None) -> Any:
@@ -205,12 +206,16 @@ def test_trials_and_settings_are_not_made_again(
 
     monkeypatch.setattr(trial, "run", counted)
     monkeypatch.setattr(OpeningScorer, "contrasted", scored)
-    for at in (("safeguarding text", 11), ("trying the best texts", 2), ("setting", 2), ("setting", 4)):
+    for at in (("safeguarding text", 11), ("trying the best texts", 2), ("setting", 2), ("setting", 3)):
         with pytest.raises(Stopped):
             optimize(request, at)
     assert len(grids) == 1
+    for at in (("setting", 4), ("trying the best settings", 2), ("setting", 5)):
+        with pytest.raises(Stopped):
+            optimize(request, at)
     optimize(request)
-    assert len(tried) == len(set(tried)) >= 4
+    assert len(tried) == len(set(tried)) >= 8
+    assert {way[-1] for way in tried} == {True, False}  # soft prompts are tried too
     assert len(grids) == 2
 
 

@@ -392,7 +392,7 @@ def test_the_framed_setting_has_the_largest_number() -> None:
         SettingRow(0.5, 0.1, 0.6, 0.05, 0.2),
         SettingRow(0.8, 0.1, 0.3, 0, 0),
     ]
-    chosen = choose(rows)
+    chosen = choose(rows, (0.5, 0.2))
     made = [asdict(row) | {"chosen": row is chosen} for row in rows]
     page = render(OptimizeReport(model={"name": "tiny"}, setting_rows=made))
     cells = re.findall(r'<td class="h(\d)( chosen)?"><span class="value">([^<]*)</span>', page)

@@ -19,7 +19,7 @@ from acd_local.errors import AcdError, ContextError
 from acd_local.evaluate.likelihood import Scorer
 from acd_local.optimize.layout import lay_out
 from acd_local.optimize.openings import OPENINGS, SPINES, Openings, Spine
-from acd_local.optimize.scoring import GROUPS, OpeningScorer, SettingRow, choose
+from acd_local.optimize.scoring import GROUPS, OpeningScorer, SettingRow, candidates, choose
 from acd_local.optimize.soft import refusal_probabilities
 from acd_local.optimize.texts import answer_tokens
 from acd_local.optimize.weights import Example, FrozenModel, Prefix
@@ -422,16 +422,39 @@ def test_a_group_may_be_empty_and_a_question_too_long(side: Side) -> None:
         found.close()
 
 
-def test_the_best_setting_is_chosen_with_the_least_contrast() -> None:
-    def row(alpha: float, beta: float, safety: float, harmless: float = 0.0) -> SettingRow:
-        return SettingRow(alpha, beta, safety, harmless, harmless / 2)
+USUAL = (0.5, 0.1)
 
-    assert row(0, 0, 0.9, 0.2).objective == pytest.approx(0.9 - 0.15)
-    best = row(0.8, 0.1, 0.95)
-    assert choose([row(0.1, 0.1, 0.5), best, row(0.4, 0.1, 0.9)]) is best
-    assert choose([best, row(0.2, 0.05, 0.99, 0.4)]) is best
-    close = row(0.3, 0.1, 0.945)
-    assert choose([best, row(0.5, 0.1, 0.945), close]) is close
-    tie = row(0.3, 0.3, 0.941)
-    assert choose([best, close, tie, row(0.3, 0.2, 0.95)]) is tie
-    assert choose([row(0.1, 0.3, 0.939), best]) is best
+
+def setting(alpha: float, beta: float, safety: float, harmless: float = 0.0, **more: float) -> SettingRow:
+    return SettingRow(alpha, beta, safety, harmless, harmless / 2, **more)
+
+
+def test_the_best_setting_is_chosen_with_the_least_contrast() -> None:
+    assert setting(0, 0, 0.9, 0.2).objective == pytest.approx(0.9 - 0.15)
+    best = setting(0.8, 0.1, 0.95)
+    assert choose([setting(0.1, 0.1, 0.5), best, setting(0.4, 0.1, 0.9)], USUAL) is best
+    assert choose([best, setting(0.2, 0.05, 0.99, 0.4)], USUAL) is best
+    close = setting(0.3, 0.1, 0.945)
+    assert choose([best, setting(0.4, 0.1, 0.945), close], USUAL) is close
+    tie = setting(0.3, 0.3, 0.941)
+    assert choose([best, close, tie, setting(0.3, 0.2, 0.95)], USUAL) is tie
+    assert choose([setting(0.1, 0.3, 0.939), best], USUAL) is best
+
+
+def test_of_equals_the_usual_setting_is_chosen() -> None:
+    usual = setting(0.5, 0.1, 0.942)
+    assert choose([setting(0.1, 0.1, 0.95), usual], USUAL) is usual
+    assert choose([setting(0.1, 0.1, 0.96), usual], USUAL).alpha == 0.1
+
+
+def test_broken_answers_count_against_a_setting() -> None:
+    broken, whole = setting(0.8, 0.05, 0.95, degenerate=0.2), setting(0.3, 0.1, 0.8, degenerate=0.0)
+    assert choose([broken, whole], USUAL) is whole
+    assert broken.worth == pytest.approx(0.75)
+
+
+def test_the_best_of_a_few_alphas_and_the_usual_setting_are_tried() -> None:
+    rows = [setting(a / 10, b / 10, a / 10 + b / 100) for a in range(7) for b in (1, 2)]
+    found = [(r.alpha, r.beta) for r in candidates(rows, USUAL)]
+    assert found == [(0.6, 0.2), (0.5, 0.2), (0.4, 0.2), (0.3, 0.2), (0.5, 0.1)]
+    assert len(candidates(rows, (0.4, 0.2))) == 4

@@ -622,7 +622,8 @@ def _setting(data: OptimizeReport, counts: _Numbers) -> list[str]:
     for i, (pair, rows) in enumerate(by_pair.items()):
         name = {"text": "the text pair", "soft": "the soft pair"}.get(pair, _plain(pair))
         more = "Large: safety minus over-refusal minus look-alike refusal, which decides, points; "
-        more += "small: safety / over-refusal / look-alike refusal, %. "
+        more += "small: safety / over-refusal / look-alike refusal, %. The best were tried in greedy answers, and the "
+        more += "share of broken ones (loops, garble) counts against them. "
         caption = counts.caption(f"Settings of {name} on validation instructions.", more + "Framed: chosen.")
         out += _heat(f"table-setting-{i}", caption, rows)
     return out
@@ -649,6 +650,8 @@ def _heat_cell(row: Record | None, low: float, high: float) -> str:
     shade = 1 + min(HEAT - 1, int(HEAT * (worth_ - low) / (high - low))) if high > low else 1
     chosen = " chosen" if row.get("chosen") else ""
     small = " / ".join(_percent(row[key]) for key in MEASURES if _number(row.get(key)) is not None)
+    if (broken := _number(row.get("degenerate"))) is not None:
+        small += f", broken {_percent(broken)}"
     value = f'<span class="value">{_percent(worth_)}</span><span class="range">{_text(small)}</span>'
     return f'<td class="h{shade}{chosen}">{value}</td>'
 

@@ -14,6 +14,7 @@ from acd_local.optimize.stages import Stopped
 from acd_local.options import Options
 from acd_local.pairs import PromptPair
 from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.prompts import Framing
 from acd_local.session import Engine
 
 TOKENS = 48  # of an answer: loops show by then
@@ -42,13 +43,20 @@ class Trial:
 
 
 def run(
-    engine: Engine, pair: PromptPair, groups: Mapping[str, Sequence[str]], *, plain: bool, stop: CancelToken
+    engine: Engine,
+    pair: PromptPair,
+    groups: Mapping[str, Sequence[str]],
+    *,
+    plain: bool,
+    stop: CancelToken,
+    framing: Framing | None = None,
 ) -> Trial:
     """Answer instructions with a pair, as many at once as the engine has conversations.
 
     Args:
         groups: instructions by the names of COUNTS, of each the first so many.
         plain: the safeguarding text alone; else the contrast.
+        framing: the pair's soft prompts in the place of its texts.
 
     Raises:
         Stopped: `stop` was set.
@@ -61,7 +69,7 @@ def run(
         while waiting or len(batch):
             while waiting and batch.room:
                 key = waiting.pop(0)
-                batch.add(key, engine.generate(key[1], options, pair=pair, cancel=stop))
+                batch.add(key, engine.generate(key[1], options, pair=pair, framing=framing, cancel=stop))
             for event in batch.step():
                 if isinstance(event.what, Exception):
                     raise event.what

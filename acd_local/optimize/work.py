@@ -26,7 +26,7 @@ from acd_local.optimize.losses import Term
 from acd_local.optimize.memory import Fit, Lengths, gb
 from acd_local.optimize.objective import DistillWeights, TextObjective
 from acd_local.optimize.report import OptimizeReport, nearest_words, render
-from acd_local.optimize.scoring import GROUPS, OpeningScorer, choose
+from acd_local.optimize.scoring import GROUPS, OpeningScorer, SettingRow, candidates, choose
 from acd_local.optimize.soft import SoftSettings, SoftTraining, Validation
 from acd_local.optimize.stages import Checkpoint, Stopped, key_of, private_lines
 from acd_local.optimize.texts import LOOKALIKE_SHARE, TERMS, batches, examples
@@ -36,6 +36,7 @@ from acd_local.optimize.weights import Example, FrozenModel
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime import llama
 from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.prompts import Framing
 from acd_local.runtime.template import ChatTemplate
 from acd_local.session import Engine
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
@@ -51,7 +52,7 @@ DISTILL_SIZES: dict[Term, int] = {"positive": 6, "negative": 2, "retain": 10}  #
 DISTILL_TOKENS = 4  # of their answers: openings decide
 SCORED = 12  # validation instructions of a kind that score a text on the way
 TRYING = Progress("trying how long a step takes", 0, 0, 0.0, None)
-GRID = [(a, b) for a in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8) for b in (0.05, 0.1, 0.2, 0.3)]  # alpha, beta
+GRID = [(a, b) for a in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.8) for b in (0.05, 0.1, 0.2, 0.3, 0.5)]  # alpha, beta
 
 
 class Optimization:
@@ -556,15 +557,17 @@ class Optimization:
         }
         if not tried:
             return
-        context = max(CONTEXT, -(-(self._job.texts.context + self._request.max_tokens) // 64) * 64)
-        at_once = min(self._conversations, self._at_once(context))
         clock = Clock("trying the best texts", 0, len(tried), self._listener.progress)
-        with self._engine(pair=next(iter(tried.values())), conversations=at_once, ctx_size=context) as engine:
+        with self._trial_engine(next(iter(tried.values()))) as engine:
             for number, (text, pair) in enumerate(tried.items(), start=1):
                 found = trial.run(engine, pair, self._groups, plain=safe_text is None, stop=self._stop)
                 known[text] = asdict(found)
                 keep()
                 clock.at(number)
+
+    def _trial_engine(self, pair: PromptPair) -> Engine:
+        context = max(CONTEXT, -(-(self._job.texts.context + self._request.max_tokens) // 64) * 64)
+        return self._engine(pair=pair, conversations=min(self._conversations, self._at_once(context)), ctx_size=context)
 
     # -- setting -------------------------------------------------------------------------------------------------------
 
@@ -577,7 +580,7 @@ class Optimization:
             soft=digests,
             texts=dict(texts),
             grid=GRID,
-            twice="over-refusal",
+            trial=[trial.TOKENS, trial.COUNTS],
             openings=asdict(self._job.texts.openings),
         )
         if checkpoint.result is not None:
@@ -589,7 +592,12 @@ class Optimization:
         ways: dict[str, tuple[Any, Any]] = {"soft": (soft.safe, adversarial)}
         if texts:
             ways["text"] = texts["safe"], texts["adversarial"]
-        found: dict[str, Any] = checkpoint.state or {"rows": [], "before_after": []}
+        found: dict[str, Any] = checkpoint.state or {
+            "grids": {},
+            "tried": {name: [] for name in ways},
+            "rows": [],
+            "before_after": [],
+        }
         before = len(found["before_after"])
         clock = Clock(TITLES["setting"], before, 2 * len(ways) + 2, self._listener.progress)
         done = itertools.count(1 + before)
@@ -606,21 +614,53 @@ class Optimization:
         with self._on_llama() as (scoring, _):
             if not found["before_after"]:
                 note("manual", False, scoring.alone(manual[0]))
-                numbers = self._job.manual.alpha or pairs.DEFAULT_ALPHA, self._job.manual.beta or pairs.DEFAULT_BETA
-                note("manual", True, asdict(scoring.contrasted(*manual, [numbers])[0]))
+                note("manual", True, asdict(scoring.contrasted(*manual, [self._usual])[0]))
                 keep()
             for name, (safe, opposite) in ways.items():
-                if name in found:
-                    continue
-                note(name, False, scoring.alone(safe))
-                rows_ = scoring.contrasted(safe, opposite, GRID)
-                chosen = choose(rows_)
+                if name not in found["grids"]:
+                    note(name, False, scoring.alone(safe))
+                    found["grids"][name] = [asdict(row) for row in scoring.contrasted(safe, opposite, GRID)]
+                    keep()
+        for name in ways:
+            if name not in found:
+                rows_ = [SettingRow(**row) for row in found["grids"][name]]
+                rows_here = soft if name == "soft" else None
+                tried = self._tried(candidates(rows_, self._usual), texts, rows_here, found["tried"][name], keep)
+                chosen = choose(tried, self._usual)
                 found[name] = {"alpha": chosen.alpha, "beta": chosen.beta}
-                found["rows"] += [asdict(row) | {"pair": name, "chosen": row is chosen} for row in rows_]
+                known = {(row.alpha, row.beta): row for row in (*rows_, *tried)}
+                found["rows"] += [asdict(r) | {"pair": name, "chosen": r is chosen} for r in known.values()]
                 note(name, True, asdict(chosen))
                 keep()
         self._close(checkpoint, _chosen(checkpoint.finish(found)), reused=False)
         return found
+
+    @property
+    def _usual(self) -> tuple[float, float]:
+        """The manual pair's alpha and beta."""
+        return self._job.manual.alpha or pairs.DEFAULT_ALPHA, self._job.manual.beta or pairs.DEFAULT_BETA
+
+    def _tried(
+        self,
+        rows_: Sequence[SettingRow],
+        texts: Mapping[Role, str],
+        soft: SoftPair | None,
+        known: list[float],
+        keep: Callable[[], None],
+    ) -> list[SettingRow]:
+        """Settings with the share of greedy answers that break under them: `known` of the first ones, to which the
+        others' are added; `keep` is called after each."""
+        clock = Clock("trying the best settings", len(known), len(rows_), self._listener.progress)
+        safe, adversarial = (texts or self._manual)["safe"], AdversarialText((texts or self._manual)["adversarial"])
+        with self._trial_engine(self._job.manual) as engine:
+            for row in rows_[len(known) :]:
+                pair = PromptPair("trial", safe, adversarial, alpha=row.alpha, beta=row.beta)
+                framing = None if soft is None else Framing.of(pair, soft)
+                made = trial.run(engine, pair, self._groups, plain=False, stop=self._stop, framing=framing)
+                known.append(made.degenerate)
+                clock.at(len(known))
+                keep()
+        return [replace(row, degenerate=share) for row, share in zip(rows_, known, strict=True)]
 
     # -- the files -----------------------------------------------------------------------------------------------------
 
