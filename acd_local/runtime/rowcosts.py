@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import statistics
+import threading
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -67,12 +68,14 @@ class RowClock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seconds: dict[tuple[int, int], list[float]] = defaultdict(list)  # by (streams, rows of each)
+        self._lock = threading.Lock()  # answers of several threads note and settle
         self.known = _read(path)
 
     def note(self, streams: int, rows: int, seconds: float) -> None:
         """A batch of `rows` rows of each of `streams` streams was decoded."""
-        if self.known is None and len(self._seconds[streams, rows]) < KEPT:
-            self._seconds[streams, rows].append(seconds)
+        with self._lock:
+            if self.known is None and len(self._seconds[streams, rows]) < KEPT:
+                self._seconds[streams, rows].append(seconds)
 
     def settle(self) -> None:
         """Keep the figures if there are enough of them."""
@@ -85,6 +88,10 @@ class RowClock:
                 draft.replace(self._path)
 
     def measured(self) -> RowCosts | None:
+        with self._lock:
+            return self._measured()
+
+    def _measured(self) -> RowCosts | None:
         single, pair = self._seconds[1, 1], self._seconds[2, 1]
         batches = [(k, t) for (n, k), found in self._seconds.items() if n == 1 and 4 <= k <= MOST for t in found]
         if len(single) < SINGLES or len(pair) < SINGLES or len(batches) < BATCHES:
