@@ -215,6 +215,8 @@ class Answering:
                     if not isinstance(item, Step):
                         item = advance(strategy, (yield [_feed(need, slot, prompt) for need in item]))
                         continue
+                    if self.cancel.is_set:  # a run holds many steps
+                        raise DecodeAborted
                     piece = self._record(item)
                     if item.ends:
                         reason = "stop"
