@@ -100,6 +100,7 @@ class Engine:
                 layout=layout,
                 kv_type=kv_type,
                 threads=self.threads,
+                # A run has MOST tokens at most, drafts from the conversation included.
                 outputs=MOST if conversations <= FEW else 1,
             )
         except BaseException:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ from acd_local.answers import Answer
 from acd_local.errors import InternalError, NumericalError, UsageError
 from acd_local.options import Options
 from acd_local.runtime import llama
-from acd_local.runtime.choice import Look
-from acd_local.runtime.lookup import MATCH, MOST, REST, START, Lookup
+from acd_local.runtime.choice import Chooser, Look
+from acd_local.runtime.lookup import MATCH, REST, START, Lookup
+from acd_local.runtime.lookup import MOST as LONGEST
 from acd_local.runtime.pace import Pace
 from acd_local.runtime.rowcosts import RowClock, RowCosts
 from acd_local.runtime.streams import Feed, Streams, extend
@@ -205,6 +209,20 @@ def test_a_conversation_goes_on_after_a_deferred_answer(tiny: Callable[..., Path
     assert texts[0] == texts[1]
 
 
+def test_a_cancelled_run_says_nothing_more(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beta 0 keeps every choice open; alpha next to 0 changes none: runs are as long as they may be."""
+    monkeypatch.setattr(engine._row_clock, "known", RowCosts())
+    options = Options(temp=0.0, max_tokens=N, strategy="deferred", beta=0.0, alpha=1e-6)
+    stream = engine.generate(PROMPTS[3], options)
+    for _ in stream:
+        if (said := len(stream._answering._records)) > 3:
+            break
+    stream.cancel()
+    answer = stream.run()
+    assert answer.finish_reason == "cancelled"
+    assert len(answer.tokens) == said
+
+
 @pytest.mark.parametrize("writer", [tiny_gguf.write_mamba, tiny_gguf.write_gemma3])
 def test_models_that_cannot_forget_their_last_tokens_are_decoded_stepwise(
     tiny: Callable[..., Path], writer: Callable[..., Path]
@@ -268,6 +286,46 @@ def test_repetitions_are_drafted(engine: Engine, monkeypatch: pytest.MonkeyPatch
     assert one.text == other.text
     assert other.text.startswith("red green blue black white red")
     assert len(recorded.batches) - len(one.tokens) < 0.7 * len(other.tokens)
+
+
+def test_a_run_never_wants_more_logits_than_the_context_has(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """15 drafted tokens, and then a draft of 15 more from the conversation."""
+    drafts = {0: 0}
+
+    def draft(self: Lookup, ahead: Any, most: int) -> list[int]:
+        drafts[len(ahead)] = most
+        return [] if len(ahead) < 14 else [7] * min(LONGEST, most)
+
+    monkeypatch.setattr(Lookup, "draft", draft)
+    monkeypatch.setattr(engine._row_clock, "known", RowCosts())
+    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    engine.generate(PROMPTS[3], Options(temp=0.0, max_tokens=N, strategy="deferred", beta=0.0, alpha=1e-6)).run()
+    assert drafts[14] == 1
+    assert max(batch[2] for batch in recorded.batches) == 16
+
+
+def test_a_context_refuses_more_logits_than_it_was_made_for(tiny: Callable[..., Path]) -> None:
+    with (
+        llama.Model(tiny("chatml")) as model,
+        llama.Context(model, n_ctx=256, n_seq=2, outputs=2) as context,
+    ):
+        context.decode([5, 6, 7, 5, 6, 7], [0, 0, 0, 1, 1, 1], [0, 1, 2] * 2, [0, 1, 1] * 2)
+        assert context.logits(4).shape == (4, model.n_vocab)
+        with pytest.raises(InternalError, match="3 rows"):
+            context.decode([5, 6, 7, 8], [0, 0, 0, 1], [3, 4, 5, 3], [1, 1, 1, 0])
+
+
+def test_choosers_are_cloned_where_a_second_token_is_drafted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    forks = []
+    fork = Chooser.fork
+    monkeypatch.setattr(Chooser, "fork", lambda self: (forks.append(1), fork(self))[1])
+    monkeypatch.setattr(Lookup, "draft", lambda *_: [])
+    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    options = {"temp": 0.0, "max_tokens": 12, "strategy": "deferred", "grammar": "root ::= [a-z ]+"}
+    engine.generate(PROMPTS[0], Options(**options, beta=1.0)).run()  # nothing is open: runs of one token
+    assert forks == []
+    engine.generate(PROMPTS[0], Options(**options, beta=0.0, alpha=1e-6)).run()
+    assert 1 <= len(forks) <= sum(batch[1] > 1 for batch in recorded.batches)
 
 
 def test_rows_with_logits_have_to_fit_one_batch(tiny: Callable[..., Path]) -> None:
@@ -354,7 +412,7 @@ def test_drafts_grow_while_they_come_true_and_rest_when_they_fail() -> None:
     lookup.learn(START, START)
     assert len(lookup.draft([], 99)) == 2 * START
     lookup.learn(8, 8)
-    assert len(lookup.draft([], 99)) == MOST
+    assert len(lookup.draft([], 99)) == LONGEST
     for drafted in (15, 7, 3):
         lookup.learn(drafted, 0)
     assert lookup.draft([], 99) == []
@@ -390,6 +448,33 @@ def test_row_costs_are_measured_once_and_kept(tmp_path: Path) -> None:
     measured(again, pair=3.0, fixed=0.1, each=0.9)
     again.settle()
     assert again.known == clock.known
+
+
+def test_figures_are_collected_and_settled_by_several_threads(tmp_path: Path) -> None:
+    clock, wrong, old = RowClock(tmp_path / "a.json"), [], sys.getswitchinterval()
+    for _ in range(12):
+        clock.note(1, 1, 0.01)
+        clock.note(2, 1, 0.02)
+
+    def settle() -> None:
+        try:
+            for _ in range(300):
+                clock.settle()
+        except RuntimeError as error:
+            wrong.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        settling = threading.Thread(target=settle)
+        settling.start()
+        for rows in itertools.count(100):  # sizes that are no measure: nothing is ever settled
+            clock.note(1, rows, 0.1)
+            if not settling.is_alive():
+                break
+    finally:
+        sys.setswitchinterval(old)
+        settling.join()
+    assert wrong == []
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"pair": "x"}', '{"pairs": 1}', '{"pair": -1}', '{"pair": NaN}'])

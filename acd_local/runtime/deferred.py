@@ -30,6 +30,27 @@ class _Run:
     survival: float = 1.0  # how likely the contrast changes none of them
 
 
+class _Draft:
+    """The safe stream's own choices; the chooser, and the grammar in it, is cloned for the second of them alone."""
+
+    def __init__(self, chooser: Chooser) -> None:
+        self._chooser = chooser
+        self._fork: Chooser | None = None
+        self._first: Look | None = None
+
+    def look(self, logits: Logits, position: int) -> Look:
+        if self._first is not None and self._fork is None:
+            self._fork = self._chooser.fork()
+            self._fork.guess(self._first)
+        return (self._fork or self._chooser).look(logits, position)
+
+    def guess(self, look: Look) -> int:
+        if self._fork is not None:
+            return self._fork.guess(look)
+        self._first = look
+        return self._chooser.peek(look)
+
+
 def deferred(
     first: StreamLogits,
     chooser: Chooser,
@@ -83,18 +104,19 @@ def _ahead(
     answer: Sequence[int], chooser: Chooser, pace: Pace, lookup: Lookup, limit: int
 ) -> Generator[Sequence[Need], list[Logits], _Run]:
     """Draft until a change is likely, or until every choice so far is one that the contrast cannot change."""
-    drafting, run = chooser.fork(), _Run()
+    drafting, run = _Draft(chooser), _Run()
     while True:
         position = len(answer) + len(run.tokens)
         last = run.tokens[-1] if run.tokens else answer[-1]
-        draft = lookup.draft(run.tokens, limit - position - 1)
+        most = min(limit - position, pace.costs.longest_run - len(run.tokens))
+        draft = lookup.draft(run.tokens, most - 1)
         tokens = [last, *draft]
         (rows,) = yield [Need("safe", position - 1, tokens, [True] * len(tokens))]
         pace.spend(len(tokens), 0)
         right = 0
         for logits, drafted in zip(rows, [*draft, None], strict=True):
             try:
-                look = drafting.look(logits, len(answer) + len(run.tokens))
+                look = drafting.look(logits, position + right)
             except NumericalError:
                 if run.looks:  # what was said before is not lost: the next run meets the same logits
                     return run
@@ -106,7 +128,7 @@ def _ahead(
             run.tokens.append(token)
             if chooser.is_open(look):
                 run.survival *= 1 - pace.chance(look)
-            if drafting.ends(token) or len(answer) + len(run.tokens) == limit:
+            if chooser.ends(token) or len(answer) + len(run.tokens) == limit:
                 return run
             if token != drafted:
                 break
