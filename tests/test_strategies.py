@@ -20,10 +20,9 @@ from acd_local.errors import InternalError, NumericalError, UsageError
 from acd_local.options import Options
 from acd_local.runtime import llama
 from acd_local.runtime.choice import Chooser, Look
-from acd_local.runtime.lookup import MATCH, REST, START, Lookup
-from acd_local.runtime.lookup import MOST as LONGEST
-from acd_local.runtime.pace import Pace
-from acd_local.runtime.rowcosts import RowClock, RowCosts
+from acd_local.runtime.lookup import CHANCE, MATCH, QUOTED, REST, Lookup
+from acd_local.runtime.pace import Pace, expected
+from acd_local.runtime.rowcosts import MOST, RowClock, RowCosts
 from acd_local.runtime.streams import Feed, Streams, extend
 from acd_local.runtime.template import Message
 from acd_local.session import Engine
@@ -65,7 +64,9 @@ def distance(engine: Engine, prompt: str, one: Answer, other: Answer) -> float:
 
 @pytest.fixture(scope="module")
 def engine(tiny: Callable[..., Path]) -> Iterator[Engine]:
+    """What rows cost is fixed, so that the machine does not decide what is tested."""
     with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+        engine._row_clock.known = RowCosts(pair=1.9, fixed=0.9, each=0.4)
         yield engine
 
 
@@ -209,9 +210,8 @@ def test_a_conversation_goes_on_after_a_deferred_answer(tiny: Callable[..., Path
     assert texts[0] == texts[1]
 
 
-def test_a_cancelled_run_says_nothing_more(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_run_says_nothing_more(engine: Engine) -> None:
     """Beta 0 keeps every choice open; alpha next to 0 changes none: runs are as long as they may be."""
-    monkeypatch.setattr(engine._row_clock, "known", RowCosts())
     options = Options(temp=0.0, max_tokens=N, strategy="deferred", beta=0.0, alpha=1e-6)
     stream = engine.generate(PROMPTS[3], options)
     for _ in stream:
@@ -277,6 +277,19 @@ def test_beyond_the_window_the_adversarial_stream_rests(engine: Engine, monkeypa
     assert answer.contrast.compared <= 4
 
 
+@pytest.mark.parametrize("options", [{"plain": True}, {"alpha": 0.0}])
+def test_quotations_are_drafted_without_a_contrast_too(
+    engine: Engine, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**options, "grammar": 'root ::= "' + "red green blue black white " * 8 + '"', "max_tokens": 300}
+    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    one, other = both(engine, PROMPTS[0], options)
+    assert tokens(one) == tokens(other)
+    assert other.text.startswith("red green blue black white red")
+    assert sum(batch[1] for batch in recorded.batches) == 0
+    assert len(recorded.batches) - len(one.tokens) < 0.7 * len(other.tokens)
+
+
 def test_repetitions_are_drafted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under this grammar every token is the only one: the safe stream takes what came before in one batch."""
     grammar = 'root ::= "' + "red green blue black white " * 8 + '"'
@@ -294,10 +307,9 @@ def test_a_run_never_wants_more_logits_than_the_context_has(engine: Engine, monk
 
     def draft(self: Lookup, ahead: Any, most: int) -> list[int]:
         drafts[len(ahead)] = most
-        return [] if len(ahead) < 14 else [7] * min(LONGEST, most)
+        return [] if len(ahead) < 14 else [7] * min(MOST, most)
 
     monkeypatch.setattr(Lookup, "draft", draft)
-    monkeypatch.setattr(engine._row_clock, "known", RowCosts())
     recorded = Recorded(engine._streams.contexts[0], monkeypatch)
     engine.generate(PROMPTS[3], Options(temp=0.0, max_tokens=N, strategy="deferred", beta=0.0, alpha=1e-6)).run()
     assert drafts[14] == 1
@@ -383,10 +395,57 @@ def test_a_pace_learns_from_its_answer() -> None:
         pace.learn(look(3.0, 2.0), changed=True)
     assert pace.chance(look(3.0, 2.0)) > 0.7 > before
     assert pace.pays
-    for _ in range(40):  # four rows a token
-        pace.spend(2, 0)
-        pace.spend(1, 1)
+    for _ in range(40):  # five rows a token
+        pace.spend([2, 3], 1)
     assert not pace.pays
+
+
+@pytest.mark.parametrize("rare", [True, False])
+def test_a_pace_learns_from_positions_side_by_side(rare: bool) -> None:
+    pace = Pace(RowCosts(pair=1.75, fixed=0.7, each=0.45), alpha=0.5, greedy=rare)
+    assert pace.pays == rare  # greedy answers change less
+    for _ in range(3):
+        for i in range(400):
+            pace.beside(look(3.0, 2.6), changed=rare or i % 100 == 0)
+        assert pace.pays != rare
+        rare = not rare
+
+
+def test_the_expected_cost_knows_of_alpha_and_temperature() -> None:
+    costs = RowCosts(pair=1.9, fixed=0.9, each=0.4)
+    weak, usual, strong = (expected(costs, alpha, greedy=True) for alpha in (0.1, 0.5, 0.9))
+    assert weak < usual < strong
+    assert usual == pytest.approx(1.65, abs=0.05)  # measured: docs/speed.md
+    assert usual < expected(costs, 0.5, greedy=False) == pytest.approx(1.9, abs=0.05)
+
+
+@pytest.mark.parametrize("temp", [0.0, 1.0])
+def test_the_forecast_is_what_running_ahead_costs(engine: Engine, temp: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lookup, "draft", lambda *_: [])
+    found: list[tuple[float, int]] = []
+    add = Pace._add
+    monkeypatch.setattr(Pace, "_add", lambda self, *what: (found.append(what), add(self, *what))[1])
+    per_token = []
+    given = {"temp": temp, "max_tokens": 150, "seed": 3, "alpha": 0.3, "grammar": "root ::= [a-z ]+"}
+    for strategy in ("deferred", "auto"):
+        found.clear()
+        if strategy == "auto":
+            monkeypatch.setattr(Pace, "pays", False)
+        for prompt in PROMPTS:
+            engine.generate(prompt, Options(**given, strategy=strategy)).run()
+        per_token.append(sum(spent for spent, _ in found) / sum(n for _, n in found))
+    assert per_token[1] == pytest.approx(per_token[0], rel=0.06)
+
+
+def test_quotations_are_as_long_as_rows_are_cheap() -> None:
+    usual, dear = (Pace(RowCosts(1.9, fixed, each), alpha=0.5, greedy=True) for fixed, each in ((0.9, 0.4), (0.0, 1.0)))
+    assert usual.quote(CHANCE, alone=False) == 4
+    assert usual.quote(0.3, alone=False) == 0
+    assert usual.quote(1.0, alone=False) == 15
+    assert dear.quote(0.99, alone=False) == dear.quote(0.99, alone=True) == 0
+    gpu = Pace(RowCosts(pair=1.05, fixed=0.95, each=0.05), alpha=0.5, greedy=True)
+    assert gpu.quote(0.5, alone=True) == 0 < gpu.quote(CHANCE, alone=True)
+    assert Pace(RowCosts(seconds=0.2), alpha=0.5, greedy=True).quote(1.0, alone=False) == 3
 
 
 def test_cheap_batches_make_running_ahead_pay_and_dear_ones_do_not() -> None:
@@ -397,27 +456,38 @@ def test_cheap_batches_make_running_ahead_pay_and_dear_ones_do_not() -> None:
 
 def test_drafts_continue_what_came_before() -> None:
     lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2])
-    assert lookup.draft([3], 10) == [4, 5, 6, 7][:START]
+    assert lookup.draft([3], 4) == [4, 5, 6, 7]
     assert lookup.draft([3], 2) == [4, 5]
     assert lookup.draft([9], 10) == []
     lookup.extend([3])
-    assert lookup.draft([], 10) == [4, 5, 6, 7]
+    assert lookup.draft([], 4) == [4, 5, 6, 7]
+    assert lookup.draft([], 0) == []
     assert MATCH == 3
 
 
 def test_drafts_grow_while_they_come_true_and_rest_when_they_fail() -> None:
-    history = [*range(100, 160), 100, 101, 102]
-    lookup = Lookup(history)
-    assert len(lookup.draft([], 99)) == START
-    lookup.learn(START, START)
-    assert len(lookup.draft([], 99)) == 2 * START
-    lookup.learn(8, 8)
-    assert len(lookup.draft([], 99)) == LONGEST
-    for drafted in (15, 7, 3):
-        lookup.learn(drafted, 0)
-    assert lookup.draft([], 99) == []
-    lookup.extend([*range(REST), 100, 101, 102])
-    assert len(lookup.draft([], 99)) == START
+    lookup, pace = Lookup([1, 2, 3]), Pace(RowCosts(1.9, 0.9, 0.4), alpha=0.5, greedy=True)
+    lengths = []
+    for right in (4, 8, 0, 0, 0, 0):
+        lengths.append(pace.quote(lookup.chance, alone=False))
+        lookup.learn(lengths[-1], right)
+    assert lengths == [4, 8, 15, 5, 3, 2]
+    assert pace.quote(lookup.chance, alone=False) == 0
+    lookup.extend(range(REST))
+    assert pace.quote(lookup.chance, alone=False) == 4
+
+
+def test_a_quotation_goes_on_behind_a_replaced_token() -> None:
+    lookup = Lookup([*range(100, 120), 100, 101, 102])
+    assert lookup.draft([], 8) == [103, 104, 105, 106, 107, 108, 109, 110]
+    lookup.learn(8, QUOTED)
+    assert lookup.draft([103, 104, 105, 106, 7], 3) == [108, 109, 110]
+    lookup.extend([103, 104, 105, 106, 7])
+    assert lookup.draft([], 3) == [108, 109, 110]
+    assert lookup.draft([8], 3) == []
+    lookup.learn(3, 0)  # that was none
+    lookup.extend([9])
+    assert lookup.draft([], 3) == []
 
 
 def test_embedding_rows_are_never_drafted() -> None:

@@ -28,6 +28,8 @@ class _Run:
     looks: list[Look] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     survival: float = 1.0  # how likely the contrast changes none of them
+    batches: list[int] = field(default_factory=list)  # rows
+    quotes: bool = False  # some tokens were drafted from the conversation
 
 
 class _Draft:
@@ -74,11 +76,12 @@ def deferred(
     behind = len(answer) - 1  # answer tokens that the adversarial stream holds
     over = not answer or chooser.ends(answer[-1])
     while not over and len(answer) < limit:
-        if patient or pace.pays or not chooser.settings.contrasts(len(answer)) or lookup.draft([], 1):
-            run = yield from _ahead(answer, chooser, pace, lookup, limit)
+        keen = patient or pace.pays or not chooser.settings.contrasts(len(answer))
+        if keen or lookup.draft([], pace.quote(lookup.chance, alone=True)):
+            run = yield from _ahead(answer, chooser, pace, lookup, limit, keen)
             steps, behind = yield from _catch_up(answer, behind, run, chooser, pace)
         else:
-            steps, behind = yield from _abreast(answer, behind, chooser)
+            steps, behind = yield from _abreast(answer, behind, chooser, pace)
         yield from steps
         said = [step.token for step in steps]
         answer += said
@@ -101,18 +104,25 @@ def _lead(first: StreamLogits, chooser: Chooser, limit: int, answer: list[int]) 
 
 
 def _ahead(
-    answer: Sequence[int], chooser: Chooser, pace: Pace, lookup: Lookup, limit: int
+    answer: Sequence[int], chooser: Chooser, pace: Pace, lookup: Lookup, limit: int, keen: bool
 ) -> Generator[Sequence[Need], list[Logits], _Run]:
-    """Draft until a change is likely, or until every choice so far is one that the contrast cannot change."""
+    """Draft until a change is likely, or until every choice so far is one that the contrast cannot change.
+
+    Args:
+        keen: without drafts from the conversation too.
+    """
     drafting, run = _Draft(chooser), _Run()
     while True:
         position = len(answer) + len(run.tokens)
         last = run.tokens[-1] if run.tokens else answer[-1]
         most = min(limit - position, pace.costs.longest_run - len(run.tokens))
-        draft = lookup.draft(run.tokens, most - 1)
+        draft = lookup.draft(run.tokens, min(most - 1, pace.quote(lookup.chance, alone=not keen)))
+        if run.tokens and not (keen or draft):
+            return run
         tokens = [last, *draft]
         (rows,) = yield [Need("safe", position - 1, tokens, [True] * len(tokens))]
-        pace.spend(len(tokens), 0)
+        run.batches.append(len(tokens))
+        run.quotes = run.quotes or bool(draft)
         right = 0
         for logits, drafted in zip(rows, [*draft, None], strict=True):
             try:
@@ -152,7 +162,7 @@ def _catch_up(
         end = len(answer) + last - 1
         pending = [*answer, *run.tokens][behind:end]
         (found,) = yield [Need("adversarial", behind, pending, [False] * (len(pending) - last) + wanted[:last])]
-        pace.spend(len(pending), 0)
+        run.batches.append(len(pending))
         behind, logits = end, iter(found)
         rows = [next(logits) if needed else None for needed in wanted]
     elif len(answer) - behind > BEHIND and chooser.settings.contrasts(len(answer)):
@@ -160,18 +170,23 @@ def _catch_up(
         yield [Need("adversarial", behind, pending, [False] * len(pending))]
         behind = len(answer) - 1
     steps = _check(run, rows, chooser, pace)
-    pace.spend(0, len(steps))
+    if not run.quotes:  # what quotations cost says nothing of other runs
+        pace.spend(run.batches, len(steps))
     return steps, behind
 
 
 def _abreast(
-    answer: Sequence[int], behind: int, chooser: Chooser
+    answer: Sequence[int], behind: int, chooser: Chooser, pace: Pace
 ) -> Generator[Sequence[Need], list[Logits], tuple[list[Step], int]]:
     """One position side by side, as `stepwise` does."""
     needs = [Need("safe", len(answer) - 1, answer[-1:]), Need("adversarial", behind, answer[behind:])]
     safe, adversarial = yield needs
-    step = chooser.choose(chooser.look(safe[0], len(answer)), adversarial[0])
-    return [] if step is None else [step], len(answer)
+    look = chooser.look(safe[0], len(answer))
+    step = chooser.choose(look, adversarial[0])
+    if step is None:
+        return [], len(answer)
+    pace.beside(look if chooser.is_open(look) else None, changed=step.token != step.safe_choice)
+    return [step], len(answer)
 
 
 def _check(run: _Run, rows: Sequence[Logits | None], chooser: Chooser, pace: Pace) -> list[Step]:

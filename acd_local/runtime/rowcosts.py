@@ -22,8 +22,6 @@ from acd_local.runtime.probe import cache_dir
 
 SINGLES, BATCHES = 12, 6  # measurements that are enough
 KEPT = 200  # of a kind
-# How long runs are, and rows per token lost to drafts that fall: greedy and sampled, on the demo model (docs/speed.md).
-TYPICAL = {True: (5.0, 0.05), False: (2.5, 0.12)}
 MOST, LEAST = 16, 4  # drafted tokens at most: so many, or what takes PATIENCE, but not fewer than LEAST
 PATIENCE = 0.4  # seconds that a reader waits for the next words
 
@@ -43,19 +41,14 @@ class RowCosts:
     each: float = 0.4
     seconds: float = 0.02
 
-    def rows(self, k: int) -> float:
+    def rows(self, k: float) -> float:
         """Of k rows of one stream in one batch."""
-        return float(k) if k < 2 else self.fixed + k * self.each
+        return k if k < 2 else self.fixed + k * self.each
 
     @property
     def longest_run(self) -> int:
         """Tokens that may be drafted before the first of them is shown."""
         return min(MOST, max(LEAST, int(PATIENCE / max(self.seconds, 1e-6))))
-
-    def deferred(self, *, greedy: bool) -> float:
-        """What a token is expected to cost if the safe stream runs ahead; side by side it is `pair`."""
-        length, lost = TYPICAL[greedy]
-        return (1 + self.each) * (1 + lost) + self.fixed / length
 
 
 class RowClock:
