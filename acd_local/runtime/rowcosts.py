@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import statistics
 import threading
+import time
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -18,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from acd_local.runtime.probe import cache_dir
+from acd_local.runtime.probe import cache_dir, llama_version
 
 SINGLES, BATCHES = 12, 6  # measurements that are enough
 KEPT = 200  # of a kind
+MAX_AGE = 30 * 86400  # seconds; older figures are measured anew
 MOST, LEAST = 16, 4  # drafted tokens at most: so many, or what takes PATIENCE, but not fewer than LEAST
 PATIENCE = 0.4  # seconds that a reader waits for the next words
 
@@ -105,7 +108,8 @@ def _line(costs: dict[int, float]) -> tuple[float, float]:
 
 
 def file_for(model: Path, **settings: object) -> Path:
-    """Where the figures of a model file under `settings` are kept."""
+    """Where the figures of a model file under `settings` are kept, for this machine and this llama.cpp."""
+    settings = {**settings, "llama": llama_version(), "machine": _machine(), "cpus": os.cpu_count()}
     with suppress(OSError):
         seen = model.stat()
         settings = {**settings, "size": seen.st_size, "changed": seen.st_mtime_ns}
@@ -115,8 +119,19 @@ def file_for(model: Path, **settings: object) -> Path:
     return cache_dir() / "rowcosts" / f"{key[:32]}.json"
 
 
+def _machine() -> str:
+    """The processor's name, where Linux says it; else the computer's."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    return f"{platform.node()} {platform.machine()}"
+
+
 def _read(path: Path) -> RowCosts | None:
     try:
+        if time.time() - path.stat().st_mtime > MAX_AGE:
+            return None
         found = RowCosts(**{name: float(value) for name, value in json.loads(path.read_text("utf-8")).items()})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
