@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_gguf
-from reference import TOLERANCE, contrast_by_hand, fresh_logits
+from exactness import near_tie
+from reference import TOLERANCE, fresh_logits
 
 from acd_local.answers import Answer
 from acd_local.errors import InternalError, NumericalError, UsageError
 from acd_local.options import Options
-from acd_local.runtime import llama
+from acd_local.runtime import llama, rowcosts
 from acd_local.runtime.choice import Chooser, Look
 from acd_local.runtime.lookup import CHANCE, MATCH, QUOTED, REST, Lookup
 from acd_local.runtime.pace import Pace, expected
@@ -37,11 +41,18 @@ PROMPTS = (
 N = 40
 
 
+MANY = 200  # prompts of the slow tests
+DRAWN = 0.3  # the widest near-tie that was found in a sampled text of a tiny model
+
+
+def given(options: dict[str, Any]) -> Options:
+    return Options(**{"temp": 0.0, "max_tokens": N, "seed": 7, **options})
+
+
 def both(engine: Engine, prompt: str, options: dict[str, Any], **asked: bool) -> tuple[Answer, Answer]:
     """The answer by stepwise and by deferred decoding."""
-    given = {"temp": 0.0, "max_tokens": N, "seed": 7, **options}
     one, other = (
-        engine.generate(prompt, Options(**given, strategy=strategy), **asked).run()
+        engine.generate(prompt, given({**options, "strategy": strategy}), **asked).run()
         for strategy in ("stepwise", "deferred")
     )
     return one, other
@@ -49,17 +60,6 @@ def both(engine: Engine, prompt: str, options: dict[str, Any], **asked: bool) ->
 
 def tokens(answer: Answer) -> list[int]:
     return [record.token for record in answer.tokens]
-
-
-def distance(engine: Engine, prompt: str, one: Answer, other: Answer) -> float:
-    """How far apart both tokens score at the first difference, under fully recomputed logits."""
-    a, b = tokens(one), tokens(other)
-    at = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    texts = (engine.pair.safe, engine.pair.adversarial.reveal_for_negative_stream())
-    prompts = [engine.template.encode([Message("system", text), Message("user", prompt)]) for text in texts]
-    s, v = (fresh_logits(engine._model, p + a[:at], 1024).tolist() for p in prompts)
-    scores = contrast_by_hand(s, v, one.contrast.alpha, one.contrast.beta * np.exp(-1), set())
-    return abs(scores[a[at]] - scores[b[at]])
 
 
 @pytest.fixture(scope="module")
@@ -95,56 +95,96 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 }
 
 
+def same(one: Answer, other: Answer, *, mirostat: bool = False) -> bool:
+    """Whether both say the same; then all else has to agree too."""
+    if tokens(one) != tokens(other):
+        return False
+    assert other.text == one.text
+    assert other.finish_reason == one.finish_reason
+    assert other.context_used == one.context_used
+    assert [r.safe_token for r in other.tokens] == [r.safe_token for r in one.tokens] or mirostat
+    assert other.contrast.changed == one.contrast.changed or mirostat
+    return True
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_text_is_the_stepwise_loops(engine: Engine, name: str) -> None:
+    """And each of its tokens the choice by logits that are computed anew, but for near-ties."""
     differing = 0
     for prompt in PROMPTS:
         one, other = both(engine, prompt, SAMPLERS[name])
         assert len(tokens(one)) > 0
-        if tokens(one) != tokens(other):
-            differing += 1
-            if "temp" not in SAMPLERS[name]:
-                assert distance(engine, prompt, one, other) < 2 * TOLERANCE
-            continue
-        assert other.text == one.text
-        assert other.finish_reason == one.finish_reason
-        assert other.context_used == one.context_used
-        assert [r.safe_token for r in other.tokens] == [r.safe_token for r in one.tokens] or "mirostat" in name
-        assert other.contrast.changed == one.contrast.changed or "mirostat" in name
+        differing += not same(one, other, mirostat="mirostat" in name)
+        if "mirostat" not in name:
+            limit = DRAWN if SAMPLERS[name].get("temp") else TOLERANCE
+            assert near_tie(engine, prompt, given(SAMPLERS[name]), other) <= limit
     assert differing <= 1
+
+
+def test_another_token_is_no_near_tie(engine: Engine) -> None:
+    """What `near_tie` finds where a text is not the loop's."""
+    for options in ({}, {"temp": 1.0}):
+        answer = both(engine, PROMPTS[3], options)[1]
+        wrong = replace(answer.tokens[5], token=(answer.tokens[5].token + 1) % engine.vocab.n_tokens)
+        changed = replace(answer, tokens=(*answer.tokens[:5], wrong, *answer.tokens[6:]))
+        assert near_tie(engine, PROMPTS[3], given(options), changed) > 0.15
+
+
+ABREAST = RowCosts(pair=1.0, fixed=3.0, each=1.0)
+BORDERLINE = RowCosts(pair=2.2, fixed=0.9, each=0.4)
+
+
+@pytest.mark.parametrize("costs", [ABREAST, BORDERLINE])
+@pytest.mark.parametrize("name", ["greedy", "sampled", "penalties", "grammar", "mirostat 2", "window"])
+def test_auto_says_the_same_whatever_rows_cost(
+    engine: Engine, name: str, costs: RowCosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine._row_clock, "known", costs)
+    ways = []
+    pays = Pace.pays
+    monkeypatch.setattr(Pace, "pays", property(lambda pace: (ways.append(found := pays.fget(pace)), found)[1]))  # type: ignore[attr-defined]
+    differing = 0
+    for prompt in PROMPTS[::3]:
+        one = engine.generate(prompt, given(SAMPLERS[name]).replace({"strategy": "stepwise"})).run()
+        other = engine.generate(prompt, given(SAMPLERS[name]).replace({"strategy": "auto"})).run()
+        differing += not same(one, other, mirostat="mirostat" in name)
+    assert differing <= 1
+    assert len(ways) > 0
+    assert not any(ways) or costs is BORDERLINE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("temp", [0.0, 1.0])
-def test_texts_over_many_prompts(tiny: Callable[..., Path], temp: float) -> None:
-    differing = 0
+def test_texts_of_a_tiny_model_differ_at_near_ties_alone(tiny: Callable[..., Path], temp: float) -> None:
+    """Weights in F32. `-s` prints what is found."""
+    prompts = [f"{i}. {PROMPTS[i % len(PROMPTS)]}" for i in range(MANY)]
     with Engine(tiny("chatml", seed=5), ctx_size=512, threads=1) as engine:
-        for i in range(200):
-            prompt = f"{i}. {PROMPTS[i % len(PROMPTS)]}"
-            one, other = both(engine, prompt, {"temp": temp, "seed": i})
-            if tokens(one) != tokens(other):
-                differing += 1
-                if temp == 0:
-                    assert distance(engine, prompt, one, other) < 2 * TOLERANCE
-    assert differing <= 4
+        differing, widest = compared(engine, prompts, {"temp": temp})
+    assert differing <= 0.02 * len(prompts)
+    assert widest <= (DRAWN if temp else TOLERANCE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("temp", [0.0, 0.8])
 def test_texts_of_the_demo_model_differ_at_near_ties_alone(demo: Path, temp: float) -> None:
-    """Quantized activations: its logits vary by 0.2 with the shape of a batch (`-s` prints the count)."""
-    prompts = [prompt for number in range(5) for prompt in prompts_of(number)][:200]
-    differing, widest = 0, 0.0
+    """Quantized activations: its logits vary by 0.2 with the shape of a batch. `-s` prints what is found."""
+    prompts = [prompt for number in range(9) for prompt in prompts_of(number)][:MANY]
+    assert len(prompts) == MANY
     with Engine(demo, pair="default", ctx_size=1024) as engine:
-        for i, prompt in enumerate(prompts):
-            one, other = both(engine, prompt, {"temp": temp, "seed": i, "max_tokens": 24})
-            if tokens(one) != tokens(other):
-                differing += 1
-                if temp == 0:
-                    widest = max(widest, distance(engine, prompt, one, other))
-    print(f"\ntemp {temp:g}: {differing} of {len(prompts)} texts differ, scores at most {widest:.2f} apart")
-    assert differing <= 40
-    assert widest < 1.0
+        differing, widest = compared(engine, prompts, {"temp": temp, "max_tokens": 24})
+    assert differing <= 0.2 * len(prompts)
+    assert widest <= 0.3
+
+
+def compared(engine: Engine, prompts: Sequence[str], options: dict[str, Any]) -> tuple[int, float]:
+    """How many texts differ between stepwise and deferred, and the widest near-tie in any of either."""
+    differing, widest = 0, 0.0
+    for i, prompt in enumerate(prompts):
+        answers = both(engine, prompt, {**options, "seed": i})
+        differing += not same(*answers)
+        widest = max(widest, *(near_tie(engine, prompt, given({**options, "seed": i}), a) for a in answers))
+    print(f"\n{options}: {differing} of {len(prompts)} texts differ, the widest near-tie is within {widest:g}")
+    return differing, widest
 
 
 @pytest.mark.parametrize("stream", ["safe", "adversarial"])
@@ -223,7 +263,19 @@ def test_a_cancelled_run_says_nothing_more(engine: Engine) -> None:
     assert len(answer.tokens) == said
 
 
-@pytest.mark.parametrize("writer", [tiny_gguf.write_mamba, tiny_gguf.write_gemma3])
+@pytest.mark.parametrize("temp", [0.0, 1.0])
+def test_quantized_caches(tiny: Callable[..., Path], temp: float) -> None:
+    with Engine(tiny("chatml", head_dim=32), ctx_size=512, threads=1, kv_type="q8_0") as engine:
+        answers = [both(engine, prompt, {"temp": temp}) for prompt in PROMPTS]
+        assert sum(not same(*pair) for pair in answers) <= 1
+        for prompt, (_, other) in zip(PROMPTS, answers, strict=True):
+            assert near_tie(engine, prompt, given({"temp": temp}), other, "q8_0") <= (DRAWN if temp else 2 * TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "writer",
+    [tiny_gguf.write_mamba, tiny_gguf.write_gemma3, tiny_gguf.write_lfm2, tiny_gguf.write_granite_hybrid],
+)
 def test_models_that_cannot_forget_their_last_tokens_are_decoded_stepwise(
     tiny: Callable[..., Path], writer: Callable[..., Path]
 ) -> None:
@@ -288,6 +340,19 @@ def test_quotations_are_drafted_without_a_contrast_too(
     assert other.text.startswith("red green blue black white red")
     assert sum(batch[1] for batch in recorded.batches) == 0
     assert len(recorded.batches) - len(one.tokens) < 0.7 * len(other.tokens)
+
+
+def test_after_a_window_the_next_turn_catches_up_in_one_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = engine.chat(options=Options(temp=0.0, max_tokens=N, window=4))
+    said = len(chat.ask(PROMPTS[3]).tokens)
+    assert said > 20
+    held = len(engine._streams.slots[0].adversarial.tokens)
+    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    answer = chat.ask(PROMPTS[0])
+    safe, adversarial, _ = recorded.batches[0]
+    assert adversarial >= safe + said - 4 - 2
+    assert safe + adversarial == answer.timings.prompt_tokens  # nothing was decoded before or behind
+    assert held + adversarial <= answer.context_used[1]
 
 
 def test_repetitions_are_drafted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,13 +491,13 @@ def test_the_forecast_is_what_running_ahead_costs(engine: Engine, temp: float, m
     add = Pace._add
     monkeypatch.setattr(Pace, "_add", lambda self, *what: (found.append(what), add(self, *what))[1])
     per_token = []
-    given = {"temp": temp, "max_tokens": 150, "seed": 3, "alpha": 0.3, "grammar": "root ::= [a-z ]+"}
+    asked = {"temp": temp, "max_tokens": 150, "seed": 3, "alpha": 0.3, "grammar": "root ::= [a-z ]+"}
     for strategy in ("deferred", "auto"):
         found.clear()
         if strategy == "auto":
             monkeypatch.setattr(Pace, "pays", False)
         for prompt in PROMPTS:
-            engine.generate(prompt, Options(**given, strategy=strategy)).run()
+            engine.generate(prompt, Options(**asked, strategy=strategy)).run()
         per_token.append(sum(spent for spent, _ in found) / sum(n for _, n in found))
     assert per_token[1] == pytest.approx(per_token[0], rel=0.06)
 
@@ -545,6 +610,23 @@ def test_figures_are_collected_and_settled_by_several_threads(tmp_path: Path) ->
         sys.setswitchinterval(old)
         settling.join()
     assert wrong == []
+
+
+def test_old_figures_are_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(asdict(RowCosts())))
+    assert RowClock(path).known == RowCosts()
+    os.utime(path, (0, time.time() - rowcosts.MAX_AGE - 60))
+    assert RowClock(path).known is None
+
+
+@pytest.mark.parametrize("name", ["llama_version", "_machine"])
+def test_figures_belong_to_a_machine_and_a_llama_cpp(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Path("model.gguf")
+    here = rowcosts.file_for(model, threads=1)
+    assert here == rowcosts.file_for(model, threads=1) != rowcosts.file_for(model, threads=2)
+    monkeypatch.setattr(rowcosts, name, lambda: "another")
+    assert rowcosts.file_for(model, threads=1) != here
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"pair": "x"}', '{"pairs": 1}', '{"pair": -1}', '{"pair": NaN}'])
