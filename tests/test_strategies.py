@@ -346,13 +346,12 @@ def test_after_a_window_the_next_turn_catches_up_in_one_batch(engine: Engine, mo
     chat = engine.chat(options=Options(temp=0.0, max_tokens=N, window=4))
     said = len(chat.ask(PROMPTS[3]).tokens)
     assert said > 20
-    held = len(engine._streams.slots[0].adversarial.tokens)
     recorded = Recorded(engine._streams.contexts[0], monkeypatch)
     answer = chat.ask(PROMPTS[0])
     safe, adversarial, _ = recorded.batches[0]
-    assert adversarial >= safe + said - 4 - 2
+    # Text that is read as other tokens than were said is decoded anew in the safe stream too.
+    assert adversarial >= max(safe, said - 4)
     assert safe + adversarial == answer.timings.prompt_tokens  # nothing was decoded before or behind
-    assert held + adversarial <= answer.context_used[1]
 
 
 def test_repetitions_are_drafted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
