@@ -215,6 +215,8 @@ class Answering:
                     if not isinstance(item, Step):
                         item = advance(strategy, (yield [_feed(need, slot, prompt) for need in item]))
                         continue
+                    if self.cancel.is_set:  # a run holds many steps
+                        raise DecodeAborted
                     piece = self._record(item)
                     if item.ends:
                         reason = "stop"
@@ -265,7 +267,7 @@ class Answering:
             trace=self._trace,
         )
         costs, asked = engine._row_clock.known, options.strategy
-        if asked == "stepwise" or not deferring or not engine.can_defer or self.settings.alpha == 0:
+        if asked == "stepwise" or not deferring or not engine.can_defer:
             return stepwise(first, chooser, limit=prompt.room)
         return deferred(
             first,
@@ -273,7 +275,7 @@ class Answering:
             Pace(costs or RowCosts(), alpha=self.settings.alpha, greedy=options.temp == 0),
             Lookup(prompt.safe),
             limit=prompt.room,
-            lead=LEAD if costs is None and asked == "auto" else 1,
+            lead=LEAD if costs is None and asked == "auto" and self.settings.alpha > 0 else 1,
             patient=asked == "deferred" or costs is None,
         )
 

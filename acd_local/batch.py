@@ -2,7 +2,8 @@
 
 Every round decodes the next token of all running answers in one llama_decode and lets each go on with its logits; an
 answer that ends makes room for the next, whose prompt is decoded first. What an answer says does not depend on its
-neighbours but for near-ties: llama.cpp's logits differ slightly with the shape of a batch.
+neighbours but for near-ties: llama.cpp's logits differ slightly with the shape of a batch. Where there is room for one
+answer only, it is decoded as if it were alone, by its own strategy.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class _Member:
 
     @property
     def long(self) -> bool:
-        """Whether more than a token per stream is to be decoded: a prompt."""
+        """Whether more than a token per stream is to be decoded: a prompt, or a run of a single answer."""
         return any(len(feed.tokens) > 1 for feed in self.rows)
 
     def spend(self, seconds: float) -> None:
@@ -93,10 +94,10 @@ class Batch:
         if self.room <= 0:
             raise EngineBusyError(f"this batch holds {self._capacity} answers already: load with more conversations")
         work = stream._answering
-        self._new.append(_Member(key, work, work.routine(beside_others=True)))
+        self._new.append(_Member(key, work, work.routine(beside_others=self._capacity > 1)))
 
     def step(self) -> list[Event]:
-        """Decode one round: a token for every running answer, the whole prompt for new ones."""
+        """Decode one round: what every running answer needs next, the whole prompt for new ones."""
         events: list[Event] = []
         # While others wait for their next token, a slot that another thread holds is not waited for.
         while self._new and (not self._members or self._engine._has_free_slot):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
-from acd_local.answering import AnswerStream
+from acd_local.answering import AnswerStream, resolve_contrast
 from acd_local.errors import InternalError, UsageError
 from acd_local.options import Options
 from acd_local.runtime import child, llama
@@ -69,6 +69,7 @@ ENGINE_PLAIN = "acd --plain"
 SHARED = "contrast, shared"
 SHARED_Q8 = "contrast, q8_0 KV"
 WINDOW = 16
+TEMP = 0.8  # of sampled answers
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     "stepwise": {"strategy": "stepwise"},
     "deferred": {"strategy": "deferred"},
@@ -207,19 +208,34 @@ class Report:
     Attributes:
         cases: plain llama.cpp and the engine, without contrast and in each layout, on QUESTIONS; last, where memory was
             measured, the memory with KV caches of another type.
-        strategies, repeat: execution strategies of the shared layout, on QUESTIONS and on REPEATS.
+        pair, alpha, beta: what is contrasted.
+        strategies, sampled, repeat: execution strategies of the shared layout, on QUESTIONS greedily and at TEMP, and
+            on REPEATS greedily.
+        kv_mb: one KV cache of the context's size, 10^6 bytes.
         costs: what rows cost here, as the engine measured it; None where it could not.
     """
 
     model: str
+    pair: str
+    alpha: float
+    beta: float
     n_vocab: int
     threads: int
     tokens: int
     rounds: int
     cases: list[Case]
     strategies: list[Case]
+    sampled: list[Case]
     repeat: list[Case]
+    kv_mb: float
     costs: RowCosts | None
+
+    @property
+    def extra_mb(self) -> float | None:
+        """Peak memory of the contrast over that of plain llama.cpp and a second KV cache."""
+        peaks = {case.name: case.peak_mb for case in self.cases}
+        plain, shared = peaks.get(PLAIN), peaks.get(SHARED)
+        return None if plain is None or shared is None else round(shared - plain - self.kv_mb, 1)
 
 
 def auto_against_best(cases: Sequence[Case]) -> float | None:
@@ -263,16 +279,17 @@ def run(
         first, shared = engines[ENGINE_PLAIN], engines[SHARED]
         bare = stack.enter_context(llama.Context(first._model, n_ctx=ctx_size, n_seq=1, threads=threads))
         cases = {name: Case(name) for name in (PLAIN, *engines)}
-        strategies, repeat = ({name: Case(name) for name in STRATEGIES} for _ in range(2))
+        strategies, sampled, repeat = ({name: Case(name) for name in STRATEGIES} for _ in range(3))
 
         def plain(text: str) -> Plain:
             return decode_plain(bare, first.template.encode(conversation(first, text)), tokens)
 
-        def ways(text: str) -> dict[str, Ask]:
-            return {name: partial(by_strategy, shared, name, text, tokens) for name in STRATEGIES}
+        def ways(text: str, temp: float = 0.0) -> dict[str, Ask]:
+            return {name: partial(by_strategy, shared, name, text, tokens, temp) for name in STRATEGIES}
 
         progress("warming up")
         cases[PLAIN].cold_s = plain(QUESTIONS[0]).first
+        cache_mb = kv_mb(bare, ctx_size)
         for name, engine in engines.items():
             cases[name].cold_s = _ask(engine, name, QUESTIONS[0], tokens).first
             if name != ENGINE_PLAIN:
@@ -287,18 +304,25 @@ def run(
             found[PLAIN] = base.measured(tokens - 1)
             note(cases, base, found)
             note(strategies, base, found)
+            note(sampled, *in_turns(number, partial(plain, text), ways(text, TEMP)))
             text = REPEATS[number % len(REPEATS)]
             base, found = in_turns(number, partial(plain, text), ways(text))
             note(repeat, base, found)
+        contrast = resolve_contrast(Options(), first.pair)
         report = Report(
             model=first.info.name or first.info.path.name,
+            pair=first.pair.name,
+            alpha=contrast.alpha,
+            beta=contrast.beta,
             n_vocab=first.info.n_vocab,
             threads=threads,
             tokens=tokens,
             rounds=rounds,
             cases=list(cases.values()),
             strategies=list(strategies.values()),
+            sampled=list(sampled.values()),
             repeat=list(repeat.values()),
+            kv_mb=cache_mb,
             costs=shared._row_clock.known,
         )
     if memory:
@@ -445,10 +469,10 @@ def warm_up(engine: Engine, tokens: int) -> None:
         engine.generate(text, Options(temp=0.0, max_tokens=max(tokens, 64))).run()
 
 
-def by_strategy(engine: Engine, name: str, text: str, tokens: int) -> Measured:
+def by_strategy(engine: Engine, name: str, text: str, tokens: int, temp: float = 0.0) -> Measured:
     """A new conversation's answer by one of STRATEGIES; the system prompts are decoded."""
     _forget(engine, Options(temp=0.0, max_tokens=1))
-    options = Options(temp=0.0, max_tokens=tokens, **STRATEGIES[name])
+    options = Options(temp=temp, seed=1, max_tokens=tokens, **STRATEGIES[name])
     return measure_rows(engine, engine.generate(text, options))
 
 
@@ -468,6 +492,18 @@ def _forget(engine: Engine, options: Options) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Peak memory, one process per case
+
+
+MEMORY_TOKENS = 64  # of the answer whose peak memory is taken
+
+
+def kv_mb(context: llama.Context, n_ctx: int) -> float:
+    """One KV cache of `n_ctx` tokens, 10^6 bytes, by the size of what sequence 0 holds; it is forgotten."""
+    sizes = []
+    for length in (16, 8):
+        context.truncate(0, length)
+        sizes.append(len(context.save_sequence(0)))
+    return -(-n_ctx // 256) * 256 * (sizes[0] - sizes[1]) / 8 / 1e6
 
 
 def _peak_of(case: str, model: str, settings: Mapping[str, Any]) -> float:
@@ -490,14 +526,15 @@ def _peak_here(case: str, model: str, threads: int, ctx_size: int) -> float:
         ):
             prompt = loaded.vocab.tokenize(QUESTIONS[0] * 12, parse_special=False)
             token = int(decode_rows(context, prompt, 0).argmax())
-            for position in range(len(prompt), len(prompt) + 16):
+            for position in range(len(prompt), len(prompt) + MEMORY_TOKENS):
                 token = int(decode_rows(context, [token], position).argmax())
     else:
         given: dict[str, Any] = {"layout": "split" if "split" in case else "shared"}
         if case == SHARED_Q8:
             given["kv_type"] = "q8_0"
         with Engine(model, threads=threads, ctx_size=ctx_size, **given) as engine:
-            _ask(engine, case, QUESTIONS[0], 16)
+            options = Options(temp=0.0, max_tokens=MEMORY_TOKENS, strategy="deferred", plain=case == ENGINE_PLAIN)
+            engine.generate(QUESTIONS[0], options).run()
     return _high_water_mark()
 
 

@@ -21,7 +21,7 @@ WAYS = {PLAIN: None, "contrast": Options(temp=0.0, max_tokens=1), "alpha 0": Opt
 
 @dataclass(frozen=True)
 class FirstTokens:
-    """Seconds to the first token by way, one per round; and their ratios to plain llama.cpp's in the same round."""
+    """Seconds of an answer of one token by way and round, and their ratios to plain llama.cpp's in the same round."""
 
     question: int
     seconds: dict[str, list[float]]
@@ -82,7 +82,9 @@ def long_question(engine: Engine, number: int, length: int) -> str:
 def _first(engine: Engine, bare: llama.Context, name: str, text: str) -> float:
     options = WAYS[name]
     if options is not None:
-        return engine.generate(text, options).run().timings.prompt_seconds
+        started = time.perf_counter()
+        engine.generate(text, options).run()
+        return time.perf_counter() - started
     prompt = engine.template.encode(conversation(engine, text))
     system = common_prefix(prompt, engine.template.encode(conversation(engine, "?")))
     return _plain(bare, prompt, system)

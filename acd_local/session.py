@@ -100,6 +100,7 @@ class Engine:
                 layout=layout,
                 kv_type=kv_type,
                 threads=self.threads,
+                # A run has MOST tokens at most, drafts from the conversation included.
                 outputs=MOST if conversations <= FEW else 1,
             )
         except BaseException:
@@ -108,7 +109,14 @@ class Engine:
         rewinds = not self._model.keeps_state and self._model.n_swa == 0
         self.can_defer = rewinds and conversations <= FEW
         self._row_clock = RowClock(
-            rowcosts.file_for(self.info.path, threads=self.threads, kv=kv_type, layout=layout, gpu=gpu_layers)
+            rowcosts.file_for(
+                self.info.path,
+                threads=self.threads,
+                kv=kv_type,
+                layout=layout,
+                gpu=gpu_layers,
+                offload=llama.supports_gpu_offload(),
+            )
         )
         apart = conversations > 1 if system_apart is None else system_apart
         self._prefixes = PrefixStore(eager=apart or not rewinds)

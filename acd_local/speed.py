@@ -297,7 +297,7 @@ class FixedPace(Pace):
     def learn(self, look: Look, *, changed: bool) -> None:
         self._open, self._changed_one = True, changed
 
-    def spend(self, rows: int, tokens: int) -> None:
+    def spend(self, batches: Sequence[int], tokens: int) -> None:
         if tokens and self._open:
             self.runs.append((tokens - self._changed_one, self._changed_one))
             self._open = self._changed_one = False

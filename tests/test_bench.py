@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.dom import minidom
@@ -102,7 +103,8 @@ def test_every_strategy_is_measured(tiny: Callable[..., Path]) -> None:
         "contrast, shared",
         "contrast, split",
     ]
-    for cases in (report.strategies, report.repeat):
+    assert (report.pair, report.alpha, report.beta) == ("default", 0.5, 0.1)
+    for cases in (report.strategies, report.sampled, report.repeat):
         assert [case.name for case in cases] == ["stepwise", "deferred", "auto", "window 16"]
         for case in cases:
             assert len(case.ratio) == len(case.tokens_per_second) == len(case.warm_s) == 2
@@ -114,6 +116,19 @@ def test_every_strategy_is_measured(tiny: Callable[..., Path]) -> None:
     assert report.cases[2].ratio == report.strategies[2].ratio
     assert report.cases[0].ratio == [1.0, 1.0]
     assert all(case.cold_s for case in report.cases)
+
+
+def test_memory_over_plain_and_a_cache(tiny: Callable[..., Path]) -> None:
+    with llama.Model(tiny("chatml")) as model:
+        for kv_type, n_ctx, cells in (("f16", 512, 512), ("f16", 600, 768)):
+            with llama.Context(model, n_ctx=n_ctx, n_seq=1, kv_type=kv_type) as context:
+                bench.decode_rows(context, list(range(5, 45)), 0)
+                values = 2 * 2 * 2 * 16  # two layers, keys and values, two heads of 16
+                assert bench.kv_mb(context, n_ctx) == pytest.approx(cells * values * 2 / 1e6, rel=0.2)
+    cases = [bench.Case("plain llama.cpp", peak_mb=100.0), bench.Case("contrast, shared", peak_mb=140.0)]
+    report = bench.Report("m", "p", 0.5, 0.1, 9, 1, 8, 1, cases, [], [], [], kv_mb=25.0, costs=None)
+    assert report.extra_mb == 15.0
+    assert replace(report, cases=cases[:1]).extra_mb is None
 
 
 def test_a_window_leaves_rows_out(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,8 +409,10 @@ def test_the_table_has_all_groups(capsys: pytest.CaptureFixture[str], tiny: Call
     assert "round 1 of 1" in err
     assert lines[3].startswith("plain llama.cpp")
     for name in bench.STRATEGIES:
-        assert sum(line.startswith(name + " ") for line in lines) >= 2
-    assert sum("times what the better" in line for line in lines) == 2
+        assert sum(line.startswith(name + " ") for line in lines) >= 3
+    assert "pair default, alpha 0.5, beta 0.1" in lines[0]
+    assert sum(line.startswith("sampled, temperature 0.8") for line in lines) == 1
+    assert sum("times what the better" in line for line in lines) == 3
     assert sum("first token of a question of" in line for line in lines) == 1
 
 
@@ -405,7 +422,8 @@ def test_json_holds_all_groups(capsys: pytest.CaptureFixture[str], tiny: Callabl
     assert "q8_0" in err
     found = json.loads(out)
     assert found["cases"][0]["case"] == "plain llama.cpp"
-    for group in ("strategies", "repeat"):
+    assert (found["pair"], found["alpha"], found["beta"]) == ("default", 0.5, 0.1)
+    for group in ("strategies", "sampled", "repeat"):
         assert [case["case"] for case in found[group]] == list(bench.STRATEGIES)
         assert all(case["ratio_to_plain"] > 0 for case in found[group])
         assert found["auto_against_best"][group] > 0

@@ -483,7 +483,7 @@ def test_alpha_zero_and_plain_are_the_safe_stream_alone(cli: Callable[..., Done]
         assert done.code == 0
         return dict(json.loads(done.out))
 
-    plain, zero, contrast = run_json("--plain"), run_json("--alpha", "0"), run_json()
+    plain, zero, contrast = run_json("--plain"), run_json("--alpha", "0"), run_json("--divergence")
     raw = run_json("--raw-contrast", "--beta", "0", "--alpha", "0.9")
     assert plain["text"] == zero["text"] != contrast["text"]
     assert (plain["contrast"]["alpha"], plain["contrast"]["changed_tokens"]) == (0, 0)
@@ -607,7 +607,23 @@ def test_json_record(cli: Callable[..., Done], base: tuple[str, ...]) -> None:
     contrast = record["contrast"]
     assert set(contrast) == {"alpha", "beta", "raw", "positions", "compared", "changed_tokens", "mean_kl_nats"}
     assert 0 <= contrast["changed_tokens"] <= contrast["positions"]
-    assert contrast["mean_kl_nats"] > 0
+    assert contrast["mean_kl_nats"] is None
+
+
+def test_the_divergence_is_measured_where_it_is_asked_for(
+    cli: Callable[..., Done], base: tuple[str, ...], tmp_path: Path
+) -> None:
+    """It takes the adversarial logits of every position; without it the statistics say where they were taken."""
+    given = (*base, "hi", "-n", "40", "--temp", "0", "--beta", "0.5", "--strategy", "deferred", "--json")
+    free, asked, traced = (
+        json.loads(cli(*given, *more).out)["contrast"]
+        for more in ((), ("--divergence",), ("--trace", str(tmp_path / "trace.jsonl")))
+    )
+    assert free["mean_kl_nats"] is None
+    assert free["compared"] < free["positions"]
+    assert asked == traced
+    assert asked["mean_kl_nats"] > 0
+    assert asked["compared"] == asked["positions"]
 
 
 @pytest.mark.parametrize(
@@ -668,11 +684,11 @@ def test_stats_on_stderr(cli: Callable[..., Done], base: tuple[str, ...]) -> Non
     for part in (
         r"seed 5$",
         r"\d+ prompt, \d+ answer",
-        r"alpha 0\.5, beta 0\.1: \d+ of \d+ tokens changed",
-        r"mean KL",
+        r"alpha 0\.5, beta 0\.1: \d+ of \d+ tokens changed, compared at \d+%$",
     ):
         assert re.search(part, done.err, re.MULTILINE), part
     assert "tokens/s" not in done.out
+    assert "mean KL" in cli(*base, "hi", "-n", "8", "--stats", "--divergence").err
     plain = cli(*base, "hi", "-n", "8", "--plain", "--stats")
     assert "plain (no contrast)" in plain.err
     assert "KL" not in plain.err

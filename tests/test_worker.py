@@ -146,7 +146,7 @@ def test_events_of_an_answer(worker: Client) -> None:
     assert set(done["usage"]) == {"prompt_tokens", "completion_tokens"}
     assert set(done["timings"]) == {"prompt_decoded", "prompt_ms", "answer_ms", "tokens_per_second"}
     assert set(done["contrast"]) == {"alpha", "beta", "raw", "positions", "compared", "changed_tokens", "mean_kl_nats"}
-    assert done["contrast"]["mean_kl_nats"] > 0
+    assert done["contrast"]["mean_kl_nats"] is None
     assert 0 <= done["seed"] < 2**32 - 1
 
 
@@ -171,6 +171,21 @@ def test_the_same_request_gives_the_same_answer(worker: Client) -> None:
     drawn = [worker.ask(prompt="What is red?", temp=1.5, seed=seed) for seed in (5, 5, 6)]
     assert drawn[0]["text"] == drawn[1]["text"] != drawn[2]["text"]
     assert [d["seed"] for d in drawn] == [5, 5, 6]
+
+
+def test_a_single_answer_is_deferred_and_the_divergence_is_asked_for(worker: Client) -> None:
+    """Side by side every position is compared, deferred only those that the adversarial stream can change."""
+    given = {"prompt": "What is red?", "max_tokens": 40, "beta": 0.5}
+    beside, ahead, measured = (
+        worker.ask(**given, **how)
+        for how in ({"strategy": "stepwise"}, {"strategy": "deferred"}, {"strategy": "deferred", "divergence": True})
+    )
+    assert beside["text"] == ahead["text"] == measured["text"]
+    assert ahead["contrast"]["compared"] < beside["contrast"]["compared"] == beside["contrast"]["positions"]
+    assert measured["contrast"]["compared"] == measured["contrast"]["positions"]
+    assert beside["contrast"]["mean_kl_nats"] is None is ahead["contrast"]["mean_kl_nats"]
+    assert measured["contrast"]["mean_kl_nats"] > 0
+    assert worker.ask(prompt="hi", divergence=1)["message"] == "divergence must be true or false"
 
 
 def test_messages_and_system(worker: Client) -> None:
@@ -212,6 +227,12 @@ def test_options_per_request(worker: Client, tmp_path: Path) -> None:
     other.write_text(PAIR.format("other", "calm and patient") + "alpha = 0.125\n")
     assert worker.ask(prompt="hi", pair=str(other))["contrast"]["alpha"] == 0.125
     assert worker.ask(prompt="hi")["text"] == free["text"], "nothing of this lasts"
+
+
+def test_the_command_line_asks_for_the_divergence(start: Callable[..., Client]) -> None:
+    client = start("--max-tokens", "4", "--divergence")
+    assert client.ask(prompt="hi")["contrast"]["mean_kl_nats"] > 0
+    assert client.ask(prompt="hi", divergence=False)["contrast"]["mean_kl_nats"] is None
 
 
 def test_the_command_line_gives_the_defaults(start: Callable[..., Client]) -> None:

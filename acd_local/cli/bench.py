@@ -126,10 +126,12 @@ def _cases(model: str, measuring: Mapping[str, Any], memory: bool, as_json: bool
     waiting = {key: measuring[key] for key in ("rounds", "pair", "threads", "ctx_size")}
     first = latency.run(model, progress=_progress(), **waiting)
     rows = [case.summary() for case in report.cases]
-    groups = {"strategies": report.strategies, "repeat": report.repeat}
+    groups = {"strategies": report.strategies, "sampled": report.sampled, "repeat": report.repeat}
     if as_json:
-        found: dict[str, Any] = {k: getattr(report, k) for k in ("model", "n_vocab", "threads", "tokens", "rounds")}
+        keys = ("model", "pair", "alpha", "beta", "n_vocab", "threads", "tokens", "rounds")
+        found: dict[str, Any] = {k: getattr(report, k) for k in keys}
         found["cases"] = rows
+        found |= {"kv_mb": round(report.kv_mb, 1), "peak_over_plain_and_kv_mb": report.extra_mb}
         found |= {name: [case.strategy_summary() for case in cases] for name, cases in groups.items()}
         found["auto_against_best"] = {name: bench.auto_against_best(cases) for name, cases in groups.items()}
         found["first_token"] = {"question_tokens": first.question, "ways": first.summary()}
@@ -141,7 +143,13 @@ def _cases(model: str, measuring: Mapping[str, Any], memory: bool, as_json: bool
     print(f"{'':<20}{'':>10}{'to plain':>12}{'llama_decode':>14}{'cold':>9}{'warm':>11}{'memory':>11}")
     for row in rows:
         print(_case_line(row))
-    titles = {"strategies": "the same questions", "repeat": "answers that repeat a text"}
+    if report.extra_mb is not None:
+        print(f"peak over plain + one KV cache of {report.kv_mb:.0f} MB: {report.extra_mb:.0f} MB")
+    titles = {
+        "strategies": "the same questions",
+        "sampled": f"sampled, temperature {bench.TEMP:g}",
+        "repeat": "answers that repeat a text",
+    }
     for name, cases in groups.items():
         print()
         _print_strategies(titles[name], [case.strategy_summary() for case in cases], bench.auto_against_best(cases))
@@ -155,8 +163,8 @@ def _cases(model: str, measuring: Mapping[str, Any], memory: bool, as_json: bool
 def _head(report: Report) -> str:
     name = one_line(report.model)
     return (
-        f"{name}: vocabulary {report.n_vocab}, {report.threads} threads, {report.tokens} tokens x {report.rounds} "
-        "rounds, medians"
+        f"{name}, pair {one_line(report.pair)}, alpha {report.alpha:g}, beta {report.beta:g}: vocabulary "
+        f"{report.n_vocab}, {report.threads} threads, {report.tokens} tokens x {report.rounds} rounds, medians"
     )
 
 

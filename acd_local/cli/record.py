@@ -57,6 +57,7 @@ def trace_record(token: TokenRecord) -> dict[str, Any]:
 def stats_lines(answer: Answer) -> list[str]:
     """The readable form for stderr."""
     c, t = answer.contrast, answer.timings
+    seen = f", compared at {c.compared / c.positions:.0%}" if c.alpha > 0 and c.positions else ""
     kl = "" if c.mean_divergence is None else f", mean KL(S||A) {c.mean_divergence:.3f} nats"
     what = "plain (no contrast)" if c.alpha == 0 else f"alpha {c.alpha:g}, beta {c.beta:g}{', raw' if c.raw else ''}"
     safe, adversarial = answer.context_used
@@ -64,7 +65,7 @@ def stats_lines(answer: Answer) -> list[str]:
         f"finish     {answer.finish_reason}, seed {answer.seed}",
         f"tokens     {answer.prompt_tokens} prompt, {answer.completion_tokens} answer; "
         f"context {safe} safe, {adversarial} adversarial",
-        f"contrast   {what}: {c.changed} of {c.positions} tokens changed{kl}",
+        f"contrast   {what}: {c.changed} of {c.positions} tokens changed{seen}{kl}",
         f"time       {t.prompt_seconds:.2f} s to the first token ({t.prompt_tokens} rows decoded), "
         f"{t.answer_seconds:.2f} s answer, {t.tokens_per_second:.1f} tokens/s",
     ]

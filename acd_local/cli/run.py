@@ -49,6 +49,7 @@ STDIN_PATIENCE = 2.0  # seconds before saying what we wait for
     help="With --jsonl: answer up to N requests at once; default 1.",
 )
 @click.option("--stats", is_flag=True, help="Say on stderr what the contrast did and how long it took.")
+@click.option("--divergence", is_flag=True, help="Measure KL(S||A) too; the adversarial logits are needed everywhere.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write one JSON line per token to FILE.")
 @click.version_option(__version__, prog_name=PROGRAM)
 def command(model: str | None, prompt: str | None, **given: Any) -> int:
@@ -95,7 +96,7 @@ def _answer(
         text,
         options,
         system=given["system"],
-        divergence=given["as_json"] or given["stats"],
+        divergence=given["divergence"] or trace_file is not None,
         trace=trace_file is not None,
         cancel=cancel,
     )

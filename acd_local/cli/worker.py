@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PROTOCOL = 1
 MAX_LINE = 16_000_000  # bytes
 
-_ENVELOPE = {"id", "prompt", "messages", "system", "pair", "cancel"}
+_ENVELOPE = {"id", "prompt", "messages", "system", "pair", "divergence", "cancel"}
 
 
 def serve(model: str, given: Mapping[str, Any], options: Options, interrupts: Interrupts) -> int:
@@ -36,7 +36,10 @@ def serve(model: str, given: Mapping[str, Any], options: Options, interrupts: In
     with flags.load_engine(model, given, conversations=given["parallel"]) as engine:
         if engine.warning:
             say(f"acd-run: {one_line(engine.warning)}")
-        return Worker(engine, options, given["system"], interrupts, parallel=given["parallel"] > 1).run()
+        parallel = given["parallel"] > 1
+        return Worker(
+            engine, options, given["system"], interrupts, parallel=parallel, divergence=given["divergence"]
+        ).run()
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Request:
     system: str | None
     pair: str | None
     options: Options
+    divergence: bool
     cancel: CancelToken = field(repr=False)
 
 
@@ -55,9 +59,17 @@ class Worker:
     """Requests in, events out; begun in the order of arrival, as many at once as the engine has conversations."""
 
     def __init__(
-        self, engine: Engine, options: Options, system: str | None, interrupts: Interrupts, *, parallel: bool
+        self,
+        engine: Engine,
+        options: Options,
+        system: str | None,
+        interrupts: Interrupts,
+        *,
+        parallel: bool,
+        divergence: bool,
     ) -> None:
         self._parallel = parallel
+        self._divergence = divergence
         self._engine = engine
         self._options = options
         self._system = system
@@ -134,6 +146,8 @@ class Worker:
         for name in ("system", "pair"):
             if not isinstance(raw.get(name), (str, type(None))):
                 raise UsageError(f"{name} must be a string")
+        if not isinstance(divergence := raw.get("divergence", self._divergence), bool):
+            raise UsageError("divergence must be true or false")
         own_system = isinstance(messages, list) and messages[0]["role"] == "system"
         changes = {k: v for k, v in raw.items() if k not in _ENVELOPE}
         if isinstance(changes.get("json_schema"), (dict, bool)):
@@ -147,6 +161,7 @@ class Worker:
             raw.get("system", None if own_system else self._system),
             raw.get("pair"),
             options,
+            divergence,
             CancelToken(),
         )
 
@@ -189,7 +204,7 @@ class Worker:
                 system=request.system,
                 pair=request.pair,
                 cancel=request.cancel,
-                divergence=True,
+                divergence=request.divergence,
                 on_event=lambda event: self._emit(id=request.id, event="dropped", messages=event.messages),
             )
         except Exception as error:

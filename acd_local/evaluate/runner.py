@@ -141,6 +141,7 @@ class Evaluation:
                 raw_contrast=method.raw,
                 window=method.window,
                 plain=not method.contrast,
+                strategy="stepwise",  # repeats exactly
                 temp=self._plan.temp,
                 max_tokens=self._plan.max_tokens,
                 seed=sets.item_seed(self._plan.seed, item.id),

@@ -193,6 +193,10 @@ class Chooser:
         self._accept(token)
         return token
 
+    def peek(self, look: Look) -> int:
+        """The same without accepting it: nothing is remembered."""
+        return self._sampler.draw(look.ids, look.scores, look.position, dry_run=True)
+
     def ends(self, token: int) -> bool:
         return token in self._vocabulary.eog
 

@@ -28,6 +28,29 @@ class _Run:
     looks: list[Look] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     survival: float = 1.0  # how likely the contrast changes none of them
+    batches: list[int] = field(default_factory=list)  # rows
+    quotes: bool = False  # some tokens were drafted from the conversation
+
+
+class _Draft:
+    """The safe stream's own choices; the chooser, and the grammar in it, is cloned for the second of them alone."""
+
+    def __init__(self, chooser: Chooser) -> None:
+        self._chooser = chooser
+        self._fork: Chooser | None = None
+        self._first: Look | None = None
+
+    def look(self, logits: Logits, position: int) -> Look:
+        if self._first is not None and self._fork is None:
+            self._fork = self._chooser.fork()
+            self._fork.guess(self._first)
+        return (self._fork or self._chooser).look(logits, position)
+
+    def guess(self, look: Look) -> int:
+        if self._fork is not None:
+            return self._fork.guess(look)
+        self._first = look
+        return self._chooser.peek(look)
 
 
 def deferred(
@@ -53,11 +76,12 @@ def deferred(
     behind = len(answer) - 1  # answer tokens that the adversarial stream holds
     over = not answer or chooser.ends(answer[-1])
     while not over and len(answer) < limit:
-        if patient or pace.pays or not chooser.settings.contrasts(len(answer)) or lookup.draft([], 1):
-            run = yield from _ahead(answer, chooser, pace, lookup, limit)
+        keen = patient or pace.pays or not chooser.settings.contrasts(len(answer))
+        if keen or lookup.draft([], pace.quote(lookup.chance, alone=True)):
+            run = yield from _ahead(answer, chooser, pace, lookup, limit, keen)
             steps, behind = yield from _catch_up(answer, behind, run, chooser, pace)
         else:
-            steps, behind = yield from _abreast(answer, behind, chooser)
+            steps, behind = yield from _abreast(answer, behind, chooser, pace)
         yield from steps
         said = [step.token for step in steps]
         answer += said
@@ -80,21 +104,29 @@ def _lead(first: StreamLogits, chooser: Chooser, limit: int, answer: list[int]) 
 
 
 def _ahead(
-    answer: Sequence[int], chooser: Chooser, pace: Pace, lookup: Lookup, limit: int
+    answer: Sequence[int], chooser: Chooser, pace: Pace, lookup: Lookup, limit: int, keen: bool
 ) -> Generator[Sequence[Need], list[Logits], _Run]:
-    """Draft until a change is likely, or until every choice so far is one that the contrast cannot change."""
-    drafting, run = chooser.fork(), _Run()
+    """Draft until a change is likely, or until every choice so far is one that the contrast cannot change.
+
+    Args:
+        keen: without drafts from the conversation too.
+    """
+    drafting, run = _Draft(chooser), _Run()
     while True:
         position = len(answer) + len(run.tokens)
         last = run.tokens[-1] if run.tokens else answer[-1]
-        draft = lookup.draft(run.tokens, limit - position - 1)
+        most = min(limit - position, pace.costs.longest_run - len(run.tokens))
+        draft = lookup.draft(run.tokens, min(most - 1, pace.quote(lookup.chance, alone=not keen)))
+        if run.tokens and not (keen or draft):
+            return run
         tokens = [last, *draft]
         (rows,) = yield [Need("safe", position - 1, tokens, [True] * len(tokens))]
-        pace.spend(len(tokens), 0)
+        run.batches.append(len(tokens))
+        run.quotes = run.quotes or bool(draft)
         right = 0
         for logits, drafted in zip(rows, [*draft, None], strict=True):
             try:
-                look = drafting.look(logits, len(answer) + len(run.tokens))
+                look = drafting.look(logits, position + right)
             except NumericalError:
                 if run.looks:  # what was said before is not lost: the next run meets the same logits
                     return run
@@ -106,7 +138,7 @@ def _ahead(
             run.tokens.append(token)
             if chooser.is_open(look):
                 run.survival *= 1 - pace.chance(look)
-            if drafting.ends(token) or len(answer) + len(run.tokens) == limit:
+            if chooser.ends(token) or len(answer) + len(run.tokens) == limit:
                 return run
             if token != drafted:
                 break
@@ -130,7 +162,7 @@ def _catch_up(
         end = len(answer) + last - 1
         pending = [*answer, *run.tokens][behind:end]
         (found,) = yield [Need("adversarial", behind, pending, [False] * (len(pending) - last) + wanted[:last])]
-        pace.spend(len(pending), 0)
+        run.batches.append(len(pending))
         behind, logits = end, iter(found)
         rows = [next(logits) if needed else None for needed in wanted]
     elif len(answer) - behind > BEHIND and chooser.settings.contrasts(len(answer)):
@@ -138,18 +170,23 @@ def _catch_up(
         yield [Need("adversarial", behind, pending, [False] * len(pending))]
         behind = len(answer) - 1
     steps = _check(run, rows, chooser, pace)
-    pace.spend(0, len(steps))
+    if not run.quotes:  # what quotations cost says nothing of other runs
+        pace.spend(run.batches, len(steps))
     return steps, behind
 
 
 def _abreast(
-    answer: Sequence[int], behind: int, chooser: Chooser
+    answer: Sequence[int], behind: int, chooser: Chooser, pace: Pace
 ) -> Generator[Sequence[Need], list[Logits], tuple[list[Step], int]]:
     """One position side by side, as `stepwise` does."""
     needs = [Need("safe", len(answer) - 1, answer[-1:]), Need("adversarial", behind, answer[behind:])]
     safe, adversarial = yield needs
-    step = chooser.choose(chooser.look(safe[0], len(answer)), adversarial[0])
-    return [] if step is None else [step], len(answer)
+    look = chooser.look(safe[0], len(answer))
+    step = chooser.choose(look, adversarial[0])
+    if step is None:
+        return [], len(answer)
+    pace.beside(look if chooser.is_open(look) else None, changed=step.token != step.safe_choice)
+    return [step], len(answer)
 
 
 def _check(run: _Run, rows: Sequence[Logits | None], chooser: Chooser, pace: Pace) -> list[Step]:

@@ -347,6 +347,7 @@ class Context:
             raise UsageError(f"a context of {n_seq} x {n_ctx} tokens is more than llama.cpp can count")
         self.model = model
         self.n_seq = n_seq
+        self._outputs = outputs
         params = C.llama_context_default_params()
         params.n_ctx = n_seq * -(-n_ctx // 256) * 256  # llama.cpp rounds each sequence up to 256 cells
         params.n_seq_max = n_seq
@@ -396,7 +397,9 @@ class Context:
 
         Raises:
             DecodeAborted: `cancel()` was called; rows of unfinished batches are not in the caches.
+            InternalError: more rows of a sequence want logits than the context was made for.
         """
+        self._check_outputs(seqs, outputs)
         if self.cancelled:  # not every backend asks the abort callback
             raise DecodeAborted
         batch = self._rows.fill(tokens, seqs, positions, outputs)
@@ -410,6 +413,13 @@ class Context:
         if result == -2:
             raise OutOfMemoryError("llama.cpp ran out of memory while decoding, try a smaller --ctx-size")
         raise InternalError(f"llama_decode failed with {result}: {_log_sink.last_problem('no message')}")
+
+    def _check_outputs(self, seqs: Row, outputs: Row) -> None:
+        """llama.cpp aborts the process where its buffer is too small."""
+        if int(np.sum(outputs)) > self._outputs:
+            most = int(np.bincount(np.asarray(seqs)[np.asarray(outputs, bool)]).max())
+            if most > self._outputs:
+                raise InternalError(f"{most} rows of a sequence want logits, this context was made for {self._outputs}")
 
     def logits(self, n_outputs: int) -> Logits:
         """View of the last decode's logits, shape (n_outputs, n_vocab), in the order of the rows that asked for them.

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MATCH = 3  # tokens that must have come before
-START, MOST = 4, 15  # tokens per draft
-REST = 32  # tokens without drafts after drafts that failed
+CHANCE, WEIGHT, MEMORY = 0.8, 4.0, 8.0  # of a token to be right, as how many tokens that counts, tokens remembered
+QUOTED = 4  # right tokens in a row that make a quotation: it goes on behind a token that was replaced
+REST = 32  # tokens without a draft after which what was learned is forgotten
 
 
 class Lookup:
-    """Drafts continuations from the tokens of a conversation; longer ones while they come true.
+    """Drafts continuations from the tokens of a conversation.
 
     Args:
         history: the conversation so far; negative ids (embedding rows) are never drafted.
@@ -22,9 +23,19 @@ class Lookup:
     def __init__(self, history: Sequence[int]) -> None:
         self._tokens: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}  # the last place that followed MATCH tokens
-        self._reach = START
-        self._rest_until = 0
+        self._right, self._seen = CHANCE * WEIGHT, WEIGHT
+        self._last = 0  # how long the conversation was at the last draft
+        self._drafted = (0, 0)  # the last draft's position, and its source
+        self._resumes: tuple[int, int] | None = None  # the same of a quotation behind a replaced token
+        self._row = 0  # right tokens since the last wrong one
         self.extend(history)
+
+    @property
+    def chance(self) -> float:
+        """How likely a token of a draft is right if those before it are."""
+        if len(self._tokens) - self._last >= REST:
+            self._right, self._seen = CHANCE * WEIGHT, WEIGHT
+        return self._right / self._seen
 
     def extend(self, tokens: Sequence[int]) -> None:
         """The conversation went on."""
@@ -35,20 +46,25 @@ class Lookup:
 
     def draft(self, ahead: Sequence[int], most: int) -> list[int]:
         """Up to `most` tokens that may follow the conversation and `ahead`; often none."""
-        if len(self._tokens) < self._rest_until:
-            return []
-        end = (*self._tokens[-MATCH:], *ahead)[-MATCH:]
-        at = self._next.get(end)
+        position = len(self._tokens) + len(ahead)
+        at = self._next.get((*self._tokens[-MATCH:], *ahead)[-MATCH:])
+        if self._resumes is not None and self._resumes[0] == position:
+            at = self._resumes[1] if at is None else at
         if at is None:
             return []
-        found = self._tokens[at : at + min(self._reach, most)]
+        self._drafted = position, at
+        found = self._tokens[at : at + max(0, most)]
         return found[: next((i for i, token in enumerate(found) if token < 0), len(found))]
 
     def learn(self, drafted: int, right: int) -> None:
-        """How many of a draft's tokens came true."""
-        if right == drafted:
-            self._reach = min(MOST, 2 * self._reach)
-        elif 2 * right < drafted:
-            self._reach //= 2
-            if self._reach < 2:
-                self._reach, self._rest_until = START, len(self._tokens) + REST
+        """How many of the last draft's tokens came true."""
+        wrong = right < drafted
+        self._right, self._seen = self._right + right, self._seen + right + wrong
+        if self._seen > MEMORY:
+            self._right, self._seen = self._right * MEMORY / self._seen, MEMORY
+        self._last = len(self._tokens)
+        self._row += right
+        if wrong:
+            position, at = (place + right + 1 for place in self._drafted)
+            self._resumes = (position, at) if self._row >= QUOTED else None
+            self._row = 0

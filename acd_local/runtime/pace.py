@@ -1,4 +1,4 @@
-"""How far the safe stream runs ahead of the adversarial one.
+"""How far the safe stream runs ahead of the adversarial one, and whether it does.
 
 The rule is the marginal value theorem's: go on while one more token promises more than the answer's tokens cost on
 average. A token that is drafted now counts only if no choice before it turns out to be another.
@@ -6,7 +6,12 @@ average. A token that is drafted now counts only if no choice before it turns ou
 
 from __future__ import annotations
 
+import random
 from bisect import bisect
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
 
 from acd_local.runtime.choice import Look
 from acd_local.runtime.rowcosts import RowCosts
@@ -17,7 +22,13 @@ EDGES = (0.1, 0.25, 0.5, 0.75, 1.25)
 GREEDY = (0.47, 0.29, 0.20, 0.05, 0.01, 0.005)
 SAMPLED = (0.53, 0.40, 0.34, 0.29, 0.20, 0.08)
 WEIGHT = 12.0
-PRIOR_TOKENS = 24.0  # as how many tokens the expected cost counts at first
+# Share of positions with at most the gaps 0, EDGES and WIDEST; at the others one token alone is plausible.
+WIDEST = 2.3
+GREEDY_GAPS = (0.0, 0.06, 0.13, 0.22, 0.31, 0.47, 0.65)
+SAMPLED_GAPS = (0.0, 0.07, 0.15, 0.29, 0.40, 0.57, 0.79)
+TYPICAL = 4000  # positions from which the expected cost is reckoned
+PRIOR_TOKENS = 24.0  # as how many tokens it counts at first
+MEMORY = 96.0  # tokens: what was seen longer ago fades
 
 
 class Pace:
@@ -29,21 +40,21 @@ class Pace:
 
     def __init__(self, costs: RowCosts, *, alpha: float, greedy: bool) -> None:
         self.costs = costs
-        # What the adversary has to add to turn the scores' order around grows with the gap and falls with alpha.
-        self._scale = max(0.1, 1 - alpha) / max(alpha, 1e-6)
+        self._scale = _scale(alpha)
         self._seen = [WEIGHT] * (len(EDGES) + 1)
         self._changed = [WEIGHT * chance for chance in (GREEDY if greedy else SAMPLED)]
-        self._spent = PRIOR_TOKENS * costs.deferred(greedy=greedy)
+        self._forecast = Forecast(costs)
+        self._spent = PRIOR_TOKENS * expected(costs, alpha, greedy=greedy)
         self._tokens = PRIOR_TOKENS
 
     @property
     def cost(self) -> float:
-        """Of a token so far, in rows."""
+        """Of a token where the safe stream runs ahead, in rows, by what is expected and what was seen."""
         return self._spent / self._tokens
 
     @property
     def pays(self) -> bool:
-        """Whether running ahead is cheaper than side by side, by what is expected and what was seen."""
+        """Whether running ahead is cheaper than side by side."""
         return self.cost < self.costs.pair
 
     def chance(self, look: Look) -> float:
@@ -57,18 +68,123 @@ class Pace:
         Args:
             survival: how likely none of the open choices so far changes.
         """
-        return drafted < self.costs.longest_run and survival * self.cost > 1 + self.costs.each
+        return _worth_it(self.costs, self.cost, survival, drafted)
+
+    def quote(self, chance: float, *, alone: bool) -> int:
+        """How many tokens to draft from the conversation; 0: that costs more than it promises.
+
+        Args:
+            chance: how likely a token of the draft is right if those before it are.
+            alone: the alternative is a position side by side, not a safe row in a run.
+        """
+        best, most, right = 0, 0.0, 0.0
+        for k in range(1, self.costs.longest_run):
+            right += chance**k
+            more = self.costs.rows(1 + k)
+            saved = (1 + right) * self.costs.pair - more - self.costs.rows(1 + right) if alone else 1 + right - more
+            if saved > most:
+                best, most = k, saved
+        return best
 
     def learn(self, look: Look, *, changed: bool) -> None:
         """What the contrast did to an open choice."""
         i = self._bucket(look)
         self._seen[i] += 1
         self._changed[i] += changed
+        if self._seen[i] > MEMORY:
+            self._changed[i] *= MEMORY / self._seen[i]
+            self._seen[i] = MEMORY
 
-    def spend(self, rows: int, tokens: int) -> None:
-        """`rows` were decoded in one batch; `tokens` came out."""
-        self._spent += self.costs.rows(rows)
+    def spend(self, batches: Sequence[int], tokens: int) -> None:
+        """A run took batches of so many rows of one stream; `tokens` came out."""
+        self._add(sum(map(self.costs.rows, batches)), tokens)
+
+    def beside(self, look: Look | None, *, changed: bool) -> None:
+        """A position was decided side by side; `look`: None where the contrast could not change it."""
+        self._add(self._forecast.see(None if look is None else self.chance(look), changed, self.cost), 1)
+        if look is not None:
+            self.learn(look, changed=changed)
+
+    def _add(self, spent: float, tokens: int) -> None:
+        self._spent += spent
         self._tokens += tokens
+        if self._tokens > MEMORY:
+            self._spent *= MEMORY / self._tokens
+            self._tokens = MEMORY
 
     def _bucket(self, look: Look) -> int:
         return bisect(EDGES, look.gap * self._scale)
+
+
+class Forecast:
+    """Reckons what running ahead would cost at positions that are decided otherwise.
+
+    Runs end where `Pace` would end them. What is drafted behind a change is in vain: it is counted by the positions
+    that follow, which have the same kinds of gaps.
+    """
+
+    def __init__(self, costs: RowCosts) -> None:
+        self._costs = costs
+        self._run: tuple[float, int] | None = None  # survival and length, from the first open position on
+        self._vain: list[tuple[float, int]] = []  # the same of what is drafted behind changes
+        self._pending = 0  # tokens that the adversarial stream has not seen
+
+    def see(self, chance: float | None, changed: bool, cost: float) -> float:
+        """Rows that the next position takes.
+
+        Args:
+            chance: how likely the contrast changes it; None: it cannot.
+            cost: of a token so far, see `Pace.cost`.
+        """
+        spent = 1.0
+        self._pending += 1
+        spent += len(self._vain) * (1 + self._costs.each)
+        self._vain = [on for run in self._vain if (on := self._on(run, chance, cost)) is not None]
+        if self._run is None and chance is None:
+            return spent
+        further = self._on(self._run or (1.0, 0), chance, cost)
+        self._run = further
+        if changed or further is None:
+            spent += self._check(further)
+        return spent
+
+    def _check(self, further: tuple[float, int] | None) -> float:
+        """The run ends; returns the rows of the adversarial stream.
+
+        Args:
+            further: what was drafted behind a change, whose rows are in the same batch.
+        """
+        k, self._pending, self._run = self._pending, 0, None
+        if further is None:
+            return self._costs.rows(k)
+        self._vain.append(further)
+        return self._costs.fixed + k * self._costs.each
+
+    def _on(self, run: tuple[float, int], chance: float | None, cost: float) -> tuple[float, int] | None:
+        survival, length = run[0] * (1 - (chance or 0.0)), run[1] + 1
+        return (survival, length) if _worth_it(self._costs, cost, survival, length) else None
+
+
+@lru_cache(maxsize=64)
+def expected(costs: RowCosts, alpha: float, *, greedy: bool) -> float:
+    """Rows per token where the safe stream runs ahead, over positions like the demo model's."""
+    shares, chances = (GREEDY_GAPS, GREEDY) if greedy else (SAMPLED_GAPS, SAMPLED)
+    draws, forecast, spent = random.Random(0), Forecast(costs), 0.0
+    for i in range(TYPICAL):
+        share, luck = draws.random(), draws.random()
+        chance = None
+        if share < shares[-1]:
+            gap = float(np.interp(share, shares, (0.0, *EDGES, WIDEST)))
+            chance = chances[bisect(EDGES, gap * _scale(alpha))]
+        cost = (100 * costs.pair + spent) / (100 + i)
+        spent += forecast.see(chance, chance is not None and luck < chance, cost)
+    return spent / TYPICAL
+
+
+def _scale(alpha: float) -> float:
+    """What the adversary has to add to turn the scores' order around grows with the gap and falls with alpha."""
+    return max(0.1, 1 - alpha) / max(alpha, 1e-6)
+
+
+def _worth_it(costs: RowCosts, cost: float, survival: float, drafted: int) -> bool:
+    return drafted < costs.longest_run and survival * cost > 1 + costs.each

@@ -80,7 +80,7 @@ def _signature(parts: tuple[Path, ...]) -> list[list[object]] | None:
     return [[str(p), s.st_size, s.st_mtime_ns] for p, s in stats]
 
 
-def _llama_version() -> str:
+def llama_version() -> str:
     try:
         return metadata.version("llama-cpp-python")
     except metadata.PackageNotFoundError:
@@ -92,7 +92,7 @@ def _remembered(path: Path) -> GGUFInfo | None:
         verdict = json.loads(_verdict_file(path).read_text("utf-8"))
         info = gguf_header.from_json(verdict["info"])
         parts = gguf_header.split_parts(path, len(info.parts))
-        if [verdict["format"], verdict["llama"]] != [_FORMAT, _llama_version()]:
+        if [verdict["format"], verdict["llama"]] != [_FORMAT, llama_version()]:
             return None
         if verdict["parts"] != _signature(parts):
             return None
@@ -102,7 +102,7 @@ def _remembered(path: Path) -> GGUFInfo | None:
 
 
 def _remember(path: Path, parts: list[list[object]] | None, info: GGUFInfo) -> None:
-    verdict = {"format": _FORMAT, "llama": _llama_version(), "parts": parts, "info": gguf_header.to_json(info)}
+    verdict = {"format": _FORMAT, "llama": llama_version(), "parts": parts, "info": gguf_header.to_json(info)}
     with suppress(OSError, RuntimeError, ValueError):
         target = _verdict_file(path)
         target.parent.mkdir(parents=True, exist_ok=True)

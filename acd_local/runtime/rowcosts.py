@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import statistics
+import threading
+import time
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,12 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from acd_local.runtime.probe import cache_dir
+from acd_local.runtime.probe import cache_dir, llama_version
 
 SINGLES, BATCHES = 12, 6  # measurements that are enough
 KEPT = 200  # of a kind
-# How long runs are, and rows per token lost to drafts that fall: greedy and sampled, on the demo model (docs/speed.md).
-TYPICAL = {True: (5.0, 0.05), False: (2.5, 0.12)}
+MAX_AGE = 30 * 86400  # seconds; older figures are measured anew
 MOST, LEAST = 16, 4  # drafted tokens at most: so many, or what takes PATIENCE, but not fewer than LEAST
 PATIENCE = 0.4  # seconds that a reader waits for the next words
 
@@ -42,19 +44,14 @@ class RowCosts:
     each: float = 0.4
     seconds: float = 0.02
 
-    def rows(self, k: int) -> float:
+    def rows(self, k: float) -> float:
         """Of k rows of one stream in one batch."""
-        return float(k) if k < 2 else self.fixed + k * self.each
+        return k if k < 2 else self.fixed + k * self.each
 
     @property
     def longest_run(self) -> int:
         """Tokens that may be drafted before the first of them is shown."""
         return min(MOST, max(LEAST, int(PATIENCE / max(self.seconds, 1e-6))))
-
-    def deferred(self, *, greedy: bool) -> float:
-        """What a token is expected to cost if the safe stream runs ahead; side by side it is `pair`."""
-        length, lost = TYPICAL[greedy]
-        return (1 + self.each) * (1 + lost) + self.fixed / length
 
 
 class RowClock:
@@ -67,12 +64,14 @@ class RowClock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seconds: dict[tuple[int, int], list[float]] = defaultdict(list)  # by (streams, rows of each)
+        self._lock = threading.Lock()  # answers of several threads note and settle
         self.known = _read(path)
 
     def note(self, streams: int, rows: int, seconds: float) -> None:
         """A batch of `rows` rows of each of `streams` streams was decoded."""
-        if self.known is None and len(self._seconds[streams, rows]) < KEPT:
-            self._seconds[streams, rows].append(seconds)
+        with self._lock:
+            if self.known is None and len(self._seconds[streams, rows]) < KEPT:
+                self._seconds[streams, rows].append(seconds)
 
     def settle(self) -> None:
         """Keep the figures if there are enough of them."""
@@ -85,6 +84,10 @@ class RowClock:
                 draft.replace(self._path)
 
     def measured(self) -> RowCosts | None:
+        with self._lock:
+            return self._measured()
+
+    def _measured(self) -> RowCosts | None:
         single, pair = self._seconds[1, 1], self._seconds[2, 1]
         batches = [(k, t) for (n, k), found in self._seconds.items() if n == 1 and 4 <= k <= MOST for t in found]
         if len(single) < SINGLES or len(pair) < SINGLES or len(batches) < BATCHES:
@@ -105,7 +108,8 @@ def _line(costs: dict[int, float]) -> tuple[float, float]:
 
 
 def file_for(model: Path, **settings: object) -> Path:
-    """Where the figures of a model file under `settings` are kept."""
+    """Where the figures of a model file under `settings` are kept, for this machine and this llama.cpp."""
+    settings = {**settings, "llama": llama_version(), "machine": _machine(), "cpus": os.cpu_count()}
     with suppress(OSError):
         seen = model.stat()
         settings = {**settings, "size": seen.st_size, "changed": seen.st_mtime_ns}
@@ -115,8 +119,19 @@ def file_for(model: Path, **settings: object) -> Path:
     return cache_dir() / "rowcosts" / f"{key[:32]}.json"
 
 
+def _machine() -> str:
+    """The processor's name, where Linux says it; else the computer's."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    return f"{platform.node()} {platform.machine()}"
+
+
 def _read(path: Path) -> RowCosts | None:
     try:
+        if time.time() - path.stat().st_mtime > MAX_AGE:
+            return None
         found = RowCosts(**{name: float(value) for name, value in json.loads(path.read_text("utf-8")).items()})
     except (OSError, ValueError, TypeError, AttributeError):
         return None

@@ -1,0 +1,90 @@
+"""Whether every token of a finished text is the loop's own choice, by logits that are computed anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from acd_local.answers import Answer
+from acd_local.options import Options
+from acd_local.runtime import grammar, llama
+from acd_local.runtime.contrast import contrast
+from acd_local.runtime.sampling import GrammarGuard, TokenSampler
+from acd_local.runtime.template import Message
+from acd_local.session import Engine
+
+# How far logits are moved until the choice is the token that was said.
+STEPS = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6)
+
+
+def text_logits(model: llama.Model, prompt: Sequence[int], said: Sequence[int], kv_type: str) -> np.ndarray:
+    """Logits that predict each token of `said`, in one pass over the whole text; shape (len(said), n_vocab)."""
+    tokens, first, found = [*prompt, *said[:-1]], len(prompt) - 1, []
+    with llama.Context(model, n_ctx=len(tokens) + 1, n_seq=1, outputs=len(said), kv_type=kv_type) as context:
+        for start in range(0, len(tokens), context.n_batch):
+            part = tokens[start : start + context.n_batch]
+            positions = list(range(start, start + len(part)))
+            wanted = [int(p >= first) for p in positions]
+            context.decode(part, [0] * len(part), positions, wanted)
+            if any(wanted):
+                found.append(context.logits(sum(wanted)).copy())
+    return np.concatenate(found)
+
+
+def near_tie(engine: Engine, prompt: str, options: Options, answer: Answer, kv_type: str = "f16") -> float:
+    """By how much logits of both streams have to be moved for every token to be the choice; 0: they are as they stand.
+
+    The draw is made again with the seed and the position. Not for mirostat, whose state depends on what was drawn.
+    """
+    said = [record.token for record in answer.tokens]
+    texts = (engine.pair.safe, engine.pair.adversarial.reveal_for_negative_stream())
+    prompts = [engine.template.encode([Message("system", text), Message("user", prompt)]) for text in texts]
+    safe, adversarial = (text_logits(engine._model, ids, said, kv_type) for ids in prompts)
+    choices = _Choices(engine, options, answer, prompts[0])
+    widest = 0.0
+    for position, token in enumerate(said):
+        widest = max(widest, choices.distance(safe[position], adversarial[position], position, token))
+        choices.accept(token)
+    return widest
+
+
+class _Choices:
+    """The definition of the choice, led along a text that was said."""
+
+    def __init__(self, engine: Engine, options: Options, answer: Answer, prompt: Sequence[int]) -> None:
+        self._contrast, self._window = answer.contrast, options.window
+        self._vocabulary = engine._vocabulary
+        self._sampler = TokenSampler(engine.vocab, options, answer.seed, prompt, n_ctx=engine.n_ctx)
+        gbnf = grammar.from_options(options, engine.info.path)
+        self._grammar = None if gbnf is None else GrammarGuard(engine.vocab, gbnf)
+
+    def accept(self, token: int) -> None:
+        self._sampler.accept(token)
+        if self._grammar is not None and token not in self._vocabulary.eog:
+            self._grammar.accept(token)
+
+    def distance(self, safe: np.ndarray, adversarial: np.ndarray, position: int, token: int) -> float:
+        for step in STEPS:
+            for way in self._ways(safe, adversarial, token) if step else [np.zeros_like(safe)]:
+                if self._draw(safe + step * way, adversarial - step * way, position) == token:
+                    return step
+        return float("inf")
+
+    def _ways(self, safe: np.ndarray, adversarial: np.ndarray, token: int) -> Iterator[np.ndarray]:
+        """Signs: the token against the others, and those before it in either order against those behind it."""
+        scores, ids = safe - self._contrast.alpha * adversarial, np.arange(len(safe))
+        for before in (scores > scores[token], ids < token):
+            for near, far in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
+                for own in (1, -1):
+                    way = np.where(before, near, far).astype(np.float32)
+                    way[token] = own
+                    yield way
+
+    def _draw(self, safe: np.ndarray, adversarial: np.ndarray, position: int) -> int | None:
+        c = self._contrast
+        alpha = c.alpha if self._window is None or position < self._window else 0.0
+        safe[self._vocabulary.banned] = -np.inf
+        legal = safe if self._grammar is None else self._grammar.restrict(safe, c.beta)
+        ids, scores = contrast(legal, adversarial, alpha=alpha, beta=c.beta, raw=c.raw)
+        return self._sampler.draw(ids, scores, position, dry_run=True) if len(ids) else None
