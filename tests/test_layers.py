@@ -59,6 +59,7 @@ LAYERS = (
         "optimize/trial",
         "optimize/weights",
     },
+    {"optimize/repeat"},
     {"optimize/job", "optimize/work"},
     {"bench", "throughput"},
     {"latency", "speed", "peers"},

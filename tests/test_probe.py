@@ -83,7 +83,7 @@ def test_a_change_asks_again(tiny: Path, cache: Path, monkeypatch: pytest.Monkey
         tiny.write_bytes(tiny.read_bytes() + b"\0")
         os.utime(tiny, ns=(before.st_atime_ns, before.st_mtime_ns))
     elif change == "version":
-        monkeypatch.setattr(probe, "_llama_version", lambda: "0.0.0")
+        monkeypatch.setattr(probe, "llama_version", lambda: "0.0.0")
     else:
         (verdict,) = cache.glob("verified/*.json")
         verdict.write_text('{"format": 1, "info": []}')

@@ -50,7 +50,7 @@ class SoftSettings:
     steps: int = 300
     sizes: Mapping[Term, int] = field(default_factory=lambda: {"positive": 8, "negative": 4, "retain": 16})
     weights: Mapping[Term, float] = field(default_factory=lambda: {"positive": 1.0, "negative": 1.0, "retain": 1.0})
-    lr: float = 1.5e-2
+    lr: float = 1e-2
     warmup: int = 20
     clip: float = 1.0
     answer_tokens: int = 5

@@ -19,7 +19,7 @@ from acd_local.errors import InternalError
 from acd_local.optimize import memory
 from acd_local.runtime.cancel import CancelToken
 
-FORMAT = 2  # of what the files hold; a new one makes every stage anew
+FORMAT = 1  # of what the files hold; a new one makes every stage anew
 
 
 class Stopped(Exception):

@@ -18,7 +18,7 @@ from acd_local.runtime import llama
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.template import ChatTemplate, Message
 
-LOOKALIKE_SHARE = 5  # of the answered anchors, one in so many at most: more of them blur what is to be refused
+LOOKALIKE_SHARE = 4  # of the answered anchors, one in so many at most: more of them blur what is to be refused
 
 # Which set a prompt is to bring about, and which it is to keep away.
 TERMS: dict[str, dict[Term, str]] = {
