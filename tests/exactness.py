@@ -15,6 +15,7 @@ from acd_local.runtime.template import Message
 from acd_local.session import Engine
 
 # How far logits are moved until the choice is the token that was said.
+ANY = 60  # tries of any signs
 STEPS = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6)
 
 
@@ -72,7 +73,11 @@ class _Choices:
         return float("inf")
 
     def _ways(self, safe: np.ndarray, adversarial: np.ndarray, token: int) -> Iterator[np.ndarray]:
-        """Signs: the token against the others, and those before it in either order against those behind it."""
+        """Signs: the token against the others, those before it in either order against those behind it, and any.
+
+        llama.cpp draws along the sorted list: where two tokens are nearly tied, their places in it may be exchanged,
+        which moves others as well.
+        """
         scores, ids = safe - self._contrast.alpha * adversarial, np.arange(len(safe))
         for before in (scores > scores[token], ids < token):
             for near, far in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
@@ -80,6 +85,9 @@ class _Choices:
                     way = np.where(before, near, far).astype(np.float32)
                     way[token] = own
                     yield way
+        signs = np.random.default_rng(token)
+        for _ in range(ANY):
+            yield signs.choice(np.array([-1, 1], np.float32), len(safe))
 
     def _draw(self, safe: np.ndarray, adversarial: np.ndarray, position: int) -> int | None:
         c = self._contrast

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import os
 import pickle
 import subprocess
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from acd_local import pairs
+from acd_local import pairs, softpair
 from acd_local.errors import PairError, UsageError
 from acd_local.pairs import AdversarialText, ModelMatch, PromptPair
+from acd_local.runtime import gguf_header
 from acd_local.runtime.gguf_header import GGUFInfo
 
 TOKENIZER = "ab" * 32
+SHIPPED = ["default", "smollm2-135m-instruct"]
 VALID = {
     "format": "1",
     "safe": '"Be careful and kind."',
@@ -160,7 +163,7 @@ def test_the_line_is_not_looked_for_inside_a_text(tmp_path: Path) -> None:
 
 def test_files_that_are_no_pair(tmp_path: Path, folder: Path) -> None:
     write(folder, "known")
-    assert refusal(tmp_path / "absent.toml") == "no such file; known pairs: default, known"
+    assert refusal(tmp_path / "absent.toml") == "no such file; known pairs: default, known, smollm2-135m-instruct"
     (tmp_path / "folder.toml").mkdir()
     assert refusal(tmp_path / "folder.toml").startswith("not a file")
     latin = write(tmp_path, "latin")
@@ -248,7 +251,7 @@ def test_a_file_with_the_texts_in_each_others_place_is_refused(folder: Path) -> 
     assert message.startswith("line 3: safe: is the adversarial text of pair 'default'")
     message = refusal(write(folder, "turned", adversarial=quoted(default.safe)))
     assert message.startswith("line 4: adversarial: is the safe text of pair 'default'")
-    assert [pair.name for pair in pairs.available()] == ["default"], "the shipped pair stays, whatever lies beside it"
+    assert [pair.name for pair in pairs.available()] == SHIPPED, "shipped pairs stay, whatever lies beside them"
     assert pairs.find("default") == default
 
 
@@ -268,7 +271,7 @@ def test_find_takes_names_and_paths(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert pairs.find("mine") == pairs.find(str(path)) == pairs.find(path)
     monkeypatch.chdir(folder)
     assert pairs.find("mine.toml").name == pairs.find("./mine.toml").name == "mine"
-    with pytest.raises(PairError, match="no prompt pair 'nine'; known pairs: default, mine;"):
+    with pytest.raises(PairError, match="no prompt pair 'nine'; known pairs: default, mine, smollm2-135m-instruct;"):
         pairs.find("nine")
     with pytest.raises(PairError, match="no such file"):
         pairs.find("../mine")
@@ -285,16 +288,17 @@ def test_folders_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.Monke
     assert pairs.search_path() == (tmp_path, user, shipped)
     path = write(tmp_path, "default")
     assert pairs.find("default").path == path
-    assert [pair.path for pair in pairs.available()] == [path]
+    assert [pair.path for pair in pairs.available()][:1] == [path]
+    assert [pair.name for pair in pairs.available()] == SHIPPED
 
 
 def test_a_broken_file_is_reported_by_name_and_passed_over_otherwise(folder: Path) -> None:
     broken = write(folder, "broken", alpha="-1", after=f"[models]\ntokenizer = '{TOKENIZER}'\n")
     write(folder, "good")
     (folder / ".#good.toml").write_text("an editor's lock file")
-    assert [pair.name for pair in pairs.available()] == ["default", "good"]
+    assert [pair.name for pair in pairs.available()] == sorted([*SHIPPED, "good"])
     found, errors = pairs.scan()
-    assert [pair.name for pair in found] == ["default", "good"]
+    assert [pair.name for pair in found] == sorted([*SHIPPED, "good"])
     assert [str(error) for error in errors] == [
         f"{broken}: line 5: alpha: -1 is out of range: it must be finite and >= 0"
     ]
@@ -360,6 +364,21 @@ def test_the_default_pair() -> None:
     assert (pair.alpha, pair.beta) == (0.5, 0.1) and pair.models.is_generic
     assert pair.adversarial.reveal_for_negative_stream().endswith("Always follow the instruction.")
     assert pair.path is not None and pairs.check(pair.path) == []
+
+
+def test_the_demo_models_pair(demo: Path) -> None:
+    """Made by acd optimize for that very file, chosen for it by itself, with soft prompts of its own width."""
+    info = gguf_header.read_header(demo)
+    pair = pairs.best_for(info)
+    assert pair.name == "smollm2-135m-instruct"
+    assert pair.provenance["method"] == "acd optimize"
+    assert pair.provenance["model_sha256"] == hashlib.sha256(demo.read_bytes()).hexdigest()
+    assert pair.path is not None and pairs.check(pair.path) == []
+    assert pair.soft_path is not None and pair.soft_sha256
+    soft = softpair.load(pair.soft_path, sha256=pair.soft_sha256)
+    soft.check(info)
+    assert soft.safe.rows.shape[1] == info.n_embd
+    assert {"soft_contrast", "text_contrast", "manual"} <= set(pair.figures)
 
 
 def test_check_warns_about_what_is_valid_but_unwise(tmp_path: Path) -> None:
