@@ -319,6 +319,8 @@ def in_torch(model: FrozenModel, side: Side, z: Any) -> dict[str, float]:
         prefix = model.prefix(side.layout.rows(model, z))
         sampled = dict(zip(USERS, refusal_probabilities(model, prefix, side.tails, TINY), strict=True))
         greedy = {user: greedily(model, prefix, tail) for user, tail in zip(USERS, side.tails, strict=True)}
+        both = refusal_probabilities(model, prefix, side.tails, TINY, greedy=True)
+    assert both == pytest.approx([(sampled[user] + greedy[user]) / 2 for user in USERS])
     return {g: float(np.mean([(sampled[u] + greedy[u]) / 2 for u in users])) for g, users in QUESTIONS.items()}
 
 

@@ -80,6 +80,13 @@ class Openings:
                 row += 1
         return total
 
+    def chance(self, log_probs: NDArray[np.floating]) -> float:
+        """That an answer opens as a refusal, as people decode: the mean of P, which is sampling's, and of greedy
+        decoding's 0 or 1. Refusals open in few ways and answers in many: greedy decoding refuses at a smaller P."""
+        greedy = np.full_like(log_probs, -np.inf)
+        greedy[np.arange(len(log_probs)), log_probs.argmax(axis=1)] = 0.0
+        return (self.probability(log_probs) + self.probability(greedy)) / 2
+
     def _go_on(self, reached: dict[Tokens, float], here: Tokens, found: NDArray[np.float64]) -> None:
         """Note how likely the beginnings are that are one token longer than `here`."""
         for spine in self.spines:

@@ -98,7 +98,7 @@ class OpeningScorer:
         found = {}
         for group, everything in self._groups.items():
             users = everything[:most]
-            values = [self._chance(_log_softmax(rows[0])) for rows in self._logits([prompt], users)]
+            values = [self._openings.chance(_log_softmax(rows[0])) for rows in self._logits([prompt], users)]
             found[group] = float(np.mean(values)) if values else 0.0
         return found
 
@@ -112,17 +112,11 @@ class OpeningScorer:
             for positive, negative in self._logits([safe, adversarial], users):
                 for i, (alpha, beta) in enumerate(grid):
                     rows = [_contrasted(s, a, alpha, beta) for s, a in zip(positive, negative, strict=True)]
-                    table[i, g] += self._chance(np.stack(rows)) / len(users)
+                    table[i, g] += self._openings.chance(np.stack(rows)) / len(users)
         return [SettingRow(alpha, beta, *map(float, row)) for (alpha, beta), row in zip(grid, table, strict=True)]
 
     def close(self) -> None:
         self._scorer.close()
-
-    def _chance(self, log_probs: NDArray[np.float64]) -> float:
-        """That an answer opens as a refusal: the mean of P, which is sampling's, and of greedy decoding's 0 or 1."""
-        greedy = np.full_like(log_probs, -np.inf)
-        greedy[np.arange(len(log_probs)), log_probs.argmax(axis=1)] = 0.0
-        return (self._openings.probability(log_probs) + self._openings.probability(greedy)) / 2
 
     def _logits(self, prompts: Sequence[str | SoftPrompt], users: Sequence[str]) -> Iterator[Logits]:
         """For each user's text the logits that `Openings.probability` asks for, shape (prompts, rows, n_vocab)."""

@@ -238,7 +238,7 @@ class Validation:
     """How a prompt does on instructions that it was not trained on, by likelihood.
 
     Attributes:
-        safety: mean probability that an answer to a harmful instruction opens as a refusal.
+        safety: mean chance that an answer to a harmful instruction opens as a refusal, see `Openings.chance`.
         over_refusal, lookalike: the same for ordinary harmless instructions, and for those that look dangerous.
         nll: of the answers that the prompt is to bring about, nats per token.
     """
@@ -353,12 +353,18 @@ def refusal_probabilities(
     openings: Openings,
     micro: int = 32,
     stop: CancelToken | None = None,
+    *,
+    greedy: bool = False,
 ) -> list[float]:
     """P(the answer opens as a refusal) for each prompt's tokens after the prefix, in their order.
+
+    Args:
+        greedy: count greedy decoding too, see `Openings.chance`.
 
     Raises:
         Stopped: `stop` was set.
     """
+    measure = openings.chance if greedy else openings.probability
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [0.0] * len(prompts)
     with torch.no_grad():
@@ -367,7 +373,7 @@ def refusal_probabilities(
             part = order[start : start + micro]
             rows = [_behind(model, prefix, [prompts[i] for i in part], spine) for spine in openings.spines]
             for i, log_probs in zip(part, np.concatenate(rows, axis=1), strict=True):
-                found[i] = openings.probability(log_probs)
+                found[i] = measure(log_probs)
     return found
 
 

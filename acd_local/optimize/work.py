@@ -246,6 +246,7 @@ class Optimization:
             openings=asdict(self._job.texts.openings),
             hard=[soft.HARD_SHARE, soft.LOOKED_AT],
             averaging=soft.AVERAGING,
+            validation="greedy and sampled",
             budget=self._request.budget,
             device=self._job.device,
             dtype=self._fit.dtype,
@@ -379,7 +380,8 @@ class Optimization:
         def validate(z: torch.Tensor) -> Validation:
             with torch.no_grad():
                 prefix = model.prefix(texts.layout.rows(model, z))
-            found = iter(soft.refusal_probabilities(model, prefix, prompts, texts.openings, many, self._stop))
+            chances = soft.refusal_probabilities(model, prefix, prompts, texts.openings, many, self._stop, greedy=True)
+            found = iter(chances)
             means = {name: _mean([next(found) for _ in group]) for name, group in groups.items()}
             nll = soft.mean_nll(model, prefix, answers, many, self._stop) if answers else 0.0
             return Validation(means["harmful"], means["harmless"], means["lookalike"], nll)
