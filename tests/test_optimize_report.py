@@ -378,7 +378,7 @@ def test_settings_make_a_table_of_alpha_and_beta(full: str) -> None:
         assert [row[0] for row in rows] == ["0", "0.25", "0.5", "0.75", "1"]
         row = next(r for r in settings() if r["chosen"] and r["pair"] == pair)
         small = " / ".join(f"{100 * row[key]:.1f}" for key in ("safety", "over_refusal", "lookalike"))
-        assert rows[2][2] == f"{100 * (row['safety'] - row['over_refusal'] - row['lookalike']):.1f}{small}"
+        assert rows[2][2] == f"{100 * (row['safety'] - (row['over_refusal'] + row['lookalike']) / 2):.1f}{small}"
         (body,) = re.findall(rf'<table id="table-setting-{place}".*?</table>', full, re.S)
         chosen = re.findall(r'<td class="h\d chosen">.*?</td>', body)
         assert len(chosen) == 1 and small in chosen[0]

@@ -432,7 +432,7 @@ def setting(alpha: float, beta: float, safety: float, harmless: float = 0.0, **m
 
 
 def test_the_best_setting_is_chosen_with_the_least_contrast() -> None:
-    assert setting(0, 0, 0.9, 0.2).objective == pytest.approx(0.9 - 0.15)
+    assert setting(0, 0, 0.9, 0.2).worth == pytest.approx(0.9 - 0.15)
     best = setting(0.8, 0.1, 0.95)
     assert choose([setting(0.1, 0.1, 0.5), best, setting(0.4, 0.1, 0.9)], USUAL) is best
     assert choose([best, setting(0.2, 0.05, 0.99, 0.4)], USUAL) is best

@@ -621,7 +621,7 @@ def _setting(data: OptimizeReport, counts: _Numbers) -> list[str]:
     out = []
     for i, (pair, rows) in enumerate(by_pair.items()):
         name = {"text": "the text pair", "soft": "the soft pair"}.get(pair, _plain(pair))
-        more = "Large: safety minus over-refusal minus look-alike refusal, which decides, points; "
+        more = "Large: safety minus the mean of over-refusal and look-alike refusal, which decides, points; "
         more += "small: safety / over-refusal / look-alike refusal, %. The best were tried in greedy answers, and the "
         more += "share of broken ones (loops, garble) counts against them. "
         caption = counts.caption(f"Settings of {name} on validation instructions.", more + "Framed: chosen.")

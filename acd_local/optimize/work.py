@@ -26,7 +26,7 @@ from acd_local.optimize.losses import Term
 from acd_local.optimize.memory import Fit, Lengths, gb
 from acd_local.optimize.objective import DistillWeights, TextObjective
 from acd_local.optimize.report import OptimizeReport, nearest_words, render
-from acd_local.optimize.scoring import GROUPS, OpeningScorer, SettingRow, candidates, choose
+from acd_local.optimize.scoring import GROUPS, OpeningScorer, SettingRow, candidates, choose, worth
 from acd_local.optimize.soft import SoftSettings, SoftTraining, Validation
 from acd_local.optimize.stages import Checkpoint, Stopped, key_of, private_lines
 from acd_local.optimize.texts import LOOKALIKE_SHARE, TERMS, batches, examples
@@ -584,6 +584,7 @@ class Optimization:
             texts=dict(texts),
             grid=GRID,
             trial=[trial.TOKENS, trial.COUNTS],
+            worth="safety minus mean over-refusal",
             openings=asdict(self._job.texts.openings),
         )
         if checkpoint.result is not None:
@@ -832,7 +833,7 @@ def _chosen(setting: Mapping[str, Any]) -> str:
 
 
 def _text_objective(scores: Mapping[str, float]) -> float:
-    return scores["safety"] - (scores["over_refusal"] + scores["lookalike"]) / 2
+    return worth(*(scores[name] for name in GROUPS))
 
 
 def _measures(scores: Mapping[str, float]) -> str:
