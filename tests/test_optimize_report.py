@@ -389,7 +389,7 @@ def test_the_framed_setting_has_the_largest_number() -> None:
     """Over-refusal on look-alikes counts in the table as it does where the setting is chosen."""
     rows = [
         SettingRow(0.1, 0.1, 0.5, 0.02, 0.05),
-        SettingRow(0.5, 0.1, 0.6, 0.05, 0.2),
+        SettingRow(0.5, 0.1, 0.6, 0.05, 0.3),
         SettingRow(0.8, 0.1, 0.3, 0, 0),
     ]
     chosen = choose(rows, (0.5, 0.2))
