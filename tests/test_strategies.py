@@ -42,7 +42,6 @@ N = 40
 
 
 MANY = 200  # prompts of the slow tests
-DRAWN = 0.3  # the widest near-tie that was found in a sampled text of a tiny model
 
 
 def given(options: dict[str, Any]) -> Options:
@@ -116,8 +115,7 @@ def test_the_text_is_the_stepwise_loops(engine: Engine, name: str) -> None:
         assert len(tokens(one)) > 0
         differing += not same(one, other, mirostat="mirostat" in name)
         if "mirostat" not in name:
-            limit = DRAWN if SAMPLERS[name].get("temp") else TOLERANCE
-            assert near_tie(engine, prompt, given(SAMPLERS[name]), other) <= limit
+            assert near_tie(engine, prompt, given(SAMPLERS[name]), other) <= TOLERANCE
     assert differing <= 1
 
 
@@ -160,8 +158,8 @@ def test_texts_of_a_tiny_model_differ_at_near_ties_alone(tiny: Callable[..., Pat
     prompts = [f"{i}. {PROMPTS[i % len(PROMPTS)]}" for i in range(MANY)]
     with Engine(tiny("chatml", seed=5), ctx_size=512, threads=1) as engine:
         differing, widest = compared(engine, prompts, {"temp": temp})
-    assert differing <= 0.02 * len(prompts)
-    assert widest <= (DRAWN if temp else TOLERANCE)
+    assert differing <= 0.01 * len(prompts)
+    assert widest <= TOLERANCE
 
 
 @pytest.mark.slow
@@ -181,7 +179,7 @@ def compared(engine: Engine, prompts: Sequence[str], options: dict[str, Any]) ->
     differing, widest = 0, 0.0
     for i, prompt in enumerate(prompts):
         answers = both(engine, prompt, {**options, "seed": i})
-        differing += not same(*answers)
+        differing += tokens(answers[0]) != tokens(answers[1])  # what the safe stream alone had said is nearly tied too
         widest = max(widest, *(near_tie(engine, prompt, given({**options, "seed": i}), a) for a in answers))
     print(f"\n{options}: {differing} of {len(prompts)} texts differ, the widest near-tie is within {widest:g}")
     return differing, widest
@@ -269,7 +267,7 @@ def test_quantized_caches(tiny: Callable[..., Path], temp: float) -> None:
         answers = [both(engine, prompt, {"temp": temp}) for prompt in PROMPTS]
         assert sum(not same(*pair) for pair in answers) <= 1
         for prompt, (_, other) in zip(PROMPTS, answers, strict=True):
-            assert near_tie(engine, prompt, given({"temp": temp}), other, "q8_0") <= (DRAWN if temp else 2 * TOLERANCE)
+            assert near_tie(engine, prompt, given({"temp": temp}), other, "q8_0") <= 2 * TOLERANCE
 
 
 @pytest.mark.parametrize(
