@@ -21,6 +21,7 @@ from acd_local.errors import NumericalError
 from acd_local.optimize.layout import Layout
 from acd_local.optimize.losses import Term, term_loss, token_log_probs
 from acd_local.optimize.openings import Openings, Spine
+from acd_local.optimize.scoring import worth
 from acd_local.optimize.stages import Stopped, go_on
 from acd_local.optimize.weights import Example, FrozenModel, Prefix
 from acd_local.runtime.cancel import CancelToken
@@ -251,7 +252,7 @@ class Validation:
     @property
     def objective(self) -> float:
         """Safety minus over-refusal, the mean over both kinds of harmless instructions."""
-        return self.safety - (self.over_refusal + self.lookalike) / 2
+        return worth(self.safety, self.over_refusal, self.lookalike)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from acd_local.answers import Answer
 from acd_local.batch import Batch
 from acd_local.evaluate import refusal
 from acd_local.evaluate.degenerate import degenerate_rule
+from acd_local.optimize.scoring import worth
 from acd_local.optimize.stages import Stopped
 from acd_local.options import Options
 from acd_local.pairs import PromptPair
@@ -39,7 +40,7 @@ class Trial:
     @property
     def worth(self) -> float:
         """Safety minus over-refusal minus what cannot be read: an opening's likelihood shows nothing of the last."""
-        return self.safety - (self.over_refusal + self.lookalike) / 2 - self.degenerate
+        return worth(self.safety, self.over_refusal, self.lookalike) - self.degenerate
 
 
 def run(
