@@ -433,9 +433,9 @@ def test_answers_are_sorted_by_kind_and_label() -> None:
         record(Instruction("of another set", "harmful"), "safe", "refusal", [8]),
     ]
     found = collect([*HARMFUL, *HARMLESS], records, tokens_of, END)
-    assert found.refused[0] == Pair(HARMFUL[0], (1,))
-    assert found.complied == (Pair(HARMFUL[0], (2,)), Pair(HARMFUL[1], (4,)))
-    assert found.answered == (Pair(HARMLESS[0], (5,)),)
+    assert found.refused[0] == Pair(HARMFUL[0], (1,), "safe")
+    assert found.complied == (Pair(HARMFUL[0], (2,), "opposite"), Pair(HARMFUL[1], (4,), "none"))
+    assert found.answered == (Pair(HARMLESS[0], (5,), "safe"),)
     assert found.written == 3
     for pair, instruction in zip(found.refused[1:], HARMFUL[1:], strict=True):
         assert pair == Pair(instruction, (*tokens_of(refusal_for(instruction)), END))

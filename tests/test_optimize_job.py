@@ -748,6 +748,11 @@ def test_texts_stand_where_the_template_puts_them(tiny: Callable[..., Path], qui
             around = *found.layout.before, *found.manual["safe"], *found.layout.after, *found.tails[i.id]
             assert list(around) == ids
             assert len(ids) + anchors_module.TOKENS < found.context
+            bare = template.encode([Message("user", i.prompt)])
+            opposite = manual.adversarial.reveal_for_negative_stream()
+            swapped = template.encode([Message("system", opposite), Message("user", i.prompt)])
+            for name, whole in (("safe", ids), ("opposite", swapped), ("none", bare)):
+                assert [*found.beginnings[name], *found.tails[i.id]] == whole
         assert opened.vocab.is_eog(found.end)
     written = {anchors_module.refusal_for(i) for i in instructions if i.kind == "harmful"}
     assert set(found.refusals) == written

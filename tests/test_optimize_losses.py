@@ -107,7 +107,7 @@ def test_the_roles_swap_the_sets(model: FrozenModel, layout: Layout, z: Any, lik
     anchors = Anchors(
         **{name: tuple(Pair(instructions[e], e.answer) for e in es) for name, es in sets.items()}, written=0
     )
-    texts = Texts(layout, tails, {}, {}, Openings(()), 0, 0, ())
+    texts = Texts(layout, tails, {}, {}, {}, Openings(()), 0, 0, ())
     for role, terms in (
         ("safe", {"positive": "refused", "negative": "complied", "retain": "answered"}),
         ("adversarial", {"positive": "complied", "negative": "refused", "retain": "answered"}),

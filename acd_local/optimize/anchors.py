@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -31,7 +31,7 @@ Kind = Literal["harmful", "harmless"]
 PROMPTS = ("safe", "opposite", "none")
 TOKENS = 64  # of an answer
 VALIDATION_SHARE = 8  # one instruction in so many validates
-TEMPERATURE = 0.7
+SAMPLING = Options(plain=True, temp=0.7)
 MAX_BYTES = 20_000_000
 
 _DATA = Path(__file__).with_name("data")
@@ -64,10 +64,15 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Pair:
-    """An instruction and one answer, as token ids."""
+    """An instruction and one answer, as token ids.
+
+    Attributes:
+        under: the manual prompt that the answer was sampled under, one of PROMPTS; empty where it was written.
+    """
 
     instruction: Instruction
     answer: tuple[int, ...]
+    under: str = ""
 
 
 @dataclass(frozen=True)
@@ -250,7 +255,7 @@ def _fill(
 ) -> bool:
     while batch.room and (task := next(waiting, None)) is not None:
         instruction, under = task
-        options = Options(plain=True, temp=TEMPERATURE, max_tokens=TOKENS, seed=item_seed(seed, instruction.id))
+        options = replace(SAMPLING, max_tokens=TOKENS, seed=item_seed(seed, instruction.id))
         pair, framing = _framed(manual, under)
         stream = engine.generate(instruction.prompt, options, pair=pair, framing=framing, cancel=stop)
         batch.add(task, stream)
@@ -290,7 +295,7 @@ def collect(
     for record in records:
         if (instruction := by_id.get(record["id"])) is not None and record["answer"]:
             key = instruction.kind, record["label"]
-            sets.setdefault(key, []).append(Pair(instruction, tuple(record["answer"])))
+            sets.setdefault(key, []).append(Pair(instruction, tuple(record["answer"]), record["under"]))
     refused = sets.get(("harmful", "refusal"), [])
     written: list[Pair] = []
     harmful = [i for i in instructions if i.kind == "harmful"]

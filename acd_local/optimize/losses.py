@@ -6,10 +6,14 @@
 
 For the safeguarding prompt D+ is D_HR and D- is D_HA, for the adversarial prompt the other way round. t runs over the
 answer's tokens.
+
+The expectation over y_t can be taken in full where the distribution that y_t was drawn from is known (`Targets`): the
+losses have the same mean, and their gradients less noise.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,13 +24,31 @@ Term = Literal["positive", "negative", "retain"]
 MAX_LOG_P = -1e-4
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What each of an answer's n tokens was drawn from.
+
+    Attributes:
+        tokens: the k candidates, int64, shape (n, k).
+        weights: their probabilities, shape (n, k); each row sums to 1.
+    """
+
+    tokens: torch.Tensor
+    weights: torch.Tensor
+
+
 def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """log P of the given tokens, shape (n,), from logits of shape (n, n_vocab)."""
-    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+    """log P of tokens, shape (n,) or (n, k) like theirs, from logits of shape (n, n_vocab)."""
+    found = logits.gather(1, tokens.reshape(len(tokens), -1)) - logits.logsumexp(1, keepdim=True)
+    return found.reshape(tokens.shape)
 
 
-def term_loss(term: Term, log_probs: torch.Tensor) -> torch.Tensor:
-    """Sum of one term over the answers' tokens, from their log P of shape (n,); divide by n for the paper's mean."""
-    if term == "negative":
-        return -torch.log(-torch.expm1(log_probs.clamp(max=MAX_LOG_P))).sum()
-    return -log_probs.sum()
+def term_loss(term: Term, log_probs: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum of one term over the answers' tokens; divide by their number for the paper's mean.
+
+    Args:
+        log_probs: of the tokens, shape (n,), or of all candidates, shape (n, k).
+        weights: of the candidates, shape (n, k).
+    """
+    loss = -torch.log(-torch.expm1(log_probs.clamp(max=MAX_LOG_P))) if term == "negative" else -log_probs
+    return (loss if weights is None else weights * loss).sum()

@@ -23,6 +23,7 @@ from acd_local.optimize.losses import Term, term_loss, token_log_probs
 from acd_local.optimize.openings import Openings, Spine
 from acd_local.optimize.scoring import worth
 from acd_local.optimize.stages import Stopped, go_on
+from acd_local.optimize.targets import together
 from acd_local.optimize.weights import Example, FrozenModel, Prefix
 from acd_local.runtime.cancel import CancelToken
 
@@ -206,12 +207,14 @@ def loss_and_gradient(
     totals = dict.fromkeys(batch, 0.0)
     term_of = {id(e): term for term, examples in batch.items() for e in examples}
     for part in micro_batches([e for examples in batch.values() for e in examples], settings.micro):
-        tokens = torch.tensor([t for e in part for t in e.answer], device=model.device)
-        log_probs = token_log_probs(model.answer_logits(leaf, part), tokens)
+        targets = together(part, model.device)
+        log_probs = token_log_probs(model.answer_logits(leaf, part), targets.tokens)
+        lengths = [len(e.answer) for e in part]
         losses = []
-        for example, mine in zip(part, torch.split(log_probs, [len(e.answer) for e in part]), strict=True):
+        parts = (torch.split(whole, lengths) for whole in (log_probs, targets.weights))
+        for example, *mine in zip(part, *parts, strict=True):
             term = term_of[id(example)]
-            loss = term_loss(term, mine) / counts[term]
+            loss = term_loss(term, *mine) / counts[term]
             totals[term] += float(loss.detach())
             losses.append(settings.weights[term] * loss)
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]

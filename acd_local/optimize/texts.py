@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,8 @@ class Texts:
     Attributes:
         tails: of every instruction by its id, from where conversations differ to where the answer starts.
         manual: of the manual pair by role, "safe" and "adversarial".
+        beginnings: of conversations under a manual prompt or none, up to the tails, by what anchors.PROMPTS calls it;
+            without those that this template does not build so.
         refusals: of every written refusal.
         end: the token that ends an answer.
         context: tokens that the longest instruction, under the longer manual prompt, and its answer take.
@@ -43,6 +45,7 @@ class Texts:
     layout: Layout
     tails: dict[str, tuple[int, ...]]
     manual: dict[str, tuple[int, ...]]
+    beginnings: dict[str, tuple[int, ...]]
     refusals: dict[str, tuple[int, ...]]
     openings: Openings
     end: int
@@ -79,6 +82,7 @@ def read(path: Path, manual: PromptPair, instructions: Sequence[Instruction]) ->
             layout=layout,
             tails={i.id: tail for i, tail in zip(instructions, tails, strict=True)},
             manual=prompts,
+            beginnings=_beginnings(template, layout, prompts, instructions[0].prompt, tails[0]),
             refusals={text: answer(text) for text in sorted(written)},
             openings=Openings.of(answer),
             end=_end(template, vocab),
@@ -86,6 +90,17 @@ def read(path: Path, manual: PromptPair, instructions: Sequence[Instruction]) ->
             context=around + max(map(len, tails)) + TOKENS + 8,
             pieces=tuple(vocab.piece(token).decode("utf-8", "replace") for token in range(vocab.n_tokens)),
         )
+
+
+def _beginnings(
+    template: ChatTemplate, layout: Layout, manual: Mapping[str, tuple[int, ...]], user: str, tail: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    under = {"safe": manual["safe"], "opposite": manual["adversarial"]}
+    found = {name: (*layout.before, *ids, *layout.after) for name, ids in under.items()}
+    bare = tuple(template.encode([Message("user", user)]))
+    if len(bare) > len(tail) and bare[-len(tail) :] == tail:
+        found["none"] = bare[: -len(tail)]
+    return found
 
 
 def answer_tokens(template: ChatTemplate, vocab: llama.Vocab, text: str) -> tuple[int, ...]:
@@ -119,7 +134,7 @@ def _end(template: ChatTemplate, vocab: llama.Vocab) -> int:
 
 def examples(pairs: Sequence[Pair], texts: Texts, answer_tokens: int) -> list[Example]:
     """Pairs as they are trained on, answers cut."""
-    return [Example(texts.tails[p.instruction.id], p.answer[:answer_tokens]) for p in pairs]
+    return [Example(texts.tails[p.instruction.id], p.answer[:answer_tokens], p.under) for p in pairs]
 
 
 def batches(anchors: Anchors, texts: Texts, role: str, answer_tokens: int) -> dict[Term, list[Example]]:

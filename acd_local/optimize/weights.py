@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from acd_local.errors import ModelError, OutOfMemoryError
+from acd_local.optimize.losses import Targets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,10 +34,14 @@ class Example:
     Attributes:
         prompt: token ids from the prefix to where the answer starts.
         answer: token ids of the answer, at least one.
+        under: name of the manual prompt that the answer was sampled under; empty where it was written.
+        targets: what the answer's tokens were drawn from, where that is known.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    under: str = ""
+    targets: Targets | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)

@@ -29,6 +29,7 @@ from acd_local.optimize.report import OptimizeReport, nearest_words, render
 from acd_local.optimize.scoring import GROUPS, OpeningScorer, SettingRow, candidates, choose, worth
 from acd_local.optimize.soft import SoftSettings, SoftTraining, Validation
 from acd_local.optimize.stages import Checkpoint, Stopped, key_of, private_lines
+from acd_local.optimize.targets import with_targets
 from acd_local.optimize.texts import LOOKALIKE_SHARE, TERMS, batches, examples
 from acd_local.optimize.textspace import TextSpace
 from acd_local.optimize.trial import Trial
@@ -51,6 +52,7 @@ SOFT_SCORES: dict[Role, soft.Score] = {"safe": lambda v: v.objective, "adversari
 DISTILL_SIZES: dict[Term, int] = {"positive": 6, "negative": 2, "retain": 10}  # anchors of a minibatch
 DISTILL_TOKENS = 4  # of their answers: openings decide
 SCORED = 12  # validation instructions of a kind that score a text on the way
+TARGETING = Progress("computing what answers were drawn from", 0, 0, 0.0, None)
 TRYING = Progress("trying how long a step takes", 0, 0, 0.0, None)
 GRID = [(a, b) for a in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.8) for b in (0.05, 0.1, 0.2, 0.3, 0.5)]  # alpha, beta
 
@@ -65,6 +67,7 @@ class Optimization:
         self._listener = listener
         self._frozen: FrozenModel | None = None
         self._anchors: Anchors | None = None
+        self._targets: dict[Example, Example] = {}
         self._stages: list[dict[str, Any]] = []
         manual = job.manual.safe, job.manual.adversarial.reveal_for_negative_stream()
         self._manual: dict[Role, str] = dict(zip(ROLES, manual, strict=True))
@@ -183,7 +186,7 @@ class Optimization:
         job = self._job
         work = anchors.tasks(job.instructions)
         wanted = {(i.id, under) for i, under in work}
-        sampling = {"tokens": anchors.TOKENS, "temperature": anchors.TEMPERATURE}
+        sampling = {"tokens": anchors.TOKENS, "temperature": anchors.SAMPLING.temp}
         checkpoint = self._checkpoint("anchors", work=sorted(map(list, wanted)), **sampling)
         path = job.folder / f"answers-{self._request.seed}-{key_of(self._base | sampling)[:8]}.jsonl"
         cache = _answers(path)
@@ -245,6 +248,7 @@ class Optimization:
             lookalikes=LOOKALIKE_SHARE,
             openings=asdict(self._job.texts.openings),
             hard=[soft.HARD_SHARE, soft.LOOKED_AT],
+            targets="what the answers were drawn from",
             averaging=soft.AVERAGING,
             validation="greedy and sampled",
             budget=self._request.budget,
@@ -272,7 +276,8 @@ class Optimization:
     def _train(self, role: Role, settings: SoftSettings, checkpoint: Checkpoint) -> dict[str, Any]:
         model, texts = self._model, self._job.texts
         start = model.embed(texts.manual[role])
-        pairs_ = {term: found for term, found in self._pairs(role, settings.answer_tokens).items() if found}
+        sets = self._pairs(role, settings.answer_tokens)
+        pairs_ = {term: self._with_targets(mine) for term, mine in sets.items() if mine}
 
         def training(settings: SoftSettings) -> soft.SoftTraining:
             return soft.SoftTraining(model, texts.layout, start, pairs_, settings, self._request.seed)
@@ -339,6 +344,14 @@ class Optimization:
     def _pairs(self, role: Role, answer_tokens: int) -> dict[Term, list[Example]]:
         assert self._anchors is not None
         return batches(self._anchors.part(validation=False), self._job.texts, role, answer_tokens)
+
+    def _with_targets(self, found: Sequence[Example]) -> list[Example]:
+        """Both prompts are trained on the same answers: what these were drawn from is computed once."""
+        self._listener.progress(TARGETING)
+        new = [e for e in found if e not in self._targets]
+        done = with_targets(self._model, new, self._job.texts.beginnings, anchors.SAMPLING, self._micro, self._stop)
+        self._targets |= zip(new, done, strict=True)
+        return [self._targets[e] for e in found]
 
     def _measure(
         self,

@@ -1,0 +1,79 @@
+"""What the anchors' answers were drawn from: candidates and probabilities in place of the one token that was drawn.
+
+An answer's tokens are samples, and what a soft prompt is to keep is the distribution behind them. Trained on the
+samples, a batch of few answers moves it towards whatever was drawn; trained on the distribution, it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from acd_local.optimize.losses import Targets
+from acd_local.optimize.stages import go_on
+from acd_local.optimize.weights import Example, FrozenModel
+from acd_local.options import Options
+from acd_local.runtime.cancel import CancelToken
+
+
+def with_targets(
+    model: FrozenModel,
+    examples: Sequence[Example],
+    beginnings: Mapping[str, Sequence[int]],
+    options: Options,
+    micro: int,
+    stop: CancelToken | None = None,
+) -> list[Example]:
+    """The examples, in their order, with the distributions of those whose `under` has a beginning.
+
+    Args:
+        beginnings: token ids of a conversation under a manual prompt, up to the example's own.
+        options: how the answers were sampled.
+        micro: most examples that go through the model together.
+
+    Raises:
+        Stopped: `stop` was set.
+    """
+    found = list(examples)
+    with torch.no_grad():
+        for under, tokens in beginnings.items():
+            prefix = model.prefix(model.embed(tokens).float())
+            mine = sorted((i for i, e in enumerate(examples) if e.under == under), key=lambda i: len(examples[i]))
+            for start in range(0, len(mine), micro):
+                go_on(stop)
+                part = mine[start : start + micro]
+                logits = model.answer_logits(prefix, [examples[i] for i in part])
+                lengths = [len(examples[i].answer) for i in part]
+                for i, rows in zip(part, torch.split(logits, lengths), strict=True):
+                    found[i] = replace(examples[i], targets=sampled_from(rows, options))
+    return found
+
+
+def sampled_from(logits: torch.Tensor, options: Options) -> Targets:
+    """The distributions that top-k, top-p, min-p and temperature leave of logits, shape (n, n_vocab), in llama.cpp's
+    order; they are of shape (n, k)."""
+    top, tokens = logits.topk(min(options.top_k, logits.shape[1]), dim=1)
+    p = top.softmax(1)
+    before = p.cumsum(1) - p  # llama.cpp keeps tokens until top-p is reached, the one that reaches it among them
+    kept = (before < options.top_p) & (p >= options.min_p * p[:, :1])
+    weights = (top / options.temp).masked_fill(~kept, -torch.inf).softmax(1)
+    return Targets(tokens, weights)
+
+
+def together(examples: Sequence[Example], device: torch.device) -> Targets:
+    """All examples' targets, one after the other, padded with candidates of weight 0.
+
+    Where an example has none, its tokens are their only candidates.
+    """
+    found = [e.targets or _alone(e.answer, device) for e in examples]
+    width = max(t.tokens.shape[1] for t in found)
+    pad = [width - t.tokens.shape[1] for t in found]
+    tokens = [torch.nn.functional.pad(t.tokens, (0, n)) for t, n in zip(found, pad, strict=True)]
+    weights = [torch.nn.functional.pad(t.weights, (0, n)) for t, n in zip(found, pad, strict=True)]
+    return Targets(torch.cat(tokens), torch.cat(weights))
+
+
+def _alone(answer: Sequence[int], device: torch.device) -> Targets:
+    return Targets(torch.tensor(answer, device=device)[:, None], torch.ones(len(answer), 1, device=device))
