@@ -1,0 +1,122 @@
+"""The setting's stage: alpha and beta of the soft pair and of the texts, and what came before and after."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from acd_local import pairs
+from acd_local.optimize import trial
+from acd_local.optimize.job import TITLES, Clock
+from acd_local.optimize.scoring import GROUPS, SettingRow, candidates, choose
+from acd_local.optimize.workshop import Role, Workshop, measures
+from acd_local.pairs import AdversarialText, PromptPair
+from acd_local.runtime.prompts import Framing
+from acd_local.softpair import SoftPair
+
+GRID = [(a, b) for a in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.8) for b in (0.05, 0.1, 0.2, 0.3, 0.5)]  # alpha, beta
+
+
+class SettingStage:
+    def __init__(self, shop: Workshop) -> None:
+        self._shop = shop
+
+    def run(self, soft: SoftPair, texts: Mapping[Role, str]) -> dict[str, Any]:
+        """{"soft", "text": {"alpha", "beta"} of either pair, "rows": all that were tried, "before_after": figures}."""
+        adversarial = soft.adversarial.reveal_for_negative_stream()
+        digests = [soft.safe.digest, adversarial.digest]
+        checkpoint = self._shop.checkpoint(
+            "setting",
+            soft=digests,
+            texts=dict(texts),
+            grid=GRID,
+            trial=[trial.TOKENS, trial.COUNTS],
+            worth="safety minus mean over-refusal",
+            openings=asdict(self._shop.job.texts.openings),
+        )
+        if checkpoint.result is not None:
+            self._shop.close(checkpoint, _chosen(checkpoint.result), reused=True)
+            return checkpoint.result
+        self._shop.go_on()
+        checkpoint.begin()
+        manual = self._shop.manual["safe"], self._shop.manual["adversarial"]
+        ways: dict[str, tuple[Any, Any]] = {"soft": (soft.safe, adversarial)}
+        if texts:
+            ways["text"] = texts["safe"], texts["adversarial"]
+        found: dict[str, Any] = checkpoint.state or {
+            "grids": {},
+            "tried": {name: [] for name in ways},
+            "rows": [],
+            "before_after": [],
+        }
+        before = len(found["before_after"])
+        clock = Clock(TITLES["setting"], before, 2 * len(ways) + 2, self._shop.listener.progress)
+        done = itertools.count(1 + before)
+
+        def note(pair: str, contrast: bool, figures: Mapping[str, float]) -> None:
+            measured = {name: figures[name] for name in GROUPS}
+            found["before_after"].append({"pair": pair, "contrast": contrast, **measured})
+            clock.at(next(done), measures(measured))
+
+        def keep() -> None:
+            checkpoint.save(found)
+            self._shop.go_on()
+
+        with self._shop.on_llama() as (scoring, _):
+            if not found["before_after"]:
+                note("manual", False, scoring.alone(manual[0]))
+                note("manual", True, asdict(scoring.contrasted(*manual, [self._usual])[0]))
+                keep()
+            for name, (safe, opposite) in ways.items():
+                if name not in found["grids"]:
+                    note(name, False, scoring.alone(safe))
+                    found["grids"][name] = [asdict(row) for row in scoring.contrasted(safe, opposite, GRID)]
+                    keep()
+        for name in ways:
+            if name not in found:
+                rows_ = [SettingRow(**row) for row in found["grids"][name]]
+                rows_here = soft if name == "soft" else None
+                tried = self._tried(candidates(rows_, self._usual), texts, rows_here, found["tried"][name], keep)
+                chosen = choose(tried, self._usual)
+                found[name] = {"alpha": chosen.alpha, "beta": chosen.beta}
+                known = {(row.alpha, row.beta): row for row in (*rows_, *tried)}
+                found["rows"] += [asdict(r) | {"pair": name, "chosen": r is chosen} for r in known.values()]
+                note(name, True, asdict(chosen))
+                keep()
+        self._shop.close(checkpoint, _chosen(checkpoint.finish(found)), reused=False)
+        return found
+
+    @property
+    def _usual(self) -> tuple[float, float]:
+        """The manual pair's alpha and beta."""
+        return self._shop.job.manual.alpha or pairs.DEFAULT_ALPHA, self._shop.job.manual.beta or pairs.DEFAULT_BETA
+
+    def _tried(
+        self,
+        rows_: Sequence[SettingRow],
+        texts: Mapping[Role, str],
+        soft: SoftPair | None,
+        known: list[float],
+        keep: Callable[[], None],
+    ) -> list[SettingRow]:
+        """Settings with the share of greedy answers that break under them: `known` of the first ones, to which the
+        others' are added; `keep` is called after each."""
+        clock = Clock("trying the best settings", len(known), len(rows_), self._shop.listener.progress)
+        chosen = texts or self._shop.manual
+        safe, adversarial = chosen["safe"], AdversarialText(chosen["adversarial"])
+        with self._shop.trial_engine(self._shop.job.manual) as engine:
+            for row in rows_[len(known) :]:
+                pair = PromptPair("trial", safe, adversarial, alpha=row.alpha, beta=row.beta)
+                framing = None if soft is None else Framing.of(pair, soft)
+                made = trial.run(engine, pair, self._shop.groups, plain=False, stop=self._shop.stop, framing=framing)
+                known.append(made.degenerate)
+                clock.at(len(known))
+                keep()
+        return [replace(row, degenerate=share) for row, share in zip(rows_, known, strict=True)]
+
+
+def _chosen(setting: Mapping[str, Any]) -> str:
+    names = [name for name in ("text", "soft") if name in setting]
+    return ", ".join(f"{name} pair alpha {setting[name]['alpha']:g}, beta {setting[name]['beta']:g}" for name in names)
