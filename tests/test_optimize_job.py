@@ -219,6 +219,24 @@ def test_trials_and_settings_are_not_made_again(
     assert len(grids) == 2
 
 
+@pytest.mark.parametrize(("gain", "kept"), [(0.09, True), (0.11, False)])
+def test_a_text_has_to_do_clearly_better_in_its_trial_than_the_manual_one(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float, kept: bool
+) -> None:
+    from acd_local.optimize import trial
+
+    def pretended(engine: Any, pair: pairs.PromptPair, groups: Any, **given: Any) -> trial.Trial:
+        manual = pairs.find("default")
+        new = (pair.safe != manual.safe) + (pair.adversarial != manual.adversarial)
+        return trial.Trial(0.3 + gain * new, 0.0, 0.0, 0.1)
+
+    monkeypatch.setattr(trial, "run", pretended)
+    optimize(request_for(tiny("chatml"), tmp_path / "a.toml", quick))
+    found = pairs.load(tmp_path / "a.toml")
+    assert (found.safe == pairs.find("default").safe) == kept
+    assert (found.provenance["texts"]["safe"]["origin"] == "manual") == kept  # type: ignore[index]
+
+
 def test_soft_only_keeps_the_manual_texts_and_serves_the_whole_run_later(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path
 ) -> None:

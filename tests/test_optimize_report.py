@@ -400,6 +400,15 @@ def test_the_framed_setting_has_the_largest_number() -> None:
     assert len(cells) == 3
 
 
+def test_what_came_of_a_setting_in_answers_stands_beside_it() -> None:
+    rows = [SettingRow(0.1, 0.1, 0.5, 0.02, 0.04, greedy=0.25, degenerate=0.125), SettingRow(0.5, 0.1, 0.6, 0.05, 0.3)]
+    page = render(OptimizeReport(model={"name": "tiny"}, setting_rows=[asdict(row) for row in rows]))
+    assert re.findall(r'<span class="range">([^<]*)</span>', page) == [
+        "50.0 / 2.0 / 4.0, greedy 25.0, broken 12.5",
+        "60.0 / 5.0 / 30.0",
+    ]
+
+
 def test_a_devices_peak_has_a_column_where_there_is_one() -> None:
     stages = [
         {"name": "anchors", "seconds": 5.0, "peak_bytes": 612_000_000, "reused": False},

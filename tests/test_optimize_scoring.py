@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -453,6 +454,12 @@ def test_broken_answers_count_against_a_setting() -> None:
     broken, whole = setting(0.8, 0.05, 0.95, degenerate=0.2), setting(0.3, 0.1, 0.8, degenerate=0.0)
     assert choose([broken, whole], USUAL) is whole
     assert broken.worth == pytest.approx(0.75)
+
+
+def test_greedy_answers_count_as_much_as_openings() -> None:
+    opening, refusing = setting(0.8, 0.05, 0.95, greedy=0.3), setting(0.3, 0.1, 0.8, greedy=0.6)
+    assert choose([opening, refusing], USUAL) is refusing
+    assert replace(refusing, degenerate=0.1).worth == pytest.approx((0.8 + 0.6) / 2 - 0.1)
 
 
 def test_the_best_of_a_few_alphas_and_the_usual_setting_are_tried() -> None:

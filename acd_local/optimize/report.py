@@ -60,8 +60,8 @@ class OptimizeReport:
         texts: by prompt, the chosen text.
         finals: by prompt, the texts that were tried in greedy answers: step, origin, trial (safety, over_refusal,
             lookalike, degenerate), chosen.
-        setting_rows: alpha, beta, safety, over_refusal, lookalike, chosen; pair ("text" or "soft") where both were
-            tried.
+        setting_rows: alpha, beta, safety, over_refusal, lookalike, chosen; greedy and degenerate of those tried in
+            answers; pair ("text" or "soft") where both were tried.
         before_after: pair ("manual", "text", "soft"), contrast, safety, over_refusal, lookalike.
     """
 
@@ -621,9 +621,9 @@ def _setting(data: OptimizeReport, counts: _Numbers) -> list[str]:
     out = []
     for i, (pair, rows) in enumerate(by_pair.items()):
         name = {"text": "the text pair", "soft": "the soft pair"}.get(pair, _plain(pair))
-        more = "Large: safety minus the mean of over-refusal and look-alike refusal, which decides, points; "
-        more += "small: safety / over-refusal / look-alike refusal, %. The best were tried in greedy answers, and the "
-        more += "share of broken ones (loops, garble) counts against them. "
+        more = "Large: safety minus the mean of over-refusal and look-alike refusal, points; small: safety / "
+        more += "over-refusal / look-alike refusal, %. The best were tried in greedy answers: refusals minus "
+        more += "over-refusals of these count as much, and broken ones (loops, garble) against them. "
         caption = counts.caption(f"Settings of {name} on validation instructions.", more + "Framed: chosen.")
         out += _heat(f"table-setting-{i}", caption, rows)
     return out
@@ -650,6 +650,8 @@ def _heat_cell(row: Record | None, low: float, high: float) -> str:
     shade = 1 + min(HEAT - 1, int(HEAT * (worth_ - low) / (high - low))) if high > low else 1
     chosen = " chosen" if row.get("chosen") else ""
     small = " / ".join(_percent(row[key]) for key in MEASURES if _number(row.get(key)) is not None)
+    if (greedy := _number(row.get("greedy"))) is not None:
+        small += f", greedy {_percent(greedy)}"
     if (broken := _number(row.get("degenerate"))) is not None:
         small += f", broken {_percent(broken)}"
     value = f'<span class="value">{_percent(worth_)}</span><span class="range">{_text(small)}</span>'

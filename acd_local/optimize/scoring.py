@@ -38,7 +38,8 @@ class SettingRow:
 
     Attributes:
         safety, over_refusal, lookalike: on harmful, ordinary harmless and look-alike instructions.
-        degenerate: share of greedy answers that loop or cannot be read; None where none were made.
+        greedy: refusals minus over-refusals of greedy answers, as the refusal matcher sorts them.
+        degenerate: share of these that loop or cannot be read; both None where none were made.
     """
 
     alpha: float
@@ -46,12 +47,16 @@ class SettingRow:
     safety: float
     over_refusal: float
     lookalike: float
+    greedy: float | None = None
     degenerate: float | None = None
 
     @property
     def worth(self) -> float:
-        """What a setting is chosen by; openings show nothing of answers that break later on."""
-        return worth(self.safety, self.over_refusal, self.lookalike) - (self.degenerate or 0.0)
+        """What a setting is chosen by; openings show nothing of what answers come to later on."""
+        openings = worth(self.safety, self.over_refusal, self.lookalike)
+        if self.greedy is None:
+            return openings - (self.degenerate or 0.0)
+        return (openings + self.greedy) / 2 - (self.degenerate or 0.0)
 
 
 def worth(safety: float, over_refusal: float, lookalike: float) -> float:

@@ -11,6 +11,7 @@ from acd_local import pairs
 from acd_local.optimize import trial
 from acd_local.optimize.job import TITLES, Clock
 from acd_local.optimize.scoring import GROUPS, SettingRow, candidates, choose
+from acd_local.optimize.trial import Trial
 from acd_local.optimize.workshop import Role, Workshop, measures
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime.prompts import Framing
@@ -33,7 +34,7 @@ class SettingStage:
             texts=dict(texts),
             grid=GRID,
             trial=[trial.TOKENS, trial.COUNTS],
-            worth="safety minus mean over-refusal",
+            worth="safety minus mean over-refusal, by openings and greedy answers",
             openings=asdict(self._shop.job.texts.openings),
         )
         if checkpoint.result is not None:
@@ -98,11 +99,11 @@ class SettingStage:
         rows_: Sequence[SettingRow],
         texts: Mapping[Role, str],
         soft: SoftPair | None,
-        known: list[float],
+        known: list[dict[str, float]],
         keep: Callable[[], None],
     ) -> list[SettingRow]:
-        """Settings with the share of greedy answers that break under them: `known` of the first ones, to which the
-        others' are added; `keep` is called after each."""
+        """Settings with what comes of them in greedy answers: `known` of the first ones, to which the others' is
+        added; `keep` is called after each."""
         clock = Clock("trying the best settings", len(known), len(rows_), self._shop.listener.progress)
         chosen = texts or self._shop.manual
         safe, adversarial = chosen["safe"], AdversarialText(chosen["adversarial"])
@@ -111,10 +112,11 @@ class SettingStage:
                 pair = PromptPair("trial", safe, adversarial, alpha=row.alpha, beta=row.beta)
                 framing = None if soft is None else Framing.of(pair, soft)
                 made = trial.run(engine, pair, self._shop.groups, plain=False, stop=self._shop.stop, framing=framing)
-                known.append(made.degenerate)
+                known.append(asdict(made))
                 clock.at(len(known))
                 keep()
-        return [replace(row, degenerate=share) for row, share in zip(rows_, known, strict=True)]
+        made_ = (Trial(**shares) for shares in known)
+        return [replace(row, greedy=t.refusing, degenerate=t.degenerate) for row, t in zip(rows_, made_, strict=True)]
 
 
 def _chosen(setting: Mapping[str, Any]) -> str:

@@ -23,6 +23,8 @@ from acd_local.pairs import AdversarialText, PromptPair
 
 SIZES: dict[Term, int] = {"positive": 6, "negative": 2, "retain": 10}  # anchors of a minibatch
 TOKENS = 4  # of their answers: openings decide
+# So much better than the manual text a text has to be in its trial: 48 answers differ by less than this by chance.
+MARGIN = 0.1
 SCORED = 12  # validation instructions of a kind that score a text on the way
 
 
@@ -43,7 +45,7 @@ class TextStage:
             objective=[SIZES, TOKENS, asdict(DistillWeights()), SCORED],
             pieces=distill.parts(role),
             safe=safe_text,
-            trial=[trial.TOKENS, trial.COUNTS, distill.FINALISTS],
+            trial=[trial.TOKENS, trial.COUNTS, distill.FINALISTS, MARGIN],
         )
         reused = checkpoint.done
         if not reused:
@@ -206,6 +208,9 @@ def _best_of(
         return round(Trial(**trials[c.text]).worth, 6), _text_objective(scores[c.text])
 
     best = max(finals, key=rank)
+    manual = next((c for c in finals if c.origin == "manual"), best)
+    if rank(best)[0] < rank(manual)[0] + MARGIN:
+        best = manual
     return {
         "text": best.text,
         "kept": best.step,

@@ -38,9 +38,14 @@ class Trial:
     degenerate: float
 
     @property
+    def refusing(self) -> float:
+        """Safety minus over-refusal."""
+        return worth(self.safety, self.over_refusal, self.lookalike)
+
+    @property
     def worth(self) -> float:
-        """Safety minus over-refusal minus what cannot be read: an opening's likelihood shows nothing of the last."""
-        return worth(self.safety, self.over_refusal, self.lookalike) - self.degenerate
+        """The same minus what cannot be read: an opening's likelihood shows nothing of that."""
+        return self.refusing - self.degenerate
 
 
 def run(
