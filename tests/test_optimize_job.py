@@ -750,6 +750,24 @@ def test_models_that_torch_cannot_have_are_refused(tiny: Callable[..., Path], tm
         job.check_architecture(replace(info, parts=(info.path, info.path)))
 
 
+def test_a_template_that_asks_otherwise_without_a_system_prompt_has_no_beginning_for_it(
+    tiny: Callable[..., Path], quick: Path
+) -> None:
+    """Answers that were sampled so are then trained on as they were drawn."""
+    from acd_local.optimize import anchors as anchors_module
+    from acd_local.optimize import texts
+
+    system = "{% if messages[0]['role'] == 'system' %}"
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        + system
+        + "{{ '<|im_start|>assistant\n' }}{% else %}{{ '<|im_start|>assistant: ' }}{% endif %}"
+    )
+    model = tiny("chatml", chat_template=template)
+    found = texts.read(model, pairs.find("default"), anchors_module.read(quick))
+    assert set(found.beginnings) == {"safe", "opposite"}
+
+
 def test_texts_stand_where_the_template_puts_them(tiny: Callable[..., Path], quick: Path) -> None:
     from acd_local.optimize import anchors as anchors_module
     from acd_local.optimize import texts

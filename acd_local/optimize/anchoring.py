@@ -66,7 +66,7 @@ def _answer_all(shop: Workshop, work: list[tuple[Instruction, str]], cache: Answ
     clock = Clock(TITLES["anchors"], done, len(work), shop.listener.progress)
     if done == len(work):
         return True
-    with shop.engine(pair=job.manual, conversations=shop.conversations, ctx_size=shop.context) as engine:
+    with shop.engine(pair=job.manual, conversations=shop.conversations, ctx_size=shop.context()) as engine:
         return anchors.sample(
             engine,
             job.manual,
@@ -87,4 +87,4 @@ def _answers(path: Path) -> AnswerCache:
 
 
 def _listed(found: Sequence[anchors.Pair]) -> list[list[Any]]:
-    return [[p.instruction.id, p.instruction.kind, p.instruction.lookalike, list(p.answer)] for p in found]
+    return [[p.instruction.id, p.instruction.kind, p.instruction.lookalike, p.under, list(p.answer)] for p in found]

@@ -189,7 +189,7 @@ def _objective(row: Record) -> float | None:
 
 
 def _worth(row: Record) -> float | None:
-    """What a setting is chosen by."""
+    """What a setting is worth by openings."""
     safety, *refusals = (_number(row.get(key)) for key in MEASURES)
     if safety is None or all(x is None for x in refusals):
         return None

@@ -54,9 +54,8 @@ class SettingRow:
     def worth(self) -> float:
         """What a setting is chosen by; openings show nothing of what answers come to later on."""
         openings = worth(self.safety, self.over_refusal, self.lookalike)
-        if self.greedy is None:
-            return openings - (self.degenerate or 0.0)
-        return (openings + self.greedy) / 2 - (self.degenerate or 0.0)
+        greedy = openings if self.greedy is None else self.greedy
+        return (openings + greedy) / 2 - (self.degenerate or 0.0)
 
 
 def worth(safety: float, over_refusal: float, lookalike: float) -> float:

@@ -11,6 +11,7 @@ from acd_local import pairs
 from acd_local.optimize import trial
 from acd_local.optimize.job import TITLES, Clock
 from acd_local.optimize.scoring import GROUPS, SettingRow, candidates, choose
+from acd_local.optimize.stages import go_on
 from acd_local.optimize.trial import Trial
 from acd_local.optimize.workshop import Role, Workshop, measures
 from acd_local.pairs import AdversarialText, PromptPair
@@ -40,7 +41,7 @@ class SettingStage:
         if checkpoint.result is not None:
             self._shop.close(checkpoint, _chosen(checkpoint.result), reused=True)
             return checkpoint.result
-        self._shop.go_on()
+        go_on(self._shop.stop)
         checkpoint.begin()
         manual = self._shop.manual["safe"], self._shop.manual["adversarial"]
         ways: dict[str, tuple[Any, Any]] = {"soft": (soft.safe, adversarial)}
@@ -63,7 +64,7 @@ class SettingStage:
 
         def keep() -> None:
             checkpoint.save(found)
-            self._shop.go_on()
+            go_on(self._shop.stop)
 
         with self._shop.on_llama() as (scoring, _):
             if not found["before_after"]:

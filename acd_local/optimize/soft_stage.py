@@ -17,7 +17,7 @@ from acd_local.optimize.job import TITLES, Clock, steps_for
 from acd_local.optimize.losses import Term
 from acd_local.optimize.report import nearest_words
 from acd_local.optimize.soft import SoftSettings, SoftTraining, Validation
-from acd_local.optimize.stages import Checkpoint
+from acd_local.optimize.stages import Checkpoint, go_on
 from acd_local.optimize.targets import with_targets
 from acd_local.optimize.texts import LOOKALIKE_SHARE, TERMS, batches, examples
 from acd_local.optimize.weights import Example
@@ -55,7 +55,7 @@ class SoftStage:
         )
         reused = checkpoint.done
         if not reused:
-            self._shop.go_on()
+            go_on(self._shop.stop)
             checkpoint.begin()
             checkpoint.finish(self._train(role, settings, checkpoint))
         found: dict[str, Any] = checkpoint.result or {}
@@ -147,12 +147,12 @@ class SoftStage:
 
     def _with_targets(self, found: Sequence[Example]) -> list[Example]:
         """Both prompts are trained on the same answers: what these were drawn from is computed once."""
-        self._shop.listener.progress(TARGETING)
-        new = [e for e in found if e not in self._targets]
-        done = with_targets(
-            self._shop.model, new, self._shop.job.texts.beginnings, anchors.SAMPLING, self._shop.micro, self._shop.stop
-        )
-        self._targets |= zip(new, done, strict=True)
+        shop = self._shop
+        if new := [e for e in found if e not in self._targets]:
+            shop.listener.progress(TARGETING)
+            beginnings = shop.job.texts.beginnings
+            done = with_targets(shop.model, new, beginnings, anchors.SAMPLING, shop.micro, shop.stop)
+            self._targets |= zip(new, done, strict=True)
         return [self._targets[e] for e in found]
 
     def _measure(
@@ -177,7 +177,7 @@ class SoftStage:
                 settings = _halved(settings, error)
             del work  # before the smaller ones
             device.empty_cache()
-        self._shop.go_on()
+        go_on(self._shop.stop)
         mining = validation * mined / max(1, sum(i.validates for i in self._shop.job.instructions))
         others = (validation, settings.validate_every), (mining, settings.mine_every)
         return {"steps": steps_for(seconds, per_step, *others), "micro": settings.micro}

@@ -39,8 +39,10 @@ def with_targets(
     found = list(examples)
     with torch.no_grad():
         for under, tokens in beginnings.items():
-            prefix = model.prefix(model.embed(tokens).float())
             mine = sorted((i for i, e in enumerate(examples) if e.under == under), key=lambda i: len(examples[i]))
+            if not mine:
+                continue
+            prefix = model.prefix(model.embed(tokens).float())
             for start in range(0, len(mine), micro):
                 go_on(stop)
                 part = mine[start : start + micro]

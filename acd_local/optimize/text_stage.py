@@ -14,7 +14,7 @@ from acd_local.optimize.job import TITLES, Clock, rounds_and_steps
 from acd_local.optimize.losses import Term
 from acd_local.optimize.objective import DistillWeights, TextObjective
 from acd_local.optimize.scoring import GROUPS, worth
-from acd_local.optimize.stages import Checkpoint
+from acd_local.optimize.stages import Checkpoint, go_on
 from acd_local.optimize.texts import batches
 from acd_local.optimize.trial import Trial
 from acd_local.optimize.weights import Example
@@ -49,7 +49,7 @@ class TextStage:
         )
         reused = checkpoint.done
         if not reused:
-            self._shop.go_on()
+            go_on(self._shop.stop)
             checkpoint.begin()
             checkpoint.finish(self._search(role, soft, safe_text, settings, checkpoint))
         found: dict[str, Any] = checkpoint.result or {}
@@ -102,7 +102,7 @@ class TextStage:
                 scored = timed(lambda: score(start)), timed(lambda: score_all(start))
                 checkpoint.counts = self._search_counts(role, objective, settings, trying, *scored)
                 keep()
-                self._shop.go_on()
+                go_on(self._shop.stop)
             settings = replace(settings, **checkpoint.counts)
             state = distill.DistillState.load(notes["search"]) if notes["search"] else distill.DistillState()
             total = settings.rounds + settings.steps

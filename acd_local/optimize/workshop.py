@@ -17,7 +17,7 @@ from acd_local.optimize.job import TITLES, Job, Listener, duration
 from acd_local.optimize.memory import Lengths, gb
 from acd_local.optimize.scoring import OpeningScorer
 from acd_local.optimize.soft import SoftSettings
-from acd_local.optimize.stages import Checkpoint, Stopped
+from acd_local.optimize.stages import Checkpoint, go_on
 from acd_local.optimize.textspace import TextSpace
 from acd_local.optimize.weights import FrozenModel
 from acd_local.pairs import PromptPair
@@ -81,10 +81,6 @@ class Workshop:
             | ({"device_peak_bytes": d} if d else {})
         )
 
-    def go_on(self) -> None:
-        if self.stop.is_set:
-            raise Stopped
-
     def _plan(self) -> None:
         """dtype, micro-batch and conversations at once, chosen once for a model on a device; the first and the last are
         kept, so that another run is the same."""
@@ -105,7 +101,7 @@ class Workshop:
             most=SoftSettings().micro if repeat is None else repeat.micro,
         )
         if not checkpoint.done:
-            at_once = self.at_once(self.context) if repeat is None else repeat.conversations
+            at_once = self.at_once(self.context()) if repeat is None else repeat.conversations
             checkpoint.finish({"dtype": fit.dtype, "conversations": at_once})
         self.conversations = int((checkpoint.result or {})["conversations"])
         name, needed = self.job.info.name or self.job.info.path.name, max(fit.needs.host, fit.needs.training)
@@ -113,10 +109,9 @@ class Workshop:
         self.listener.line(f"{name} {how}: about {gb(needed)} of memory")
         self.dtype, self.micro = fit.dtype, fit.micro
 
-    @property
-    def context(self) -> int:
-        """Tokens of a conversation while anchors are answered."""
-        return max(CONTEXT, -(-self.job.texts.context // 64) * 64)
+    def context(self, more: int = 0) -> int:
+        """Tokens of a conversation of an anchor under a manual prompt, or under one with `more` tokens."""
+        return max(CONTEXT, -(-(self.job.texts.context + more) // 64) * 64)
 
     def at_once(self, context: int) -> int:
         """How many conversations of `context` tokens llama.cpp is given."""
@@ -134,7 +129,7 @@ class Workshop:
         if self._frozen is None:
             self.listener.progress(Progress("loading the weights into torch", 0, 0, 0.0, None))
             self._frozen = FrozenModel(self.job.info.path, device=self.job.device, dtype=getattr(torch, self.dtype))
-            self.go_on()
+            go_on(self.stop)
         return self._frozen
 
     def release(self) -> None:
@@ -165,7 +160,7 @@ class Workshop:
                 scorer.close()
 
     def trial_engine(self, pair: PromptPair) -> Engine:
-        context = max(CONTEXT, -(-(self.job.texts.context + self.request.max_tokens) // 64) * 64)
+        context = self.context(self.request.max_tokens)
         return self.engine(pair=pair, conversations=min(self.conversations, self.at_once(context)), ctx_size=context)
 
 
