@@ -7,8 +7,8 @@
 For the safeguarding prompt D+ is D_HR and D- is D_HA, for the adversarial prompt the other way round. t runs over the
 answer's tokens.
 
-The expectation over y_t can be taken in full where the distribution that y_t was drawn from is known (`Targets`): the
-losses have the same mean, and their gradients less noise.
+The expectation over y_t can be taken in full where the distribution that y_t was drawn from is known (`Targets`): over
+all draws the losses have the same mean, and their gradients less noise.
 """
 
 from __future__ import annotations
