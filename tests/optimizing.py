@@ -64,14 +64,16 @@ def whole_logits(model: FrozenModel, layout: Layout, rows: Any, example: Example
 
 
 def slow_terms(model: FrozenModel, layout: Layout, rows: Any, batch: Mapping[Any, Sequence[Example]]) -> dict[Any, Any]:
-    """L_p, L_n and L_r as METHOD writes them: expectations over the answers' tokens, one conversation at a time."""
+    """L_p, L_n and L_r as METHOD writes them: expectations over pairs of sums over t, one conversation at a time."""
     found = {}
     for term, examples in batch.items():
         values = []
         for example in examples:
+            total: Any = 0.0
             probabilities = torch.softmax(whole_logits(model, layout, rows, example), dim=1)
             for t, token in enumerate(example.answer):
                 p = probabilities[t, token]
-                values.append(-torch.log(1 - p) if term == "negative" else -torch.log(p))
+                total = total - (torch.log(1 - p) if term == "negative" else torch.log(p))
+            values.append(total)
         found[term] = torch.stack(values).mean()
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,17 +114,33 @@ def test_the_roles_swap_the_sets(model: FrozenModel, layout: Layout, z: Any, lik
         ("adversarial", {"positive": "complied", "negative": "refused", "retain": "answered"}),
     ):
         wanted, wanted_gradient = slow(model, layout, z, {t: sets[name] for t, name in terms.items()}, ONES)
-        losses, gradient = fast(model, layout, z, texts_module.batches(anchors, texts, role, answer_tokens=99))
+        losses, gradient = fast(model, layout, z, texts_module.batches(anchors, texts, role, 99, 99))
         assert losses == pytest.approx(wanted, rel=CLOSE)
         assert float((gradient - wanted_gradient).abs().max()) < CLOSE * float(wanted_gradient.abs().max())
-    cut = texts_module.batches(anchors, texts, "safe", answer_tokens=2)
-    assert [e.answer for e in cut["positive"]] == [e.answer[:2] for e in sets["refused"]]
 
 
-def test_a_term_counts_by_its_weight_and_its_own_tokens(
+def test_some_of_the_refusals_that_are_to_come_about_count_whole() -> None:
+    instructions = [Instruction(f"instruction {i}", "harmful") for i in range(200)]
+    texts = Texts(Layout((), ()), {i.id: (k,) for k, i in enumerate(instructions)}, {}, {}, {}, Openings(()), 0, 0, ())
+    pairs = tuple(Pair(i, tuple(range(9))) for i in instructions)
+    anchors = Anchors(pairs, pairs, pairs, written=0)
+    lengths = {}
+    for role in ("safe", "adversarial"):
+        cut = texts_module.batches(anchors, texts, role, answer_tokens=2, refusal_tokens=7)
+        for term, found in cut.items():
+            assert [e.prompt for e in found] == [(k,) for k in range(200)]
+            assert all(e.answer == tuple(range(len(e.answer))) for e in found)
+            lengths[role, term] = Counter(len(e.answer) for e in found)
+    whole = lengths.pop(("safe", "positive"))
+    assert set(whole) == {2, 7}
+    assert whole[7] / 200 == pytest.approx(1 / texts_module.WHOLE_SHARE, abs=0.1)
+    assert all(found == {2: 200} for found in lengths.values())
+
+
+def test_a_term_counts_by_its_weight_and_its_own_answers(
     model: FrozenModel, layout: Layout, z: Any, likely: list[Example]
 ) -> None:
-    """A term's mean does not depend on the others' sizes, nor on how its tokens spread over examples."""
+    """A term does not depend on the others' sizes."""
     one = batch(likely, (4, 1, 1))
     alone, _ = fast(model, layout, z, {"positive": one["positive"]})
     assert fast(model, layout, z, one)[0]["positive"] == pytest.approx(alone["positive"], rel=CLOSE)
@@ -264,7 +281,8 @@ def test_refusal_probabilities_keep_the_order_of_the_prompts(model: FrozenModel,
 def test_mean_nll_is_per_token(model: FrozenModel, layout: Layout, z: Any) -> None:
     examples = random_examples(9, 5)
     with torch.no_grad():
-        wanted = float(slow_terms(model, layout, z, {"positive": examples})["positive"])
+        answers = float(slow_terms(model, layout, z, {"positive": examples})["positive"])
+        wanted = answers * len(examples) / sum(len(e.answer) for e in examples)
         assert mean_nll(model, model.prefix(layout.rows(model, z)), examples, micro=2) == pytest.approx(
             wanted, rel=CLOSE
         )
@@ -300,7 +318,7 @@ def slow_objective(
     for example in (e for examples in given.values() for e in examples):
         p = torch.softmax(whole_logits(model, layout, teacher, example), dim=1)
         q = torch.softmax(whole_logits(model, layout, rows, example), dim=1)
-        divergences += list((p * torch.log(p / q)).sum(dim=1))
+        divergences.append((p * torch.log(p / q)).sum())
     kl, opo = torch.stack(divergences).mean(), sum(slow_terms(model, layout, rows, given).values())
     whole = torch.cat([model.embed(layout.before), rows])[None]
     own = torch.softmax(model.model(inputs_embeds=whole).logits[0, len(layout.before) - 1 : -1].double(), dim=1)

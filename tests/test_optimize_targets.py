@@ -16,7 +16,7 @@ from acd_local.optimize.layout import Layout
 from acd_local.optimize.losses import Targets, Term
 from acd_local.optimize.soft import SoftSettings, loss_and_gradient
 from acd_local.optimize.stages import Stopped
-from acd_local.optimize.targets import sampled_from, together, with_targets
+from acd_local.optimize.targets import SAID, said, sampled_from, together, with_targets
 from acd_local.optimize.weights import Example, FrozenModel
 from acd_local.options import Options
 from acd_local.runtime.cancel import CancelToken
@@ -76,6 +76,22 @@ def test_every_answer_has_the_distributions_of_its_own_conversation(model: Froze
                     assert dense(example.targets) == pytest.approx(dense(wanted), abs=1e-4)
 
 
+def test_what_is_said_behind_rows(tiny: Callable[..., Path], model: FrozenModel) -> None:
+    layout = Side(tiny("chatml")).layout
+    z = torch.tensor(np.random.default_rng(3).normal(0, 1, (5, model.width)), dtype=torch.float32)
+    examples = random_examples(2, 7)
+    for micro in (1, 3, 50):
+        found = said(model, layout.rows(model, z), examples, SAID, micro)
+        assert [(e.prompt, e.answer) for e in found] == [(e.prompt, e.answer) for e in examples]
+        for example in found:
+            assert example.targets is not None
+            with torch.no_grad():
+                p = torch.softmax(whole_logits(model, layout, z, example), dim=1)
+            likeliest, tokens = p.topk(SAID.top_k, dim=1)
+            wanted = torch.zeros_like(p).scatter_(1, tokens, likeliest / likeliest.sum(1, keepdim=True))
+            assert dense(example.targets)[:, : p.shape[1]] == pytest.approx(wanted.numpy(), abs=1e-4)
+
+
 def dense(targets: Targets) -> Any:
     return torch.zeros(len(targets.tokens), 600).scatter_add_(1, targets.tokens, targets.weights).numpy()
 
@@ -100,14 +116,16 @@ def test_the_losses_are_expectations_over_what_could_have_been_drawn(
     for term, examples in batch.items():
         values = []
         for e in examples:
+            summed: Any = 0.0
             p = torch.softmax(whole_logits(model, layout, slow, e), dim=1)
             loss = -torch.log(1 - p) if term == "negative" else -torch.log(p)
             for t, token in enumerate(e.answer):
                 if e.targets is None:
-                    values.append(loss[t, token])
+                    summed = summed + loss[t, token]
                 else:
                     pairs = zip(e.targets.tokens[t], e.targets.weights[t], strict=True)
-                    values.append(sum(w * loss[t, k] for k, w in pairs))
+                    summed = summed + sum(w * loss[t, k] for k, w in pairs)
+            values.append(summed)
         wanted[term] = torch.stack(values).mean()
     total: Any = sum(wanted.values())
     total.backward()

@@ -4,11 +4,14 @@
     L_n = -E_{D-} log(1 - P(y_t | z, x, y_<t))    what it is to keep away (unlikelihood)
     L_r = -E_{D_S} log P(y_t | z, x, y_<t)        harmless requests stay answered
 
-For the safeguarding prompt D+ is D_HR and D- is D_HA, for the adversarial prompt the other way round. t runs over the
-answer's tokens.
+For the safeguarding prompt D+ is D_HR and D- is D_HA, for the adversarial prompt the other way round. Expectations are
+over the sets' pairs, and summed over the answer's tokens t: how a long answer opens counts as much as a short one's.
 
 The expectation over y_t can be taken in full where the distribution that y_t was drawn from is known (`Targets`): over
 all draws the losses have the same mean, and their gradients less noise.
+
+Not the paper's: what the adversarial prompt retains is, along the answers of D_S, what the safeguarding prompt says
+(`soft_stage`). Where both say the same, their contrast changes nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def term_loss(term: Term, log_probs: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum of one term over the answers' tokens; divide by their number for the paper's mean.
+    """Sum of one term over the answers' tokens; divide by the number of answers for the expectation.
 
     Args:
         log_probs: of the tokens, shape (n,), or of all candidates, shape (n, k).

@@ -21,7 +21,7 @@ class DistillWeights:
 
     kl: float = 1.0
     opo: float = 1.0
-    fluency: float = 0.02
+    fluency: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,18 @@ class _Minibatch:
     tokens: torch.Tensor
     teacher: torch.Tensor  # log probabilities, shape (tokens, n_vocab)
     spans: Mapping[Term, slice]
+    counts: Mapping[Term, int]  # of answers
 
 
 class TextObjective:
     """kl * KL(soft || text) + opo * (L_p + L_n + L_r) + fluency * NLL(text), on a minibatch of anchors.
 
-    KL is the mean over the answers' tokens of the divergence between the next-token distributions under the soft
-    prompt (the teacher) and under the text, in nats.
+    KL is the divergence between the next-token distributions under the soft prompt (the teacher) and under the text,
+    in nats: like the losses a mean over the answers of the sum over their tokens. NLL is a mean over the text's tokens.
 
     Args:
         teacher: the soft prompt, shape (n, n_embd).
-        pairs: anchors by term, answers cut to the few tokens that count.
+        pairs: anchors by term, answers cut to the tokens that count.
         sizes: anchors of a minibatch, by term.
         micro: most anchors that go through the model together with gradients; without, twice as many.
     """
@@ -104,19 +105,20 @@ class TextObjective:
 
     def _minibatch(self, number: int) -> _Minibatch:
         examples: list[Example] = []
-        spans = {}
+        spans, counts = {}, {}
         at = 0
         for term in TERMS:
             chosen = draw(self._pairs[term], self._sizes[term], number, self._seed)
             count = sum(len(e.answer) for e in chosen)
             spans[term] = slice(at, at + count)
             at += count
+            counts[term] = len(chosen)
             examples += chosen
         tokens = torch.tensor([t for e in examples for t in e.answer], device=self._model.device)
         with torch.no_grad():
             parts = [examples[at] for at in _even(len(examples), 2 * self._micro)]
             logits = [self._model.answer_logits(self._teacher, part).log_softmax(1) for part in parts]
-        return _Minibatch(examples, tokens, torch.cat(logits), spans)
+        return _Minibatch(examples, tokens, torch.cat(logits), spans, counts)
 
     def _split(self, micro: int) -> Iterator[tuple[list[Example], slice]]:
         """The minibatch in parts of at most `micro` anchors, each with the place of its answers' tokens."""
@@ -131,12 +133,12 @@ class TextObjective:
         batch = self._batch
         student = self._model.answer_logits(prefix, examples).log_softmax(1)
         teacher = batch.teacher[here]
-        kl = (teacher.exp() * (teacher - student)).sum(1).sum() / len(batch.tokens)
+        kl = (teacher.exp() * (teacher - student)).sum() / len(batch.examples)
         log_probs = student.gather(1, batch.tokens[here][:, None])[:, 0]
         losses = []
         for term, span in batch.spans.items():
             mine = log_probs[max(0, span.start - here.start) : max(0, span.stop - here.start)]
-            losses.append(term_loss(term, mine) / max(1, span.stop - span.start))
+            losses.append(term_loss(term, mine) / max(1, batch.counts[term]))
         return kl, torch.stack(losses).sum()
 
     def _nll(self, prefix: Prefix, tokens: Sequence[int]) -> torch.Tensor:

@@ -375,7 +375,7 @@ def _losses(data: OptimizeReport, figures: _Numbers) -> list[str]:
             plots.append(svg.Panel(name, svg.Axis("step", low=0.0), curves))
     if not plots:
         return []
-    plot = svg.panels("losses", "Loss terms over training", plots, svg.Axis("loss, nats per token", low=0.0))
+    plot = svg.panels("losses", "Loss terms over training", plots, svg.Axis("loss, nats per answer", low=0.0))
     more = "Positive: answers to bring about; negative: answers to keep away (unlikelihood); retain: harmless ones."
     more += f" Thin: means of a step's batch; thick: of up to {widest} neighbouring steps." if widest > 1 else ""
     return _figure(figures, plot, "The three terms of the loss over training.", more)

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from acd_local.errors import NumericalError
+from acd_local.optimize.anchors import TOKENS
 from acd_local.optimize.layout import Layout
 from acd_local.optimize.losses import Term, term_loss, token_log_probs
 from acd_local.optimize.openings import Openings, Spine
@@ -44,7 +45,9 @@ class SoftSettings:
         steps: of AdamW, with linear warm-up and cosine decay.
         sizes: pairs per step, by term.
         weights: of the terms; 1, 1, 1 is the paper.
-        answer_tokens: how many tokens of an answer count.
+        answer_tokens: how many tokens of an answer count: whether it refuses is decided there.
+        refusal_tokens: the same of some of the refusals that the prompt is to bring about: an apology that was only
+            begun goes on as anything, and does not end.
         micro: most examples that go through the model together.
         mine_every: steps after which the hardest anchors are looked for anew; half of a batch is drawn from them.
     """
@@ -54,8 +57,9 @@ class SoftSettings:
     weights: Mapping[Term, float] = field(default_factory=lambda: {"positive": 1.0, "negative": 1.0, "retain": 1.0})
     lr: float = 1e-2
     warmup: int = 20
-    clip: float = 1.0
+    clip: float = 5.0
     answer_tokens: int = 5
+    refusal_tokens: int = TOKENS
     micro: int = 16
     validate_every: int = 50
     mine_every: int = 100
@@ -71,7 +75,7 @@ class SoftTraining:
 
     Args:
         start: initial z, shape (n, n_embd).
-        pairs: training examples by term, already cut to `answer_tokens`.
+        pairs: training examples by term, answers already cut.
 
     Attributes:
         z: the newest iterate.
@@ -196,14 +200,14 @@ def draw(pairs: Sequence[Example], size: int, number: int, seed: int) -> list[Ex
 def loss_and_gradient(
     model: FrozenModel, layout: Layout, z: torch.Tensor, batch: Batches, settings: SoftSettings
 ) -> dict[Term, float]:
-    """The weighted sum of the terms, whose gradient is added to `z.grad`; returns the terms' own means.
+    """The weighted sum of the terms, whose gradient is added to `z.grad`; returns the terms' own values.
 
     The prefix is computed once. Micro-batches leave their gradients at its keys and values, from where they go on to z
     together.
     """
     prefix = model.prefix(layout.rows(model, z))
     leaf = prefix.leaf()
-    counts = {term: sum(len(e.answer) for e in examples) for term, examples in batch.items()}
+    counts = {term: len(examples) for term, examples in batch.items()}
     totals = dict.fromkeys(batch, 0.0)
     term_of = {id(e): term for term, examples in batch.items() for e in examples}
     for part in micro_batches([e for examples in batch.values() for e in examples], settings.micro):

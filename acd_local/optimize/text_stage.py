@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from acd_local import pairs
-from acd_local.optimize import distill, trial
+from acd_local.optimize import anchors, distill, trial
 from acd_local.optimize.anchors import Anchors
 from acd_local.optimize.distill import Candidate, DistillSettings
 from acd_local.optimize.job import TITLES, Clock, rounds_and_steps
@@ -22,7 +22,8 @@ from acd_local.optimize.workshop import TRYING, Role, Workshop, measures, timed
 from acd_local.pairs import AdversarialText, PromptPair
 
 SIZES: dict[Term, int] = {"positive": 6, "negative": 2, "retain": 10}  # anchors of a minibatch
-TOKENS = 4  # of their answers: openings decide
+# Tokens of their answers: openings decide, but of refusals all: a text that only brings their openings about loops.
+TOKENS, REFUSAL_TOKENS = 4, anchors.TOKENS
 # So much better than the manual text a text has to be in its trial: 48 answers differ by less than this by chance.
 MARGIN = 0.1
 SCORED = 12  # validation instructions of a kind that score a text on the way
@@ -42,7 +43,7 @@ class TextStage:
             f"text-{role}",
             soft=soft["key"],
             settings={k: v for k, v in asdict(settings).items() if k not in ("rounds", "steps")},
-            objective=[SIZES, TOKENS, asdict(DistillWeights()), SCORED],
+            objective=[SIZES, TOKENS, REFUSAL_TOKENS, asdict(DistillWeights()), SCORED],
             pieces=distill.parts(role),
             safe=safe_text,
             trial=[trial.TOKENS, trial.COUNTS, distill.FINALISTS, MARGIN],
@@ -187,7 +188,7 @@ class TextStage:
                 clock.at(number)
 
     def _pairs(self, role: Role) -> dict[Term, list[Example]]:
-        found = batches(self._sets.part(validation=False), self._shop.job.texts, role, TOKENS)
+        found = batches(self._sets.part(validation=False), self._shop.job.texts, role, TOKENS, REFUSAL_TOKENS)
         return {term: _short(mine) for term, mine in found.items()}
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from acd_local.errors import ModelError, UsageError
-from acd_local.optimize.anchors import TOKENS, Anchors, Instruction, Pair, refusal_for
+from acd_local.optimize.anchors import TOKENS, VALIDATION_SHARE, Anchors, Instruction, Pair, refusal_for
 from acd_local.optimize.layout import Layout, lay_out
 from acd_local.optimize.losses import Term
 from acd_local.optimize.openings import Openings
@@ -18,6 +18,7 @@ from acd_local.runtime import llama
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.template import ChatTemplate, Message
 
+WHOLE_SHARE = 4  # of the refusals, one in so many is trained whole: all of them would drown their openings
 LOOKALIKE_SHARE = 4  # of the answered anchors, one in so many at most: more of them blur what is to be refused
 
 # Which set a prompt is to bring about, and which it is to keep away.
@@ -137,10 +138,23 @@ def examples(pairs: Sequence[Pair], texts: Texts, answer_tokens: int) -> list[Ex
     return [Example(texts.tails[p.instruction.id], p.answer[:answer_tokens], p.under) for p in pairs]
 
 
-def batches(anchors: Anchors, texts: Texts, role: str, answer_tokens: int) -> dict[Term, list[Example]]:
-    """Training examples of a prompt by term; look-alikes are few of the ones to answer."""
-    found = {term: getattr(anchors, name) for term, name in TERMS[role].items()}
-    return {term: examples(thinned(pairs), texts, answer_tokens) for term, pairs in found.items()}
+def batches(
+    anchors: Anchors, texts: Texts, role: str, answer_tokens: int, refusal_tokens: int
+) -> dict[Term, list[Example]]:
+    """Training examples of a prompt by term; look-alikes are few of the ones to answer.
+
+    Args:
+        answer_tokens: how much of an answer counts.
+        refusal_tokens: how much of a refusal that the prompt is to bring about, one in WHOLE_SHARE of them.
+    """
+    sets = {term: thinned(getattr(anchors, name)) for term, name in TERMS[role].items()}
+    found = {term: examples(pairs, texts, answer_tokens) for term, pairs in sets.items()}
+    # Of a refusal that is to be kept away the opening decides: later tokens are those of any text.
+    if TERMS[role]["positive"] == "refused":
+        whole = [p for p in anchors.refused if int(p.instruction.id, 16) // VALIDATION_SHARE % WHOLE_SHARE == 0]
+        longer = dict(zip(examples(whole, texts, answer_tokens), examples(whole, texts, refusal_tokens), strict=True))
+        found["positive"] = [longer.get(e, e) for e in found["positive"]]
+    return found
 
 
 def thinned(pairs: Sequence[Pair]) -> list[Pair]:

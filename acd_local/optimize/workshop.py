@@ -84,10 +84,9 @@ class Workshop:
     def _plan(self) -> None:
         """dtype, micro-batch and conversations at once, chosen once for a model on a device; the first and the last are
         kept, so that another run is the same."""
-        request, texts, repeat = self.request, self.job.texts, self.request.repeat
+        request, repeat = self.request, self.request.repeat
         checkpoint = self.checkpoint("plan", device=self.job.device, dtype=request.dtype)
-        answer = SoftSettings().answer_tokens
-        lengths = Lengths(texts.shared, max(map(len, texts.tails.values())) + answer, answer)
+        lengths = self._lengths(SoftSettings())
         if checkpoint.result is not None:
             dtypes: Sequence[str] = [checkpoint.result["dtype"]]
         else:
@@ -108,6 +107,12 @@ class Workshop:
         how = f"in {fit.dtype} on {self.job.device}, {fit.micro} examples at a time"
         self.listener.line(f"{name} {how}: about {gb(needed)} of memory")
         self.dtype, self.micro = fit.dtype, fit.micro
+
+    def _lengths(self, settings: SoftSettings) -> Lengths:
+        texts = self.job.texts
+        own = max(map(len, texts.tails.values())) + settings.answer_tokens
+        harmful = max(len(texts.tails[i.id]) for i in self.job.instructions if i.kind == "harmful")
+        return Lengths(texts.shared, max(own, harmful + settings.refusal_tokens), settings.refusal_tokens)
 
     def context(self, more: int = 0) -> int:
         """Tokens of a conversation of an anchor under a manual prompt, or under one with `more` tokens."""
