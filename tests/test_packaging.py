@@ -297,7 +297,7 @@ def test_an_interrupted_set_up_frees_the_lock(checkout: Checkout, number: signal
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (status, "") and "Traceback" not in err
     (checkout.stubs / "slow").unlink()
     assert checkout.run("x")[:2] == (0, "<x>asked\n")
