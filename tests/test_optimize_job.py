@@ -90,6 +90,38 @@ def request_for(model: Path, out: Path, anchors: Path, **given: object) -> Reque
     return replace(plain, **given)  # type: ignore[arg-type]
 
 
+@dataclass
+class Trained:
+    """What a stage gave its training or its search."""
+
+    model: Any
+    layout: Any
+    start: Any
+    pairs: Any
+
+
+def note_what_is_trained(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Trained], list[Trained]]:
+    """Of the soft prompts, and of the texts; everything is made as ever."""
+    from acd_local.optimize import soft, text_stage
+
+    trained: list[Trained] = []
+    searched: list[Trained] = []
+
+    class Training(soft.SoftTraining):
+        def __init__(self, model: Any, layout: Any, start: Any, pairs: Any, *others: Any) -> None:
+            trained.append(Trained(model, layout, start, pairs))
+            super().__init__(model, layout, start, pairs, *others)
+
+    class Objective(text_stage.TextObjective):
+        def __init__(self, model: Any, layout: Any, teacher: Any, pairs: Any, *others: Any) -> None:
+            searched.append(Trained(model, layout, teacher, pairs))
+            super().__init__(model, layout, teacher, pairs, *others)
+
+    monkeypatch.setattr(soft, "SoftTraining", Training)
+    monkeypatch.setattr(text_stage, "TextObjective", Objective)
+    return trained, searched
+
+
 def state_files(cache: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in cache.glob("optimize/*/*") if path.name != "lock"}
 
@@ -758,6 +790,41 @@ def test_models_that_torch_cannot_have_are_refused(tiny: Callable[..., Path], tm
             job.check_architecture(replace(info, architecture=architecture))
     with pytest.raises(ModelError, match="join the parts"):
         job.check_architecture(replace(info, parts=(info.path, info.path)))
+
+
+def test_what_the_prompts_are_trained_on(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adversarial prompt retains what the safeguarding one says; refusals count whole for safeguarding ones."""
+    from acd_local.optimize import text_stage
+    from acd_local.optimize.soft import SoftSettings
+    from acd_local.optimize.targets import SAID, said
+
+    trained, searched = note_what_is_trained(monkeypatch)
+    optimize(request_for(tiny("chatml"), tmp_path / "mine.toml", quick))
+    safe, adversarial = trained[0], trained[-1]
+    assert not torch.equal(safe.start, adversarial.start)
+    opening = SoftSettings().answer_tokens
+
+    # The file holds the safeguarding prompt as float16.
+    path = pairs.load(tmp_path / "mine.toml").soft_path
+    assert path is not None
+    z = torch.tensor(softpair.load(path).safe.rows.copy())
+    retained = adversarial.pairs["retain"]
+    assert len(retained) > 0
+    wanted = said(adversarial.model, adversarial.layout.rows(adversarial.model, z), retained, SAID, 4)
+    for mine, other in zip(retained, wanted, strict=True):
+        assert mine.targets.weights.numpy() == pytest.approx(other.targets.weights.numpy(), abs=1e-3)
+    drawn = {(e.prompt, e.answer): e.targets for e in safe.pairs["retain"]}
+    assert all(e.targets.tokens.shape != drawn[e.prompt, e.answer].tokens.shape for e in retained)
+
+    def longest(found: Trained, term: str) -> int:
+        return max((len(e.answer) for e in found.pairs.get(term, ())), default=0)
+
+    assert longest(safe, "positive") > opening
+    assert {longest(safe, "retain"), longest(adversarial, "negative")} == {opening}
+    assert longest(searched[0], "positive") > text_stage.TOKENS
+    assert {longest(searched[0], "retain"), longest(searched[-1], "negative")} == {text_stage.TOKENS}
 
 
 def test_a_template_that_asks_otherwise_without_a_system_prompt_has_no_beginning_for_it(

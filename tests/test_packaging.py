@@ -170,6 +170,8 @@ class Checkout:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # Behind nohup or & SIGINT is ignored, and stays so in whatever is started from there.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *arguments: str, launcher: Path | None = None, **env: str) -> tuple[int, str, str]:
@@ -297,7 +299,7 @@ def test_an_interrupted_set_up_frees_the_lock(checkout: Checkout, number: signal
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=10)
     assert (process.returncode, out) == (status, "") and "Traceback" not in err
     (checkout.stubs / "slow").unlink()
     assert checkout.run("x")[:2] == (0, "<x>asked\n")

@@ -86,9 +86,11 @@ class SoftStage:
         start = model.embed(texts.manual[role])
         training_half = self._sorted.anchors.part(validation=False)
         sets = batches(training_half, texts, role, settings.answer_tokens, settings.refusal_tokens)
-        pairs_ = {term: self._with_targets(mine) for term, mine in sets.items() if mine}
-        if safe is not None and "retain" in pairs_:
-            pairs_["retain"] = self._as_said_under(safe["z"], pairs_["retain"])
+        pairs_ = {
+            term: self._with_targets(mine) if safe is None or term != "retain" else self._as_said_under(safe["z"], mine)
+            for term, mine in sets.items()
+            if mine
+        }
 
         def training(settings: SoftSettings) -> soft.SoftTraining:
             return soft.SoftTraining(model, texts.layout, start, pairs_, settings, self._shop.request.seed)
@@ -165,7 +167,7 @@ class SoftStage:
         return [self._targets[e] for e in found]
 
     def _as_said_under(self, z: torch.Tensor, found: Sequence[Example]) -> list[Example]:
-        """With what the model says under a soft prompt in place of what the answers were drawn from."""
+        """With what the model says under a soft prompt, not with what the answers were drawn from."""
         shop = self._shop
         shop.listener.progress(AGREEING)
         rows = shop.job.texts.layout.rows(shop.model, z.to(shop.model.device))

@@ -22,7 +22,7 @@ from acd_local.optimize.workshop import TRYING, Role, Workshop, measures, timed
 from acd_local.pairs import AdversarialText, PromptPair
 
 SIZES: dict[Term, int] = {"positive": 6, "negative": 2, "retain": 10}  # anchors of a minibatch
-# Tokens of their answers: openings decide, but of refusals all: a text that only brings their openings about loops.
+# Tokens of their answers: openings decide. Of some refusals all: a text that only brings their openings about loops.
 TOKENS, REFUSAL_TOKENS = 4, anchors.TOKENS
 # So much better than the manual text a text has to be in its trial: 48 answers differ by less than this by chance.
 MARGIN = 0.1
@@ -193,8 +193,8 @@ class TextStage:
 
 
 def _short(found: Sequence[Example]) -> list[Example]:
-    """The shorter half: texts are tried hundreds of times, and one long request would pad its whole minibatch."""
-    return sorted(found, key=len)[: -(-len(found) // 2)]
+    """The half of shorter requests: texts are tried hundreds of times, and a long one would pad its whole minibatch."""
+    return sorted(found, key=lambda e: len(e.prompt))[: -(-len(found) // 2)]
 
 
 def _best_of(

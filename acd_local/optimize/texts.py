@@ -135,7 +135,11 @@ def _end(template: ChatTemplate, vocab: llama.Vocab) -> int:
 
 def examples(pairs: Sequence[Pair], texts: Texts, answer_tokens: int) -> list[Example]:
     """Pairs as they are trained on, answers cut."""
-    return [Example(texts.tails[p.instruction.id], p.answer[:answer_tokens], p.under) for p in pairs]
+    return [_example(p, texts, answer_tokens) for p in pairs]
+
+
+def _example(pair: Pair, texts: Texts, answer_tokens: int) -> Example:
+    return Example(texts.tails[pair.instruction.id], pair.answer[:answer_tokens], pair.under)
 
 
 def batches(
@@ -151,10 +155,14 @@ def batches(
     found = {term: examples(pairs, texts, answer_tokens) for term, pairs in sets.items()}
     # Of a refusal that is to be kept away the opening decides: later tokens are those of any text.
     if TERMS[role]["positive"] == "refused":
-        whole = [p for p in anchors.refused if int(p.instruction.id, 16) // VALIDATION_SHARE % WHOLE_SHARE == 0]
-        longer = dict(zip(examples(whole, texts, answer_tokens), examples(whole, texts, refusal_tokens), strict=True))
-        found["positive"] = [longer.get(e, e) for e in found["positive"]]
+        most = {True: refusal_tokens, False: answer_tokens}
+        found["positive"] = [_example(p, texts, most[_counts_whole(p.instruction)]) for p in sets["positive"]]
     return found
+
+
+def _counts_whole(instruction: Instruction) -> bool:
+    """Decided by its text alone, and apart from whether it validates."""
+    return int(instruction.id, 16) // VALIDATION_SHARE % WHOLE_SHARE == 0
 
 
 def thinned(pairs: Sequence[Pair]) -> list[Pair]:
