@@ -451,7 +451,7 @@ def test_readers_of_slow_models_do_not_wait_long_for_the_next_words() -> None:
 
 
 def test_a_pace_learns_from_its_answer() -> None:
-    pace = Pace(RowCosts(pair=1.8, fixed=0.7, each=0.45), alpha=0.5, greedy=True)
+    pace = Pace(RowCosts(pair=1.9, fixed=0.7, each=0.45), alpha=0.5, greedy=True)
     before = pace.chance(look(3.0, 2.0))
     for _ in range(40):
         pace.learn(look(3.0, 2.0), changed=True)
@@ -464,7 +464,7 @@ def test_a_pace_learns_from_its_answer() -> None:
 
 @pytest.mark.parametrize("rare", [True, False])
 def test_a_pace_learns_from_positions_side_by_side(rare: bool) -> None:
-    pace = Pace(RowCosts(pair=1.75, fixed=0.7, each=0.45), alpha=0.5, greedy=rare)
+    pace = Pace(RowCosts(pair=1.9, fixed=0.7, each=0.45), alpha=0.5, greedy=rare)
     assert pace.pays == rare  # greedy answers change less
     for _ in range(3):
         for i in range(400):
@@ -511,9 +511,16 @@ def test_quotations_are_as_long_as_rows_are_cheap() -> None:
 
 
 def test_cheap_batches_make_running_ahead_pay_and_dear_ones_do_not() -> None:
-    assert Pace(RowCosts(pair=1.9, fixed=0.8, each=0.3), alpha=0.5, greedy=False).pays
+    assert Pace(RowCosts(pair=2.0, fixed=0.8, each=0.3), alpha=0.5, greedy=False).pays
     assert not Pace(RowCosts(pair=1.8, fixed=0.3, each=0.8), alpha=0.5, greedy=True).pays
     assert not Pace(RowCosts(pair=1.05, fixed=0.9, each=0.05), alpha=0.5, greedy=True).pays  # a GPU
+
+
+def test_running_ahead_does_not_pay_where_what_its_batches_save_goes_into_handling_them() -> None:
+    near, clear = (RowCosts(pair=pair, fixed=0.7, each=0.45) for pair in (1.75, 1.85))
+    assert near.pair > expected(near, 0.5, greedy=True)
+    assert not Pace(near, alpha=0.5, greedy=True).pays
+    assert Pace(clear, alpha=0.5, greedy=True).pays
 
 
 def test_drafts_continue_what_came_before() -> None:
