@@ -795,10 +795,9 @@ def test_models_that_torch_cannot_have_are_refused(tiny: Callable[..., Path], tm
 def test_what_the_prompts_are_trained_on(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The adversarial prompt retains what the safeguarding one says; refusals count whole for safeguarding ones."""
+    """Both retain the same answers, the paper's D_S; refusals count whole for safeguarding prompts."""
     from acd_local.optimize import text_stage
     from acd_local.optimize.soft import SoftSettings
-    from acd_local.optimize.targets import SAID, said
 
     trained, searched = note_what_is_trained(monkeypatch)
     optimize(request_for(tiny("chatml"), tmp_path / "mine.toml", quick))
@@ -806,17 +805,12 @@ def test_what_the_prompts_are_trained_on(
     assert not torch.equal(safe.start, adversarial.start)
     opening = SoftSettings().answer_tokens
 
-    # The file holds the safeguarding prompt as float16.
-    path = pairs.load(tmp_path / "mine.toml").soft_path
-    assert path is not None
-    z = torch.tensor(softpair.load(path).safe.rows.copy())
     retained = adversarial.pairs["retain"]
     assert len(retained) > 0
-    wanted = said(adversarial.model, adversarial.layout.rows(adversarial.model, z), retained, SAID, 4)
-    for mine, other in zip(retained, wanted, strict=True):
-        assert mine.targets.weights.numpy() == pytest.approx(other.targets.weights.numpy(), abs=1e-3)
-    drawn = {(e.prompt, e.answer): e.targets for e in safe.pairs["retain"]}
-    assert all(e.targets.tokens.shape != drawn[e.prompt, e.answer].tokens.shape for e in retained)
+    for mine, other in zip(retained, safe.pairs["retain"], strict=True):
+        assert (mine.prompt, mine.answer) == (other.prompt, other.answer)
+        assert torch.equal(mine.targets.tokens, other.targets.tokens)
+        assert torch.equal(mine.targets.weights, other.targets.weights)
 
     def longest(found: Trained, term: str) -> int:
         return max((len(e.answer) for e in found.pairs.get(term, ())), default=0)

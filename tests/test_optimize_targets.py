@@ -16,7 +16,7 @@ from acd_local.optimize.layout import Layout
 from acd_local.optimize.losses import Targets, Term
 from acd_local.optimize.soft import SoftSettings, loss_and_gradient
 from acd_local.optimize.stages import Stopped
-from acd_local.optimize.targets import SAID, said, sampled_from, together, with_targets
+from acd_local.optimize.targets import sampled_from, together, with_targets
 from acd_local.optimize.weights import Example, FrozenModel
 from acd_local.options import Options
 from acd_local.runtime.cancel import CancelToken
@@ -74,22 +74,6 @@ def test_every_answer_has_the_distributions_of_its_own_conversation(model: Froze
                     begun = Layout(BEGINNINGS[example.under], ())
                     wanted = sampled_from(whole_logits(model, begun, model.embed(()), example).float(), SAMPLING)
                     assert dense(example.targets) == pytest.approx(dense(wanted), abs=1e-4)
-
-
-def test_what_is_said_behind_rows(tiny: Callable[..., Path], model: FrozenModel) -> None:
-    layout = Side(tiny("chatml")).layout
-    z = torch.tensor(np.random.default_rng(3).normal(0, 1, (5, model.width)), dtype=torch.float32)
-    examples = random_examples(2, 7)
-    for micro in (1, 3, 50):
-        found = said(model, layout.rows(model, z), examples, SAID, micro)
-        assert [(e.prompt, e.answer) for e in found] == [(e.prompt, e.answer) for e in examples]
-        for example in found:
-            assert example.targets is not None
-            with torch.no_grad():
-                p = torch.softmax(whole_logits(model, layout, z, example), dim=1)
-            likeliest, tokens = p.topk(SAID.top_k, dim=1)
-            wanted = torch.zeros_like(p).scatter_(1, tokens, likeliest / likeliest.sum(1, keepdim=True))
-            assert dense(example.targets)[:, : p.shape[1]] == pytest.approx(wanted.numpy(), abs=1e-4)
 
 
 def dense(targets: Targets) -> Any:

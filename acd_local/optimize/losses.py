@@ -9,9 +9,6 @@ over the sets' pairs, and summed over the answer's tokens t: how a long answer o
 
 The expectation over y_t can be taken in full where the distribution that y_t was drawn from is known (`Targets`): over
 all draws the losses have the same mean, and their gradients less noise.
-
-Not the paper's: what the adversarial prompt retains is, along the answers of D_S, what the safeguarding prompt says
-(`soft_stage`). Where both say the same, their contrast changes nothing.
 """
 
 from __future__ import annotations

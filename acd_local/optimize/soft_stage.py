@@ -18,13 +18,12 @@ from acd_local.optimize.losses import Term
 from acd_local.optimize.report import nearest_words
 from acd_local.optimize.soft import SoftSettings, SoftTraining, Validation
 from acd_local.optimize.stages import Checkpoint, go_on
-from acd_local.optimize.targets import SAID, said, with_targets
+from acd_local.optimize.targets import with_targets
 from acd_local.optimize.texts import LOOKALIKE_SHARE, TERMS, WHOLE_SHARE, batches, examples
 from acd_local.optimize.weights import Example
 from acd_local.optimize.workshop import TRYING, Role, Workshop, measures, timed, validation_groups
 
 TARGETING = Progress("computing what answers were drawn from", 0, 0, 0.0, None)
-AGREEING = Progress("computing what the safeguarding prompt has harmless requests answered with", 0, 0, 0.0, None)
 # What makes one soft prompt better than another on validation; the higher the better.
 SCORES: dict[Role, soft.Score] = {"safe": lambda v: v.objective, "adversarial": lambda v: -v.nll}
 
@@ -37,12 +36,8 @@ class SoftStage:
         self._sorted = sorted_
         self._targets: dict[Example, Example] = {}
 
-    def run(self, role: Role, safe: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """{"z": best soft prompt, "history": records, "kept": its step, "validation": its, "nearest": words, "key"}.
-
-        Args:
-            safe: what came of the safeguarding prompt; the adversarial one is to say the same to harmless requests.
-        """
+    def run(self, role: Role) -> dict[str, Any]:
+        """{"z": best soft prompt, "history": records, "kept": its step, "validation": its, "nearest": words, "key"}."""
         settings = self._settings()
         checkpoint = self._shop.checkpoint(
             f"soft-{role}",
@@ -58,13 +53,12 @@ class SoftStage:
             budget=self._shop.request.budget,
             device=self._shop.job.device,
             dtype=self._shop.dtype,
-            **({} if safe is None else {"agrees_with": safe["key"]}),
         )
         reused = checkpoint.done
         if not reused:
             go_on(self._shop.stop)
             checkpoint.begin()
-            checkpoint.finish(self._train(role, safe, settings, checkpoint))
+            checkpoint.finish(self._train(role, settings, checkpoint))
         found: dict[str, Any] = checkpoint.result or {}
         self._shop.counts[f"soft_{role}_steps"] = checkpoint.counts["steps"]
         self._shop.micro = min(self._shop.micro, checkpoint.counts["micro"])
@@ -79,18 +73,12 @@ class SoftStage:
             weights={"positive": positive, "negative": negative, "retain": retain}, micro=self._shop.micro
         )
 
-    def _train(
-        self, role: Role, safe: Mapping[str, Any] | None, settings: SoftSettings, checkpoint: Checkpoint
-    ) -> dict[str, Any]:
+    def _train(self, role: Role, settings: SoftSettings, checkpoint: Checkpoint) -> dict[str, Any]:
         model, texts = self._shop.model, self._shop.job.texts
         start = model.embed(texts.manual[role])
         training_half = self._sorted.anchors.part(validation=False)
         sets = batches(training_half, texts, role, settings.answer_tokens, settings.refusal_tokens)
-        pairs_ = {
-            term: self._with_targets(mine) if safe is None or term != "retain" else self._as_said_under(safe["z"], mine)
-            for term, mine in sets.items()
-            if mine
-        }
+        pairs_ = {term: self._with_targets(mine) for term, mine in sets.items() if mine}
 
         def training(settings: SoftSettings) -> soft.SoftTraining:
             return soft.SoftTraining(model, texts.layout, start, pairs_, settings, self._shop.request.seed)
@@ -165,13 +153,6 @@ class SoftStage:
             done = with_targets(shop.model, new, beginnings, anchors.SAMPLING, shop.micro, shop.stop)
             self._targets |= zip(new, done, strict=True)
         return [self._targets[e] for e in found]
-
-    def _as_said_under(self, z: torch.Tensor, found: Sequence[Example]) -> list[Example]:
-        """With what the model says under a soft prompt, not with what the answers were drawn from."""
-        shop = self._shop
-        shop.listener.progress(AGREEING)
-        rows = shop.job.texts.layout.rows(shop.model, z.to(shop.model.device))
-        return said(shop.model, rows, found, SAID, shop.micro, shop.stop)
 
     def _measure(
         self,

@@ -17,9 +17,6 @@ from acd_local.optimize.weights import Example, FrozenModel
 from acd_local.options import Options
 from acd_local.runtime.cancel import CancelToken
 
-# What the model says, all but the tail of it.
-SAID = Options(plain=True, temp=1.0, top_k=100, top_p=1.0, min_p=0.0)
-
 
 def with_targets(
     model: FrozenModel,
@@ -40,44 +37,19 @@ def with_targets(
         Stopped: `stop` was set.
     """
     found = list(examples)
-    for under, tokens in beginnings.items():
-        mine = [i for i, e in enumerate(examples) if e.under == under]
-        if mine:
-            rows = model.embed(tokens).float()
-            done = said(model, rows, [examples[i] for i in mine], options, micro, stop)
-            for i, ready in zip(mine, done, strict=True):
-                found[i] = ready
-    return found
-
-
-def said(
-    model: FrozenModel,
-    rows: torch.Tensor,
-    examples: Sequence[Example],
-    options: Options,
-    micro: int,
-    stop: CancelToken | None = None,
-) -> list[Example]:
-    """The examples, in their order, with the distributions that the model has along them behind `rows`.
-
-    Args:
-        rows: what conversations begin with, shape (n, n_embd).
-        options: what of the distributions counts.
-
-    Raises:
-        Stopped: `stop` was set.
-    """
-    found = list(examples)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     with torch.no_grad():
-        prefix = model.prefix(rows)
-        for start in range(0, len(order), micro):
-            go_on(stop)
-            part = order[start : start + micro]
-            logits = model.answer_logits(prefix, [examples[i] for i in part])
-            lengths = [len(examples[i].answer) for i in part]
-            for i, mine in zip(part, torch.split(logits, lengths), strict=True):
-                found[i] = replace(examples[i], targets=sampled_from(mine, options))
+        for under, tokens in beginnings.items():
+            mine = sorted((i for i, e in enumerate(examples) if e.under == under), key=lambda i: len(examples[i]))
+            if not mine:
+                continue
+            prefix = model.prefix(model.embed(tokens).float())
+            for start in range(0, len(mine), micro):
+                go_on(stop)
+                part = mine[start : start + micro]
+                logits = model.answer_logits(prefix, [examples[i] for i in part])
+                lengths = [len(examples[i].answer) for i in part]
+                for i, rows in zip(part, torch.split(logits, lengths), strict=True):
+                    found[i] = replace(examples[i], targets=sampled_from(rows, options))
     return found
 
 

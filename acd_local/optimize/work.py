@@ -39,8 +39,7 @@ class Optimization:
         """
         sorted_ = sample_anchors(self._shop)
         soft_stage = SoftStage(self._shop, sorted_)
-        safe = soft_stage.run("safe")
-        soft: dict[Role, dict[str, Any]] = {"safe": safe, "adversarial": soft_stage.run("adversarial", safe)}
+        soft = {role: soft_stage.run(role) for role in ROLES}
         distilled: dict[Role, dict[str, Any]] = {}
         if not self._shop.request.soft_only:
             text_stage = TextStage(self._shop, sorted_.anchors)
