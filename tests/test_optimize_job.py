@@ -94,8 +94,6 @@ def request_for(model: Path, out: Path, anchors: Path, **given: object) -> Reque
 class Trained:
     """What a stage gave its training or its search."""
 
-    model: Any
-    layout: Any
     start: Any
     pairs: Any
 
@@ -109,12 +107,12 @@ def note_what_is_trained(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Trained]
 
     class Training(soft.SoftTraining):
         def __init__(self, model: Any, layout: Any, start: Any, pairs: Any, *others: Any) -> None:
-            trained.append(Trained(model, layout, start, pairs))
+            trained.append(Trained(start, pairs))
             super().__init__(model, layout, start, pairs, *others)
 
     class Objective(text_stage.TextObjective):
         def __init__(self, model: Any, layout: Any, teacher: Any, pairs: Any, *others: Any) -> None:
-            searched.append(Trained(model, layout, teacher, pairs))
+            searched.append(Trained(teacher, pairs))
             super().__init__(model, layout, teacher, pairs, *others)
 
     monkeypatch.setattr(soft, "SoftTraining", Training)

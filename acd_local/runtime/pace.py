@@ -29,7 +29,7 @@ SAMPLED_GAPS = (0.0, 0.07, 0.15, 0.29, 0.40, 0.57, 0.79)
 TYPICAL = 4000  # positions from which the expected cost is reckoned
 PRIOR_TOKENS = 24.0  # as how many tokens it counts at first
 MEMORY = 96.0  # tokens: what was seen longer ago fades
-# Running ahead takes 1.05 to 1.15 times what its batches are reckoned to (drafting, choosing twice): docs/speed.md.
+# Running ahead took 1.01 to 1.24 times what its batches were reckoned to, 1.1 in the mean: docs/speed.md.
 SURCHARGE = 1.1
 
 
