@@ -6,6 +6,7 @@ import json
 import stat
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -489,6 +490,36 @@ def test_late_anchors_shorten_the_rest_by_half_at_most() -> None:
 def test_steps_fill_the_time(seconds: float, per_step: float, validation: float, steps: int) -> None:
     assert job.steps_for(seconds, per_step, (validation, 50)) == steps
     assert job.steps_for(seconds, per_step, (validation / 2, 50), (validation, 100)) == steps
+
+
+def test_what_comes_before_the_first_step_is_taken_from_the_steps_time(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that runs on for an hour while it is computed what answers were drawn from."""
+    from acd_local.optimize import soft_stage
+
+    late = 0.0
+    real = soft_stage.with_targets
+
+    def slow(*given: Any) -> Any:
+        nonlocal late
+        late += hour
+        return real(*given)
+
+    class Clock:
+        @staticmethod
+        def perf_counter() -> float:
+            return time.perf_counter() + late
+
+    monkeypatch.setattr(job, "MAX_STEPS", 20)
+    monkeypatch.setattr(soft_stage, "with_targets", slow)
+    monkeypatch.setattr(soft_stage, "time", Clock)
+    steps = []
+    for hour in (0.0, 3600.0):
+        out = tmp_path / f"{hour:.0f}.toml"
+        optimize(request_for(tiny("chatml"), out, quick, soft_only=True, budget=3600.0, seed=int(hour)))
+        steps.append(pairs.load(out).provenance["steps"])
+    assert steps == [{"soft_safe_steps": n, "soft_adversarial_steps": n} for n in (20, job.MIN_STEPS)]
 
 
 def test_parts_take_half_of_a_texts_time_at_most() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +21,14 @@ from acd_local.optimize.layout import Layout
 from acd_local.optimize.losses import MAX_LOG_P, Term, term_loss, token_log_probs
 from acd_local.optimize.objective import DistillWeights, TextObjective
 from acd_local.optimize.openings import Openings, Spine
-from acd_local.optimize.soft import SoftSettings, loss_and_gradient, mean_nll, micro_batches, refusal_probabilities
+from acd_local.optimize.soft import (
+    PART_COST,
+    SoftSettings,
+    loss_and_gradient,
+    mean_nll,
+    micro_batches,
+    refusal_probabilities,
+)
 from acd_local.optimize.texts import Texts
 from acd_local.optimize.weights import Example, FrozenModel
 
@@ -222,10 +230,26 @@ def test_capped_logits_are_transformers_and_llamas(tiny: Callable[..., Path]) ->
 def test_micro_batches_hold_every_example_once() -> None:
     examples = random_examples(6, 23, longest=30)
     for size in (1, 4, 50):
-        parts = list(micro_batches(examples, size))
+        parts = micro_batches(examples, size)
         assert max(map(len, parts)) <= size
         assert sorted(map(id, examples)) == sorted(id(e) for part in parts for e in part)
-        assert all(min(map(len, part)) >= 0.8 * max(map(len, part)) for part in parts)
+    assert micro_batches([], 4) == []
+
+
+def test_micro_batches_are_the_cheapest() -> None:
+    """All ways to cut the examples, ordered by length, into parts."""
+    rng = np.random.default_rng(0)
+    for spread in (20, 300):
+        examples = [Example(tuple(range(int(n))), (0,)) for n in rng.integers(5, 5 + spread, 9)]
+        ordered = sorted(map(len, examples), reverse=True)
+        cheapest = {}
+        for cuts in itertools.product((False, True), repeat=len(ordered) - 1):
+            ends = [i + 1 for i, cut in enumerate(cuts) if cut]
+            parts = [ordered[a:b] for a, b in itertools.pairwise([0, *ends, len(ordered)])]
+            cost = sum(PART_COST + len(part) * part[0] for part in parts)
+            if max(map(len, parts)) <= 4:
+                cheapest[cost] = parts
+        assert [list(map(len, part)) for part in micro_batches(examples, 4)] == cheapest[min(cheapest)]
 
 
 # -- the terms ---------------------------------------------------------------------------------------------------------
