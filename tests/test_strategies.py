@@ -157,36 +157,32 @@ def test_texts_of_a_tiny_model_differ_at_near_ties_alone(tiny: Callable[..., Pat
     """Weights in F32. `-s` prints what is found."""
     prompts = [f"{i}. {PROMPTS[i % len(PROMPTS)]}" for i in range(MANY)]
     with Engine(tiny("chatml", seed=5), ctx_size=512, threads=1) as engine:
-        differing, moved = compared(engine, prompts, {"temp": temp})
+        differing, widest = compared(engine, prompts, {"temp": temp})
     assert differing <= 0.01 * len(prompts)
-    assert max(moved) <= TOLERANCE
+    assert widest <= TOLERANCE
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("temp", "beyond"), [(0.0, 0.0), (0.8, 0.01)])
-def test_texts_of_the_demo_model_differ_at_near_ties_alone(demo: Path, temp: float, beyond: float) -> None:
-    """Quantized activations: its logits vary by 0.2 with the shape of a batch. `-s` prints what is found.
-
-    `beyond` is a share of texts: where dozens of tokens are about as likely, and some on the edge of what is
-    plausible, not every way to move them to a draw is tried.
-    """
+@pytest.mark.parametrize("temp", [0.0, 0.8])
+def test_texts_of_the_demo_model_differ_at_near_ties_alone(demo: Path, temp: float) -> None:
+    """Quantized activations: its logits vary by 0.2 with the shape of a batch. `-s` prints what is found."""
     prompts = [prompt for number in range(9) for prompt in prompts_of(number)][:MANY]
     assert len(prompts) == MANY
     with Engine(demo, pair="default", ctx_size=1024) as engine:
-        differing, moved = compared(engine, prompts, {"temp": temp, "max_tokens": 24})
+        differing, widest = compared(engine, prompts, {"temp": temp, "max_tokens": 24})
     assert differing <= 0.2 * len(prompts)
-    assert sum(step > 0.3 for step in moved) <= beyond * len(prompts)
+    assert widest <= 0.3
 
 
-def compared(engine: Engine, prompts: Sequence[str], options: dict[str, Any]) -> tuple[int, list[float]]:
-    """How many texts differ between stepwise and deferred, and each prompt's widest near-tie in either."""
-    differing, moved = 0, []
+def compared(engine: Engine, prompts: Sequence[str], options: dict[str, Any]) -> tuple[int, float]:
+    """How many texts differ between stepwise and deferred, and the widest near-tie in any of either."""
+    differing, widest = 0, 0.0
     for i, prompt in enumerate(prompts):
         answers = both(engine, prompt, {**options, "seed": i})
         differing += tokens(answers[0]) != tokens(answers[1])  # what the safe stream alone had said is nearly tied too
-        moved.append(max(near_tie(engine, prompt, given({**options, "seed": i}), a) for a in answers))
-    print(f"\n{options}: {differing} of {len(prompts)} texts differ; near-ties are within {sorted(moved)[-5:]}")
-    return differing, moved
+        widest = max(widest, *(near_tie(engine, prompt, given({**options, "seed": i}), a) for a in answers))
+    print(f"\n{options}: {differing} of {len(prompts)} texts differ, the widest near-tie is within {widest:g}")
+    return differing, widest
 
 
 @pytest.mark.parametrize("stream", ["safe", "adversarial"])
