@@ -180,6 +180,21 @@ def test_an_implausible_token_never_wins(vocab: llama.Vocab) -> None:
     assert loop(vocab, [(safe, adversarial)], beta=0.0) == [41]
 
 
+def test_candidates_are_gathered_only_where_they_can_be_drawn(vocab: llama.Vocab) -> None:
+    """Gathering a whole vocabulary (beta 0) is dear: with the best token always drawn there is no need to."""
+    for contrast, options, many in (
+        (ContrastSettings(0.0, 0.0), Options(temp=0.0), False),
+        (ContrastSettings(0.0, 0.0), Options(temp=0.8), True),
+        (ContrastSettings(0.0, 0.0), Options(temp=0.0, repeat_penalty=1.2), True),
+        (ContrastSettings(0.5, 0.0, window=3), Options(temp=0.0), False),  # position 3 is the first behind it
+        (ContrastSettings(0.5, 0.0, window=4), Options(temp=0.0), True),
+    ):
+        chooser = Chooser(TokenSampler(vocab, options, 1), Vocabulary(vocab, llama.ATTR_CONTROL), contrast)
+        look = chooser.look(row(vocab, t40=2.0, t41=1.9), 3)
+        assert (len(look.ids) > 2) is many
+        assert look.ids[look.scores.argmax()] == 40
+
+
 def test_a_window_contrasts_only_its_first_tokens(tiny: Callable[..., Path]) -> None:
     with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
         check_windows(engine)

@@ -145,6 +145,20 @@ def test_some_of_the_refusals_that_are_to_come_about_count_whole() -> None:
     assert all(found == {2: 200} for found in lengths.values())
 
 
+@pytest.mark.parametrize(("ordinary", "lookalikes", "times"), [(30, 10, 1), (30, 15, 1), (30, 16, 2), (30, 60, 4)])
+def test_ordinary_instructions_come_so_often_that_lookalikes_stay_few(
+    ordinary: int, lookalikes: int, times: int
+) -> None:
+    instructions = [Instruction(f"{k}", "harmless", lookalike=k < lookalikes) for k in range(ordinary + lookalikes)]
+    tails = {i.id: (k,) for k, i in enumerate(instructions)}
+    texts = Texts(Layout((), ()), tails, {}, {}, {}, Openings(()), 0, 0, ())
+    anchors = Anchors((), (), tuple(Pair(i, (1,)) for i in instructions), written=0)
+    found = texts_module.batches(anchors, texts, "safe", 9, 9)["retain"]
+    counts = Counter(e.prompt[0] for e in found)
+    assert [counts[k] for k in range(len(instructions))] == [1] * lookalikes + [times] * ordinary
+    assert lookalikes / len(found) <= 1 / texts_module.LOOKALIKE_SHARE < lookalikes / (len(found) - ordinary)
+
+
 def test_a_term_counts_by_its_weight_and_its_own_answers(
     model: FrozenModel, layout: Layout, z: Any, likely: list[Example]
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 from optimizing import Side, frozen, random_examples, torch
 
 from acd_local.errors import NumericalError
+from acd_local.optimize import soft
 from acd_local.optimize.layout import Layout
 from acd_local.optimize.losses import Term
 from acd_local.optimize.openings import Openings, Spine
@@ -173,6 +174,27 @@ def test_mining_finds_what_the_prompt_does_worst_on(model: FrozenModel, layout: 
         assert order[0] in seen
         assert order[-1] not in seen
         assert len(seen) > 2
+
+
+def test_mining_looks_once_at_examples_that_come_several_times(
+    model: FrozenModel, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[int] = []
+    chances = soft.refusal_probabilities
+
+    def counted(model: FrozenModel, prefix: Any, prompts: Sequence[Any], *args: Any) -> list[float]:
+        looked_at.append(len(prompts))
+        return chances(model, prefix, prompts, *args)
+
+    monkeypatch.setattr(soft, "refusal_probabilities", counted)
+    work = training(model, layout)
+    work._pairs = {"retain": [*PAIRS["retain"] * 3, *PAIRS["positive"]]}
+    for work.step_number in range(10):
+        work.mine(OPENINGS, "positive")
+        hard = [id(work._pairs["retain"][i]) for i in work.hard["retain"]]
+        assert len(set(hard)) == len(hard)
+    different = len(PAIRS["retain"]) + len(PAIRS["positive"])
+    assert set(looked_at) == {-(-different // LOOKED_AT)}
 
 
 def test_mining_keeps_to_twice_the_micro_batch_and_tries_it_first(

@@ -115,6 +115,35 @@ def test_greedy_with_samplers_that_remove_the_best_token(model: llama.Model, opt
         assert TokenSampler(model.vocab, o, 1).draw(ids, scores, seed) == listing.selected()
 
 
+@pytest.mark.parametrize(
+    ("options", "best"),
+    [
+        ({"temp": 0.0}, True),
+        ({"temp": 0.0, "top_k": 3, "top_p": 0.5, "min_p": 0.3}, True),
+        ({"temp": 0.0, "mirostat": 2}, True),
+        ({"temp": 0.0, "mirostat": 1, "xtc_probability": 1.0}, True),
+        ({"temp": 0.5}, False),
+        ({"temp": 0.5, "mirostat": 2}, False),
+        ({"temp": 0.0, "typical": 0.5}, False),
+        ({"temp": 0.0, "xtc_probability": 1.0}, False),
+        ({"temp": 0.0, "repeat_penalty": 1.5}, False),
+        ({"temp": 0.0, "dry_multiplier": 1.0}, False),
+    ],
+)
+def test_it_is_known_where_the_best_candidate_is_always_drawn(
+    model: llama.Model, options: dict[str, float], best: bool
+) -> None:
+    """Asked of draws too, in an answer that repeats itself."""
+    sampler = TokenSampler(model.vocab, Options(**options), 1)  # type: ignore[arg-type]
+    assert sampler.takes_best is best
+    drawn = []
+    for position in range(60):
+        ids, scores = candidates(50, seed=position % 20)
+        drawn.append(sampler.draw(ids, scores, position) == ids[scores.argmax()])
+        sampler.accept(int(ids[scores.argmax()]))
+    assert all(drawn) is best
+
+
 def test_huge_windows_do_not_take_memory(model: llama.Model) -> None:
     options = Options(
         temp=0.0, repeat_penalty=1.5, repeat_last_n=2**31 - 1, dry_multiplier=1, dry_penalty_last_n=2**31 - 1

@@ -139,8 +139,8 @@ class SoftTraining:
         found: dict[Term, list[int]] = {}
         prefix = self._prefix()
         for term, pairs in self._mined():
-            looked_at = np.random.default_rng([self._seed, self.step_number]).permutation(len(pairs))
-            looked_at = looked_at[: -(-len(pairs) // LOOKED_AT)]
+            looked_at = np.random.default_rng([self._seed, self.step_number]).permutation(distinct(pairs))
+            looked_at = looked_at[: -(-len(looked_at) // LOOKED_AT)]
             prompts = [pairs[i].prompt for i in looked_at]
             chances = refusal_probabilities(self._model, prefix, prompts, openings, 2 * self.settings.micro, stop)
             order = np.argsort(np.array(chances) * (1 if term == refusing else -1), kind="stable")
@@ -177,6 +177,11 @@ class SoftTraining:
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.step_number = state["step"]
         self.hard = dict(state["hard"])
+
+
+def distinct(pairs: Sequence[Example]) -> list[int]:
+    """The places of the examples, each counted once."""
+    return sorted({id(example): i for i, example in enumerate(pairs)}.values())
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:

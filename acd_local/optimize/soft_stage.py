@@ -90,7 +90,7 @@ class SoftStage:
         if not checkpoint.counts and (repeat := self._shop.request.repeat) is not None:
             checkpoint.counts = {"steps": repeat.steps[f"soft_{role}_steps"], "micro": settings.micro}
         if not checkpoint.counts:
-            mined = sum(len(found) for term, found in pairs_.items() if term != "negative") // soft.LOOKED_AT
+            mined = sum(len(soft.distinct(p)) for term, p in pairs_.items() if term != "negative") // soft.LOOKED_AT
             validator = partial(self._validator, role)
             ends = started + self._shop.seconds[checkpoint.stage]
             checkpoint.counts = self._measure(training, validator, mined, settings, ends)
@@ -150,7 +150,7 @@ class SoftStage:
     def _with_targets(self, found: Sequence[Example]) -> list[Example]:
         """Both prompts are trained on the same answers: what these were drawn from is computed once."""
         shop = self._shop
-        if new := [e for e in found if e not in self._targets]:
+        if new := [e for e in dict.fromkeys(found) if e not in self._targets]:
             shop.listener.progress(TARGETING)
             beginnings = shop.job.texts.beginnings
             done = with_targets(shop.model, new, beginnings, anchors.SAMPLING, shop.micro, shop.stop)

@@ -19,7 +19,7 @@ from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.template import ChatTemplate, Message
 
 WHOLE_SHARE = 4  # of the refusals, one in so many is trained whole: all of them would drown their openings
-LOOKALIKE_SHARE = 4  # of the answered anchors, one in so many at most: more of them blur what is to be refused
+LOOKALIKE_SHARE = 3  # of the answered anchors, one in so many at most: more of them blur what is to be refused
 
 # Which set a prompt is to bring about, and which it is to keep away.
 TERMS: dict[str, dict[Term, str]] = {
@@ -145,19 +145,19 @@ def _example(pair: Pair, texts: Texts, answer_tokens: int) -> Example:
 def batches(
     anchors: Anchors, texts: Texts, role: str, answer_tokens: int, refusal_tokens: int
 ) -> dict[Term, list[Example]]:
-    """Training examples of a prompt by term; look-alikes are few of the ones to answer.
+    """Training examples of a prompt by term; among the ones to answer, ordinary ones may come several times.
 
     Args:
         answer_tokens: how much of an answer counts.
         refusal_tokens: how much of a refusal that the prompt is to bring about, one in WHOLE_SHARE of them.
     """
-    sets = {term: thinned(getattr(anchors, name)) for term, name in TERMS[role].items()}
+    sets: dict[Term, Sequence[Pair]] = {term: getattr(anchors, name) for term, name in TERMS[role].items()}
     found = {term: examples(pairs, texts, answer_tokens) for term, pairs in sets.items()}
     # Of a refusal that is to be kept away the opening decides: later tokens are those of any text.
     if TERMS[role]["positive"] == "refused":
         most = {True: refusal_tokens, False: answer_tokens}
         found["positive"] = [_example(p, texts, most[_counts_whole(p.instruction)]) for p in sets["positive"]]
-    return found
+    return {term: _balanced(examples_, sets[term]) for term, examples_ in found.items()}
 
 
 def _counts_whole(instruction: Instruction) -> bool:
@@ -165,8 +165,10 @@ def _counts_whole(instruction: Instruction) -> bool:
     return int(instruction.id, 16) // VALIDATION_SHARE % WHOLE_SHARE == 0
 
 
-def thinned(pairs: Sequence[Pair]) -> list[Pair]:
-    """All pairs, but of the look-alikes only so many that they are at most one in LOOKALIKE_SHARE."""
-    lookalikes = sorted((p for p in pairs if p.instruction.lookalike), key=lambda p: p.instruction.id)
-    kept = set(map(id, lookalikes[: (len(pairs) - len(lookalikes)) // (LOOKALIKE_SHARE - 1)]))
-    return [p for p in pairs if not p.instruction.lookalike or id(p) in kept]
+def _balanced(examples_: Sequence[Example], pairs: Sequence[Pair]) -> list[Example]:
+    """All examples, the ordinary ones so often that look-alikes are at most one in LOOKALIKE_SHARE."""
+    split: dict[bool, list[Example]] = {True: [], False: []}
+    for example, pair in zip(examples_, pairs, strict=True):
+        split[pair.instruction.lookalike].append(example)
+    times = -(-len(split[True]) * (LOOKALIKE_SHARE - 1) // len(split[False])) if split[False] else 1
+    return split[False] * max(1, times) + split[True]

@@ -133,8 +133,11 @@ class Chooser:
         kept = safe.copy() if self._trace or self._divergence else None
         # Control tokens that do not end the answer are never said; a grammar narrows further.
         safe[self._vocabulary.banned] = -np.inf
-        legal = safe if self._grammar is None else self._grammar.restrict(safe, self.settings.beta)
-        return Look(position, *plausible(legal, self.settings.beta), kept)
+        beta = self.settings.beta
+        if self._sampler.takes_best and not self.settings.contrasts(position):
+            beta = 1.0  # the rest of a large vocabulary need not be gone through
+        legal = safe if self._grammar is None else self._grammar.restrict(safe, beta)
+        return Look(position, *plausible(legal, beta), kept)
 
     def is_open(self, look: Look) -> bool:
         """Whether the adversarial stream could change this choice."""

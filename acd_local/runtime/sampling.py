@@ -104,6 +104,12 @@ class TokenSampler:
             candidates.apply(sampler)
         return candidates.selected()
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether a draw is the candidate of the highest score, whatever the others are."""
+        removes = self._truncation or (self._options.xtc_probability > 0 and not self._options.mirostat)
+        return self._options.temp == 0 and not self._penalties and not removes
+
     def accept(self, token: int) -> None:
         """Tell the samplers that remember (penalties, DRY) that `token` was said."""
         for sampler in self._penalties:
