@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,6 +17,8 @@ from acd_local.session import Engine
 
 # How far logits are moved until the choice is the token that was said.
 ANY = 60  # tries of any signs
+PLACES = 16  # that the token is put at, among those near it
+NEAR = 6.0  # logits below the best one: nothing plausible is lower
 STEPS = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6)
 
 
@@ -67,27 +70,43 @@ class _Choices:
 
     def distance(self, safe: np.ndarray, adversarial: np.ndarray, position: int, token: int) -> float:
         for step in STEPS:
-            for way in self._ways(safe, adversarial, token) if step else [np.zeros_like(safe)]:
-                if self._draw(safe + step * way, adversarial - step * way, position) == token:
+            ways = self._ways(safe, adversarial, token, step) if step else [(np.zeros_like(safe),) * 2]
+            for one, other in ways:
+                if self._draw(safe + step * one, adversarial + step * other, position) == token:
                     return step
         return float("inf")
 
-    def _ways(self, safe: np.ndarray, adversarial: np.ndarray, token: int) -> Iterator[np.ndarray]:
-        """Signs: the token against the others, those before it in either order against those behind it, and any.
+    def _ways(
+        self, safe: np.ndarray, adversarial: np.ndarray, token: int, step: float
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Where both streams' logits are moved to, each from -1 to 1.
 
-        llama.cpp draws along the sorted list: where two tokens are nearly tied, their places in it may be exchanged,
-        which moves others as well.
+        First signs: the token against the others, those before it in either order against those behind it, and any.
+        llama.cpp draws along the sorted list: where tokens are nearly tied, their places in it may be exchanged, which
+        moves others as well. So last, as many of those near the token before it as one likes.
         """
-        scores, ids = safe - self._contrast.alpha * adversarial, np.arange(len(safe))
+        alpha = self._contrast.alpha
+        scores, ids = safe - alpha * adversarial, np.arange(len(safe))
         for before in (scores > scores[token], ids < token):
             for near, far in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
                 for own in (1, -1):
                     way = np.where(before, near, far).astype(np.float32)
                     way[token] = own
-                    yield way
+                    yield way, -way
         signs = np.random.default_rng(token)
         for _ in range(ANY):
-            yield signs.choice(np.array([-1, 1], np.float32), len(safe))
+            way = signs.choice(np.array([-1, 1], np.float32), len(safe))
+            yield way, -way
+        gap = scores - scores[token]
+        close = np.flatnonzero((abs(gap) <= 2 * step * (1 + alpha)) & (safe >= safe.max() - NEAR) & (ids != token))
+        close = close[np.argsort(-gap[close], kind="stable")]
+        for many in np.unique(np.linspace(0, len(close), PLACES).astype(int)):
+            for ahead, own in itertools.product((-1, 0, 1), (-1, 0, 1)):
+                one = np.where(gap > 0, ahead, 0).astype(np.float32)
+                other = -one
+                one[close], other[close] = np.where(np.arange(len(close)) < many, 1, -1) * np.array([[1], [-1]])
+                one[token], other[token] = 1, own
+                yield one, other
 
     def _draw(self, safe: np.ndarray, adversarial: np.ndarray, position: int) -> int | None:
         c = self._contrast

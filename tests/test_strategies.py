@@ -318,6 +318,23 @@ def test_the_adversarial_stream_takes_several_tokens_at_once(engine: Engine, mon
     assert other.contrast.compared < one.contrast.compared == len(one.tokens)
 
 
+def test_rows_are_taken_one_by_one_where_a_small_batch_is_dear(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, sizes = Recorded(engine._streams.contexts[0], monkeypatch), []
+    for fixed in (0.9, 2.0):  # with the latter 2 and 3 rows cost 2.6 and 2.9, and 4 rows 3.2
+        monkeypatch.setattr(engine._row_clock, "known", RowCosts(pair=2.1, fixed=fixed, each=0.3))
+        found = set()
+        for prompt in PROMPTS:
+            recorded.batches.clear()
+            one, other = both(engine, prompt, {"temp": 1.0, "beta": 0.3})
+            assert same(one, other)
+            deferred = recorded.batches[-len(recorded.batches) + len(one.tokens) :]
+            found |= {rows for safe, rows, _ in deferred if rows and not safe}
+        sizes.append(found)
+    assert {1, 2, 3} < sizes[0]
+    assert sizes[1] & {1, 2, 3} == {1, 3}  # three are as dear as that one by one: 2.9 against 3
+    assert max(sizes[1]) > 3
+
+
 def test_beyond_the_window_the_adversarial_stream_rests(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = Recorded(engine._streams.contexts[0], monkeypatch)
     answer = engine.generate(PROMPTS[1], Options(temp=0.0, max_tokens=N, window=4, strategy="deferred")).run()

@@ -16,6 +16,7 @@ from acd_local.runtime.generate import Need, Strategy, StreamLogits, advance, st
 from acd_local.runtime.llama import Logits
 from acd_local.runtime.lookup import Lookup
 from acd_local.runtime.pace import Pace
+from acd_local.runtime.rowcosts import RowCosts
 
 # The adversarial stream is this far behind at most; a batch takes 512 rows.
 BEHIND = 256
@@ -161,8 +162,9 @@ def _catch_up(
         # The logits of a position come from the token before it.
         end = len(answer) + last - 1
         pending = [*answer, *run.tokens][behind:end]
-        (found,) = yield [Need("adversarial", behind, pending, [False] * (len(pending) - last) + wanted[:last])]
-        run.batches.append(len(pending))
+        asked = [False] * (len(pending) - last) + wanted[:last]
+        found, batches = yield from _see(behind, pending, asked, pace.costs)
+        run.batches += batches
         behind, logits = end, iter(found)
         rows = [next(logits) if needed else None for needed in wanted]
     elif len(answer) - behind > BEHIND and chooser.settings.contrasts(len(answer)):
@@ -173,6 +175,20 @@ def _catch_up(
     if not run.quotes:  # what quotations cost says nothing of other runs
         pace.spend(run.batches, len(steps))
     return steps, behind
+
+
+def _see(
+    start: int, tokens: Sequence[int], wanted: Sequence[bool], costs: RowCosts
+) -> Generator[Sequence[Need], list[Logits], tuple[Sequence[Logits], list[int]]]:
+    """Decode the adversarial stream's rows together, or one by one where that costs less; logits, and batch sizes."""
+    if costs.catching_up(len(tokens)) < len(tokens) or len(tokens) == 1:
+        (found,) = yield [Need("adversarial", start, tokens, wanted)]
+        return found, [len(tokens)]
+    found = []
+    for i, token in enumerate(tokens):
+        (row,) = yield [Need("adversarial", start + i, [token], wanted[i : i + 1])]
+        found += [logits.copy() for logits in row]  # the next decode overwrites them
+    return found, [1] * len(tokens)
 
 
 def _abreast(

@@ -82,8 +82,9 @@ class Pace:
         best, most, right = 0, 0.0, 0.0
         for k in range(1, self.costs.longest_run):
             right += chance**k
-            more = self.costs.rows(1 + k)
-            saved = (1 + right) * self.costs.pair - more - self.costs.rows(1 + right) if alone else 1 + right - more
+            saved = 1 + right - self.costs.rows(1 + k)
+            if alone:
+                saved += (1 + right) * (self.costs.pair - 1) - self.costs.catching_up(1 + right)
             if saved > most:
                 best, most = k, saved
         return best
@@ -158,7 +159,7 @@ class Forecast:
         """
         k, self._pending, self._run = self._pending, 0, None
         if further is None:
-            return self._costs.rows(k)
+            return self._costs.catching_up(k)
         self._vain.append(further)
         return self._costs.fixed + k * self._costs.each
 

@@ -48,6 +48,10 @@ class RowCosts:
         """Of k rows of one stream in one batch."""
         return k if k < 2 else self.fixed + k * self.each
 
+    def catching_up(self, k: float) -> float:
+        """Of k rows that are all known already: in one batch, or one by one."""
+        return min(k, self.rows(k))
+
     @property
     def longest_run(self) -> int:
         """Tokens that may be drafted before the first of them is shown."""
