@@ -179,15 +179,15 @@ def _catch_up(
 
 def _see(
     start: int, tokens: Sequence[int], wanted: Sequence[bool], costs: RowCosts
-) -> Generator[Sequence[Need], list[Logits], tuple[Sequence[Logits], list[int]]]:
+) -> Generator[Sequence[Need], list[Logits], tuple[list[Logits], list[int]]]:
     """Decode the adversarial stream's rows together, or one by one where that costs less; logits, and batch sizes."""
     if costs.catching_up(len(tokens)) < len(tokens) or len(tokens) == 1:
-        (found,) = yield [Need("adversarial", start, tokens, wanted)]
-        return found, [len(tokens)]
-    found = []
+        (rows,) = yield [Need("adversarial", start, tokens, wanted)]
+        return list(rows), [len(tokens)]
+    found: list[Logits] = []
     for i, token in enumerate(tokens):
-        (row,) = yield [Need("adversarial", start + i, [token], wanted[i : i + 1])]
-        found += [logits.copy() for logits in row]  # the next decode overwrites them
+        (rows,) = yield [Need("adversarial", start + i, [token], wanted[i : i + 1])]
+        found += [row.copy() for row in rows]  # the next decode overwrites them
     return found, [1] * len(tokens)
 
 
