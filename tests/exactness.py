@@ -18,7 +18,7 @@ from acd_local.session import Engine
 # How far logits are moved until the choice is the token that was said.
 ANY = 60  # tries of any signs
 PLACES = 16  # that the token is put at, among those near it
-NEAR = 6.0  # logits below the best one: nothing plausible is lower
+NEAR = 6.0  # logits below the safe stream's best one: tokens farther down are not put at other places
 STEPS = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6)
 
 

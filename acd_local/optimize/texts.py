@@ -151,13 +151,13 @@ def batches(
         answer_tokens: how much of an answer counts.
         refusal_tokens: how much of a refusal that the prompt is to bring about, one in WHOLE_SHARE of them.
     """
-    sets: dict[Term, Sequence[Pair]] = {term: getattr(anchors, name) for term, name in TERMS[role].items()}
+    sets = {term: _balanced(getattr(anchors, name)) for term, name in TERMS[role].items()}
     found = {term: examples(pairs, texts, answer_tokens) for term, pairs in sets.items()}
     # Of a refusal that is to be kept away the opening decides: later tokens are those of any text.
     if TERMS[role]["positive"] == "refused":
         most = {True: refusal_tokens, False: answer_tokens}
         found["positive"] = [_example(p, texts, most[_counts_whole(p.instruction)]) for p in sets["positive"]]
-    return {term: _balanced(examples_, sets[term]) for term, examples_ in found.items()}
+    return found
 
 
 def _counts_whole(instruction: Instruction) -> bool:
@@ -165,10 +165,9 @@ def _counts_whole(instruction: Instruction) -> bool:
     return int(instruction.id, 16) // VALIDATION_SHARE % WHOLE_SHARE == 0
 
 
-def _balanced(examples_: Sequence[Example], pairs: Sequence[Pair]) -> list[Example]:
-    """All examples, the ordinary ones so often that look-alikes are at most one in LOOKALIKE_SHARE."""
-    split: dict[bool, list[Example]] = {True: [], False: []}
-    for example, pair in zip(examples_, pairs, strict=True):
-        split[pair.instruction.lookalike].append(example)
-    times = -(-len(split[True]) * (LOOKALIKE_SHARE - 1) // len(split[False])) if split[False] else 1
-    return split[False] * max(1, times) + split[True]
+def _balanced(pairs: Sequence[Pair]) -> list[Pair]:
+    """All pairs, the ordinary ones so often that look-alikes are at most one in LOOKALIKE_SHARE."""
+    lookalikes = [p for p in pairs if p.instruction.lookalike]
+    ordinary = [p for p in pairs if not p.instruction.lookalike]
+    times = -(-len(lookalikes) * (LOOKALIKE_SHARE - 1) // max(1, len(ordinary)))
+    return ordinary * max(1, times) + lookalikes

@@ -181,7 +181,7 @@ def _see(
     start: int, tokens: Sequence[int], wanted: Sequence[bool], costs: RowCosts
 ) -> Generator[Sequence[Need], list[Logits], tuple[list[Logits], list[int]]]:
     """Decode the adversarial stream's rows together, or one by one where that costs less; logits, and batch sizes."""
-    if costs.catching_up(len(tokens)) < len(tokens) or len(tokens) == 1:
+    if costs.rows(len(tokens)) <= len(tokens):
         (rows,) = yield [Need("adversarial", start, tokens, wanted)]
         return list(rows), [len(tokens)]
     found: list[Logits] = []

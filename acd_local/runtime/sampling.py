@@ -74,6 +74,7 @@ class TokenSampler:
             )
         elif not o.mirostat:
             self._truncation = _truncation(options)
+        self._xtc = o.xtc_probability > 0 and not o.mirostat
         self._last = [llama.temperature(o.temp)] if o.temp > 0 else [llama.greedy()]
         if self._penalties:
             for token in history:
@@ -107,8 +108,7 @@ class TokenSampler:
     @property
     def takes_best(self) -> bool:
         """Whether a draw is the candidate of the highest score, whatever the others are."""
-        removes = self._truncation or (self._options.xtc_probability > 0 and not self._options.mirostat)
-        return self._options.temp == 0 and not self._penalties and not removes
+        return self._options.temp == 0 and not (self._penalties or self._truncation or self._xtc)
 
     def accept(self, token: int) -> None:
         """Tell the samplers that remember (penalties, DRY) that `token` was said."""
@@ -118,7 +118,7 @@ class TokenSampler:
     def _per_position(self, position: int, dry_run: bool) -> list[llama.Sampler]:
         o, seed = self._options, position_seed(self._seed, position)
         stages = list(self._last)
-        if o.xtc_probability > 0 and not o.mirostat:
+        if self._xtc:
             stages.insert(0, llama.xtc(o.xtc_probability, o.xtc_threshold, seed))
         if self._mirostat is not None:
             stages.append(self._mirostat.clone() if dry_run else self._mirostat)
