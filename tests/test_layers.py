@@ -51,6 +51,7 @@ LAYERS = (
         "optimize/openings",
         "optimize/report",
         "optimize/result",
+        "optimize/rope",
         "optimize/scoring",
         "optimize/soft",
         "optimize/stages",

@@ -288,7 +288,7 @@ def test_every_task_is_answered_within_the_limit(sampled: Sampling, engine: Engi
     assert [done for done, _ in sampled.progress] == list(range(1, 16))
     assert {total for _, total in sampled.progress} == {15}
     for record in records.values():
-        assert set(record) == {"id", "under", "label", "answer"}
+        assert set(record) == {"id", "under", "label", "answer", "matcher"}
         assert record["label"] in ("refusal", "answer", "degenerate")
         assert 0 < len(record["answer"]) <= TOKENS
         assert all(isinstance(token, int) and 0 <= token < engine.vocab.n_tokens for token in record["answer"])
@@ -458,7 +458,6 @@ def test_no_instruction_is_in_both_parts() -> None:
         tuple(Pair(i, (n,)) for i in harmful for n in range(3)),
         tuple(Pair(i, (n,)) for i in harmful for n in range(2)),
         tuple(Pair(i, (1,)) for i in harmless),
-        written=7,
     )
     training, validation = (sets.part(validation=v) for v in (False, True))
 

@@ -207,12 +207,22 @@ def test_a_finished_search_has_its_result_in_the_state(
     assert asdict(again.work.state) == asdict(whole[0].work.state)
 
 
-def test_not_every_text_needs_a_score(side: Side, model: FrozenModel) -> None:
-    run = Run(side, model, score_every=3, steps=4)
-    best = run.go()
-    scored = [bool(c.scores) for c in run.history]
-    assert scored == [i % 3 == 0 for i in range(len(scored))]
-    assert best.scores
+def test_all_that_was_tried_is_kept(whole: tuple[Run, Candidate]) -> None:
+    """Every part that fits, a step's tries, and their objectives; what was accepted among them."""
+    run = whole[0]
+    state = run.work.state
+    for step in range(SETTINGS.rounds, SETTINGS.rounds + SETTINGS.steps):
+        tried = [t for t in state.tried if t.step == step]
+        assert 0 < len(tried) <= SETTINGS.tries + 1
+        run.objective.turn_to(1 + (step - SETTINGS.rounds) // SETTINGS.hold)
+        for t in tried[:2]:
+            assert t.objective == pytest.approx(run.objective(t.tokens)["objective"], rel=1e-5)
+    assert {t.origin for t in state.tried if t.step < SETTINGS.rounds} == {"parts"}
+    assert sum(t.step == 0 for t in state.tried) == 1 + len(PIECES)
+    accepted = {(c.step, c.tokens) for c in run.history}
+    assert accepted <= {(t.step, t.tokens) for t in state.tried}
+    assert len(state.tried) > len(run.history)
+    assert run.saved[-1]["tried"] == json.loads(json.dumps(state.dump()["tried"]))
 
 
 def test_the_limit_holds_for_the_manual_prompt_too(side: Side, model: FrozenModel) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_gguf
 
 pytest.importorskip("torch")
 
@@ -27,7 +28,7 @@ from acd_local.cli.run import command as run_command
 from acd_local.cli.shell import run_cli
 from acd_local.errors import InternalError, ModelError, OutOfMemoryError, PairError, UsageError
 from acd_local.evaluate.runner import Progress
-from acd_local.optimize import job, memory, repeat, result
+from acd_local.optimize import job, memory, repeat, result, trial
 from acd_local.optimize.job import Listener, Request
 from acd_local.optimize.memory import Lengths, Sizes
 from acd_local.optimize.stages import Checkpoint, Stopped
@@ -312,6 +313,9 @@ def test_a_result_can_be_repeated_on_a_machine_of_another_speed(
     other = request_for(tiny("chatml", seed=5), tmp_path / "b.toml", quick, **options, repeat=rest)
     with pytest.raises(UsageError, match="made from another file"):
         job.prepare(other)
+    quick.write_text(quick.read_text("utf-8") + '{"prompt": "One more?", "kind": "harmless"}\n', "utf-8")
+    with pytest.raises(UsageError, match="made with other instructions: name its file with --anchors"):
+        job.prepare(request_for(model, tmp_path / "c.toml", quick, **options, repeat=rest))
 
 
 def test_memory_pressure_does_not_change_how_many_anchors_are_answered_at_once(
@@ -334,13 +338,16 @@ def test_memory_pressure_does_not_change_how_many_anchors_are_answered_at_once(
         ("text_safe_rounds = 2", "has no text_safe_rounds"),
         ("weights = [1.0, 1.0, 1.0]", "has no weights"),
         ("max_tokens = 96", "has no max_tokens"),
+        ('anchors_sha256 = "1"', "has no anchors_sha256"),
     ],
 )
 def test_what_cannot_be_repeated_is_refused_in_one_line(tmp_path: Path, line: str, says: str) -> None:
     steps = "soft_safe_steps = 12\nsoft_adversarial_steps = 12\ntext_safe_rounds = 2\ntext_safe_steps = 14\n"
     steps += "text_adversarial_rounds = 1\ntext_adversarial_steps = 13\n"
     said = 'seed = 0\nbudget_seconds = 60.0\nweights = [1.0, 1.0, 1.0]\ndtype = "bfloat16"\nmax_tokens = 96\n'
-    said += f'model_sha256 = "{"0" * 64}"\nconversations = 8\nmicro = 16\n[provenance.steps]\n{steps}'
+    said += (
+        f'model_sha256 = "{"0" * 64}"\nanchors_sha256 = "1"\nconversations = 8\nmicro = 16\n[provenance.steps]\n{steps}'
+    )
     path = tmp_path / "x.toml"
     path.write_text(MANUAL.replace("default", "x") + f"[provenance]\n{said}")
     _, rest = repeat.read(path)
@@ -410,6 +417,43 @@ def test_a_batch_that_does_not_fit_after_all_is_halved(
     optimize(request)
     (kept,) = tmp_path.glob("cache/optimize/*/soft-safe-*.pt")
     assert torch.load(kept, weights_only=True)["counts"] == {"steps": 12, "micro": 4}
+
+
+def test_other_errors_that_speak_of_memory_are_told_as_they_are(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from acd_local.optimize.soft import SoftTraining
+
+    def step(self: SoftTraining) -> dict[Any, float]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(SoftTraining, "step", step)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        optimize(request_for(tiny("chatml"), tmp_path / "a.toml", quick, soft_only=True))
+
+
+def test_without_complying_answers_to_validate_on_the_adversarial_prompt_is_what_refuses_least() -> None:
+    from acd_local.optimize.soft import Validation
+    from acd_local.optimize.soft_stage import SCORES
+
+    early, late = (Validation(safety, 0.1, 0.1, 0.0) for safety in (0.3, 0.1))
+    assert SCORES["adversarial"](late) > SCORES["adversarial"](early)
+    early, late = (Validation(0.3, 0.1, 0.1, nll) for nll in (1.5, 1.2))
+    assert SCORES["adversarial"](late) > SCORES["adversarial"](early)
+
+
+def test_the_first_instructions_that_validate_are_of_all_kinds() -> None:
+    """What is tried in answers are the first few, and files have their instructions by category."""
+    from acd_local.optimize.anchors import builtin
+    from acd_local.optimize.workshop import scored_groups
+
+    instructions = builtin()
+    categories = {i.prompt: i.category for i in instructions}
+    groups = scored_groups(instructions)
+    for name, most in trial.COUNTS.items():
+        group = groups[name]
+        seen, everything = ({categories[p] for p in part} for part in (group[:most], group))
+        assert len(seen) >= 0.6 * min(most, len(everything)), name
 
 
 def test_memory_that_runs_out_later_halves_the_batch_and_goes_on(
@@ -819,6 +863,16 @@ def test_models_that_torch_cannot_have_are_refused(tiny: Callable[..., Path], tm
             job.check_architecture(replace(info, architecture=architecture))
     with pytest.raises(ModelError, match="join the parts"):
         job.check_architecture(replace(info, parts=(info.path, info.path)))
+
+
+def test_models_with_scaled_positions_are_refused(tiny: Callable[..., Path]) -> None:
+    """transformers leaves these out of what it reads."""
+    long_rope = tiny("phi3", writer=tiny_gguf.write_phi3)
+    for path in (long_rope, tiny("chatml", rope_scaling="linear")):
+        with pytest.raises(ModelError, match=r"with scaled rotary positions \((long rope|linear)\)") as caught:
+            job.check_architecture(read_header(path))
+        assert "\n" not in str(caught.value)
+    job.check_architecture(read_header(tiny("chatml", rope_scaling="none")))
 
 
 def test_what_the_prompts_are_trained_on(

@@ -113,9 +113,7 @@ def test_the_roles_swap_the_sets(model: FrozenModel, layout: Layout, z: Any, lik
     sets = {"refused": likely[:3], "complied": likely[3:], "answered": random_examples(3, 4)}
     instructions = {e: Instruction(f"{name} {i}", "harmful") for name, es in sets.items() for i, e in enumerate(es)}
     tails = {i.id: e.prompt for e, i in instructions.items()}
-    anchors = Anchors(
-        **{name: tuple(Pair(instructions[e], e.answer) for e in es) for name, es in sets.items()}, written=0
-    )
+    anchors = Anchors(**{name: tuple(Pair(instructions[e], e.answer) for e in es) for name, es in sets.items()})
     texts = Texts(layout, tails, {}, {}, {}, Openings(()), 0, 0, ())
     for role, terms in (
         ("safe", {"positive": "refused", "negative": "complied", "retain": "answered"}),
@@ -131,7 +129,7 @@ def test_some_of_the_refusals_that_are_to_come_about_count_whole() -> None:
     instructions = [Instruction(f"instruction {i}", "harmful") for i in range(200)]
     texts = Texts(Layout((), ()), {i.id: (k,) for k, i in enumerate(instructions)}, {}, {}, {}, Openings(()), 0, 0, ())
     pairs = tuple(Pair(i, tuple(range(9))) for i in instructions)
-    anchors = Anchors(pairs, pairs, pairs, written=0)
+    anchors = Anchors(pairs, pairs, pairs)
     lengths = {}
     for role in ("safe", "adversarial"):
         cut = texts_module.batches(anchors, texts, role, answer_tokens=2, refusal_tokens=7)
@@ -152,7 +150,7 @@ def test_ordinary_instructions_come_so_often_that_lookalikes_stay_few(
     instructions = [Instruction(f"{k}", "harmless", lookalike=k < lookalikes) for k in range(ordinary + lookalikes)]
     tails = {i.id: (k,) for k, i in enumerate(instructions)}
     texts = Texts(Layout((), ()), tails, {}, {}, {}, Openings(()), 0, 0, ())
-    anchors = Anchors((), (), tuple(Pair(i, (1,)) for i in instructions), written=0)
+    anchors = Anchors((), (), tuple(Pair(i, (1,)) for i in instructions))
     found = texts_module.batches(anchors, texts, "safe", 9, 9)["retain"]
     counts = Counter(e.prompt[0] for e in found)
     assert [counts[k] for k in range(len(instructions))] == [1] * lookalikes + [times] * ordinary

@@ -247,6 +247,8 @@ def write_llama(
     head_dim: int | None = None,
     arch: str = "llama",
     rope_sections: list[int] | None = None,
+    rope_freqs: bool = False,
+    rope_scaling: str | None = None,
     **common: Any,
 ) -> Path:
     """A llama model. `common`: keyword arguments of `_Writer` (vocab, n_vocab, extra_tokens, chat_template, ...)."""
@@ -257,6 +259,11 @@ def write_llama(
     _transformer_keys(out, n_ctx, n_embd, n_layers, n_ff, n_head, n_head_kv)
     out.w.add_rope_dimension_count(dim)
     out.w.add_rope_freq_base(10000.0)
+    if rope_scaling is not None:
+        out.w.add_string(f"{arch}.rope.scaling.type", rope_scaling)
+        out.w.add_rope_scaling_factor(4.0)
+    if rope_freqs:  # as Llama 3.1 has them
+        out.exact("rope_freqs.weight", np.linspace(1.0, 8.0, dim // 2))
     if head_dim is not None:
         out.w.add_key_length(dim)
         out.w.add_value_length(dim)

@@ -24,6 +24,7 @@ __all__ = ["Label", "Verdict", "classify"]
 
 Label = Literal["refusal", "answer", "degenerate"]
 
+VERSION = 1  # what was sorted by another one is not relied on (`acd optimize` keeps labels)
 MAX_CHARS = 4000  # of the answer; what follows cannot change the verdict
 MAX_PROMPT = 4000
 SENTENCES = 4  # a refusal starts within the first ones

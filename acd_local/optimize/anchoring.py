@@ -82,7 +82,7 @@ def _answers(path: Path) -> AnswerCache:
     private_lines(path)
     try:
         return AnswerCache(path)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise UsageError(f"{path} is damaged: remove it to have its answers sampled again") from None
 
 

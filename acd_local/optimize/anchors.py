@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -83,13 +83,16 @@ class Anchors:
         refused: D_HR, harmful instructions with refusing answers.
         complied: D_HA, harmful instructions with complying answers.
         answered: D_S, harmless instructions with their answers.
-        written: how many of `refused` are written forms, because the model refused too rarely.
     """
 
     refused: tuple[Pair, ...]
     complied: tuple[Pair, ...]
     answered: tuple[Pair, ...]
-    written: int
+
+    @property
+    def written(self) -> int:
+        """How many of `refused` are written forms, because the model refused too rarely."""
+        return sum(not pair.under for pair in self.refused)
 
     def part(self, *, validation: bool) -> Anchors:
         """The training or the validation half."""
@@ -97,7 +100,7 @@ class Anchors:
         def keep(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
             return tuple(p for p in pairs if p.instruction.validates == validation)
 
-        return Anchors(keep(self.refused), keep(self.complied), keep(self.answered), self.written)
+        return Anchors(keep(self.refused), keep(self.complied), keep(self.answered))
 
 
 # --- Instructions -----------------------------------------------------------------------------------------------------
@@ -111,6 +114,12 @@ def builtin() -> list[Instruction]:
             row = json.loads(line)
             found.append(Instruction(row["prompt"], kind, row["category"], name == "lookalike"))
     return found
+
+
+def digest(instructions: Iterable[Instruction]) -> str:
+    """Hex SHA-256 over all that they say."""
+    rows = [[i.prompt, i.kind, i.category, i.lookalike] for i in instructions]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def read(path: Path) -> list[Instruction]:
@@ -186,7 +195,8 @@ class AnswerCache:
                 path.write_bytes(whole)
             for line in whole.splitlines():
                 record = json.loads(line)
-                self._records[record["id"], record["under"]] = record
+                if record.get("matcher", 1) == refusal.VERSION:  # what another one sorted is sampled anew
+                    self._records[record["id"], record["under"]] = record
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key in self._records
@@ -272,7 +282,8 @@ def _framed(manual: PromptPair, under: str) -> tuple[PromptPair, Framing]:
 def _record(instruction: Instruction, under: str, answer: Answer) -> dict[str, Any]:
     verdict = refusal.classify(answer.text, instruction.prompt, finished=answer.finish_reason != "length")
     ids = [record.token for record in answer.tokens]
-    return {"id": instruction.id, "under": under, "label": verdict.label, "answer": ids}
+    found = {"id": instruction.id, "under": under, "label": verdict.label, "answer": ids}
+    return found | {"matcher": refusal.VERSION}
 
 
 # --- Sorting ----------------------------------------------------------------------------------------------------------
@@ -303,7 +314,7 @@ def collect(
         refused_ids = {pair.instruction.id for pair in refused}
         written = [Pair(i, (*tokenize(refusal_for(i)), end)) for i in harmful if i.id not in refused_ids]
     complied, answered = sets.get(("harmful", "answer"), []), sets.get(("harmless", "answer"), [])
-    return Anchors((*refused, *written), tuple(complied), tuple(answered), len(written))
+    return Anchors((*refused, *written), tuple(complied), tuple(answered))
 
 
 def refusal_for(instruction: Instruction) -> str:

@@ -11,8 +11,6 @@ from typing import Any
 from acd_local.errors import UsageError
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "gguf")
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("auto", "float32", "bfloat16")
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 _SIZE, _ROWS, _ROUNDS = 1024, 256, 5  # of the products that are timed

@@ -57,7 +57,6 @@ class DistillSettings:
         tries: texts tried per step.
         top_k: tokens considered per place.
         hold: steps on one minibatch.
-        score_every: accepted texts between two that llama.cpp scores.
     """
 
     max_tokens: int = 96
@@ -66,7 +65,6 @@ class DistillSettings:
     tries: int = 12
     top_k: int = 48
     hold: int = 4
-    score_every: int = 1
 
 
 FINALISTS = 4
@@ -74,21 +72,38 @@ FINALISTS = 4
 Scorer = Callable[[str], Mapping[str, float]]
 
 
+@dataclass(frozen=True)
+class Tried:
+    """Any text that was tried, and its objective on the minibatch of its step."""
+
+    step: int
+    origin: Origin
+    tokens: Tokens
+    objective: float
+
+
 @dataclass
 class DistillState:
-    """Where a search stands; JSON-able."""
+    """Where a search stands, and all that it tried; JSON-able."""
 
     step: int = 0
     tokens: Tokens = ()
     history: list[Candidate] = field(default_factory=list)
+    tried: list[Tried] = field(default_factory=list)
 
     def dump(self) -> dict[str, Any]:
-        return {"step": self.step, "tokens": list(self.tokens), "history": [asdict(c) for c in self.history]}
+        return {
+            "step": self.step,
+            "tokens": list(self.tokens),
+            "history": [asdict(c) | {"tokens": list(c.tokens)} for c in self.history],
+            "tried": [asdict(t) | {"tokens": list(t.tokens)} for t in self.tried],
+        }
 
     @classmethod
     def load(cls, data: Mapping[str, Any]) -> DistillState:
         history = [Candidate(**{**row, "tokens": tuple(row["tokens"])}) for row in data["history"]]
-        return cls(data["step"], tuple(data["tokens"]), history)
+        tried = [Tried(**{**row, "tokens": tuple(row["tokens"])}) for row in data["tried"]]
+        return cls(data["step"], tuple(data["tokens"]), history, tried)
 
 
 def parts(place: Literal["safe", "adversarial"]) -> list[str]:
@@ -181,7 +196,7 @@ class Distillation:
                 self._accept(manual, "manual", self._objective(manual), started)
         if not fitting:
             return
-        results = [(self._objective(tokens), tokens) for tokens in fitting]
+        results = [(self._try(tokens, "parts"), tokens) for tokens in fitting]
         parts, tokens = min(results, key=lambda r: r[0]["objective"])
         if not self.state.tokens or not current or parts["objective"] < self._objective(self.state.tokens)["objective"]:
             self._accept(tokens, "parts", parts, started)
@@ -199,14 +214,14 @@ class Distillation:
         for _ in range(self.settings.tries):
             tokens, origin = self._changed(current, places, rng)
             if self._space.is_stable(tokens):
-                found.append((self._objective(tokens), tokens, origin))
+                found.append((self._try(tokens, origin), tokens, origin))
         better = sorted((f for f in found if f[0]["objective"] < base["objective"]), key=lambda f: f[0]["objective"])
         if not better:
             return
         best = better[0]
         merged = _merge(current, [t for _, t, origin in better[:4] if origin == "swap"])
         if merged is not None and self._space.is_stable(merged):
-            value = self._objective(merged)
+            value = self._try(merged, "merge")
             if value["objective"] < best[0]["objective"]:
                 best = value, merged, "merge"
         self._accept(best[1], best[2], best[0], started)
@@ -232,9 +247,14 @@ class Distillation:
             new = int(places[at, int(rng.integers(places.shape[1]))])
         return tuple(changed), "swap"
 
+    def _try(self, tokens: Tokens, origin: Origin) -> dict[str, float]:
+        parts = self._objective(tokens)
+        self.state.tried.append(Tried(self.state.step, origin, tokens, parts["objective"]))
+        return parts
+
     def _accept(self, tokens: Tokens, origin: Origin, parts: dict[str, float], started: float) -> None:
         text = self._space.text(tokens)
-        scores = dict(self._scorer(text)) if len(self.state.history) % self.settings.score_every == 0 else {}
+        scores = dict(self._scorer(text))
         objective = parts.pop("objective")
         seconds = time.perf_counter() - started
         self.state.tokens = tokens

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from acd_local import models, pairs
 from acd_local.errors import ModelError, UsageError
 from acd_local.evaluate.runner import Progress
-from acd_local.optimize import anchors, device, result
+from acd_local.optimize import anchors, device, result, rope
 from acd_local.optimize.anchors import Instruction
 from acd_local.optimize.repeat import Repeat
 from acd_local.optimize.stages import private_folder, private_lines
@@ -174,6 +174,8 @@ def prepare(request: Request) -> Job:
     digest = _digest(info.path)
     if request.repeat is not None and request.repeat.model_sha256 != digest:
         raise UsageError(f"--repeat: that result was made from another file than {info.path.name}")
+    if request.repeat is not None and request.repeat.anchors_sha256 != anchors.digest(instructions):
+        raise UsageError("--repeat: that result was made with other instructions: name its file with --anchors")
     return Job(
         request=request,
         info=info,
@@ -203,6 +205,7 @@ def check_architecture(info: GGUFInfo) -> None:
             f"{name}: acd optimize cannot train {gguf_header.shown(info.architecture)} models; it can train "
             f"{', '.join(sorted(known))}"
         )
+    rope.check(info.path, info.architecture)
     if reason := rows.refusal(info.architecture):
         raise ModelError(f"{name}: soft prompts do not work with {info.architecture} models: {reason}")
 

@@ -22,12 +22,14 @@ class Repeat:
 
     Attributes:
         model_sha256: of the model's file.
+        anchors_sha256: of its instructions, see `anchors.digest`.
         conversations: that anchors were answered in at once.
         micro: examples that went through the model together.
         steps: of the stages, by the names in provenance.steps; those of texts hold their rounds.
     """
 
     model_sha256: str
+    anchors_sha256: str
     conversations: int
     micro: int
     steps: Mapping[str, int] = field(hash=False)
@@ -70,6 +72,7 @@ def read(path: Path) -> tuple[dict[str, Any], Repeat]:
         options["max_tokens"] = get("max_tokens", int)
     repeat = Repeat(
         model_sha256=get("model_sha256", str),
+        anchors_sha256=get("anchors_sha256", str),
         conversations=get("conversations", int),
         micro=get("micro", int),
         steps={name: get(name, int, steps) for name in names},

@@ -55,8 +55,9 @@ class OptimizeReport:
             (safety, over_refusal, lookalike) or None, seconds.
         kept: by prompt, the step whose soft prompt was kept.
         nearest: by prompt, rows of `nearest_words`.
-        distillation: by prompt, candidates in the order they were tried: step, objective (lower is better), parts (kl,
+        distillation: by prompt, texts in the order they were accepted: step, objective (lower is better), parts (kl,
             opo, fluency), text, origin, scores (safety, over_refusal, lookalike).
+        tried: by prompt, how many texts were tried for these.
         texts: by prompt, the chosen text.
         finals: by prompt, the texts that were tried in greedy answers: step, origin, trial (safety, over_refusal,
             lookalike, degenerate), chosen.
@@ -73,6 +74,7 @@ class OptimizeReport:
     kept: Mapping[str, int] = field(default_factory=dict)
     nearest: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     distillation: Mapping[str, Sequence[Record]] = field(default_factory=dict)
+    tried: Mapping[str, int] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     finals: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     setting_rows: Sequence[Record] = ()
@@ -518,7 +520,7 @@ def _distillation(data: OptimizeReport, figures: _Numbers) -> list[str]:
     more += f" {beyond} candidates far worse than the first are off the scale." if beyond else ""
     out = _figure(figures, plot, "The search for texts that do what the soft prompts do.", more)
     for key, name in _prompts(data.distillation):
-        out += _improvements(key, name, data.distillation[key], data.texts.get(key))
+        out += _improvements(key, name, data.distillation[key], data.tried.get(key), data.texts.get(key))
     return out
 
 
@@ -559,10 +561,10 @@ def _search(name: str, history: Sequence[Record]) -> tuple[svg.Panel, int]:
             stairs += [(i, stairs[-1][1]), (i, best)] if stairs else [(i, best)]
     stairs.append((found[-1][0], steps[-1]))
     curves.append(svg.Curve("best so far", 0, stairs))
-    return svg.Panel(name, svg.Axis("candidates tried", low=0.0), curves), len(found) - len(shown)
+    return svg.Panel(name, svg.Axis("texts accepted", low=0.0), curves), len(found) - len(shown)
 
 
-def _improvements(key: str, name: str, history: Sequence[Record], chosen: str | None) -> list[str]:
+def _improvements(key: str, name: str, history: Sequence[Record], tried: int | None, chosen: str | None) -> list[str]:
     """The texts that were the best so far, each with what changed in it, and the chosen one."""
     best, last = math.inf, ""
     shown: list[str] = []
@@ -575,7 +577,7 @@ def _improvements(key: str, name: str, history: Sequence[Record], chosen: str | 
         if better or (is_chosen and not seen):
             shown += _candidate(candidate, last, is_chosen, key == "adversarial")
             seen, last = seen or is_chosen, candidate["text"]
-    more = f'<span class="more">{count} of {len(history)} candidates</span>'
+    more = f'<span class="more">{count} of {len(history)} accepted{"" if tried is None else f", {tried} tried"}</span>'
     badge = f" {NEGATIVE_ONLY}" if key == "adversarial" else ""
     head = f"<summary>{name}: the texts that were best so far {more}{badge}</summary>"
     return [f'<details id="search-{key}">{head}', *shown, "</details>"]

@@ -13,7 +13,7 @@ from acd_local.optimize.job import TITLES, Clock
 from acd_local.optimize.scoring import GROUPS, SettingRow, candidates, choose
 from acd_local.optimize.stages import go_on
 from acd_local.optimize.trial import Trial
-from acd_local.optimize.workshop import Role, Workshop, measures
+from acd_local.optimize.workshop import ORDER, Role, Workshop, measures
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime.prompts import Framing
 from acd_local.softpair import SoftPair
@@ -35,6 +35,7 @@ class SettingStage:
             texts=dict(texts),
             grid=GRID,
             trial=[trial.TOKENS, trial.COUNTS],
+            order=ORDER,
             worth="safety minus mean over-refusal, by openings and greedy answers",
             openings=asdict(self._shop.job.texts.openings),
         )

@@ -27,8 +27,9 @@ from acd_local.optimize.workshop import TRYING, Role, Workshop, measures, timed,
 # What a step takes once hard anchors are mined, over one before: they are longer (demo model: 1.93 and 1.67 s).
 HARDER = 1.15
 TARGETING = Progress("computing what answers were drawn from", 0, 0, 0.0, None)
-# What makes one soft prompt better than another on validation; the higher the better.
-SCORES: dict[Role, soft.Score] = {"safe": lambda v: v.objective, "adversarial": lambda v: -v.nll}
+# What makes one soft prompt better than another on validation; the higher the better. There is no NLL where no
+# instruction that validates was complied with.
+SCORES: dict[Role, soft.Score] = {"safe": lambda v: v.objective, "adversarial": lambda v: -v.nll or -v.safety}
 
 
 class SoftStage:
@@ -223,7 +224,7 @@ def _halved(settings: SoftSettings, error: RuntimeError) -> SoftSettings:
     Raises:
         OutOfMemoryError: they cannot be smaller.
     """
-    if "memory" not in str(error):
+    if not any(words in str(error) for words in ("out of memory", "allocate memory")):  # not any word of memory
         raise error
     if settings.micro == 1:
         raise OutOfMemoryError("not enough memory for a training step") from None

@@ -18,7 +18,7 @@ from acd_local.optimize.stages import Checkpoint, go_on
 from acd_local.optimize.texts import batches
 from acd_local.optimize.trial import Trial
 from acd_local.optimize.weights import Example
-from acd_local.optimize.workshop import TRYING, Role, Workshop, measures, timed
+from acd_local.optimize.workshop import ORDER, TRYING, Role, Workshop, measures, timed
 from acd_local.pairs import AdversarialText, PromptPair
 
 SIZES: dict[Term, int] = {"positive": 6, "negative": 2, "retain": 10}  # anchors of a minibatch
@@ -37,7 +37,7 @@ class TextStage:
         self._sets = sets
 
     def run(self, role: Role, soft: Mapping[str, Any], safe_text: str | None) -> dict[str, Any]:
-        """{"text": the chosen one, "history": candidates, "scores": its}."""
+        """{"text": the chosen one, "scores": its, "history": texts that were accepted, "tried": all of them}."""
         settings = DistillSettings(max_tokens=self._shop.request.max_tokens)
         checkpoint = self._shop.checkpoint(
             f"text-{role}",
@@ -47,6 +47,7 @@ class TextStage:
             pieces=distill.parts(role),
             safe=safe_text,
             trial=[trial.TOKENS, trial.COUNTS, distill.FINALISTS, MARGIN],
+            order=ORDER,
         )
         reused = checkpoint.done
         if not reused:
@@ -57,7 +58,8 @@ class TextStage:
         self._shop.counts[f"text_{role}_rounds"] = checkpoint.counts["rounds"]
         self._shop.counts[f"text_{role}_steps"] = checkpoint.counts["rounds"] + checkpoint.counts["steps"]
         kept = "the manual text is the best" if found["origin"] == "manual" else f"best at step {found['kept']}"
-        summary = f"{len(found['history'])} texts accepted, {kept}: {measures(found['scores'])}"
+        counts = f"{len(found['tried'])} texts tried, {len(found['history'])} accepted"
+        summary = f"{counts}, {kept}: {measures(found['scores'])}"
         self._shop.close(checkpoint, summary, reused=reused)
         return found
 
@@ -134,7 +136,8 @@ class TextStage:
                 score_all(c.text)
                 keep()
         self._trials([c.text for c in finals], safe_text, notes["trials"], keep)
-        return _best_of(finals, state.history, notes["scores"], notes["trials"])
+        found = _best_of(finals, notes["scores"], notes["trials"])
+        return found | {key: notes["search"][key] for key in ("history", "tried")}
 
     def _search_counts(
         self,
@@ -199,7 +202,6 @@ def _short(found: Sequence[Example]) -> list[Example]:
 
 def _best_of(
     finals: Sequence[Candidate],
-    history: Sequence[Candidate],
     scores: Mapping[str, Mapping[str, float]],
     trials: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
@@ -219,7 +221,6 @@ def _best_of(
         "scores": scores[best.text],
         "trial": trials[best.text],
         "finals": [{"step": c.step, "origin": c.origin, "trial": trials[c.text], "chosen": c is best} for c in finals],
-        "history": [asdict(c) | {"tokens": list(c.tokens)} for c in history],
     }
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from acd_local.errors import ModelError, OutOfMemoryError
+from acd_local.optimize import rope
 from acd_local.optimize.losses import Targets
 
 if TYPE_CHECKING:
@@ -56,11 +57,13 @@ class FrozenModel:
         dtype: of weights and activations; losses are computed in float32.
 
     Raises:
-        ModelError: transformers cannot turn this file into a torch model.
+        ModelError: transformers cannot turn this file into a torch model that is llama.cpp's.
     """
 
     def __init__(self, path: Path, *, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self.model = _load(path, dtype).to(device).eval().requires_grad_(False)
+        loaded = _load(path, dtype)
+        rope.bring_along(loaded, path)
+        self.model = loaded.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.dtype = dtype
         self.embeddings: torch.Tensor = self.model.get_input_embeddings().weight

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from acd_local import __version__
-from acd_local.optimize import device, result
+from acd_local.optimize import anchors, device, result
 from acd_local.optimize.anchoring import sample_anchors
 from acd_local.optimize.job import Job, Listener
 from acd_local.optimize.report import OptimizeReport, render
@@ -115,6 +115,7 @@ class Optimization:
             kept={role: soft[role]["kept"] for role in ROLES},
             nearest={role: soft[role]["nearest"] for role in ROLES},
             distillation={role: found["history"] for role, found in distilled.items()},
+            tried={role: len(found["tried"]) for role, found in distilled.items()},
             texts={str(role): text for role, text in texts.items()},
             finals={role: found["finals"] for role, found in distilled.items()},
             setting_rows=setting["rows"],
@@ -145,6 +146,7 @@ class Optimization:
             "texts": {role: {"origin": found["origin"]} | found["trial"] for role, found in distilled.items()} or None,
             "max_tokens": None if request.soft_only else request.max_tokens,
             "anchors": dict(counts),
+            "anchors_sha256": anchors.digest(job.instructions),
             "steps": dict(self._shop.counts),
             "stage_seconds": {s["stage"]: round(s["seconds"], 1) for s in self._shop.stages},
             "stage_peak_mb": {s["stage"]: round(s["peak_bytes"] / 1e6) for s in self._shop.stages},

@@ -30,6 +30,7 @@ Role = Literal["safe", "adversarial"]
 ROLES: tuple[Role, Role] = ("safe", "adversarial")
 
 CONVERSATIONS = (32, 16, 8, 4, 2, 1)
+ORDER = "by id"  # of instructions that validate: by what their texts hash to
 CONTEXT = 512  # of a conversation while anchors are answered, tokens
 TRYING = Progress("trying how long a step takes", 0, 0, 0.0, None)
 
@@ -144,10 +145,7 @@ class Workshop:
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """Validation instructions by what a refusal of theirs counts as."""
-        named = {"harmful": "safety", "harmless": "over_refusal", "lookalike": "lookalike"}
-        found = validation_groups(self.job.instructions)
-        return {named[kind]: [i.prompt for i in group] for kind, group in found.items()}
+        return scored_groups(self.job.instructions)
 
     @contextmanager
     def on_llama(self) -> Iterator[tuple[OpeningScorer, TextSpace]]:
@@ -178,6 +176,13 @@ def timed(work: Callable[[], object]) -> float:
 def measures(scores: Mapping[str, float]) -> str:
     named = (("safety", "safety"), ("over-refusal", "over_refusal"), ("look-alike", "lookalike"))
     return ", ".join(f"{title} {scores[name]:.3f}" for title, name in named)
+
+
+def scored_groups(instructions: Sequence[Instruction]) -> dict[str, list[str]]:
+    """Validation instructions by what a refusal of theirs counts as; the first few of them are of all kinds."""
+    named = {"harmful": "safety", "harmless": "over_refusal", "lookalike": "lookalike"}
+    found = validation_groups(instructions)
+    return {named[kind]: [i.prompt for i in sorted(group, key=lambda i: i.id)] for kind, group in found.items()}
 
 
 def validation_groups(instructions: Sequence[Instruction]) -> dict[str, list[Instruction]]:

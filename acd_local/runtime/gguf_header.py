@@ -206,6 +206,15 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return _read_part(path).tensors
 
 
+def text_value(path: Path, key: str) -> str:
+    """The text under a key of the header; empty where there is none.
+
+    Raises:
+        ModelError: as `read_header`.
+    """
+    return _text(_read_part(path).values, key)
+
+
 def _read_part(path: Path) -> _Part:
     try:
         if path.is_dir():

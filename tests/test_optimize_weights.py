@@ -1,0 +1,51 @@
+"""The torch model is the GGUF file's, as llama.cpp runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from optimizing import torch
+from reference import fresh_logits
+
+from acd_local.errors import ModelError
+from acd_local.optimize import rope
+from acd_local.optimize.weights import FrozenModel
+from acd_local.runtime import llama
+
+TORCH_TOLERANCE = 0.03  # llama.cpp's KV cache is f16
+
+
+@pytest.mark.parametrize("rope_freqs", [False, True])
+def test_its_logits_are_llama_cpps(tiny: Callable[..., Path], rope_freqs: bool) -> None:
+    """With the factors that Llama 3.1 divides its rotary frequencies by, where positions are large enough to tell."""
+    path = tiny("chatml", rope_freqs=rope_freqs)
+    tokens = np.random.default_rng(1).integers(5, 300, 200).tolist()
+    model = FrozenModel(path)
+    with torch.no_grad():
+        found = model.logits(model.prefix(model.embed(tokens).float()).hidden[-1:])[0].numpy()
+    with llama.Model(path) as file:
+        wanted = fresh_logits(file, tokens)
+    assert np.abs(found - wanted).max() < TORCH_TOLERANCE
+    assert wanted.std() > 1
+
+
+def test_the_factors_matter(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny("chatml", rope_freqs=True)
+    tokens = np.random.default_rng(1).integers(5, 300, 200).tolist()
+    monkeypatch.setattr(rope, "bring_along", lambda model, path: None)
+    model = FrozenModel(path)
+    with torch.no_grad():
+        found = model.logits(model.prefix(model.embed(tokens).float()).hidden[-1:])[0].numpy()
+    with llama.Model(path) as file:
+        assert np.abs(found - fresh_logits(file, tokens)).max() > 3 * TORCH_TOLERANCE
+
+
+def test_factors_that_have_no_place_are_refused(tiny: Callable[..., Path]) -> None:
+    path = tiny("chatml", rope_freqs=True)
+    model = FrozenModel(path).model
+    model.model.rotary_emb.rope_type = "llama3"  # as if transformers had read them itself
+    with pytest.raises(ModelError, match=r"cannot give this model the file's rope_freqs\.weight"):
+        rope.bring_along(model, path)
