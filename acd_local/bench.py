@@ -279,35 +279,17 @@ def run(
         first, shared = engines[ENGINE_PLAIN], engines[SHARED]
         bare = stack.enter_context(llama.Context(first._model, n_ctx=ctx_size, n_seq=1, threads=threads))
         cases = {name: Case(name) for name in (PLAIN, *engines)}
-        strategies, sampled, repeat = ({name: Case(name) for name in STRATEGIES} for _ in range(3))
-
-        def plain(text: str) -> Plain:
-            return decode_plain(bare, first.template.encode(conversation(first, text)), tokens)
-
-        def ways(text: str, temp: float = 0.0) -> dict[str, Ask]:
-            return {name: partial(by_strategy, shared, name, text, tokens, temp) for name in STRATEGIES}
-
+        groups = {kind: {name: Case(name) for name in STRATEGIES} for kind in ("strategies", "sampled", "repeat")}
         progress("warming up")
-        cases[PLAIN].cold_s = plain(QUESTIONS[0]).first
+        cases[PLAIN].cold_s = _plain(bare, first, QUESTIONS[0], tokens).first
         cache_mb = kv_mb(bare, ctx_size)
         for name, engine in engines.items():
             cases[name].cold_s = _ask(engine, name, QUESTIONS[0], tokens).first
             if name != ENGINE_PLAIN:
                 warm_up(engine, tokens)
-        others = {name: engine for name, engine in engines.items() if name != SHARED}
         for number in range(1, rounds + 1):
             progress(f"round {number} of {rounds}")
-            text = QUESTIONS[number % len(QUESTIONS)]
-            asks = {name: partial(_ask_anew, engine, name, text, tokens) for name, engine in others.items()}
-            base, found = in_turns(number, partial(plain, text), asks | ways(text))
-            found[SHARED] = found["auto"]  # what the engine does by default
-            found[PLAIN] = base.measured(tokens - 1)
-            note(cases, base, found)
-            note(strategies, base, found)
-            note(sampled, *in_turns(number, partial(plain, text), ways(text, TEMP)))
-            text = REPEATS[number % len(REPEATS)]
-            base, found = in_turns(number, partial(plain, text), ways(text))
-            note(repeat, base, found)
+            _round(number, bare, engines, cases, groups, tokens)
         contrast = resolve_contrast(Options(), first.pair)
         report = Report(
             model=first.info.name or first.info.path.name,
@@ -319,11 +301,9 @@ def run(
             tokens=tokens,
             rounds=rounds,
             cases=list(cases.values()),
-            strategies=list(strategies.values()),
-            sampled=list(sampled.values()),
-            repeat=list(repeat.values()),
             kv_mb=cache_mb,
             costs=shared._row_clock.known,
+            **{kind: list(group.values()) for kind, group in groups.items()},
         )
     if memory:
         for case in report.cases:
@@ -331,6 +311,39 @@ def run(
             case.peak_mb = _peak_of(case.name, model, settings)
         report.cases.append(Case(SHARED_Q8, peak_mb=_peak_of(SHARED_Q8, model, settings)))
     return report
+
+
+def _plain(bare: llama.Context, engine: Engine, text: str, tokens: int) -> Plain:
+    return decode_plain(bare, engine.template.encode(conversation(engine, text)), tokens)
+
+
+def _round(
+    number: int,
+    bare: llama.Context,
+    engines: Mapping[str, Engine],
+    cases: Mapping[str, Case],
+    groups: Mapping[str, Mapping[str, Case]],
+    tokens: int,
+) -> None:
+    """All cases once: a question greedily and sampled, and a text to repeat."""
+    shared = engines[SHARED]
+
+    def plain(text: str) -> Callable[[], Plain]:
+        return partial(_plain, bare, engines[ENGINE_PLAIN], text, tokens)
+
+    def ways(text: str, temp: float = 0.0) -> dict[str, Ask]:
+        return {name: partial(by_strategy, shared, name, text, tokens, temp) for name in STRATEGIES}
+
+    text = QUESTIONS[number % len(QUESTIONS)]
+    asks = {name: partial(_ask_anew, engine, name, text, tokens) for name, engine in engines.items() if name != SHARED}
+    base, found = in_turns(number, plain(text), asks | ways(text))
+    found[SHARED] = found["auto"]  # what the engine does by default
+    found[PLAIN] = base.measured(tokens - 1)
+    note(cases, base, found)
+    note(groups["strategies"], base, found)
+    note(groups["sampled"], *in_turns(number, plain(text), ways(text, TEMP)))
+    text = REPEATS[number % len(REPEATS)]
+    note(groups["repeat"], *in_turns(number, plain(text), ways(text)))
 
 
 def check_counts(tokens: int, rounds: int) -> None:
@@ -507,7 +520,8 @@ def kv_mb(context: llama.Context, n_ctx: int) -> float:
 
 
 def _peak_of(case: str, model: str, settings: Mapping[str, Any]) -> float:
-    done = child.run_module("acd_local.bench", case, model, str(settings["threads"]), str(settings["ctx_size"]))
+    given = (str(settings["threads"]), str(settings["ctx_size"]), settings["pair"] or "")
+    done = child.run_module("acd_local.bench", case, model, *given)
     if done.returncode != 0:
         raise InternalError(
             f"measuring the memory of {case!r} failed: {done.stderr.decode('utf-8', 'replace').strip()[-300:]}"
@@ -515,7 +529,7 @@ def _peak_of(case: str, model: str, settings: Mapping[str, Any]) -> float:
     return float(done.stdout)
 
 
-def _peak_here(case: str, model: str, threads: int, ctx_size: int) -> float:
+def _peak_here(case: str, model: str, threads: int, ctx_size: int, pair: str | None) -> float:
     """Answer one question in this process and return its peak resident memory, 10^6 bytes."""
     if case == PLAIN:
         from acd_local.models import resolve
@@ -529,7 +543,7 @@ def _peak_here(case: str, model: str, threads: int, ctx_size: int) -> float:
             for position in range(len(prompt), len(prompt) + MEMORY_TOKENS):
                 token = int(decode_rows(context, [token], position).argmax())
     else:
-        given: dict[str, Any] = {"layout": "split" if "split" in case else "shared"}
+        given: dict[str, Any] = {"layout": "split" if "split" in case else "shared", "pair": pair}
         if case == SHARED_Q8:
             given["kv_type"] = "q8_0"
         with Engine(model, threads=threads, ctx_size=ctx_size, **given) as engine:
@@ -551,4 +565,5 @@ def _high_water_mark() -> float:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{_peak_here(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))}\n")
+    case, model, threads, ctx_size, pair = sys.argv[1:]
+    sys.stdout.write(f"{_peak_here(case, model, int(threads), int(ctx_size), pair or None)}\n")

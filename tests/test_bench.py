@@ -17,7 +17,7 @@ from acd_local import bench, latency, peers, speed
 from acd_local.answering import AnswerStream
 from acd_local.cli.main import command
 from acd_local.cli.shell import run_cli
-from acd_local.errors import ModelError, UsageError
+from acd_local.errors import InternalError, ModelError, UsageError
 from acd_local.options import Options
 from acd_local.runtime import llama, probe
 from acd_local.runtime.contrast import contrast
@@ -129,6 +129,13 @@ def test_memory_over_plain_and_a_cache(tiny: Callable[..., Path]) -> None:
     report = bench.Report("m", "p", 0.5, 0.1, 9, 1, 8, 1, cases, [], [], [], kv_mb=25.0, costs=None)
     assert report.extra_mb == 15.0
     assert replace(report, cases=cases[:1]).extra_mb is None
+
+
+def test_memory_is_measured_with_the_pair_that_was_asked_for(tiny: Callable[..., Path]) -> None:
+    model, settings = str(tiny("chatml")), {"threads": 1, "ctx_size": 512}
+    assert bench._peak_of(bench.SHARED, model, settings | {"pair": None}) > 10
+    with pytest.raises(InternalError, match="no-such-pair"):
+        bench._peak_of(bench.SHARED, model, settings | {"pair": "no-such-pair"})
 
 
 def test_a_window_leaves_rows_out(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
