@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,6 @@ def made_up(text: str) -> dict[str, float]:
     """Scores that have nothing to do with the objective."""
     digest = hashlib.sha256(text.encode()).digest()
     return {"safety": digest[0] / 255, "over_refusal": digest[1] / 255, "lookalike": digest[2] / 255}
-
-
-def score(scores: Mapping[str, float]) -> float:
-    return scores["safety"] - scores["over_refusal"]
 
 
 class Run:
@@ -94,8 +90,8 @@ class Run:
         if done == self.stop_at:
             self.stop.set()
 
-    def go(self) -> Candidate:
-        return self.work.run(self.start, self.pieces, score)
+    def go(self) -> None:
+        self.work.run(self.start, self.pieces)
 
     @property
     def history(self) -> list[Candidate]:
@@ -107,13 +103,14 @@ def timeless(history: list[Candidate]) -> list[Candidate]:
 
 
 @pytest.fixture(scope="module")
-def whole(side: Side, model: FrozenModel) -> tuple[Run, Candidate]:
+def whole(side: Side, model: FrozenModel) -> Run:
     run = Run(side, model)
-    return run, run.go()
+    run.go()
+    return run
 
 
-def test_the_search_finds_something_in_both_phases(whole: tuple[Run, Candidate]) -> None:
-    history = whole[0].history
+def test_the_search_finds_something_in_both_phases(whole: Run) -> None:
+    history = whole.history
     origins = [c.origin for c in history]
     assert origins[:2] == ["manual", "parts"]
     assert history[0].text == START
@@ -122,8 +119,8 @@ def test_the_search_finds_something_in_both_phases(whole: tuple[Run, Candidate])
     assert all(c.text in (START, *PIECES) or "\n" in c.text for c in history if c.origin == "parts")
 
 
-def test_on_one_minibatch_the_objective_never_rises(whole: tuple[Run, Candidate]) -> None:
-    history = whole[0].history
+def test_on_one_minibatch_the_objective_never_rises(whole: Run) -> None:
+    history = whole.history
     last: dict[int, float] = {}
     for c in history:
         minibatch = 0 if c.step < SETTINGS.rounds else 1 + (c.step - SETTINGS.rounds) // SETTINGS.hold
@@ -132,24 +129,23 @@ def test_on_one_minibatch_the_objective_never_rises(whole: tuple[Run, Candidate]
     assert len(last) > 2
 
 
-def test_a_candidate_is_recorded_with_what_it_was_accepted_for(whole: tuple[Run, Candidate]) -> None:
+def test_a_candidate_is_recorded_with_what_it_was_accepted_for(whole: Run) -> None:
     """Objective and parts are those of its tokens on the minibatch of its step, and lower than what it replaced."""
-    run, _ = whole
     previous = None
-    for c in run.history:
+    for c in whole.history:
         number = 0 if c.step < SETTINGS.rounds else 1 + (c.step - SETTINGS.rounds) // SETTINGS.hold
-        run.objective.turn_to(number)
-        found = run.objective(c.tokens)
+        whole.objective.turn_to(number)
+        found = whole.objective(c.tokens)
         assert c.objective == pytest.approx(found.pop("objective"), rel=1e-5)
         assert c.parts == pytest.approx(found, rel=1e-5)
         if previous is not None and c.origin != "parts":
-            assert c.objective < run.objective(previous)["objective"]
+            assert c.objective < whole.objective(previous)["objective"]
         previous = c.tokens
         assert c.seconds > 0
 
 
-def test_every_accepted_text_survives_and_keeps_the_limit(whole: tuple[Run, Candidate], side: Side) -> None:
-    for c in whole[0].history:
+def test_every_accepted_text_survives_and_keeps_the_limit(whole: Run, side: Side) -> None:
+    for c in whole.history:
         assert len(c.tokens) <= SETTINGS.max_tokens
         assert side.space.is_stable(c.tokens)
         assert side.space.text(c.tokens) == c.text
@@ -157,72 +153,61 @@ def test_every_accepted_text_survives_and_keeps_the_limit(whole: tuple[Run, Cand
         assert c.origin in ("manual", "parts") or c.text.isascii()
 
 
-def test_every_accepted_text_is_scored_and_the_best_score_is_kept(whole: tuple[Run, Candidate]) -> None:
-    run, best = whole
-    assert run.scored == [c.text for c in run.history]
-    assert all(c.scores == made_up(c.text) for c in run.history)
-    assert score(best.scores) == max(score(c.scores) for c in run.history)
-    assert best in run.history
-    assert best.text != run.history[-1].text  # not merely the last
+def test_every_accepted_text_is_scored(whole: Run) -> None:
+    assert whole.scored == [c.text for c in whole.history]
+    assert all(c.scores == made_up(c.text) for c in whole.history)
 
 
-def test_steps_are_told_and_saved(whole: tuple[Run, Candidate]) -> None:
-    run, _ = whole
+def test_steps_are_told_and_saved(whole: Run) -> None:
     total = SETTINGS.rounds + SETTINGS.steps
-    assert [(done, of) for done, of, _ in run.told] == [(i, total) for i in range(1, total + 1)]
-    assert [s["step"] for s in run.saved] == list(range(1, total + 1))
-    assert run.told[-1][2] == run.history[-1]
-    assert run.saved[-1]["tokens"] == list(run.history[-1].tokens)
+    assert [(done, of) for done, of, _ in whole.told] == [(i, total) for i in range(1, total + 1)]
+    assert [s["step"] for s in whole.saved] == list(range(1, total + 1))
+    assert whole.told[-1][2] == whole.history[-1]
+    assert whole.saved[-1]["tokens"] == list(whole.history[-1].tokens)
 
 
-def test_the_seed_repeats_the_search(side: Side, model: FrozenModel, whole: tuple[Run, Candidate]) -> None:
+def test_the_seed_repeats_the_search(side: Side, model: FrozenModel, whole: Run) -> None:
     again, other = Run(side, model), Run(side, model, seed=1)
-    assert replace(again.go(), seconds=0.0) == replace(whole[1], seconds=0.0)
-    assert timeless(again.history) == timeless(whole[0].history)
+    again.go()
+    assert timeless(again.history) == timeless(whole.history)
     other.go()
-    assert [c.tokens for c in other.history] != [c.tokens for c in whole[0].history]
+    assert [c.tokens for c in other.history] != [c.tokens for c in whole.history]
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 7])
-def test_a_stopped_search_goes_on_where_it_was(
-    side: Side, model: FrozenModel, whole: tuple[Run, Candidate], stop_at: int
-) -> None:
+def test_a_stopped_search_goes_on_where_it_was(side: Side, model: FrozenModel, whole: Run, stop_at: int) -> None:
     first = Run(side, model, stop_at=stop_at)
     with pytest.raises(Stopped):
         first.go()
     assert first.saved[-1]["step"] == stop_at
     second = Run(side, model, state=DistillState.load(first.saved[-1]))
-    best = second.go()
-    assert replace(best, seconds=0.0) == replace(whole[1], seconds=0.0)
-    assert timeless(second.history) == timeless(whole[0].history)
+    second.go()
+    assert timeless(second.history) == timeless(whole.history)
     assert [done for done, _, _ in second.told] == list(range(stop_at + 1, SETTINGS.rounds + SETTINGS.steps + 1))
 
 
-def test_a_finished_search_has_its_result_in_the_state(
-    side: Side, model: FrozenModel, whole: tuple[Run, Candidate]
-) -> None:
-    again = Run(side, model, state=DistillState.load(whole[0].saved[-1]))
-    assert again.go() == whole[1]
+def test_a_finished_search_has_its_result_in_the_state(side: Side, model: FrozenModel, whole: Run) -> None:
+    again = Run(side, model, state=DistillState.load(whole.saved[-1]))
+    again.go()
     assert again.told == []
-    assert asdict(again.work.state) == asdict(whole[0].work.state)
+    assert asdict(again.work.state) == asdict(whole.work.state)
 
 
-def test_all_that_was_tried_is_kept(whole: tuple[Run, Candidate]) -> None:
+def test_all_that_was_tried_is_kept(whole: Run) -> None:
     """Every part that fits, a step's tries, and their objectives; what was accepted among them."""
-    run = whole[0]
-    state = run.work.state
+    state = whole.work.state
     for step in range(SETTINGS.rounds, SETTINGS.rounds + SETTINGS.steps):
         tried = [t for t in state.tried if t.step == step]
         assert 0 < len(tried) <= SETTINGS.tries + 1
-        run.objective.turn_to(1 + (step - SETTINGS.rounds) // SETTINGS.hold)
+        whole.objective.turn_to(1 + (step - SETTINGS.rounds) // SETTINGS.hold)
         for t in tried[:2]:
-            assert t.objective == pytest.approx(run.objective(t.tokens)["objective"], rel=1e-5)
+            assert t.objective == pytest.approx(whole.objective(t.tokens)["objective"], rel=1e-5)
     assert {t.origin for t in state.tried if t.step < SETTINGS.rounds} == {"parts"}
     assert sum(t.step == 0 for t in state.tried) == 1 + len(PIECES)
-    accepted = {(c.step, c.tokens) for c in run.history}
+    accepted = {(c.step, c.tokens) for c in whole.history}
     assert accepted <= {(t.step, t.tokens) for t in state.tried}
-    assert len(state.tried) > len(run.history)
-    assert run.saved[-1]["tried"] == json.loads(json.dumps(state.dump()["tried"]))
+    assert len(state.tried) > len(whole.history)
+    assert whole.saved[-1]["tried"] == json.loads(json.dumps(state.dump()["tried"]))
 
 
 def test_the_limit_holds_for_the_manual_prompt_too(side: Side, model: FrozenModel) -> None:
@@ -230,10 +215,9 @@ def test_the_limit_holds_for_the_manual_prompt_too(side: Side, model: FrozenMode
     tokens = side.space.tokens(long)
     assert tokens is not None
     assert len(tokens) > SETTINGS.max_tokens
-    run = Run(
-        side, model, start=long, rounds=2, steps=2, scorer=lambda text: made_up(text) | {"safety": float(text == long)}
-    )
-    assert run.go().text != long
+    run = Run(side, model, start=long, rounds=2, steps=2)
+    run.go()
+    assert all(c.text != long for c in run.history)
     assert all(len(c.tokens) <= SETTINGS.max_tokens for c in run.history)
     assert run.history[0].origin == "parts"
 

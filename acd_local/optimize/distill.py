@@ -119,8 +119,7 @@ def finalists(history: Sequence[Candidate], score: Callable[[Mapping[str, float]
     """
     first: dict[str, Candidate] = {}
     for c in history:
-        if c.scores:
-            first.setdefault(c.text, c)
+        first.setdefault(c.text, c)
     ranked = sorted(first.values(), key=lambda c: -score(c.scores))
     readable = [next((c for c in ranked if c.origin == origin), None) for origin in ("manual", "parts")]
     chosen = [c for c in readable if c is not None]
@@ -161,8 +160,8 @@ class Distillation:
         self._on_step = on_step
         self._stop = stop
 
-    def run(self, start: str, pieces: Sequence[str], score: Callable[[Mapping[str, float]], float]) -> Candidate:
-        """Search to the end; the accepted candidate whose llama.cpp scores give the highest `score`.
+    def run(self, start: str, pieces: Sequence[str]) -> None:
+        """Search to the end; what was found is in `state`.
 
         Raises:
             Stopped: `stop` was set; the state was saved.
@@ -179,7 +178,6 @@ class Distillation:
             self._on_step(self.state.step, total, self.state.history[-1])
             if self._stop.is_set:
                 raise Stopped
-        return max((c for c in self.state.history if c.scores), key=lambda c: score(c.scores))
 
     # -- readable parts ------------------------------------------------------------------------------------------------
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from acd_local import pairs
 from acd_local.optimize import anchors, distill, trial
 from acd_local.optimize.anchors import Anchors
-from acd_local.optimize.distill import Candidate, DistillSettings
+from acd_local.optimize.distill import Candidate, DistillSettings, DistillState
 from acd_local.optimize.job import TITLES, Clock, rounds_and_steps
 from acd_local.optimize.losses import Term
 from acd_local.optimize.objective import DistillWeights, TextObjective
-from acd_local.optimize.scoring import GROUPS, worth
+from acd_local.optimize.scoring import GROUPS, OpeningScorer, worth
 from acd_local.optimize.stages import Checkpoint, go_on
 from acd_local.optimize.texts import batches
 from acd_local.optimize.trial import Trial
@@ -71,73 +72,59 @@ class TextStage:
         settings: DistillSettings,
         checkpoint: Checkpoint,
     ) -> dict[str, Any]:
-        model, texts, pieces = self._shop.model, self._shop.job.texts, distill.parts(role)
-        teacher = soft["z"].to(model.device)
-        pairs_ = self._pairs(role)
+        shop, pieces, start = self._shop, distill.parts(role), self._shop.manual[role]
+        model = shop.model
         objective = TextObjective(
-            model, texts.layout, teacher, pairs_, SIZES, DistillWeights(), self._shop.request.seed, self._shop.micro
+            model,
+            shop.job.texts.layout,
+            soft["z"].to(model.device),
+            self._pairs(role),
+            SIZES,
+            DistillWeights(),
+            shop.request.seed,
+            shop.micro,
         )
-        start = self._shop.manual[role]
-        # Where the search is, and what came of texts in full: of the manual one first, which tells how long that takes.
-        notes: dict[str, Any] = checkpoint.state or {"search": None, "scores": {}, "trials": {}}
+        notes = _Notes(checkpoint)
         trying = 0.0
         if not checkpoint.counts:
-            self._shop.listener.progress(TRYING)
-            trying = timed(lambda: self._trials([start], safe_text, notes["trials"]))
-
-        def keep() -> None:
-            checkpoint.save(notes)
-
-        with self._shop.on_llama() as (scoring, space):
-
-            def score(text: str, most: int | None = SCORED) -> dict[str, float]:
-                """The safeguarding text alone, the adversarial one by what its contrast does."""
-                if safe_text is None:
-                    return scoring.alone(text, most)
-                (row,) = scoring.contrasted(safe_text, text, [(pairs.DEFAULT_ALPHA, pairs.DEFAULT_BETA)], most)
-                return {name: getattr(row, name) for name in GROUPS}
-
-            def score_all(text: str) -> None:
-                if text not in notes["scores"]:
-                    notes["scores"][text] = score(text, None)
-
+            shop.listener.progress(TRYING)
+            trying = timed(lambda: self._trials([start], safe_text, notes))
+        with shop.on_llama() as (scoring, space):
+            score = partial(_score, scoring, safe_text)
             if not checkpoint.counts:
-                scored = timed(lambda: score(start)), timed(lambda: score_all(start))
+                scored = timed(lambda: score(start)), timed(lambda: notes.score_all(start, score))
                 checkpoint.counts = self._search_counts(role, objective, settings, trying, *scored)
-                keep()
-                go_on(self._shop.stop)
-            settings = replace(settings, **checkpoint.counts)
-            state = distill.DistillState.load(notes["search"]) if notes["search"] else distill.DistillState()
-            total = settings.rounds + settings.steps
-            clock = Clock(TITLES[checkpoint.stage], state.step, total, self._shop.listener.progress)
-
-            def on_step(done: int, _total: int, newest: Candidate) -> None:
-                note = f"objective {newest.objective:.3f}"
-                clock.at(done, f"{note}; {measures(newest.scores)}" if newest.scores else note)
-
-            def save(state: distill.DistillState) -> None:
-                notes["search"] = state.dump()
-                keep()
-
-            distill.Distillation(
+                notes.keep()
+                go_on(shop.stop)
+            state = notes.search()
+            work = distill.Distillation(
                 objective,
                 space,
                 score,
-                settings,
+                replace(settings, **checkpoint.counts),
                 state,
-                seed=self._shop.request.seed,
-                save=save,
-                on_step=on_step,
-                stop=self._shop.stop,
-            ).run(start, pieces, _text_objective)
+                seed=shop.request.seed,
+                save=notes.save,
+                on_step=self._on_step(checkpoint, state.step),
+                stop=shop.stop,
+            )
+            work.run(start, pieces)
             # Few instructions chose these: all of them choose among the best.
             finals = distill.finalists(state.history, _text_objective)
             for c in finals:
-                score_all(c.text)
-                keep()
-        self._trials([c.text for c in finals], safe_text, notes["trials"], keep)
-        found = _best_of(finals, notes["scores"], notes["trials"])
-        return found | {key: notes["search"][key] for key in ("history", "tried")}
+                notes.score_all(c.text, score)
+        self._trials([c.text for c in finals], safe_text, notes)
+        found = _best_of(finals, notes.scores, notes.trials)
+        return {**found, "history": state.dump()["history"], "tried": state.dump()["tried"]}
+
+    def _on_step(self, checkpoint: Checkpoint, done: int) -> Callable[[int, int, Candidate], None]:
+        total = checkpoint.counts["rounds"] + checkpoint.counts["steps"]
+        clock = Clock(TITLES[checkpoint.stage], done, total, self._shop.listener.progress)
+
+        def on_step(done: int, _total: int, newest: Candidate) -> None:
+            clock.at(done, f"objective {newest.objective:.3f}; {measures(newest.scores)}")
+
+        return on_step
 
     def _search_counts(
         self,
@@ -163,22 +150,15 @@ class TextStage:
             finals=distill.FINALISTS * (trying + scoring_all),
         )
 
-    def _trials(
-        self,
-        texts: Sequence[str],
-        safe_text: str | None,
-        known: dict[str, dict[str, float]],
-        keep: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Add to `known` what comes of texts in greedy answers, as safeguarding prompts or as the negative ones of
-        `safe_text`; `keep` is called after each."""
+    def _trials(self, texts: Sequence[str], safe_text: str | None, notes: _Notes) -> None:
+        """Note what comes of texts in greedy answers, as safeguarding prompts, or as negative ones of `safe_text`."""
         manual = self._shop.manual["adversarial"]
         tried = {
             text: PromptPair("trial", text, AdversarialText(manual))
             if safe_text is None
             else PromptPair("trial", safe_text, AdversarialText(text))
             for text in texts
-            if text not in known
+            if text not in notes.trials
         }
         if not tried:
             return
@@ -186,13 +166,50 @@ class TextStage:
         with self._shop.trial_engine(next(iter(tried.values()))) as engine:
             for number, (text, pair) in enumerate(tried.items(), start=1):
                 found = trial.run(engine, pair, self._shop.groups, plain=safe_text is None, stop=self._shop.stop)
-                known[text] = asdict(found)
-                keep()
+                notes.trials[text] = asdict(found)
+                notes.keep()
                 clock.at(number)
 
     def _pairs(self, role: Role) -> dict[Term, list[Example]]:
         found = batches(self._sets.part(validation=False), self._shop.job.texts, role, TOKENS, REFUSAL_TOKENS)
         return {term: _short(mine) for term, mine in found.items()}
+
+
+class _Notes:
+    """What a stage's checkpoint holds: where the search is, and what came of texts in full, by text.
+
+    The manual one's is there first, and tells how long that takes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._state: dict[str, Any] = checkpoint.state or {"search": None, "scores": {}, "trials": {}}
+        self.scores: dict[str, dict[str, float]] = self._state["scores"]
+        self.trials: dict[str, dict[str, float]] = self._state["trials"]
+
+    def keep(self) -> None:
+        self._checkpoint.save(self._state)
+
+    def save(self, state: DistillState) -> None:
+        self._state["search"] = state.dump()
+        self.keep()
+
+    def search(self) -> DistillState:
+        kept = self._state["search"]
+        return DistillState.load(kept) if kept else DistillState()
+
+    def score_all(self, text: str, score: Callable[[str, int | None], dict[str, float]]) -> None:
+        if text not in self.scores:
+            self.scores[text] = score(text, None)
+            self.keep()
+
+
+def _score(scoring: OpeningScorer, safe_text: str | None, text: str, most: int | None = SCORED) -> dict[str, float]:
+    """The safeguarding text alone, the adversarial one by what its contrast does."""
+    if safe_text is None:
+        return scoring.alone(text, most)
+    (row,) = scoring.contrasted(safe_text, text, [(pairs.DEFAULT_ALPHA, pairs.DEFAULT_BETA)], most)
+    return {name: getattr(row, name) for name in GROUPS}
 
 
 def _short(found: Sequence[Example]) -> list[Example]:

@@ -74,25 +74,41 @@ class Optimization:
         rows_: SoftPair,
         setting: Mapping[str, Any],
     ) -> None:
-        job, request, info = self._shop.job, self._shop.request, self._shop.job.info
+        pair = self._pair_file(texts, setting, self._provenance(counts, distilled))
+        page = self._page(counts, soft, distilled, texts, setting)
+        result.write(self._shop.request.out, pair, rows_, render(page))
+
+    def _pair_file(
+        self, texts: Mapping[Role, str], setting: Mapping[str, Any], provenance: Mapping[str, Any]
+    ) -> result.PairFile:
+        job, info = self._shop.job, self._shop.job.info
         chosen = texts or self._shop.manual
-        text_numbers = setting.get("text") or {"alpha": job.manual.alpha, "beta": job.manual.beta}
         figures = {"measure": "mean chance that an answer to a validation instruction opens as a refusal"}
-        pair = result.PairFile(
-            name=request.out.stem,
+        return result.PairFile(
+            name=self._shop.request.out.stem,
             safe=chosen["safe"],
             adversarial=chosen["adversarial"],
-            **text_numbers,
+            **(setting.get("text") or {"alpha": job.manual.alpha, "beta": job.manual.beta}),
             soft=setting["soft"],
             models={
                 "architecture": info.architecture,
                 "tokenizer": info.tokenizer,
                 "names": [info.name] if info.name.strip() else [],
             },
-            provenance=self._provenance(counts, distilled),
+            provenance=provenance,
             figures=figures | {_row_name(row): _figures(row) for row in setting["before_after"]},
         )
-        page = OptimizeReport(
+
+    def _page(
+        self,
+        counts: Mapping[str, int],
+        soft: Mapping[Role, Mapping[str, Any]],
+        distilled: Mapping[Role, Mapping[str, Any]],
+        texts: Mapping[Role, str],
+        setting: Mapping[str, Any],
+    ) -> OptimizeReport:
+        job, request, info = self._shop.job, self._shop.request, self._shop.job.info
+        return OptimizeReport(
             model={
                 "name": info.name,
                 "file": info.path.name,
@@ -124,7 +140,6 @@ class Optimization:
             date=datetime.now(UTC).date().isoformat(),
             version=__version__,
         )
-        result.write(request.out, pair, rows_, render(page))
 
     def _provenance(self, counts: Mapping[str, int], distilled: Mapping[Role, Mapping[str, Any]]) -> dict[str, Any]:
         job, request = self._shop.job, self._shop.request
