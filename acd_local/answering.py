@@ -17,7 +17,7 @@ from acd_local.answers import Answer, Chunk, ContrastStats, FinishReason, OnEven
 from acd_local.errors import UsageError
 from acd_local.options import MAX_SEED, Options
 from acd_local.pairs import PromptPair, refuse_adversarial
-from acd_local.runtime import grammar
+from acd_local.runtime import grammar, lookup
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import Chooser, ContrastSettings, Step
 from acd_local.runtime.deferred import deferred
@@ -273,10 +273,11 @@ class Answering:
             first,
             chooser,
             Pace(costs or RowCosts(), alpha=self.settings.alpha, greedy=options.temp == 0),
-            Lookup(prompt.safe),
+            Lookup(prompt.safe, lookup.GREEDY if options.temp == 0 else lookup.SAMPLED),
             limit=prompt.room,
             lead=LEAD if costs is None and asked == "auto" and self.settings.alpha > 0 else 1,
             patient=asked == "deferred" or costs is None,
+            clock=engine._row_clock if costs is None else None,
         )
 
     def _record(self, step: Step) -> bytes:

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -96,7 +96,7 @@ class BatchCosts:
             "single_ms": round(1e3 * self.seconds[1], 3),
             "rows": {k: round(cost, 3) for k, cost in self.rows.items()},
             "pair": round(self.pair, 3),
-            "fit": None if self.fit is None else asdict(self.fit),
+            "fit": None if self.fit is None else {"fixed": self.fit.fixed, "each": self.fit.each},
         }
 
 

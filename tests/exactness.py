@@ -19,38 +19,80 @@ from acd_local.session import Engine
 ANY = 60  # tries of any signs
 PLACES = 16  # that the token is put at, among those near it
 NEAR = 6.0  # logits below the safe stream's best one: tokens farther down are not put at other places
-STEPS = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6)
+STEPS = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.4, 0.5, 0.6)
+SHAPES = (1, 5)  # rows of a batch
 
 
-def text_logits(model: llama.Model, prompt: Sequence[int], said: Sequence[int], kv_type: str) -> np.ndarray:
-    """Logits that predict each token of `said`, in one pass over the whole text; shape (len(said), n_vocab)."""
+def text_logits(
+    model: llama.Model, prompt: Sequence[int], said: Sequence[int], kv_type: str, rows: int | None = None
+) -> np.ndarray:
+    """Logits that predict each token of `said`; shape (len(said), n_vocab).
+
+    Args:
+        rows: of a batch behind the prompt; without, one pass over the whole text.
+    """
     tokens, first, found = [*prompt, *said[:-1]], len(prompt) - 1, []
     with llama.Context(model, n_ctx=len(tokens) + 1, n_seq=1, outputs=len(said), kv_type=kv_type) as context:
-        for start in range(0, len(tokens), context.n_batch):
-            part = tokens[start : start + context.n_batch]
+        start = 0
+        while start < len(tokens):
+            end = start + context.n_batch
+            if rows is not None:
+                end = min(end, len(prompt)) if start < len(prompt) else start + rows
+            part = tokens[start:end]
             positions = list(range(start, start + len(part)))
             wanted = [int(p >= first) for p in positions]
             context.decode(part, [0] * len(part), positions, wanted)
             if any(wanted):
                 found.append(context.logits(sum(wanted)).copy())
+            start += len(part)
     return np.concatenate(found)
 
 
 def near_tie(engine: Engine, prompt: str, options: Options, answer: Answer, kv_type: str = "f16") -> float:
-    """By how much logits of both streams have to be moved for every token to be the choice; 0: they are as they stand.
+    """The widest of `near_ties`."""
+    return max(near_ties(engine, prompt, options, answer, kv_type))
+
+
+def near_ties(engine: Engine, prompt: str, options: Options, answer: Answer, kv_type: str = "f16") -> list[float]:
+    """By how much logits of both streams have to be moved for each token to be the choice; 0: it is as they stand.
 
     The draw is made again with the seed and the position. Not for mirostat, whose state depends on what was drawn.
     """
-    said = [record.token for record in answer.tokens]
-    texts = (engine.pair.safe, engine.pair.adversarial.reveal_for_negative_stream())
-    prompts = [engine.template.encode([Message("system", text), Message("user", prompt)]) for text in texts]
+    said, prompts = _said(answer), _prompts(engine, prompt)
     safe, adversarial = (text_logits(engine._model, ids, said, kv_type) for ids in prompts)
     choices = _Choices(engine, options, answer, prompts[0])
-    widest = 0.0
+    found = []
     for position, token in enumerate(said):
-        widest = max(widest, choices.distance(safe[position], adversarial[position], position, token))
+        found.append(choices.distance(safe[position], adversarial[position], position, token))
         choices.accept(token)
-    return widest
+    return found
+
+
+def variation(engine: Engine, prompt: str, answer: Answer, kv_type: str = "f16") -> list[float]:
+    """By how much the logits at each token vary with the shape of batches: one pass against SHAPES.
+
+    Of either stream, among tokens near the best one: half of the widest change of one against another.
+    """
+    said = _said(answer)
+    found = np.zeros(len(said))
+    for ids in _prompts(engine, prompt):
+        whole = text_logits(engine._model, ids, said, kv_type)
+        far = whole < whole.max(1, keepdims=True) - NEAR
+        for rows in SHAPES:
+            moved = text_logits(engine._model, ids, said, kv_type, rows) - whole
+            widest = np.where(far, -np.inf, moved).max(1) - np.where(far, np.inf, moved).min(1)
+            found = np.maximum(found, widest / 2)
+    return [float(value) for value in found]
+
+
+def _said(answer: Answer) -> list[int]:
+    return [record.token for record in answer.tokens]
+
+
+def _prompts(engine: Engine, prompt: str) -> list[list[int]]:
+    """Of the safe and of the adversarial stream."""
+    texts = (engine.pair.safe, engine.pair.adversarial.reveal_for_negative_stream())
+    return [list(engine.template.encode([Message("system", text), Message("user", prompt)])) for text in texts]
 
 
 class _Choices:

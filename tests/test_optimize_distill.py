@@ -55,7 +55,6 @@ class Run:
         seed: int = 0,
         state: DistillState | None = None,
         stop_at: int | None = None,
-        scorer: Callable[[str], dict[str, float]] = made_up,
         start: str = START,
         pieces: tuple[str, ...] = PIECES,
         **settings: Any,
@@ -68,7 +67,7 @@ class Run:
         self.saved: list[dict[str, Any]] = []
         self.told: list[tuple[int, int, Candidate]] = []
         self.scored: list[str] = []
-        self.start, self.pieces, self.scorer = start, pieces, scorer
+        self.start, self.pieces = start, pieces
         self.work = Distillation(
             self.objective,
             side.space,
@@ -83,7 +82,7 @@ class Run:
 
     def count(self, text: str) -> dict[str, float]:
         self.scored.append(text)
-        return self.scorer(text)
+        return made_up(text)
 
     def on_step(self, done: int, total: int, newest: Candidate) -> None:
         self.told.append((done, total, newest))

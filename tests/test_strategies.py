@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_gguf
-from exactness import near_tie
+from exactness import near_tie, near_ties, variation
 from reference import TOLERANCE, fresh_logits
 
 from acd_local.answers import Answer
@@ -24,9 +24,9 @@ from acd_local.errors import InternalError, NumericalError, UsageError
 from acd_local.options import Options
 from acd_local.runtime import llama, rowcosts
 from acd_local.runtime.choice import Chooser, Look
-from acd_local.runtime.lookup import CHANCE, MATCH, QUOTED, REST, Lookup
+from acd_local.runtime.lookup import GREEDY, MATCH, QUOTED, REST, SAMPLED, Lookup
 from acd_local.runtime.pace import Pace, expected
-from acd_local.runtime.rowcosts import MOST, RowClock, RowCosts
+from acd_local.runtime.rowcosts import LEAST, MOST, RowClock, RowCosts
 from acd_local.runtime.streams import Feed, Streams, extend
 from acd_local.runtime.template import Message
 from acd_local.session import Engine
@@ -157,32 +157,44 @@ def test_texts_of_a_tiny_model_differ_at_near_ties_alone(tiny: Callable[..., Pat
     """Weights in F32. `-s` prints what is found."""
     prompts = [f"{i}. {PROMPTS[i % len(PROMPTS)]}" for i in range(MANY)]
     with Engine(tiny("chatml", seed=5), ctx_size=512, threads=1) as engine:
-        differing, widest = compared(engine, prompts, {"temp": temp})
+        differing = compared(engine, prompts, {"temp": temp}, TOLERANCE)
     assert differing <= 0.01 * len(prompts)
-    assert widest <= TOLERANCE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("temp", [0.0, 0.8])
 def test_texts_of_the_demo_model_differ_at_near_ties_alone(demo: Path, temp: float) -> None:
-    """Quantized activations: its logits vary by 0.2 with the shape of a batch. `-s` prints what is found."""
+    """Quantized activations: its logits vary with the shape of a batch. `-s` prints what is found."""
     prompts = [prompt for number in range(9) for prompt in prompts_of(number)][:MANY]
     assert len(prompts) == MANY
     with Engine(demo, pair="default", ctx_size=1024) as engine:
-        differing, widest = compared(engine, prompts, {"temp": temp, "max_tokens": 24})
+        differing = compared(engine, prompts, {"temp": temp, "max_tokens": 24}, 0.3)
     assert differing <= 0.2 * len(prompts)
-    assert widest <= 0.3
 
 
-def compared(engine: Engine, prompts: Sequence[str], options: dict[str, Any]) -> tuple[int, float]:
-    """How many texts differ between stepwise and deferred, and the widest near-tie in any of either."""
-    differing, widest = 0, 0.0
+def compared(engine: Engine, prompts: Sequence[str], options: dict[str, Any], tolerance: float) -> int:
+    """How many texts differ between stepwise and deferred.
+
+    All tokens of either have to be near-ties within `tolerance`, or within what the shape of batches moves the logits
+    by at that token.
+    """
+    differing, widest, wider = 0, 0.0, []
     for i, prompt in enumerate(prompts):
         answers = both(engine, prompt, {**options, "seed": i})
         differing += tokens(answers[0]) != tokens(answers[1])  # what the safe stream alone had said is nearly tied too
-        widest = max(widest, *(near_tie(engine, prompt, given({**options, "seed": i}), a) for a in answers))
+        for answer in answers:
+            moved = near_ties(engine, prompt, given({**options, "seed": i}), answer)
+            widest = max(widest, *moved)
+            if max(moved) > tolerance:
+                wider += [
+                    (i, m, round(v, 3))
+                    for m, v in zip(moved, variation(engine, prompt, answer), strict=True)
+                    if m > tolerance
+                ]
     print(f"\n{options}: {differing} of {len(prompts)} texts differ, the widest near-tie is within {widest:g}")
-    return differing, widest
+    print(f"beyond {tolerance:g} (prompt, moved by, batches vary by): {wider}")
+    assert all(m <= v for _, m, v in wider)
+    return differing
 
 
 @pytest.mark.parametrize("stream", ["safe", "adversarial"])
@@ -479,6 +491,15 @@ def test_a_pace_learns_from_its_answer() -> None:
     assert not pace.pays
 
 
+def test_what_is_about_as_dear_goes_on_as_it_was() -> None:
+    pace, ways = Pace(RowCosts(pair=2.0, fixed=0.7, each=0.45, ahead=1.0), alpha=0.5, greedy=True), []
+    for rows in (18, 20, 22, 20):
+        for _ in range(100):
+            pace.spend([1] * rows, 10)
+        ways.append(pace.pays)
+    assert ways == [True, True, False, False]
+
+
 @pytest.mark.parametrize("rare", [True, False])
 def test_a_pace_learns_from_positions_side_by_side(rare: bool) -> None:
     pace = Pace(RowCosts(pair=1.9, fixed=0.7, each=0.45), alpha=0.5, greedy=rare)
@@ -518,12 +539,12 @@ def test_the_forecast_is_what_running_ahead_costs(engine: Engine, temp: float, m
 
 def test_quotations_are_as_long_as_rows_are_cheap() -> None:
     usual, dear = (Pace(RowCosts(1.9, fixed, each), alpha=0.5, greedy=True) for fixed, each in ((0.9, 0.4), (0.0, 1.0)))
-    assert usual.quote(CHANCE, alone=False) == 4
+    assert usual.quote(GREEDY, alone=False) == 4
     assert usual.quote(0.3, alone=False) == 0
     assert usual.quote(1.0, alone=False) == 15
     assert dear.quote(0.99, alone=False) == dear.quote(0.99, alone=True) == 0
     gpu = Pace(RowCosts(pair=1.05, fixed=0.95, each=0.05), alpha=0.5, greedy=True)
-    assert gpu.quote(0.5, alone=True) == 0 < gpu.quote(CHANCE, alone=True)
+    assert gpu.quote(0.5, alone=True) == 0 < gpu.quote(GREEDY, alone=True)
     assert Pace(RowCosts(seconds=0.2), alpha=0.5, greedy=True).quote(1.0, alone=False) == 3
 
 
@@ -538,6 +559,8 @@ def test_running_ahead_does_not_pay_where_what_its_batches_save_goes_into_handli
     assert near.pair > expected(near, 0.5, greedy=True)
     assert not Pace(near, alpha=0.5, greedy=True).pays
     assert Pace(clear, alpha=0.5, greedy=True).pays
+    assert Pace(replace(near, ahead=1.0), alpha=0.5, greedy=True).pays
+    assert not Pace(replace(clear, ahead=1.3), alpha=0.5, greedy=True).pays
 
 
 def test_drafts_continue_what_came_before() -> None:
@@ -559,8 +582,31 @@ def test_drafts_grow_while_they_come_true_and_rest_when_they_fail() -> None:
         lookup.learn(lengths[-1], right)
     assert lengths == [4, 8, 15, 5, 3, 2]
     assert pace.quote(lookup.chance, alone=False) == 0
-    lookup.extend(range(REST))
+    lookup.extend(range(200, 200 + REST))
     assert pace.quote(lookup.chance, alone=False) == 4
+
+
+def test_what_would_have_been_drafted_is_learned_from() -> None:
+    """Sampled answers begin without drafts, and come to them where they repeat the conversation."""
+    text = [*range(100, 130)]
+    lookup = Lookup(text, SAMPLED)
+    assert lookup.chance == SAMPLED
+    lookup.extend(text[:3])
+    assert lookup.chance == SAMPLED
+    lookup.extend(text[3:9])
+    assert lookup.chance > 0.75
+    lookup.extend([5, *text[:3]])
+    before = lookup.chance
+    lookup.extend([6])
+    assert lookup.chance < before
+    assert Lookup([*text, *text], SAMPLED).chance == SAMPLED  # nothing of this was said
+    drafting, watching = Lookup(text), Lookup(text)
+    drafting.extend(text[:3]), watching.extend(text[:3])
+    drafting.draft([], 4)
+    drafting.learn(4, 4)
+    drafting.extend(text[3:8])  # four of them are counted already
+    watching.extend(text[3:8])
+    assert drafting.chance == watching.chance
 
 
 def test_a_quotation_goes_on_behind_a_replaced_token() -> None:
@@ -598,12 +644,88 @@ def test_row_costs_are_measured_once_and_kept(tmp_path: Path) -> None:
     assert clock.known is None and not path.exists()
     measured(clock, pair=1.7, fixed=0.8, each=0.35)
     clock.settle()
-    assert clock.known == RowCosts(1.7, 0.8, 0.35, 0.01)
+    assert clock.known == RowCosts(1.7, 0.8, 0.35, 0.01, RowCosts.ahead)
     again = RowClock(path)
     assert again.known == clock.known
     measured(again, pair=3.0, fixed=0.1, each=0.9)
     again.settle()
     assert again.known == clock.known
+
+
+def test_few_rows_cost_what_was_measured_and_more_lie_on_a_line(tmp_path: Path) -> None:
+    clock = RowClock(tmp_path / "a.json")
+    measured(clock, pair=1.9, fixed=2.0, each=0.25)
+    for _ in range(3):
+        clock.note(1, 2, 0.018)
+        clock.note(1, 3, 0.024)
+    clock.settle()
+    costs = RowClock(tmp_path / "a.json").known
+    assert costs == clock.known == RowCosts(1.9, 2.0, 0.25, 0.01, few=(1.8, 2.4))
+    found = [costs.rows(k) for k in (1, 1.5, 2, 2.5, 3, 3.5, 4, 8)]
+    assert found == pytest.approx([1, 1.5, 1.8, 2.1, 2.4, 2.7, 3.0, 4.0])
+    assert replace(costs, few=()).rows(2) == 2.5
+
+
+@pytest.mark.parametrize(("beside", "ahead", "found"), [(1.0, 1.1, 1.1), (1.1, 1.1, 1.0), (1.0, 0.95, 0.95)])
+def test_what_running_ahead_takes_is_measured(tmp_path: Path, beside: float, ahead: float, found: float) -> None:
+    """Of what batches are reckoned to, beside the same of tokens side by side; and of how many rows were expected."""
+    for runs in (0, 23, 24):
+        clock = RowClock(tmp_path / f"{runs}.json")
+        measured(clock, pair=1.9, fixed=1.0, each=0.5)
+        for _ in range(12):
+            clock.note_step(0.019 * beside)
+        for _ in range(runs):
+            clock.note_run([1, 1, 1, 4], 4, 0.06 * ahead, lambda costs: costs.pair - 0.4)
+        clock.settle()
+        costs = RowCosts(1.9, 1.0, 0.5, 0.01)
+        assert clock.known == {0: costs, 23: None, 24: replace(costs, ahead=found)}[runs]
+
+
+def test_how_many_rows_runs_take_is_measured_beside_what_is_usual(tmp_path: Path) -> None:
+    clock = RowClock(tmp_path / "a.json")
+    measured(clock, pair=1.9, fixed=1.0, each=0.5)
+    for _ in range(12):
+        clock.note_step(0.019)
+    for _ in range(32):
+        clock.note_run([1, 1, 4], 2, 0.05, lambda costs: 2.0)  # 2.5 rows a token, 64 tokens; as many are taken as usual
+    clock.settle()
+    assert clock.known is not None
+    assert (clock.known.ahead, clock.known.typical) == (1.0, 1.12)
+    assert Pace(clock.known, alpha=0.5, greedy=True).cost == pytest.approx(
+        1.12 * expected(clock.known, 0.5, greedy=True)
+    )
+
+
+def test_runs_and_steps_of_an_answer_are_timed(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what its reader does in between, and only until it is known what rows cost."""
+    with Engine(tiny("chatml", seed=4), ctx_size=512, threads=1) as engine:
+        clock = engine._row_clock
+        monkeypatch.setattr(clock, "settle", lambda: None)
+        options = Options(temp=0.0, max_tokens=N)
+        for _ in engine.generate(PROMPTS[3], options):
+            time.sleep(0.02)
+        assert len(clock._steps) == 15  # the first token comes out of the prompt
+        assert len(clock._runs) > 0
+        assert max(clock._steps) < 0.02
+        assert max(run.seconds / sum(run.batches) for run in clock._runs) < 0.02
+        steps, runs = len(clock._steps), len(clock._runs)
+        monkeypatch.setattr(clock, "known", RowCosts())
+        engine.generate(PROMPTS[3], options).run()
+        assert (len(clock._steps), len(clock._runs)) == (steps, runs)
+
+
+def test_readers_do_not_wait_for_long_runs_before_it_is_known_what_rows_cost(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "goes_on", lambda pace, survival, drafted: drafted < pace.costs.longest_run)
+    for patience, longest in ((60.0, MOST), (0.0, LEAST)):
+        monkeypatch.setattr("acd_local.runtime.deferred.PATIENCE", patience)
+        with Engine(tiny("chatml", seed=4), ctx_size=512, threads=1) as engine:
+            monkeypatch.setattr(engine._row_clock, "settle", lambda: None)
+            options = Options(temp=0.0, max_tokens=N, strategy="deferred")
+            engine.generate(PROMPTS[3], options, divergence=True).run()  # which every position waits for
+            lengths = [len(run.batches) - 1 for run in engine._row_clock._runs]
+        assert max(lengths) == longest
 
 
 def test_figures_are_collected_and_settled_by_several_threads(tmp_path: Path) -> None:
@@ -650,7 +772,20 @@ def test_figures_belong_to_a_machine_and_a_llama_cpp(name: str, monkeypatch: pyt
     assert rowcosts.file_for(model, threads=1) != here
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"pair": "x"}', '{"pairs": 1}', '{"pair": -1}', '{"pair": NaN}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        '{"pair": 2, "fixed": 1, "each": 0.4, "seconds": 0.01}',
+        '{"pair": "x"}',
+        '{"pairs": 1}',
+        '{"pair": -1}',
+        '{"pair": NaN}',
+    ],
+)
 def test_damaged_figures_are_measured_again(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
@@ -668,7 +803,8 @@ def test_an_engine_measures_and_the_next_one_knows(
         known = engine._row_clock.known
     assert known is not None
     (kept,) = (tmp_path / "rowcosts").iterdir()
-    assert RowCosts(**json.loads(kept.read_text())) == known
+    assert json.loads(kept.read_text()) == json.loads(json.dumps(asdict(known)))
+    assert len(known.few) == 2
     with Engine(path, ctx_size=512, threads=1) as engine:
         assert engine._row_clock.known == known
 

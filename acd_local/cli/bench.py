@@ -157,7 +157,10 @@ def _cases(model: str, measuring: Mapping[str, Any], memory: bool, as_json: bool
     print(f"\nfirst token of a question of {first.question} tokens (ratio to plain): {', '.join(shown)}")
     if report.costs is not None:
         c = report.costs
-        print(f"row costs: one of each stream {c.pair:g} rows, k > 1 of one stream {c.fixed:g} + {c.each:g} k")
+        few = "".join(f", {k} {cost:g}" for k, cost in enumerate(c.few, start=2))
+        several = f"of one stream{few}, more {c.fixed:g} + {c.each:g} k"
+        ahead = f"running ahead takes {c.typical:g} times the usual rows, and {c.ahead:g} times what these cost"
+        print(f"row costs: one of each stream {c.pair:g} rows; {several}; {ahead}")
 
 
 def _head(report: Report) -> str:

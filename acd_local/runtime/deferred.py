@@ -7,6 +7,8 @@ Leviathan et al. 2023, but with the same draw on both sides instead of rejection
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +18,7 @@ from acd_local.runtime.generate import Need, Strategy, StreamLogits, advance, st
 from acd_local.runtime.llama import Logits
 from acd_local.runtime.lookup import Lookup
 from acd_local.runtime.pace import Pace
-from acd_local.runtime.rowcosts import RowCosts
+from acd_local.runtime.rowcosts import LEAST, PATIENCE, RowClock, RowCosts
 
 # The adversarial stream is this far behind at most; a batch takes 512 rows.
 BEHIND = 256
@@ -63,6 +65,7 @@ def deferred(
     limit: int,
     lead: int = 1,
     patient: bool = False,
+    clock: RowClock | None = None,
 ) -> Strategy:
     """See `generate.stepwise`; needs streams that can forget their last tokens.
 
@@ -70,19 +73,26 @@ def deferred(
         lookup: has seen the prompt.
         lead: tokens at the beginning that are decoded stepwise.
         patient: run ahead even where too many drafts fall for it to pay.
+        clock: where it is not known yet what rows cost: is told what runs and steps take.
     """
     answer: list[int] = []
-    yield from _lead(first, chooser, min(lead, limit), answer)
+    yield from _lead(first, chooser, min(lead, limit), answer, clock)
     lookup.extend(answer)
     behind = len(answer) - 1  # answer tokens that the adversarial stream holds
     over = not answer or chooser.ends(answer[-1])
     while not over and len(answer) < limit:
+        started = time.perf_counter()
         keen = patient or pace.pays or not chooser.settings.contrasts(len(answer))
         if keen or lookup.draft([], pace.quote(lookup.chance, alone=True)):
-            run = yield from _ahead(answer, chooser, pace, lookup, limit, keen)
+            until = math.inf if clock is None else started + PATIENCE
+            run = yield from _ahead(answer, chooser, pace, lookup, limit, keen, until)
             steps, behind = yield from _catch_up(answer, behind, run, chooser, pace)
+            if clock is not None and not run.quotes:
+                clock.note_run(run.batches, len(steps), time.perf_counter() - started, pace.expected)
         else:
             steps, behind = yield from _abreast(answer, behind, chooser, pace)
+            if clock is not None:
+                clock.note_step(time.perf_counter() - started)
         yield from steps
         said = [step.token for step in steps]
         answer += said
@@ -91,7 +101,7 @@ def deferred(
         over = not steps or steps[-1].ends
 
 
-def _lead(first: StreamLogits, chooser: Chooser, limit: int, answer: list[int]) -> Strategy:
+def _lead(first: StreamLogits, chooser: Chooser, limit: int, answer: list[int], clock: RowClock | None) -> Strategy:
     """The answer's beginning, stepwise; its tokens are added to `answer`."""
     strategy = stepwise(first, chooser, limit=limit)
     item = next(strategy, None)
@@ -101,16 +111,20 @@ def _lead(first: StreamLogits, chooser: Chooser, limit: int, answer: list[int]) 
             yield item
             item = next(strategy, None)
         else:
+            started, beside = time.perf_counter(), len(item) == 2
             item = advance(strategy, (yield item))
+            if clock is not None and beside:
+                clock.note_step(time.perf_counter() - started)
 
 
 def _ahead(
-    answer: Sequence[int], chooser: Chooser, pace: Pace, lookup: Lookup, limit: int, keen: bool
+    answer: Sequence[int], chooser: Chooser, pace: Pace, lookup: Lookup, limit: int, keen: bool, until: float
 ) -> Generator[Sequence[Need], list[Logits], _Run]:
     """Draft until a change is likely, or until every choice so far is one that the contrast cannot change.
 
     Args:
         keen: without drafts from the conversation too.
+        until: after this time (time.perf_counter) no further than LEAST tokens.
     """
     drafting, run = _Draft(chooser), _Run()
     while True:
@@ -147,7 +161,8 @@ def _ahead(
         if draft:
             lookup.learn(len(draft), right)
         waits = any(map(chooser.needs_adversary, run.looks))
-        if not waits or not pace.goes_on(run.survival, len(run.tokens)):
+        late = len(run.tokens) >= LEAST and time.perf_counter() > until
+        if late or not waits or not pace.goes_on(run.survival, len(run.tokens)):
             return run
 
 

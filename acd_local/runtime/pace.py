@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from bisect import bisect
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -29,8 +29,9 @@ SAMPLED_GAPS = (0.0, 0.07, 0.15, 0.29, 0.40, 0.57, 0.79)
 TYPICAL = 4000  # positions from which the expected cost is reckoned
 PRIOR_TOKENS = 24.0  # as how many tokens it counts at first
 MEMORY = 96.0  # tokens: what was seen longer ago fades
-# Running ahead took 1.01 to 1.24 times what its batches were reckoned to, 1.1 in the mean: docs/speed.md.
-SURCHARGE = 1.1
+# Running ahead begins where it takes less than this much of side by side, and ends where it takes more than that much:
+# what is expected is a few percent wrong, and changing over costs as well.
+ENTER, LEAVE = 0.95, 1.05
 
 
 class Pace:
@@ -46,8 +47,10 @@ class Pace:
         self._seen = [WEIGHT] * (len(EDGES) + 1)
         self._changed = [WEIGHT * chance for chance in (GREEDY if greedy else SAMPLED)]
         self._forecast = Forecast(costs)
-        self._spent = PRIOR_TOKENS * expected(costs, alpha, greedy=greedy)
+        self.expected = partial(expected, alpha=alpha, greedy=greedy)
+        self._spent = PRIOR_TOKENS * self.expected(costs) * costs.typical
         self._tokens = PRIOR_TOKENS
+        self._pays = False
 
     @property
     def cost(self) -> float:
@@ -56,8 +59,10 @@ class Pace:
 
     @property
     def pays(self) -> bool:
-        """Whether running ahead is cheaper than side by side."""
-        return self.cost * SURCHARGE < self.costs.pair
+        """Whether to run ahead: it is clearly cheaper than side by side, or has been and is not clearly dearer."""
+        bound = LEAVE if self._pays else ENTER
+        self._pays = self.cost * self.costs.ahead < bound * self.costs.pair
+        return self._pays
 
     def chance(self, look: Look) -> float:
         """How likely the contrast changes an open choice."""

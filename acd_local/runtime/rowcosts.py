@@ -14,15 +14,19 @@ import statistics
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from acd_local.runtime.probe import cache_dir, llama_version
 
-SINGLES, BATCHES = 12, 6  # measurements that are enough
+SINGLES, BATCHES, RUNS = 12, 6, 24  # measurements that are enough
+USUAL = 64  # as how many tokens' runs the expectation counts beside those that were seen
+FEW = range(2, 4)  # rows of batches that are no part of the line
 KEPT = 200  # of a kind
 MAX_AGE = 30 * 86400  # seconds; older figures are measured anew
 MOST, LEAST = 16, 4  # drafted tokens at most: so many, or what takes PATIENCE, but not fewer than LEAST
@@ -35,18 +39,31 @@ class RowCosts:
 
     Attributes:
         pair: a row of each stream together.
-        fixed, each: a batch of k > 1 rows of one stream costs fixed + k * each.
+        fixed, each: a batch of k > 1 rows of one stream costs fixed + k * each,
+        few: but one of 2, 3 and so on rows as much as this says; the commonest ones, and the farthest from the line.
         seconds: of one row.
+        ahead: how much longer running ahead takes than its batches are reckoned to, beside the same of tokens that are
+            decided side by side: what goes on between decodes, and what medians and a line leave out.
+        typical: how many rows running ahead took over what `pace.expected` says: models differ in how drafts fall.
     """
 
     pair: float = 1.9
     fixed: float = 0.9
     each: float = 0.4
     seconds: float = 0.02
+    ahead: float = 1.03
+    typical: float = 1.0
+    few: tuple[float, ...] = ()
 
     def rows(self, k: float) -> float:
         """Of k rows of one stream in one batch."""
-        return k if k < 2 else self.fixed + k * self.each
+        if k < 2:
+            return k
+        at = int(k) - 2
+        if at >= len(self.few):
+            return self.fixed + k * self.each
+        below, above = self.few[at], self.rows(at + 3) if k > at + 2 else 0.0
+        return below + (k - at - 2) * (above - below)
 
     def catching_up(self, k: float) -> float:
         """Of k rows that are all known already: in one batch, or one by one."""
@@ -56,6 +73,16 @@ class RowCosts:
     def longest_run(self) -> int:
         """Tokens that may be drafted before the first of them is shown."""
         return min(MOST, max(LEAST, int(PATIENCE / max(self.seconds, 1e-6))))
+
+
+Expected = Callable[[RowCosts], float]
+
+
+class _Run(NamedTuple):
+    batches: tuple[int, ...]
+    tokens: int
+    seconds: float
+    expected: Expected
 
 
 class RowClock:
@@ -68,6 +95,8 @@ class RowClock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seconds: dict[tuple[int, int], list[float]] = defaultdict(list)  # by (streams, rows of each)
+        self._steps: list[float] = []
+        self._runs: list[_Run] = []
         self._lock = threading.Lock()  # answers of several threads note and settle
         self.known = _read(path)
 
@@ -76,6 +105,23 @@ class RowClock:
         with self._lock:
             if self.known is None and len(self._seconds[streams, rows]) < KEPT:
                 self._seconds[streams, rows].append(seconds)
+
+    def note_step(self, seconds: float) -> None:
+        """A token was decided side by side, in so many seconds with all that it takes."""
+        with self._lock:
+            if self.known is None and len(self._steps) < KEPT:
+                self._steps.append(seconds)
+
+    def note_run(self, batches: Sequence[int], tokens: int, seconds: float, expected: Expected) -> None:
+        """A run took batches of so many rows of one stream, and so many seconds with all that it takes.
+
+        Args:
+            tokens: that came out.
+            expected: rows per token, by what rows cost.
+        """
+        with self._lock:
+            if self.known is None and len(self._runs) < KEPT:
+                self._runs.append(_Run(tuple(batches), tokens, seconds, expected))
 
     def settle(self) -> None:
         """Keep the figures if there are enough of them."""
@@ -93,13 +139,26 @@ class RowClock:
 
     def _measured(self) -> RowCosts | None:
         single, pair = self._seconds[1, 1], self._seconds[2, 1]
-        batches = [(k, t) for (n, k), found in self._seconds.items() if n == 1 and 4 <= k <= MOST for t in found]
-        if len(single) < SINGLES or len(pair) < SINGLES or len(batches) < BATCHES:
+        longer = range(FEW.stop, MOST + 1)
+        batches = [(k, t) for (n, k), found in self._seconds.items() if n == 1 and k in longer for t in found]
+        if len(single) < SINGLES or len(pair) < SINGLES or len(batches) < BATCHES or 0 < len(self._runs) < RUNS:
             return None
         one = statistics.median(single)
         medians = {k: statistics.median(t for j, t in batches if j == k) / one for k, _ in batches}
         fixed, each = _line(medians)
-        return RowCosts(round(statistics.median(pair) / one, 2), round(fixed, 2), round(each, 2), round(one, 4))
+        costs = RowCosts(round(statistics.median(pair) / one, 2), round(fixed, 2), round(each, 2), round(one, 4))
+        found = [self._seconds.get((1, k), []) for k in FEW]
+        if all(found):
+            costs = replace(costs, few=tuple(round(statistics.median(seconds) / one, 2) for seconds in found))
+        return self._with_runs(costs) if self._runs and len(self._steps) >= SINGLES else costs
+
+    def _with_runs(self, costs: RowCosts) -> RowCosts:
+        rows = sum(sum(map(costs.rows, run.batches)) for run in self._runs)
+        beside = statistics.fmean(self._steps) / costs.pair
+        ahead = sum(run.seconds for run in self._runs) / rows / beside
+        expected = sum(run.tokens * run.expected(costs) for run in self._runs)
+        usual = USUAL * expected / max(1, sum(run.tokens for run in self._runs))
+        return replace(costs, ahead=round(ahead, 2), typical=round((rows + usual) / (expected + usual), 2))
 
 
 def _line(costs: dict[int, float]) -> tuple[float, float]:
@@ -136,7 +195,9 @@ def _read(path: Path) -> RowCosts | None:
     try:
         if time.time() - path.stat().st_mtime > MAX_AGE:
             return None
-        found = RowCosts(**{name: float(value) for name, value in json.loads(path.read_text("utf-8")).items()})
-    except (OSError, ValueError, TypeError, AttributeError):
+        kept = json.loads(path.read_text("utf-8"))
+        numbers = {field.name: float(kept[field.name]) for field in fields(RowCosts) if field.name != "few"}
+        found = RowCosts(**numbers, few=tuple(map(float, kept["few"])))
+    except (OSError, ValueError, TypeError, LookupError):
         return None
-    return found if all(0 <= value < 100 for value in asdict(found).values()) else None
+    return found if all(0 <= value < 100 for value in (*numbers.values(), *found.few)) else None
