@@ -593,14 +593,16 @@ def test_what_would_have_been_drafted_is_learned_from() -> None:
     assert lookup.chance == SAMPLED
     lookup.extend(text[:3])
     assert lookup.chance == SAMPLED
-    lookup.extend(text[3:9])
-    assert lookup.chance > 0.75
-    lookup.extend([5, *text[:3]])
+    lookup.extend(text[3:7])
     before = lookup.chance
+    assert 0.7 < before < GREEDY
+    lookup.extend([5, *text[:3]])
     lookup.extend([6])
     assert lookup.chance < before
+    lookup.extend(text[:20])
+    assert GREEDY <= lookup.chance < 0.85  # what is above drafts tell
     assert Lookup([*text, *text], SAMPLED).chance == SAMPLED  # nothing of this was said
-    drafting, watching = Lookup(text), Lookup(text)
+    drafting, watching = Lookup(text, SAMPLED), Lookup(text, SAMPLED)
     drafting.extend(text[:3]), watching.extend(text[:3])
     drafting.draft([], 4)
     drafting.learn(4, 4)

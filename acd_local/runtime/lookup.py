@@ -43,10 +43,10 @@ class Lookup:
         return self._right / self._seen
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """The conversation went on; what would have been drafted is learned from too."""
+        """The conversation went on; what would have been drafted is learned from, until drafts tell more."""
         for token in tokens:
             at = self._next.get(tuple(self._tokens[-MATCH:]))
-            if at is not None and len(self._tokens) >= self._learned:
+            if at is not None and len(self._tokens) >= self._learned and self.chance < GREEDY:
                 self._count(int(self._tokens[at] == token), 1)
             self._append(token)
 
