@@ -53,17 +53,28 @@ def near_tie(engine: Engine, prompt: str, options: Options, answer: Answer, kv_t
     return max(near_ties(engine, prompt, options, answer, kv_type))
 
 
-def near_ties(engine: Engine, prompt: str, options: Options, answer: Answer, kv_type: str = "f16") -> list[float]:
+def near_ties(
+    engine: Engine,
+    prompt: str,
+    options: Options,
+    answer: Answer,
+    kv_type: str = "f16",
+    allowed: Sequence[float] | None = None,
+) -> list[float]:
     """By how much logits of both streams have to be moved for each token to be the choice; 0: it is as they stand.
 
     The draw is made again with the seed and the position. Not for mirostat, whose state depends on what was drawn.
+
+    Args:
+        allowed: for each token a move that is tried beside STEPS.
     """
     said, prompts = _said(answer), _prompts(engine, prompt)
     safe, adversarial = (text_logits(engine._model, ids, said, kv_type) for ids in prompts)
     choices = _Choices(engine, options, answer, prompts[0])
     found = []
     for position, token in enumerate(said):
-        found.append(choices.distance(safe[position], adversarial[position], position, token))
+        steps = sorted({*STEPS, *([] if allowed is None else [allowed[position]])})
+        found.append(choices.distance(safe[position], adversarial[position], position, token, steps))
         choices.accept(token)
     return found
 
@@ -110,8 +121,10 @@ class _Choices:
         if self._grammar is not None and token not in self._vocabulary.eog:
             self._grammar.accept(token)
 
-    def distance(self, safe: np.ndarray, adversarial: np.ndarray, position: int, token: int) -> float:
-        for step in STEPS:
+    def distance(
+        self, safe: np.ndarray, adversarial: np.ndarray, position: int, token: int, steps: Sequence[float]
+    ) -> float:
+        for step in steps:
             ways = self._ways(safe, adversarial, token, step) if step else [(np.zeros_like(safe),) * 2]
             for one, other in ways:
                 if self._draw(safe + step * one, adversarial + step * other, position) == token:
