@@ -72,9 +72,8 @@ def test_a_trial_can_be_stopped(engine: Engine) -> None:
     assert trial.run(engine, PAIR, {"safety": GROUPS["safety"][:1]}, plain=True, stop=CancelToken()).lookalike == 0
 
 
-def candidate(step: int, origin: distill.Origin, safety: float | None) -> Candidate:
-    scores = {} if safety is None else {"safety": safety}
-    return Candidate(step, origin, f"text {step} {origin}", (1, 2), 1.0, {}, scores, 0.1)
+def candidate(step: int, origin: distill.Origin, safety: float) -> Candidate:
+    return Candidate(step, origin, f"text {step} {origin}", (1, 2), 1.0, {}, {"safety": safety}, 0.1)
 
 
 def test_finalists_hold_the_manual_text_and_the_best_readable_one() -> None:
@@ -83,7 +82,7 @@ def test_finalists_hold_the_manual_text_and_the_best_readable_one() -> None:
         candidate(0, "parts", 0.2),
         candidate(1, "parts", 0.3),
         candidate(2, "swap", 0.9),
-        candidate(3, "swap", None),
+        candidate(3, "swap", 0.05),
         candidate(4, "merge", 0.8),
         candidate(5, "swap", 0.7),
     ]
