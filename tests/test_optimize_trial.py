@@ -88,7 +88,7 @@ def test_finalists_hold_the_manual_text_and_the_best_readable_one() -> None:
     ]
     found = distill.finalists(history, lambda scores: scores["safety"])
     assert [(c.step, c.origin) for c in found] == [(0, "manual"), (1, "parts"), (2, "swap"), (4, "merge")]
-    assert [c.step for c in distill.finalists(history[3:], lambda scores: scores["safety"])] == [2, 4, 5]
+    assert [c.step for c in distill.finalists(history[3:], lambda scores: scores["safety"])] == [2, 4, 5, 3]
 
 
 def test_no_finalist_is_there_twice() -> None:
