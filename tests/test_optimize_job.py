@@ -419,6 +419,19 @@ def test_a_batch_that_does_not_fit_after_all_is_halved(
     assert torch.load(kept, weights_only=True)["counts"] == {"steps": 12, "micro": 4}
 
 
+def test_what_plans_a_search_is_not_kept_before_the_plan(tmp_path: Path) -> None:
+    """It is timed: found done by a second sitting it would take no time, and the search would be too long."""
+    from acd_local.optimize.text_stage import _Notes
+
+    checkpoint = Checkpoint(tmp_path, "text-safe", {})
+    notes = _Notes(checkpoint)
+    notes.score_all("a text", lambda text, most: {"safety": 0.5})
+    assert not checkpoint.path.exists()
+    checkpoint.counts = {"rounds": 1, "steps": 2}
+    notes.keep()
+    assert _Notes(Checkpoint(tmp_path, "text-safe", {})).scores == {"a text": {"safety": 0.5}}
+
+
 def test_other_errors_that_speak_of_memory_are_told_as_they_are(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

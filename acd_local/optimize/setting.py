@@ -25,7 +25,7 @@ GRID = [(a, b) for a in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.8) for b in (0.05, 0.1
 class SettingStage:
     """Grids first, by the openings of answers; then the best few in greedy answers.
 
-    `_found` is what a checkpoint holds: {"grids": rows by pair, "tried": trials by pair, "chosen": {"alpha", "beta"} by
+    `found` is what a checkpoint holds: {"grids": rows by pair, "tried": trials by pair, "chosen": {"alpha", "beta"} by
     pair, "rows": all that was tried, "before_after": figures}; pairs are "soft" and, where there are texts, "text".
     """
 

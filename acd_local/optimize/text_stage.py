@@ -114,8 +114,8 @@ class TextStage:
             for c in finals:
                 notes.score_all(c.text, score)
         self._trials([c.text for c in finals], safe_text, notes)
-        found = _best_of(finals, notes.scores, notes.trials)
-        return {**found, "history": state.dump()["history"], "tried": state.dump()["tried"]}
+        found, whole = _best_of(finals, notes.scores, notes.trials), state.dump()
+        return {**found, "history": whole["history"], "tried": whole["tried"]}
 
     def _on_step(self, checkpoint: Checkpoint, done: int) -> Callable[[int, int, Candidate], None]:
         total = checkpoint.counts["rounds"] + checkpoint.counts["steps"]
@@ -188,7 +188,8 @@ class _Notes:
         self.trials: dict[str, dict[str, float]] = self._state["trials"]
 
     def keep(self) -> None:
-        self._checkpoint.save(self._state)
+        if self._checkpoint.counts:  # what comes before is timed, to plan the steps, and so done again
+            self._checkpoint.save(self._state)
 
     def save(self, state: DistillState) -> None:
         self._state["search"] = state.dump()

@@ -49,7 +49,9 @@ class Optimization:
         texts = {role: str(found["text"]) for role, found in distilled.items()}
         pair = self._soft_pair(soft)
         setting = SettingStage(self._shop).run(pair, texts)
-        self._write(sorted_.counts, soft, distilled, texts, pair, setting)
+        file = self._pair_file(texts, setting, self._provenance(sorted_.counts, distilled))
+        page = self._page(sorted_.counts, soft, distilled, texts, setting)
+        result.write(self._shop.request.out, file, pair, render(page))
 
     def _soft_pair(self, soft: Mapping[Role, Mapping[str, Any]]) -> SoftPair:
         """As it will be read back: rounded to float16."""
@@ -64,19 +66,6 @@ class Optimization:
             info.n_layers,
             info.name,
         )
-
-    def _write(
-        self,
-        counts: Mapping[str, int],
-        soft: Mapping[Role, Mapping[str, Any]],
-        distilled: Mapping[Role, Mapping[str, Any]],
-        texts: Mapping[Role, str],
-        rows_: SoftPair,
-        setting: Mapping[str, Any],
-    ) -> None:
-        pair = self._pair_file(texts, setting, self._provenance(counts, distilled))
-        page = self._page(counts, soft, distilled, texts, setting)
-        result.write(self._shop.request.out, pair, rows_, render(page))
 
     def _pair_file(
         self, texts: Mapping[Role, str], setting: Mapping[str, Any], provenance: Mapping[str, Any]
