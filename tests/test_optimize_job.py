@@ -215,6 +215,35 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
+def test_every_text_is_scored_by_llama_cpp_and_the_best_again(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that were tried on few instructions, a shortlist of them on more, and those to be tried in earnest on all."""
+    from acd_local.optimize import text_stage
+
+    score, scored = text_stage._score, []
+
+    def noted(scoring: Any, safe_text: Any, text: str, most: int | None = text_stage.SCORED) -> dict[str, float]:
+        found = score(scoring, safe_text, text, most)
+        scored.append((safe_text, text, most, found))
+        return found
+
+    monkeypatch.setattr(text_stage, "_score", noted)
+    monkeypatch.setattr(text_stage, "SHORTLIST", 6)
+    monkeypatch.setattr(text_stage, "FINALISTS", 3)
+    optimize(request_for(tiny("chatml"), tmp_path / "mine.toml", quick))
+    for stage, safe_text in (("text-safe", None), ("text-adversarial", pairs.load(tmp_path / "mine.toml").safe)):
+        (path,) = (tmp_path / "cache").glob(f"optimize/*/{stage}-*.pt")
+        tried = torch.load(path, weights_only=True)["result"]["tried"]
+        mine = [(text, most, found) for safe, text, most, found in scored if safe == safe_text]
+        numbers = text_stage.SCORED, text_stage.AGAIN, None
+        few, more, whole = ([(text, found) for text, n, found in mine if n == most] for most in numbers)
+        assert few[1:] == [(c["text"], c["scores"]) for c in tried]  # the first is how long it takes
+        texts = {c["text"] for c in tried}
+        assert (len(more), len({text for text, _ in whole})) == (1 + min(6, len(texts)), min(3, len(texts)))
+        assert len(texts) > 6
+
+
 def test_trials_and_settings_are_not_made_again(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -580,13 +609,13 @@ def test_what_comes_before_the_first_step_is_taken_from_the_steps_time(
 
 
 def test_parts_take_half_of_a_texts_time_at_most() -> None:
-    counts = job.rounds_and_steps(660, trial=0.5, gradient=1.5, score=4, pieces=25, rounds=5, tries=12)
-    assert counts == {"rounds": 5, "steps": (660 - 5 * 17) // 12.5}
-    late = job.rounds_and_steps(660, trial=0.5, gradient=1.5, score=4, pieces=25, rounds=5, tries=12, finals=200)
-    assert late == {"rounds": 5, "steps": (460 - 5 * 17) // 12.5}
-    none = job.rounds_and_steps(660, trial=0.5, gradient=1.5, score=4, pieces=25, rounds=5, tries=12, finals=900)
+    counts = job.rounds_and_steps(660, trial=0.5, gradient=1.5, pieces=25, rounds=5, tries=12)
+    assert counts == {"rounds": 5, "steps": (660 - 5 * 13) // 8.5}
+    late = job.rounds_and_steps(660, trial=0.5, gradient=1.5, pieces=25, rounds=5, tries=12, finals=200)
+    assert late == {"rounds": 5, "steps": (460 - 5 * 13) // 8.5}
+    none = job.rounds_and_steps(660, trial=0.5, gradient=1.5, pieces=25, rounds=5, tries=12, finals=900)
     assert none == {"rounds": 1, "steps": job.MIN_STEPS}
-    short = job.rounds_and_steps(60, trial=0.5, gradient=1.5, score=4, pieces=25, rounds=5, tries=12)
+    short = job.rounds_and_steps(50, trial=0.5, gradient=1.5, pieces=25, rounds=5, tries=12)
     assert short == {"rounds": 1, "steps": 20}
 
 

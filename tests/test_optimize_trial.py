@@ -86,14 +86,14 @@ def test_finalists_hold_the_manual_text_and_the_best_readable_one() -> None:
         candidate(4, "merge", 0.8),
         candidate(5, "swap", 0.7),
     ]
-    found = distill.finalists(history, lambda scores: scores["safety"])
+    found = distill.best(history, lambda scores: scores["safety"], 4)
     assert [(c.step, c.origin) for c in found] == [(0, "manual"), (1, "parts"), (2, "swap"), (4, "merge")]
-    assert [c.step for c in distill.finalists(history[3:], lambda scores: scores["safety"])] == [2, 4, 5, 3]
+    assert [c.step for c in distill.best(history[3:], lambda scores: scores["safety"], 4)] == [2, 4, 5, 3]
 
 
 def test_no_finalist_is_there_twice() -> None:
     """The manual text is tried as a readable part too, and a search can come back to a text."""
     manual, part, swap = candidate(0, "manual", 0.1), candidate(0, "parts", 0.2), candidate(2, "swap", 0.3)
     again = [replace(manual, origin="parts"), replace(swap, step=5), replace(manual, step=7, origin="swap")]
-    found = distill.finalists([manual, *again[:1], part, swap, *again[1:]], lambda scores: scores["safety"])
+    found = distill.best([manual, *again[:1], part, swap, *again[1:]], lambda scores: scores["safety"], 4)
     assert found == [manual, part, swap]

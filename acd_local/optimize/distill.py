@@ -8,6 +8,7 @@ the winner on: swaps of a few tokens at once, insertions and deletions, the best
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,11 +30,12 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A text that was accepted on the way.
+    """A text that was tried.
 
     Attributes:
-        objective, parts: on the minibatch it was accepted on; lower is better.
+        objective, parts: on the minibatch of its step, in torch; lower is better.
         scores: by llama.cpp on the file as it runs: safety, over_refusal, lookalike.
+        seconds: since its step began.
     """
 
     step: int
@@ -67,43 +69,34 @@ class DistillSettings:
     hold: int = 4
 
 
-FINALISTS = 4
-
 Scorer = Callable[[str], Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class Tried:
-    """Any text that was tried, and its objective on the minibatch of its step."""
-
-    step: int
-    origin: Origin
-    tokens: Tokens
-    objective: float
 
 
 @dataclass
 class DistillState:
-    """Where a search stands, and all that it tried; JSON-able."""
+    """Where a search stands, and all that it tried; JSON-able.
+
+    Attributes:
+        accepted: places in `tried` of the texts that the search went on from.
+    """
 
     step: int = 0
-    tokens: Tokens = ()
-    history: list[Candidate] = field(default_factory=list)
-    tried: list[Tried] = field(default_factory=list)
+    tried: list[Candidate] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    @property
+    def history(self) -> list[Candidate]:
+        """The accepted texts; the last one is where the search is."""
+        return [self.tried[i] for i in self.accepted]
 
     def dump(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "tokens": list(self.tokens),
-            "history": [asdict(c) | {"tokens": list(c.tokens)} for c in self.history],
-            "tried": [asdict(t) | {"tokens": list(t.tokens)} for t in self.tried],
-        }
+        tried = [asdict(c) | {"tokens": list(c.tokens)} for c in self.tried]
+        return {"step": self.step, "tried": tried, "accepted": self.accepted}
 
     @classmethod
     def load(cls, data: Mapping[str, Any]) -> DistillState:
-        history = [Candidate(**{**row, "tokens": tuple(row["tokens"])}) for row in data["history"]]
-        tried = [Tried(**{**row, "tokens": tuple(row["tokens"])}) for row in data["tried"]]
-        return cls(data["step"], tuple(data["tokens"]), history, tried)
+        tried = [Candidate(**{**row, "tokens": tuple(row["tokens"])}) for row in data["tried"]]
+        return cls(data["step"], tried, list(data["accepted"]))
 
 
 def parts(place: Literal["safe", "adversarial"]) -> list[str]:
@@ -112,18 +105,18 @@ def parts(place: Literal["safe", "adversarial"]) -> list[str]:
     return [*table["sentences"], *table["demonstrations"]]
 
 
-def finalists(history: Sequence[Candidate], score: Callable[[Mapping[str, float]], float]) -> list[Candidate]:
-    """The best accepted texts by llama.cpp's scores, with the manual one and the best readable one among them.
+def best(tried: Sequence[Candidate], score: Callable[[Mapping[str, float]], float], most: int) -> list[Candidate]:
+    """The best texts by llama.cpp's scores, with the manual one and the best readable one among them.
 
     No text is there twice: one that the search came back to counts where it was first.
     """
     first: dict[str, Candidate] = {}
-    for c in history:
+    for c in tried:
         first.setdefault(c.text, c)
     ranked = sorted(first.values(), key=lambda c: -score(c.scores))
     readable = [next((c for c in ranked if c.origin == origin), None) for origin in ("manual", "parts")]
     chosen = [c for c in readable if c is not None]
-    return chosen + [c for c in ranked if c not in chosen][: FINALISTS - len(chosen)]
+    return chosen + [c for c in ranked if c not in chosen][: most - len(chosen)]
 
 
 class Distillation:
@@ -132,7 +125,7 @@ class Distillation:
     Args:
         start: the manual prompt, the first candidate.
         pieces: readable parts.
-        scorer: llama.cpp's scores of a text.
+        scorer: llama.cpp's scores of a text; every text that is tried is given to it.
         save: is given the state after every step.
         on_step: is told (steps done, steps in all, newest accepted candidate).
     """
@@ -182,22 +175,22 @@ class Distillation:
     # -- readable parts ------------------------------------------------------------------------------------------------
 
     def _add_part(self, start: str, pieces: Sequence[str], started: float) -> None:
-        """Try every part behind the text so far, and in the first round alone."""
-        current = self._space.text(self.state.tokens) if self.state.tokens else ""
-        tried = [start, *pieces] if not current else [f"{current}\n{p}" for p in pieces if p not in current]
-        fitting = [t for t in map(self._space.tokens, tried) if t and len(t) <= self.settings.max_tokens]
-        if not self.state.history:
-            if not fitting:
-                raise ModelError("no prompt keeps its tokens in this model's chat template: run with --soft-only")
-            manual = self._space.tokens(start)
-            if manual in fitting:
-                self._accept(manual, "manual", self._objective(manual), started)
-        if not fitting:
-            return
-        results = [(self._try(tokens, "parts"), tokens) for tokens in fitting]
-        parts, tokens = min(results, key=lambda r: r[0]["objective"])
-        if not self.state.tokens or not current or parts["objective"] < self._objective(self.state.tokens)["objective"]:
-            self._accept(tokens, "parts", parts, started)
+        """Try every part behind the text so far; in the first round the manual text, and every part alone."""
+        current = self.state.history[-1].text if self.state.accepted else ""
+        texts = [f"{current}\n{p}" for p in pieces if p not in current] if current else [start, *pieces]
+        found = []
+        for text in texts:
+            tokens = self._space.tokens(text)
+            if tokens and len(tokens) <= self.settings.max_tokens:
+                found.append(self._try(tokens, "manual" if text == start else "parts", started))
+        if not current and not found:
+            raise ModelError("no prompt keeps its tokens in this model's chat template: run with --soft-only")
+        if not current and self.state.tried[0].origin == "manual":
+            self._accept(0)
+        before = self._value(self.state.accepted[-1]) if self.state.accepted else math.inf  # of the same minibatch
+        better = [i for i in found if self._value(i) < before]
+        if better:
+            self._accept(min(better, key=self._value))
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
@@ -205,24 +198,22 @@ class Distillation:
         number = self.state.step - self.settings.rounds
         rng = np.random.default_rng([self._seed, 7, number])
         self._objective.turn_to(1 + number // self.settings.hold)
-        current = self.state.tokens
-        base = self._objective(current)
+        current = self.state.history[-1].tokens
+        base = self._objective(current)["objective"]
         places = self._ranked(current)
-        found: list[tuple[dict[str, float], Tokens, Origin]] = []
+        found = []
         for _ in range(self.settings.tries):
             tokens, origin = self._changed(current, places, rng)
             if self._space.is_stable(tokens):
-                found.append((self._try(tokens, origin), tokens, origin))
-        better = sorted((f for f in found if f[0]["objective"] < base["objective"]), key=lambda f: f[0]["objective"])
-        if not better:
-            return
-        best = better[0]
-        merged = _merge(current, [t for _, t, origin in better[:4] if origin == "swap"])
+                found.append(self._try(tokens, origin, started))
+        value = self._value
+        better = sorted((i for i in found if value(i) < base), key=value)
+        swaps = [self.state.tried[i].tokens for i in better[:4] if self.state.tried[i].origin == "swap"]
+        merged = _merge(current, swaps)
         if merged is not None and self._space.is_stable(merged):
-            value = self._try(merged, "merge")
-            if value["objective"] < best[0]["objective"]:
-                best = value, merged, "merge"
-        self._accept(best[1], best[2], best[0], started)
+            better.append(self._try(merged, "merge", started))
+        if better:
+            self._accept(min(better, key=value))
 
     def _ranked(self, tokens: Tokens) -> torch.Tensor:
         """Per place the `top_k` allowed tokens that promise most, shape (len(tokens), top_k)."""
@@ -245,20 +236,20 @@ class Distillation:
             new = int(places[at, int(rng.integers(places.shape[1]))])
         return tuple(changed), "swap"
 
-    def _try(self, tokens: Tokens, origin: Origin) -> dict[str, float]:
-        parts = self._objective(tokens)
-        self.state.tried.append(Tried(self.state.step, origin, tokens, parts["objective"]))
-        return parts
-
-    def _accept(self, tokens: Tokens, origin: Origin, parts: dict[str, float], started: float) -> None:
+    def _try(self, tokens: Tokens, origin: Origin, started: float) -> int:
+        """The text's place in `state.tried`."""
         text = self._space.text(tokens)
-        scores = dict(self._scorer(text))
-        objective = parts.pop("objective")
-        seconds = time.perf_counter() - started
-        self.state.tokens = tokens
-        self.state.history.append(
-            Candidate(self.state.step, origin, text, tokens, objective, parts, scores, round(seconds, 3))
-        )
+        parts = self._objective(tokens)
+        objective, scores = parts.pop("objective"), dict(self._scorer(text))
+        seconds = round(time.perf_counter() - started, 3)
+        self.state.tried.append(Candidate(self.state.step, origin, text, tokens, objective, parts, scores, seconds))
+        return len(self.state.tried) - 1
+
+    def _value(self, place: int) -> float:
+        return self.state.tried[place].objective
+
+    def _accept(self, place: int) -> None:
+        self.state.accepted.append(place)
 
 
 def _merge(current: Tokens, others: Sequence[Tokens]) -> Tokens | None:

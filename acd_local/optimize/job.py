@@ -84,22 +84,21 @@ def rounds_and_steps(
     seconds: float,
     trial: float,
     gradient: float,
-    score: float,
     pieces: int,
     rounds: int,
     tries: int,
     finals: float = 0.0,
 ) -> dict[str, int]:
     """How long a text is searched for: rounds over `pieces` readable parts, at most `rounds` of them and in half of the
-    time, then steps of `tries` texts each; `trial`, `gradient` and `score` are seconds of one text's.
+    time, then steps of `tries` texts each; `trial` and `gradient` are seconds of one text's.
 
     Args:
         finals: seconds that choosing among the best takes afterwards.
     """
     seconds = max(0.0, seconds - finals)
-    per_round = max(1e-9, (pieces + 1) * trial + score)
+    per_round = max(1e-9, (pieces + 1) * trial)
     rounds = max(1, min(rounds, int(seconds / 2 / per_round)))
-    per_step = max(1e-9, (tries + 2) * trial + gradient + score)
+    per_step = max(1e-9, (tries + 2) * trial + gradient)
     return {"rounds": rounds, "steps": min(MAX_STEPS, max(MIN_STEPS, int((seconds - rounds * per_round) / per_step)))}
 
 

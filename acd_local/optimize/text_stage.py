@@ -27,7 +27,10 @@ SIZES: dict[Term, int] = {"positive": 6, "negative": 2, "retain": 10}  # anchors
 TOKENS, REFUSAL_TOKENS = 4, anchors.TOKENS
 # So much better than the manual text a text has to be in its trial: 48 answers differ by less than this by chance.
 MARGIN = 0.1
-SCORED = 12  # validation instructions of a kind that score a text on the way
+# Validation instructions of a kind that score a text: every one on the way, the best of them again, and of these the
+# best on all. Then the last are tried in greedy answers.
+SCORED, AGAIN = 4, 12
+SHORTLIST, FINALISTS = 16, 4
 
 
 class TextStage:
@@ -38,16 +41,16 @@ class TextStage:
         self._sets = sets
 
     def run(self, role: Role, soft: Mapping[str, Any], safe_text: str | None) -> dict[str, Any]:
-        """{"text": the chosen one, "scores": its, "history": texts that were accepted, "tried": all of them}."""
+        """{"text": the chosen one, "scores": its, "tried": all texts, "accepted": places of those it went on from}."""
         settings = DistillSettings(max_tokens=self._shop.request.max_tokens)
         checkpoint = self._shop.checkpoint(
             f"text-{role}",
             soft=soft["key"],
             settings={k: v for k, v in asdict(settings).items() if k not in ("rounds", "steps")},
-            objective=[SIZES, TOKENS, REFUSAL_TOKENS, asdict(DistillWeights()), SCORED],
+            objective=[SIZES, TOKENS, REFUSAL_TOKENS, asdict(DistillWeights()), SCORED, AGAIN],
             pieces=distill.parts(role),
             safe=safe_text,
-            trial=[trial.TOKENS, trial.COUNTS, distill.FINALISTS, MARGIN],
+            trial=[trial.TOKENS, trial.COUNTS, SHORTLIST, FINALISTS, MARGIN],
             order=ORDER,
         )
         reused = checkpoint.done
@@ -59,7 +62,7 @@ class TextStage:
         self._shop.counts[f"text_{role}_rounds"] = checkpoint.counts["rounds"]
         self._shop.counts[f"text_{role}_steps"] = checkpoint.counts["rounds"] + checkpoint.counts["steps"]
         kept = "the manual text is the best" if found["origin"] == "manual" else f"best at step {found['kept']}"
-        counts = f"{len(found['tried'])} texts tried, {len(found['history'])} accepted"
+        counts = f"{len(found['tried'])} texts tried, {len(found['accepted'])} accepted"
         summary = f"{counts}, {kept}: {measures(found['scores'])}"
         self._shop.close(checkpoint, summary, reused=reused)
         return found
@@ -92,7 +95,8 @@ class TextStage:
         with shop.on_llama() as (scoring, space):
             score = partial(_score, scoring, safe_text)
             if not checkpoint.counts:
-                scored = timed(lambda: score(start)), timed(lambda: notes.score_all(start, score))
+                some = [timed(partial(score, start, most)) for most in (SCORED, AGAIN)]
+                scored = *some, timed(lambda: notes.score_all(start, score))
                 checkpoint.counts = self._search_counts(role, objective, settings, trying, *scored)
                 notes.keep()
                 go_on(shop.stop)
@@ -109,13 +113,14 @@ class TextStage:
                 stop=shop.stop,
             )
             work.run(start, pieces)
-            # Few instructions chose these: all of them choose among the best.
-            finals = distill.finalists(state.history, _text_objective)
+            short = distill.best(state.tried, _text_objective, SHORTLIST)
+            short = [replace(c, scores=score(c.text, AGAIN)) for c in short]
+            finals = distill.best(short, _text_objective, FINALISTS)
             for c in finals:
                 notes.score_all(c.text, score)
         self._trials([c.text for c in finals], safe_text, notes)
-        found, whole = _best_of(finals, notes.scores, notes.trials), state.dump()
-        return {**found, "history": whole["history"], "tried": whole["tried"]}
+        whole = state.dump()
+        return _best_of(finals, notes.scores, notes.trials) | {key: whole[key] for key in ("tried", "accepted")}
 
     def _on_step(self, checkpoint: Checkpoint, done: int) -> Callable[[int, int, Candidate], None]:
         total = checkpoint.counts["rounds"] + checkpoint.counts["steps"]
@@ -133,21 +138,22 @@ class TextStage:
         settings: DistillSettings,
         trying: float,
         scoring: float,
+        scoring_again: float,
         scoring_all: float,
     ) -> dict[str, int]:
-        """Rounds and steps; the others are seconds of one text's trial, and of its scores on the way and in full."""
+        """Rounds and steps; the others are seconds of one text's trial, and of its scores on the way, on the shortlist
+        and in full."""
         if self._shop.request.repeat is not None:  # what was timed has left the caches as it did then
             return self._shop.request.repeat.search(role)
         tokens = self._shop.job.texts.manual[role]
         return rounds_and_steps(
             self._shop.seconds[f"text-{role}"],
-            timed(lambda: objective(tokens)),
+            timed(lambda: objective(tokens)) + scoring,
             timed(lambda: objective.gradient(tokens)),
-            scoring,
             len(distill.parts(role)),
             settings.rounds,
             settings.tries,
-            finals=distill.FINALISTS * (trying + scoring_all),
+            finals=SHORTLIST * scoring_again + FINALISTS * (trying + scoring_all),
         )
 
     def _trials(self, texts: Sequence[str], safe_text: str | None, notes: _Notes) -> None:

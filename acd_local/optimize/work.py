@@ -119,7 +119,7 @@ class Optimization:
             soft={role: soft[role]["history"] for role in ROLES},
             kept={role: soft[role]["kept"] for role in ROLES},
             nearest={role: soft[role]["nearest"] for role in ROLES},
-            distillation={role: found["history"] for role, found in distilled.items()},
+            distillation={role: [found["tried"][i] for i in found["accepted"]] for role, found in distilled.items()},
             tried={role: len(found["tried"]) for role, found in distilled.items()},
             texts={str(role): text for role, text in texts.items()},
             finals={role: found["finals"] for role, found in distilled.items()},
