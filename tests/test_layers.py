@@ -41,6 +41,7 @@ LAYERS = (
     {"evaluate/runner"},
     {
         "optimize/__init__",
+        "optimize/agreement",
         "optimize/anchors",
         "optimize/device",
         "optimize/distill",

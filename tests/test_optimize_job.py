@@ -150,6 +150,7 @@ def test_a_model_gets_its_pair_and_a_second_run_reuses_every_stage(
     assert len(soft.safe) > 2
     assert pair.provenance["seed"] == 0
     assert pair.provenance["anchors"]["refusals_written"] == 10  # type: ignore[index]
+    assert 0 < pair.provenance["torch_divergence"] < 0.001  # type: ignore[operator]
     assert pair.provenance["steps"]["soft_safe_steps"] == 12  # type: ignore[index]
     assert set(pair.provenance["stage_seconds"]) == set(job.TITLES)  # type: ignore[call-overload]
     assert all(mb > 10 for mb in pair.provenance["stage_peak_mb"].values())  # type: ignore[attr-defined]
@@ -159,7 +160,7 @@ def test_a_model_gets_its_pair_and_a_second_run_reuses_every_stage(
 
     cache = tmp_path / "cache"
     before = state_files(cache)
-    assert len(before) == 8, "a file per stage, the plan and the answers"
+    assert len(before) == 9, "a file per stage, the plan, how torch agrees with llama.cpp, and the answers"
     again = optimize(request_for(model, tmp_path / "prompts" / "again.toml", quick))
     assert state_files(cache) == before
     assert all("done before" in line for line in again.lines[1:])
@@ -177,6 +178,29 @@ def test_a_model_gets_its_pair_and_a_second_run_reuses_every_stage(
     args = (str(model), "Hello", "--pair", str(out), "-n", "4", "--temp", "0", "-t", "1", "-c", "256")
     for extra in ((), ("--soft",)):
         assert run_cli(run_command, "acd-run", (*args, *extra)) == 0, capsys.readouterr().err
+
+
+def test_a_model_that_torch_has_otherwise_is_told_before_anything_is_answered(
+    tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again, without being loaded, when it is asked for again."""
+    from acd_local.optimize import agreement
+    from acd_local.optimize.workshop import Workshop
+
+    request = request_for(tiny("chatml"), tmp_path / "mine.toml", quick)
+    loaded: list[object] = []
+    model = Workshop.model.fget
+    assert model is not None
+    monkeypatch.setattr(Workshop, "model", property(lambda shop: loaded.append(shop) or model(shop)))
+    with monkeypatch.context() as patched:
+        patched.setattr(agreement, "MOST", 0.0)
+        for _ in range(2):
+            with pytest.raises(ModelError, match=r"otherwise than llama\.cpp"):
+                optimize(request)
+            assert not list((tmp_path / "cache").glob("optimize/*/answers-*"))
+    assert len(loaded) == 1
+    optimize(replace(request, soft_only=True))
+    assert list((tmp_path / "cache").glob("optimize/*/answers-*"))
 
 
 def test_what_the_cache_holds_is_this_users_alone(tiny: Callable[..., Path], quick: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from optimizing import torch
 from reference import fresh_logits
 
 from acd_local.errors import ModelError
-from acd_local.optimize import rope
+from acd_local.optimize import agreement, rope
 from acd_local.optimize.weights import FrozenModel
 from acd_local.runtime import llama
 
@@ -41,6 +41,35 @@ def test_the_factors_matter(tiny: Callable[..., Path], monkeypatch: pytest.Monke
         found = model.logits(model.prefix(model.embed(tokens).float()).hidden[-1:])[0].numpy()
     with llama.Model(path) as file:
         assert np.abs(found - fresh_logits(file, tokens)).max() > 3 * TORCH_TOLERANCE
+
+
+def test_torch_is_compared_with_llama_cpp(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """KL(llama.cpp || torch) by hand; where the file's positions are turned otherwise it is told."""
+    path = tiny("chatml", rope_freqs=True)
+    tokens = np.random.default_rng(1).integers(5, 300, 200).tolist()
+    model = FrozenModel(path)
+    with llama.Model(path) as file:
+        near = agreement.divergence(model, file, tokens, threads=1)
+        assert 0 < near < 0.001
+        agreement.check(near, path.name)
+
+        monkeypatch.setattr(rope, "bring_along", lambda model, path: None)
+        other = FrozenModel(path)
+        far = agreement.divergence(other, file, tokens, threads=1)
+        wanted = [torch.from_numpy(fresh_logits(file, tokens[: n + 1])).log_softmax(0) for n in range(199)]
+    with torch.no_grad():
+        mine = other.logits(other.prefix(other.embed(tokens).float()).hidden).log_softmax(1)
+    kl = [float((a.exp() * (a - b)).sum()) for a, b in zip(wanted, mine, strict=False)]
+    assert far == pytest.approx(np.mean(kl), rel=1e-3)
+    assert far > 10 * near
+
+
+@pytest.mark.parametrize("found", [agreement.MOST * 1.01, float("nan")])
+def test_a_file_that_transformers_reads_otherwise_is_one_line(found: float) -> None:
+    agreement.check(agreement.MOST, "model.gguf")
+    with pytest.raises(ModelError, match=r"^model\.gguf: .* reads its file otherwise than llama\.cpp") as caught:
+        agreement.check(found, "model.gguf")
+    assert "\n" not in str(caught.value)
 
 
 def test_factors_that_have_no_place_are_refused(tiny: Callable[..., Path]) -> None:

@@ -37,6 +37,7 @@ class Optimization:
         Raises:
             Stopped: asked to; the same job goes on from where it was.
         """
+        divergence = self._shop.compare()
         sorted_ = sample_anchors(self._shop)
         soft_stage = SoftStage(self._shop, sorted_)
         soft = {role: soft_stage.run(role) for role in ROLES}
@@ -49,7 +50,7 @@ class Optimization:
         texts = {role: str(found["text"]) for role, found in distilled.items()}
         pair = self._soft_pair(soft)
         setting = SettingStage(self._shop).run(pair, texts)
-        file = self._pair_file(texts, setting, self._provenance(sorted_.counts, distilled))
+        file = self._pair_file(texts, setting, self._provenance(sorted_.counts, distilled, divergence))
         page = self._page(sorted_.counts, soft, distilled, texts, setting)
         result.write(self._shop.request.out, file, pair, render(page))
 
@@ -130,7 +131,9 @@ class Optimization:
             version=__version__,
         )
 
-    def _provenance(self, counts: Mapping[str, int], distilled: Mapping[Role, Mapping[str, Any]]) -> dict[str, Any]:
+    def _provenance(
+        self, counts: Mapping[str, int], distilled: Mapping[Role, Mapping[str, Any]], divergence: float
+    ) -> dict[str, Any]:
         job, request = self._shop.job, self._shop.request
         return {
             "method": "acd optimize"
@@ -144,6 +147,7 @@ class Optimization:
             "budget_seconds": request.budget,
             "device": job.device,
             "dtype": self._shop.dtype,
+            "torch_divergence": round(divergence, 6),
             "micro": self._shop.micro,
             "conversations": self._shop.conversations,
             "weights": list(request.weights),

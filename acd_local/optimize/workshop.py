@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from acd_local.evaluate.runner import Progress
-from acd_local.optimize import device, memory
+from acd_local.optimize import agreement, device, memory
 from acd_local.optimize.anchors import Instruction
 from acd_local.optimize.job import TITLES, Job, Listener, duration
 from acd_local.optimize.memory import Lengths, gb
@@ -32,6 +32,7 @@ ROLES: tuple[Role, Role] = ("safe", "adversarial")
 CONVERSATIONS = (32, 16, 8, 4, 2, 1)
 ORDER = "by id"  # of instructions that validate: by what their texts hash to
 CONTEXT = 512  # of a conversation while anchors are answered, tokens
+COMPARING = Progress("comparing torch with llama.cpp", 0, 0, 0.0, None)
 TRYING = Progress("trying how long a step takes", 0, 0, 0.0, None)
 
 
@@ -138,6 +139,26 @@ class Workshop:
             go_on(self.stop)
         return self._frozen
 
+    def compare(self) -> float:
+        """How far torch's distributions are from llama.cpp's, in nats; asked once for a file, a device and a dtype.
+
+        Raises:
+            ModelError: too far for prompts that are trained in one to work in the other.
+        """
+        checkpoint = self.checkpoint("agreement", device=self.job.device, dtype=self.dtype)
+        if not checkpoint.done:
+            texts, user = self.job.texts, self.job.instructions[0].id
+            ids = (*texts.layout.before, *texts.manual["safe"], *texts.layout.after, *texts.tails[user])
+            model = self.model
+            self.listener.progress(COMPARING)
+            with self._file() as file:
+                found = agreement.divergence(model, file, ids, threads=self.job.threads)
+            self.release()  # answering anchors wants the memory
+            checkpoint.finish({"divergence": found})
+        divergence = float((checkpoint.result or {})["divergence"])
+        agreement.check(divergence, self.job.info.path.name)
+        return divergence
+
     def release(self) -> None:
         """Forget the weights in torch: from here on only llama.cpp is needed."""
         self._frozen = None
@@ -152,7 +173,7 @@ class Workshop:
         """The file as it runs, to score prompts with on the validation instructions."""
         job, texts = self.job, self.job.texts
         n_ctx = texts.context + self.request.max_tokens
-        with llama.Model(job.info.path, gpu_layers=0 if job.device == "cpu" else None) as model:
+        with self._file() as model:
             template = ChatTemplate(model)
             scorer = OpeningScorer(
                 model, template, texts.openings, self.groups, n_ctx=n_ctx, threads=job.threads, stop=self.stop
@@ -161,6 +182,9 @@ class Workshop:
                 yield scorer, TextSpace(template, model.vocab, texts.layout, model.n_vocab)
             finally:
                 scorer.close()
+
+    def _file(self) -> llama.Model:
+        return llama.Model(self.job.info.path, gpu_layers=0 if self.job.device == "cpu" else None)
 
     def trial_engine(self, pair: PromptPair) -> Engine:
         context = self.context(self.request.max_tokens)
