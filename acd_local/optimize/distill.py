@@ -91,7 +91,7 @@ class DistillState:
 
     def dump(self) -> dict[str, Any]:
         tried = [asdict(c) | {"tokens": list(c.tokens)} for c in self.tried]
-        return {"step": self.step, "tried": tried, "accepted": self.accepted}
+        return {"step": self.step, "tried": tried, "accepted": list(self.accepted)}
 
     @classmethod
     def load(cls, data: Mapping[str, Any]) -> DistillState:
