@@ -61,6 +61,7 @@ def quick(anchors: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pat
     monkeypatch.setenv("ACD_PROMPTS_DIR", str(anchors.parent))
     monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(job, "MIN_STEPS", 12)
+    monkeypatch.setattr(job, "MIN_TEXT_STEPS", 12)
     monkeypatch.setattr(job, "MAX_STEPS", 12)
     return anchors
 
@@ -242,12 +243,12 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
 def test_every_text_is_scored_by_llama_cpp_and_the_best_again(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that were tried on few instructions, a shortlist of them on more, and those to be tried in earnest on all."""
+    """All that were tried on few instructions, and a shortlist of them on more."""
     from acd_local.optimize import text_stage
 
     score, scored = text_stage._score, []
 
-    def noted(scoring: Any, safe_text: Any, text: str, most: int | None = text_stage.SCORED) -> dict[str, float]:
+    def noted(scoring: Any, safe_text: Any, text: str, most: int = text_stage.SCORED) -> dict[str, float]:
         found = score(scoring, safe_text, text, most)
         scored.append((safe_text, text, most, found))
         return found
@@ -258,14 +259,20 @@ def test_every_text_is_scored_by_llama_cpp_and_the_best_again(
     optimize(request_for(tiny("chatml"), tmp_path / "mine.toml", quick))
     for stage, safe_text in (("text-safe", None), ("text-adversarial", pairs.load(tmp_path / "mine.toml").safe)):
         (path,) = (tmp_path / "cache").glob(f"optimize/*/{stage}-*.pt")
-        tried = torch.load(path, weights_only=True)["result"]["tried"]
+        result = torch.load(path, weights_only=True)["result"]
+        tried = result["tried"]
         mine = [(text, most, found) for safe, text, most, found in scored if safe == safe_text]
-        numbers = text_stage.SCORED, text_stage.AGAIN, None
-        few, more, whole = ([(text, found) for text, n, found in mine if n == most] for most in numbers)
-        assert few[1:] == [(c["text"], c["scores"]) for c in tried]  # the first is how long it takes
+        few, again = (
+            [(text, found) for text, n, found in mine if n == most] for most in (text_stage.SCORED, text_stage.AGAIN)
+        )
+        few, again = few[1:], again[1:]  # without what was timed
+        assert few == [(c["text"], c["scores"]) for c in tried]
         texts = {c["text"] for c in tried}
-        assert (len(more), len({text for text, _ in whole})) == (1 + min(6, len(texts)), min(3, len(texts)))
         assert len(texts) > 6
+        assert len(again) == len({text for text, _ in again}) == 6
+        assert {text for text, _ in again} <= texts
+        assert (result["text"], result["scores"]) in again
+        assert len(result["finals"]) == 3
 
 
 def test_trials_and_settings_are_not_made_again(
@@ -478,7 +485,7 @@ def test_what_plans_a_search_is_not_kept_before_the_plan(tmp_path: Path) -> None
 
     checkpoint = Checkpoint(tmp_path, "text-safe", {})
     notes = _Notes(checkpoint)
-    notes.score_all("a text", lambda text, most: {"safety": 0.5})
+    assert notes.score_again("a text", lambda text, most: {"safety": 0.5}) == {"safety": 0.5}
     assert not checkpoint.path.exists()
     checkpoint.counts = {"rounds": 1, "steps": 2}
     notes.keep()
@@ -638,9 +645,9 @@ def test_parts_take_half_of_a_texts_time_at_most() -> None:
     late = job.rounds_and_steps(660, trial=0.5, gradient=1.5, pieces=25, rounds=5, tries=12, finals=200)
     assert late == {"rounds": 5, "steps": (460 - 5 * 13) // 8.5}
     none = job.rounds_and_steps(660, trial=0.5, gradient=1.5, pieces=25, rounds=5, tries=12, finals=900)
-    assert none == {"rounds": 1, "steps": job.MIN_STEPS}
+    assert none == {"rounds": 1, "steps": job.MIN_TEXT_STEPS}
     short = job.rounds_and_steps(50, trial=0.5, gradient=1.5, pieces=25, rounds=5, tries=12)
-    assert short == {"rounds": 1, "steps": 20}
+    assert short == {"rounds": 1, "steps": 5}
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------

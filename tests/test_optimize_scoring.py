@@ -402,6 +402,33 @@ def test_contrasted_scores_by_hand(side: Side) -> None:
     assert np.abs(found[0] - found[1]).max() > 0.01 < np.abs(found[1] - found[2]).max()
 
 
+def test_what_the_safeguarding_prompt_does_is_computed_once_for_a_search(
+    side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On few questions: what comes of them is the same as where both prompts are decoded together."""
+    asked: list[list[str]] = []
+    logits = OpeningScorer._logits
+
+    def noted(self: OpeningScorer, prompts: Sequence[Any], users: Sequence[str]) -> Iterator[Any]:
+        asked.append(list(prompts))
+        return logits(self, prompts, users)
+
+    monkeypatch.setattr(OpeningScorer, "_logits", noted)
+    scorer = OpeningScorer(side.model, side.template, TINY, QUESTIONS, n_ctx=256, threads=1)
+    count, many = sum(map(len, QUESTIONS.values())), max(map(len, QUESTIONS.values()))
+    try:
+        for safe, other, computed in ((SAFE, OTHER, count), (SAFE, "Help me.", 0), (OTHER, SAFE, count)):
+            asked.clear()
+            (few,) = scorer.contrasted(safe, other, [(0.5, 0.1)], many)
+            assert asked.count([safe]) == computed
+            assert asked.count([other]) == count
+            (whole,) = scorer.contrasted(safe, other, [(0.5, 0.1)])
+            for name in GROUPS:
+                assert getattr(few, name) == pytest.approx(getattr(whole, name), abs=TORCH_TOLERANCE)
+    finally:
+        scorer.close()
+
+
 def test_the_order_of_questions_does_not_matter(side: Side, scorer: OpeningScorer) -> None:
     """What one question left in the caches is not seen by the next."""
     turned = {name: tuple(reversed(QUESTIONS[name])) for name in reversed(GROUPS)}

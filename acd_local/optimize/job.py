@@ -47,7 +47,8 @@ SHARES = {
     "text-adversarial": 6.0,
     "setting": 5.0,
 }
-MIN_STEPS, MAX_STEPS = 20, 1000
+MIN_STEPS, MAX_STEPS = 20, 1000  # of a soft prompt's training
+MIN_TEXT_STEPS = 5
 
 # transformers reads these from GGUF files, but as models of another build than weights.FrozenModel can share keys of.
 _OTHER_BUILD = ("bloom", "falcon", "gpt2", "lfm2", "mamba", "t5", "umt5")
@@ -99,7 +100,8 @@ def rounds_and_steps(
     per_round = max(1e-9, (pieces + 1) * trial)
     rounds = max(1, min(rounds, int(seconds / 2 / per_round)))
     per_step = max(1e-9, (tries + 2) * trial + gradient)
-    return {"rounds": rounds, "steps": min(MAX_STEPS, max(MIN_STEPS, int((seconds - rounds * per_round) / per_step)))}
+    steps = int((seconds - rounds * per_round) / per_step)
+    return {"rounds": rounds, "steps": min(MAX_STEPS, max(MIN_TEXT_STEPS, steps))}
 
 
 # --- What is asked for ------------------------------------------------------------------------------------------------

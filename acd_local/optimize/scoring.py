@@ -90,6 +90,8 @@ class OpeningScorer:
         self._openings = openings
         self._groups = groups
         self._stop = stop or CancelToken()
+        self._kept_of: str | SoftPrompt | None = None
+        self._kept: dict[str, Logits] = {}
         self._scorer = Scorer(model, n_streams=2, n_ctx=n_ctx, threads=threads)
 
     def alone(self, prompt: str | SoftPrompt, most: int | None = None) -> dict[str, float]:
@@ -104,11 +106,15 @@ class OpeningScorer:
     def contrasted(
         self, safe: str | SoftPrompt, adversarial: str | SoftPrompt, grid: Grid, most: int | None = None
     ) -> list[SettingRow]:
-        """The same under the contrast of two prompts, for every (alpha, beta) of `grid`."""
+        """The same under the contrast of two prompts, for every (alpha, beta) of `grid`.
+
+        Where `most` is given, what `safe` makes of these instructions is kept: searches ask for it with every text.
+        """
         table = np.zeros((len(grid), len(GROUPS)))
         for g, group in enumerate(GROUPS):
             users = self._groups.get(group, ())[:most]
-            for positive, negative in self._logits([safe, adversarial], users):
+            both = self._logits([safe, adversarial], users) if most is None else self._beside(safe, adversarial, users)
+            for positive, negative in both:
                 for i, (alpha, beta) in enumerate(grid):
                     rows = [_contrasted(s, a, alpha, beta) for s, a in zip(positive, negative, strict=True)]
                     table[i, g] += self._openings.chance(np.stack(rows)) / len(users)
@@ -116,6 +122,15 @@ class OpeningScorer:
 
     def close(self) -> None:
         self._scorer.close()
+
+    def _beside(self, safe: str | SoftPrompt, other: str | SoftPrompt, users: Sequence[str]) -> Iterator[Logits]:
+        """As `_logits` of both, with those of `safe` computed once."""
+        if self._kept_of is not safe:
+            self._kept_of, self._kept = safe, {}
+        for user in users:
+            if user not in self._kept:
+                self._kept[user] = next(self._logits([safe], [user]))[0]
+            yield np.stack([self._kept[user], next(self._logits([other], [user]))[0]])
 
     def _logits(self, prompts: Sequence[str | SoftPrompt], users: Sequence[str]) -> Iterator[Logits]:
         """For each user's text the logits that `Openings.probability` asks for, shape (prompts, rows, n_vocab)."""

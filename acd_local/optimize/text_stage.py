@@ -27,10 +27,10 @@ SIZES: dict[Term, int] = {"positive": 6, "negative": 2, "retain": 10}  # anchors
 TOKENS, REFUSAL_TOKENS = 4, anchors.TOKENS
 # So much better than the manual text a text has to be in its trial: 48 answers differ by less than this by chance.
 MARGIN = 0.1
-# Validation instructions of a kind that score a text: every one on the way, the best of them again, and of these the
-# best on all. Then the last are tried in greedy answers.
-SCORED, AGAIN = 4, 12
-SHORTLIST, FINALISTS = 16, 4
+# Validation instructions of a kind that score every text on the way, and the best of them again. The best of these are
+# tried in greedy answers.
+SCORED, AGAIN = 4, 24
+SHORTLIST, FINALISTS = 8, 4
 
 
 class TextStage:
@@ -95,9 +95,10 @@ class TextStage:
         with shop.on_llama() as (scoring, space):
             score = partial(_score, scoring, safe_text)
             if not checkpoint.counts:
-                some = [timed(partial(score, start, most)) for most in (SCORED, AGAIN)]
-                scored = *some, timed(lambda: notes.score_all(start, score))
-                checkpoint.counts = self._search_counts(role, objective, settings, trying, *scored)
+                score(pieces[0], AGAIN)  # what the safeguarding text does is kept from then on
+                again = timed(lambda: notes.score_again(start, score))
+                once = timed(lambda: score(pieces[0]))
+                checkpoint.counts = self._search_counts(role, objective, settings, trying, once, again)
                 notes.keep()
                 go_on(shop.stop)
             state = notes.search()
@@ -114,13 +115,11 @@ class TextStage:
             )
             work.run(start, pieces)
             short = distill.best(state.tried, _text_objective, SHORTLIST)
-            short = [replace(c, scores=score(c.text, AGAIN)) for c in short]
-            finals = distill.best(short, _text_objective, FINALISTS)
-            for c in finals:
-                notes.score_all(c.text, score)
+            short = [replace(c, scores=notes.score_again(c.text, score)) for c in short]
+        finals = distill.best(short, _text_objective, FINALISTS)
         self._trials([c.text for c in finals], safe_text, notes)
         whole = state.dump()
-        return _best_of(finals, notes.scores, notes.trials) | {key: whole[key] for key in ("tried", "accepted")}
+        return _best_of(finals, notes.trials) | {key: whole[key] for key in ("tried", "accepted")}
 
     def _on_step(self, checkpoint: Checkpoint, done: int) -> Callable[[int, int, Candidate], None]:
         total = checkpoint.counts["rounds"] + checkpoint.counts["steps"]
@@ -139,10 +138,9 @@ class TextStage:
         trying: float,
         scoring: float,
         scoring_again: float,
-        scoring_all: float,
     ) -> dict[str, int]:
-        """Rounds and steps; the others are seconds of one text's trial, and of its scores on the way, on the shortlist
-        and in full."""
+        """Rounds and steps; the others are seconds of one text's trial, and of its scores on the way and on the
+        shortlist."""
         if self._shop.request.repeat is not None:  # what was timed has left the caches as it did then
             return self._shop.request.repeat.search(role)
         tokens = self._shop.job.texts.manual[role]
@@ -153,7 +151,7 @@ class TextStage:
             len(distill.parts(role)),
             settings.rounds,
             settings.tries,
-            finals=SHORTLIST * scoring_again + FINALISTS * (trying + scoring_all),
+            finals=SHORTLIST * scoring_again + FINALISTS * trying,
         )
 
     def _trials(self, texts: Sequence[str], safe_text: str | None, notes: _Notes) -> None:
@@ -182,7 +180,7 @@ class TextStage:
 
 
 class _Notes:
-    """What a stage's checkpoint holds: where the search is, and what came of texts in full, by text.
+    """What a stage's checkpoint holds: where the search is, and what came of the best texts, by text.
 
     The manual one's is there first, and tells how long that takes.
     """
@@ -205,13 +203,14 @@ class _Notes:
         kept = self._state["search"]
         return DistillState.load(kept) if kept else DistillState()
 
-    def score_all(self, text: str, score: Callable[[str, int | None], dict[str, float]]) -> None:
+    def score_again(self, text: str, score: Callable[[str, int], dict[str, float]]) -> dict[str, float]:
         if text not in self.scores:
-            self.scores[text] = score(text, None)
+            self.scores[text] = score(text, AGAIN)
             self.keep()
+        return self.scores[text]
 
 
-def _score(scoring: OpeningScorer, safe_text: str | None, text: str, most: int | None = SCORED) -> dict[str, float]:
+def _score(scoring: OpeningScorer, safe_text: str | None, text: str, most: int = SCORED) -> dict[str, float]:
     """The safeguarding text alone, the adversarial one by what its contrast does."""
     if safe_text is None:
         return scoring.alone(text, most)
@@ -224,15 +223,11 @@ def _short(found: Sequence[Example]) -> list[Example]:
     return sorted(found, key=lambda e: len(e.prompt))[: -(-len(found) // 2)]
 
 
-def _best_of(
-    finals: Sequence[Candidate],
-    scores: Mapping[str, Mapping[str, float]],
-    trials: Mapping[str, Mapping[str, float]],
-) -> dict[str, Any]:
-    """The result of a text's stage; `scores` and `trials` by text."""
+def _best_of(finals: Sequence[Candidate], trials: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """The result of a text's stage; `trials` by text."""
 
     def rank(c: Candidate) -> tuple[float, float]:
-        return round(Trial(**trials[c.text]).worth, 6), _text_objective(scores[c.text])
+        return round(Trial(**trials[c.text]).worth, 6), _text_objective(c.scores)
 
     best = max(finals, key=rank)
     manual = next((c for c in finals if c.origin == "manual"), best)
@@ -242,7 +237,7 @@ def _best_of(
         "text": best.text,
         "kept": best.step,
         "origin": best.origin,
-        "scores": scores[best.text],
+        "scores": dict(best.scores),
         "trial": trials[best.text],
         "finals": [{"step": c.step, "origin": c.origin, "trial": trials[c.text], "chosen": c is best} for c in finals],
     }
