@@ -406,11 +406,11 @@ def test_what_the_safeguarding_prompt_does_is_computed_once_for_a_search(
     side: Side, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On few questions: what comes of them is the same as where both prompts are decoded together."""
-    asked: list[list[str]] = []
+    asked: list[tuple[str, str]] = []
     logits = OpeningScorer._logits
 
     def noted(self: OpeningScorer, prompts: Sequence[Any], users: Sequence[str]) -> Iterator[Any]:
-        asked.append(list(prompts))
+        asked.extend((prompt, user) for prompt in prompts for user in users)
         return logits(self, prompts, users)
 
     monkeypatch.setattr(OpeningScorer, "_logits", noted)
@@ -420,8 +420,8 @@ def test_what_the_safeguarding_prompt_does_is_computed_once_for_a_search(
         for safe, other, computed in ((SAFE, OTHER, count), (SAFE, "Help me.", 0), (OTHER, SAFE, count)):
             asked.clear()
             (few,) = scorer.contrasted(safe, other, [(0.5, 0.1)], many)
-            assert asked.count([safe]) == computed
-            assert asked.count([other]) == count
+            assert [prompt for prompt, _ in asked].count(safe) == computed
+            assert [prompt for prompt, _ in asked].count(other) == count
             (whole,) = scorer.contrasted(safe, other, [(0.5, 0.1)])
             for name in GROUPS:
                 assert getattr(few, name) == pytest.approx(getattr(whole, name), abs=TORCH_TOLERANCE)

@@ -127,10 +127,11 @@ class OpeningScorer:
         """As `_logits` of both, with those of `safe` computed once."""
         if self._kept_of is not safe:
             self._kept_of, self._kept = safe, {}
-        for user in users:
-            if user not in self._kept:
-                self._kept[user] = next(self._logits([safe], [user]))[0]
-            yield np.stack([self._kept[user], next(self._logits([other], [user]))[0]])
+        new = [user for user in users if user not in self._kept]  # one prompt after the other: they share a cache
+        for user, (logits,) in zip(new, self._logits([safe], new), strict=True):
+            self._kept[user] = logits
+        for user, (logits,) in zip(users, self._logits([other], users), strict=True):
+            yield np.stack([self._kept[user], logits])
 
     def _logits(self, prompts: Sequence[str | SoftPrompt], users: Sequence[str]) -> Iterator[Logits]:
         """For each user's text the logits that `Openings.probability` asks for, shape (prompts, rows, n_vocab)."""
