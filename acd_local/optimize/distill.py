@@ -186,11 +186,9 @@ class Distillation:
         if not current and not found:
             raise ModelError("no prompt keeps its tokens in this model's chat template: run with --soft-only")
         if not current and self.state.tried[0].origin == "manual":
-            self._accept(0)
+            self.state.accepted.append(0)
         before = self._value(self.state.accepted[-1]) if self.state.accepted else math.inf  # of the same minibatch
-        better = [i for i in found if self._value(i) < before]
-        if better:
-            self._accept(min(better, key=self._value))
+        self._accept_best(found, before)
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
@@ -206,14 +204,12 @@ class Distillation:
             tokens, origin = self._changed(current, places, rng)
             if self._space.is_stable(tokens):
                 found.append(self._try(tokens, origin, started))
-        value = self._value
-        better = sorted((i for i in found if value(i) < base), key=value)
+        better = sorted((i for i in found if self._value(i) < base), key=self._value)
         swaps = [self.state.tried[i].tokens for i in better[:4] if self.state.tried[i].origin == "swap"]
         merged = _merge(current, swaps)
         if merged is not None and self._space.is_stable(merged):
-            better.append(self._try(merged, "merge", started))
-        if better:
-            self._accept(min(better, key=value))
+            found.append(self._try(merged, "merge", started))
+        self._accept_best(found, base)
 
     def _ranked(self, tokens: Tokens) -> torch.Tensor:
         """Per place the `top_k` allowed tokens that promise most, shape (len(tokens), top_k)."""
@@ -248,8 +244,11 @@ class Distillation:
     def _value(self, place: int) -> float:
         return self.state.tried[place].objective
 
-    def _accept(self, place: int) -> None:
-        self.state.accepted.append(place)
+    def _accept_best(self, found: Sequence[int], before: float) -> None:
+        """Go on from the best of some texts, if it is better than what there was."""
+        place = min(found, key=self._value, default=None)
+        if place is not None and self._value(place) < before:
+            self.state.accepted.append(place)
 
 
 def _merge(current: Tokens, others: Sequence[Tokens]) -> Tokens | None:
