@@ -73,3 +73,10 @@ class PairError(AcdError):
 
     exit_code = 5
     code = "pair"
+
+
+class StorageError(AcdError):
+    """A file cannot be written as the storage is full or fails, wherever it happens."""
+
+    exit_code = 6
+    code = "storage"

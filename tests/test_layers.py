@@ -15,6 +15,7 @@ MODULES = sorted(p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.rg
 # From the bottom up: a module may import from its own layer and those before it.
 LAYERS = (
     {"errors"},
+    {"files"},
     {"options", "runtime/gguf_header", "runtime/text", "runtime/threads", "runtime/cancel", "runtime/__init__"},
     {"runtime/rows"},
     {"pairs", "softpair", "models", "runtime/child", "runtime/contrast", "runtime/llama"},
