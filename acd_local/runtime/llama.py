@@ -354,6 +354,7 @@ class Context:
         kv_type: "f16" or "q8_0".
         threads: CPU threads.
         outputs: logits rows that one sequence may ask for per decode.
+        together: whether several sequences may ask for as many in one decode: memory for n_seq x outputs x n_vocab.
 
     Raises:
         UsageError: the model's head size cannot take this KV type.
@@ -361,7 +362,15 @@ class Context:
     """
 
     def __init__(
-        self, model: Model, *, n_ctx: int, n_seq: int, kv_type: str = "f16", threads: int = 1, outputs: int = 1
+        self,
+        model: Model,
+        *,
+        n_ctx: int,
+        n_seq: int,
+        kv_type: str = "f16",
+        threads: int = 1,
+        outputs: int = 1,
+        together: bool = True,
     ) -> None:
         if kv_type not in KV_TYPES:
             raise UsageError(f"unknown KV type {kv_type!r}: choose one of {', '.join(KV_TYPES)}")
@@ -377,7 +386,7 @@ class Context:
         params.n_seq_max = n_seq
         params.n_batch = params.n_ubatch = BATCH_ROWS
         # Logits rows per decode: sizes the output matrix' compute buffer.
-        params.n_outputs_max = min(BATCH_ROWS, max(32, n_seq * outputs))
+        params.n_outputs_max = min(BATCH_ROWS, max(32, n_seq * outputs if together else outputs))
         params.n_outputs_max_per_seq = outputs
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = KV_TYPES[kv_type]
