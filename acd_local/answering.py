@@ -197,13 +197,13 @@ class Answering:
         Args:
             beside_others: the rows are decoded together with other answers' rows: one token per stream at a time.
         """
-        started = time.perf_counter()
-        prompt, gbnf = self._prompt()
+        started = first_logits = time.perf_counter()
+        prompt = Prompt([], None, [], [], dropped=0, room=0)
         text = TextStream(self._options.stop)
         reason: FinishReason = "length"
         rows = 0
-        first_logits = started
         try:
+            prompt, gbnf = self._prompt()
             with self._engine._slot(prompt, self.cancel) as slot:
                 work, rows = self._engine._prepare(slot, prompt, self.cancel)
                 logits = yield work
@@ -215,8 +215,7 @@ class Answering:
                     if not isinstance(item, Step):
                         item = advance(strategy, (yield [_feed(need, slot, prompt) for need in item]))
                         continue
-                    if self.cancel.is_set:  # a run holds many steps
-                        raise DecodeAborted
+                    self._go_on()  # a run holds many steps
                     piece = self._record(item)
                     if item.ends:
                         reason = "stop"
@@ -243,18 +242,23 @@ class Answering:
         gbnf = grammar.from_options(options, engine.info.path)
         for text in filter(None, (self._system, *self._framing.positive_texts())):
             refuse_adversarial(text, self.pair)
-        with engine._open:
-            prompt = engine._builder.build(
-                self._framing,
-                self._system,
-                self._turns,
-                contrast=self.settings.contrasts(0),
-                max_tokens=options.max_tokens,
-                overflow=options.overflow,
-            )
+        engine._check_open()
+        prompt = engine._builder.build(
+            self._framing,
+            self._system,
+            self._turns,
+            contrast=self.settings.contrasts(0),
+            max_tokens=options.max_tokens,
+            overflow=options.overflow,
+            check=self._go_on,
+        )
         if prompt.dropped and self._on_event is not None:
             self._on_event(TurnsDropped(prompt.dropped))
         return prompt, gbnf
+
+    def _go_on(self) -> None:
+        if self.cancel.is_set:
+            raise DecodeAborted
 
     def _strategy(self, prompt: Prompt, first: StreamLogits, gbnf: str | None, *, deferring: bool) -> Strategy:
         engine, options = self._engine, self._options

@@ -49,8 +49,10 @@ class Engine:
         kv_type: "f16" or "q8_0".
         threads: CPU threads; None means the physical cores.
         gpu_layers: None offloads everything where the build can, nothing elsewhere.
-        system_apart: decode a new system prompt alone, so that an answer does not depend on those before and beside it;
-            False decodes a first prompt in one go, as llama.cpp does. None: where there are several conversations.
+        system_apart: True: every answer begins at its system prompt, which was decoded alone, so that it does not depend
+            on those before it (nor beside it, but for near-ties); a conversation's earlier turns are decoded anew each
+            time. False decodes a first prompt in one go, as llama.cpp does, and keeps what a prompt has in common with
+            the last one. None: as False; where there are several conversations, system prompts are decoded alone.
         soft: use the pairs' soft prompts (NAME.safetensors beside NAME.toml) instead of their texts, in every answer.
 
     Attributes:
@@ -118,8 +120,8 @@ class Engine:
                 offload=llama.supports_gpu_offload(),
             )
         )
-        apart = conversations > 1 if system_apart is None else system_apart
-        self._prefixes = PrefixStore(eager=apart or not rewinds)
+        several = conversations > 1 if system_apart is None else False
+        self._prefixes = PrefixStore(eager=several or not rewinds, exact=system_apart is True)
         self._lock = threading.RLock()
         self._open = _Open(self)
         self._free = threading.Condition()

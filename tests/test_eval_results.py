@@ -498,7 +498,7 @@ def test_results_do_not_depend_on_the_order_of_records(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", n=2)
     (folder / "results.json").mkdir()
-    with pytest.raises(UsageError, match=r"results\.json: cannot be written"):
+    with pytest.raises(UsageError, match=r"cannot write .*results\.json"):
         results.write(folder)
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 

@@ -151,7 +151,12 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
         say(f"{PROGRAM}: left out: {len(left_out) - 5} more prompts")
     if nothing and left_out:
         raise ContextError("no prompt fits the context: use a larger --ctx-size")
-    _print_tables(results.write(directory))
+    try:
+        found = results.write(directory)
+    except Exception:
+        say(f"{PROGRAM}: everything measured is kept; acd eval show {directory} makes the report without the model")
+        raise
+    _print_tables(found)
     say(f"{PROGRAM}: report: {directory / 'report.html'}")
     return 0
 

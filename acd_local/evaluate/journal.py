@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
-from acd_local.errors import InternalError, UsageError
+from acd_local.errors import UsageError
+from acd_local.files import is_storage_fault, replace_file, write_error
 
 Record = dict[str, Any]
 
@@ -32,22 +33,26 @@ class Journal:
         info: run.json as it stands now, the earlier part's methods and sets included.
 
     Raises:
+        StorageError: the storage is full or fails; here and when a record is added, which then is not there at all.
         UsageError: the folder cannot be written, is in use, or holds a run that this is no continuation of.
     """
 
     def __init__(self, directory: Path, info: Record) -> None:
         self.directory = directory
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, FileIO] = {}
+        self._sizes: dict[str, int] = {}
         try:
             directory.mkdir(parents=True, exist_ok=True)
             for name in ("answers", "scores"):
-                self._files[name] = (directory / f"{name}.jsonl").open("ab+")
+                self._files[name] = (directory / f"{name}.jsonl").open("ab", buffering=0)
             self._lock()
             self.info = _continued(directory / "run.json", info)
             self._write_info()
             self._seen = {name: self._recover(name) for name in self._files}
         except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
             self.close()
+            if is_storage_fault(error):
+                raise write_error(directory, error) from None
             reason = error.strerror if isinstance(error, OSError) else error
             raise UsageError(f"cannot write {directory}: {reason}: give another folder with -o") from None
         except BaseException:
@@ -63,9 +68,8 @@ class Journal:
 
     def answers(self) -> list[Record]:
         """All answers so far."""
-        file = self._files["answers"]
-        file.seek(0)
-        return [json.loads(line) for line in file if line.strip()]
+        with self._path("answers").open("rb") as file:
+            return [json.loads(line) for line in file if line.strip()]
 
     def add_answer(self, record: Record) -> None:
         self._add("answers", record)
@@ -86,30 +90,36 @@ class Journal:
 
     def _add(self, name: str, record: Record) -> None:
         file = self._files[name]
+        text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+        line = text.encode("utf-8", "replace") + b"\n"
         try:
-            file.write(
-                json.dumps(_finite(record), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
-            )
-            file.flush()  # from here on a crash of this process cannot lose it
+            written = 0
+            while written < len(line):  # what is written, a crash of this process cannot lose
+                written += file.write(line[written:])
         except OSError as error:
-            raise InternalError(f"cannot write {self.directory / name}.jsonl: {error.strerror}") from None
+            with suppress(OSError):
+                file.truncate(self._sizes[name])
+            raise write_error(self._path(name), error) from None
+        self._sizes[name] += len(line)
         self._seen[name].add(_key(record))
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.jsonl"
 
     def _recover(self, name: str) -> set[tuple[str, str, str, str]]:
         """The keys of the records that are there; a last line that a crash cut short is removed."""
-        file = self._files[name]
-        file.seek(0)
-        seen, good = set(), 0
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            good += len(line)
-            try:
-                seen.add(_key(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UsageError(f"{file.name}:{number}: is no record: remove the line to have it made again") from None
-        file.truncate(good)
-        file.seek(0, os.SEEK_END)
+        path, seen, good = self._path(name), set(), 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                good += len(line)
+                try:
+                    seen.add(_key(json.loads(line)))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise UsageError(f"{path}:{number}: is no record: remove the line to have it made again") from None
+        self._files[name].truncate(good)
+        self._sizes[name] = good
         return seen
 
     def _lock(self) -> None:
@@ -123,11 +133,7 @@ class Journal:
             raise UsageError(f"{self.directory} is being written by another acd eval") from None
 
     def _write_info(self) -> None:
-        path = self.directory / "run.json"
-        partial = path.with_name("run.json.tmp")
-        text = json.dumps(self.info, ensure_ascii=False, indent=1) + "\n"
-        partial.write_bytes(text.encode("utf-8", "replace"))  # names of files may be no text
-        partial.replace(path)
+        replace_file(self.directory / "run.json", json.dumps(self.info, ensure_ascii=False, indent=1) + "\n")
 
 
 def _key(record: Mapping[str, Any]) -> tuple[str, str, str, str]:

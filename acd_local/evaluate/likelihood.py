@@ -1,7 +1,8 @@
 """How likely given texts are: log probabilities of continuations under several prompts, and under their contrast.
 
-Every stream (one framing of the same request) has a KV sequence of its own; a continuation's rows are decoded in all
-streams at once, so that methods that share a prompt share its cost.
+Every stream (one framing of the same request) has a KV sequence of its own and is decoded by itself, in batches that
+its own tokens alone decide: llama.cpp's logits differ slightly with the shape of a batch, and a score must be the same
+bit for bit whatever was scored before it and beside it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from acd_local.runtime.contrast import MAX_DIVISOR_ALPHA, check_finite
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.streams import Cache, runs
 
-# Continuation rows per stream and decode: bounds the memory for logits, streams x ROWS x n_vocab x 4 bytes.
-ROWS = 16
+# Continuation rows per decode: bounds the memory for logits, streams x ROWS x n_vocab x 4 bytes.
+ROWS = 32
 
 Logits = NDArray[np.float32]
 LogProbs = NDArray[np.float64]
@@ -39,16 +40,26 @@ class Scorer:
     """
 
     def __init__(self, model: llama.Model, *, n_streams: int, n_ctx: int, threads: int) -> None:
-        self._rows = max(1, min(ROWS, llama.BATCH_ROWS // n_streams))
-        self._context = llama.Context(model, n_ctx=n_ctx, n_seq=n_streams, threads=threads, outputs=self._rows)
+        self._context = llama.Context(
+            model, n_ctx=n_ctx, n_seq=n_streams, threads=threads, outputs=ROWS, together=False
+        )
         self._caches = [Cache(self._context, seq, n_ctx) for seq in range(n_streams)]
+        self._cuts = dict.fromkeys(self._caches, (0, 0))  # where the prompt that a cache begins with was cut in batches
 
-    def logits(self, prompts: Sequence[Sequence[int]], continuation: Sequence[int]) -> Iterator[tuple[int, Logits]]:
+    def logits(
+        self, prompts: Sequence[Sequence[int]], continuation: Sequence[int], prefixes: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Logits]]:
         """The logits that predict each token of `continuation` after each prompt, in pieces.
 
+        They depend on the prompt, its prefix and the continuation alone, bit for bit. What a cache holds of a prompt
+        already, cut alike, is not decoded again.
+
+        Args:
+            prefixes: how many tokens at each prompt's beginning are decoded apart, as the next prompts share them; none
+                by default.
+
         Yields:
-            (start, logits), logits of shape (prompts, rows, n_vocab): row r predicts continuation[start + r]. They are
-            llama.cpp's own memory: use them before the next piece is asked for.
+            (start, logits), logits of shape (prompts, rows, n_vocab): row r predicts continuation[start + r].
 
         Raises:
             ContextError: prompt and continuation do not fit.
@@ -57,22 +68,23 @@ class Scorer:
         for cache, prompt in zip(caches, prompts, strict=True):
             if len(prompt) + len(continuation) > cache.n_ctx:
                 raise ContextError(f"a prompt of {len(prompt)} tokens and its continuation exceed {cache.n_ctx} tokens")
-            cache.rewind(min(common_prefix(cache.tokens, prompt), len(prompt) - 1))
-        self._feed([(cache, prompt[len(cache.tokens) : -1]) for cache, prompt in zip(caches, prompts, strict=True)])
-        for start in range(0, len(continuation), self._rows):
-            end = min(start + self._rows, len(continuation))
+        for cache, prompt, prefix in zip(caches, prompts, prefixes or [0] * len(prompts), strict=True):
+            self._hold(cache, prompt, min(prefix, len(prompt) - 1))
+        for start in range(0, len(continuation), ROWS):
+            end = min(start + ROWS, len(continuation))
             # The row that predicts token i is token i - 1's.
-            work = [
-                (cache, [*(prompt[-1:] if start == 0 else ()), *continuation[max(0, start - 1) : end - 1]])
-                for cache, prompt in zip(caches, prompts, strict=True)
-            ]
-            yield start, self._decode(work).reshape(len(prompts), end - start, -1)
+            known = continuation[max(0, start - 1) : end - 1]
+            found = np.empty((len(prompts), end - start, self._context.model.n_vocab), np.float32)
+            for logits, cache, prompt in zip(found, caches, prompts, strict=True):
+                logits[:] = self._decode(cache, [*(prompt[-1:] if start == 0 else ()), *known])
+            yield start, found
 
     def logprobs(
         self,
         prompts: Sequence[Sequence[int]],
         continuation: Sequence[int],
         mixes: Sequence[tuple[int, int | None, ContrastSettings]],
+        prefixes: Sequence[int] | None = None,
     ) -> LogProbs:
         """Log probability of every token of `continuation`, nats, shape (mixes, tokens).
 
@@ -80,9 +92,10 @@ class Scorer:
             prompts: ids each, those of embedding rows included; they end in a token.
             mixes: (positive prompt, negative prompt, numbers), prompts by their index in `prompts`. The distribution is
                 the contrast's without its plausibility mask, normalised over the vocabulary.
+            prefixes: as in `logits`.
         """
         found = np.zeros((len(mixes), len(continuation)))
-        for start, logits in self.logits(prompts, continuation):
+        for start, logits in self.logits(prompts, continuation, prefixes):
             for row in range(logits.shape[1]):
                 position = start + row
                 for m, (positive, negative, settings) in enumerate(mixes):
@@ -100,29 +113,38 @@ class Scorer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _feed(self, work: Sequence[tuple[Cache, Sequence[int]]]) -> None:
+    def _hold(self, cache: Cache, prompt: Sequence[int], prefix: int) -> None:
+        """Bring a cache to all of a prompt but its last token, decoded in two steps, the prefix and the rest."""
+        end = len(prompt) - 1
+        common, cuts = common_prefix(cache.tokens, prompt), self._cuts[cache]
+        keep = 0
+        if cuts[0] == prefix <= common:
+            keep = end if cuts[1] == end <= common else prefix
+        kept = cache.rewind(keep)
+        self._cuts[cache] = prefix, end
+        for upto in (prefix, end):
+            if kept < upto:
+                self._feed(cache, prompt[kept:upto])
+                kept = upto
+
+    def _feed(self, cache: Cache, tokens: Sequence[int]) -> None:
         """Decode rows whose logits nobody needs."""
-        for cache, tokens in work:
-            for run in runs(tokens):
-                for at in range(0, len(run), self._context.n_batch):
-                    self._rows_in([(cache, run[at : at + self._context.n_batch])], outputs=0)
+        for run in runs(tokens):
+            for at in range(0, len(run), self._context.n_batch):
+                self._rows_in(cache, run[at : at + self._context.n_batch], outputs=0)
 
-    def _decode(self, work: Sequence[tuple[Cache, list[int]]]) -> Logits:
-        self._rows_in(work, outputs=1)
-        return self._context.logits(sum(len(tokens) for _, tokens in work))
+    def _decode(self, cache: Cache, tokens: Sequence[int]) -> Logits:
+        self._rows_in(cache, tokens, outputs=1)
+        return self._context.logits(len(tokens))
 
-    def _rows_in(self, work: Sequence[tuple[Cache, list[int]]], *, outputs: int) -> None:
-        tokens = [token for _, part in work for token in part]
-        seqs = [cache.seq for cache, part in work for _ in part]
-        positions = [len(cache.tokens) + i for cache, part in work for i in range(len(part))]
+    def _rows_in(self, cache: Cache, tokens: Sequence[int], *, outputs: int) -> None:
+        n, at = len(tokens), len(cache.tokens)
         try:
-            self._context.decode(tokens, seqs, positions, [outputs] * len(tokens))
+            self._context.decode(tokens, [cache.seq] * n, range(at, at + n), [outputs] * n)
         except BaseException:
-            for cache in self._caches:
-                cache.clear()
+            cache.clear()
             raise
-        for cache, part in work:
-            cache.tokens.extend(part)
+        cache.tokens.extend(tokens)
 
 
 def contrasted(safe: Logits, adversarial: Logits | None, settings: ContrastSettings) -> Logits:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from acd_local.errors import UsageError
 from acd_local.evaluate import report, stats
+from acd_local.files import replace_file, write_error
 
 __all__ = ["BASE", "FORMAT", "Run", "compute", "load", "merge", "write"]
 
@@ -478,26 +478,14 @@ def write(directory: str | Path) -> Record:
     Both files are replaced as a whole: a reader finds the old one or the new one.
 
     Raises:
+        StorageError: the storage is full or fails.
         UsageError: as `load`, or the folder cannot be written.
     """
     run = load(directory)
     results = compute(run)
-    _replace(run.directory / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    _replace(run.directory / "report.html", report.render(results, run.answers))
+    replace_file(run.directory / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    replace_file(run.directory / "report.html", report.render(results, run.answers))
     return results
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        try:
-            partial.write_text(text, encoding="utf-8", newline="\n")
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 # --- Merging ----------------------------------------------------------------------------------------------------------
@@ -540,11 +528,11 @@ def merge(directories: Sequence[str | Path], out: str | Path) -> Record:
             scores.setdefault(_score_key(record), record)
     try:
         target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{target}: cannot be made: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise write_error(target, error) from None
     for name, records in (("answers.jsonl", answers), ("scores.jsonl", scores)):
-        _replace(target / name, "".join(json.dumps(record) + "\n" for record in records.values()))
-    _replace(target / "run.json", json.dumps(info, indent=1) + "\n")
+        replace_file(target / name, "".join(json.dumps(record) + "\n" for record in records.values()))
+    replace_file(target / "run.json", json.dumps(info, indent=1) + "\n")
     return write(target)
 
 

@@ -36,6 +36,7 @@ REFUSING = (
 _PLAIN = ContrastSettings(0.0, 0.0)
 
 Mix = tuple[int, int | None, ContrastSettings]
+Prefixed = tuple[tuple[int, ...], int]  # a prompt, and how many tokens of it come before the user's text
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Task:
 class _Streams:
     """One request under several framings: the different prompts among them, and which of them each mix reads."""
 
-    prompts: list[tuple[int, ...]]
+    prompts: list[Prefixed]
     mixes: list[Mix]
 
 
@@ -142,7 +143,8 @@ class Scoring:
         def score_it() -> None:
             prompt = self._prompt(Framing(None, None), answer["prompt"], contrast=False)
             words = self._words(answer["answer"])
-            nats = -float(self._nats(_Streams([tuple(prompt.safe)], [(0, None, _PLAIN)]), words).sum())
+            streams = _Streams([_prefixed(prompt.safe, prompt.safe_prefix)], [(0, None, _PLAIN)])
+            nats = -float(self._nats(streams, words).sum())
             head = {"score": "fluency", **{key: answer[key] for key in ("setup", "method", "set", "item")}}
             self._journal.add_score(head | {"nats": nats, "tokens": len(words)})
 
@@ -166,12 +168,11 @@ class Scoring:
         if soft:
             rows = self._engine.soft_pair()
             prompts |= {"sp-soft": rows.safe, "ap-soft": rows.adversarial}
-        last = next(reversed(prompts))
         return [
             Task(
                 s.name,
                 item.id,
-                self._journal.has_score("margin", last, s.name, item.id),
+                all(self._journal.has_score("margin", name, s.name, item.id) for name in prompts),
                 lambda s=s, item=item: self._margin(s.name, item, prompts),  # type: ignore[misc]
             )
             for s in sets
@@ -184,45 +185,45 @@ class Scoring:
         encoded = []
         for text in prompts.values():
             prompt = self._prompt(Framing(None, text), item.prompt, contrast=True)
-            encoded.append(tuple(prompt.adversarial or ()))
+            encoded.append(_prefixed(prompt.adversarial or (), prompt.adversarial_prefix))
         different = list(dict.fromkeys(encoded))
-        streams = _Streams(different, [(different.index(tokens), None, _PLAIN) for tokens in encoded])
+        streams = _Streams(different, [(different.index(one), None, _PLAIN) for one in encoded])
         means = [
             sum(self._nats(streams, self._words(text)).mean(axis=1) for text in openings) / len(openings)
             for openings in (COMPLYING, REFUSING)
         ]
         for name, margin in zip(prompts, means[0] - means[1], strict=True):
             record = {"score": "margin", "prompt": name, "set": set_name, "item": item.id, "margin": float(margin)}
-            self._journal.add_score(record)
+            if not self._journal.has_score("margin", name, set_name, item.id):
+                self._journal.add_score(record)
 
     # -- likelihoods ---------------------------------------------------------------------------------------------------
 
     def _under(self, methods: Sequence[Method], text: str) -> _Streams:
         """A request as the methods' streams see it."""
-        prompts: dict[tuple[int, ...], int] = {}
+        prompts: dict[Prefixed, int] = {}
         mixes: list[Mix] = []
         for method in methods:
             prompt = self._prompt(method.framing(), text, contrast=method.contrast)
-            positive = prompts.setdefault(tuple(prompt.safe), len(prompts))
+            positive = prompts.setdefault(_prefixed(prompt.safe, prompt.safe_prefix), len(prompts))
             negative = None
             if prompt.adversarial is not None:
-                negative = prompts.setdefault(tuple(prompt.adversarial), len(prompts))
+                negative = prompts.setdefault(_prefixed(prompt.adversarial, prompt.adversarial_prefix), len(prompts))
             mixes.append((positive, negative, method.settings()))
         return _Streams(list(prompts), mixes)
 
     def _prompt(self, framing: Framing, text: str, *, contrast: bool) -> Prompt:
         turns = [Message("user", text)]
-        with self._engine._open:
-            return self._engine._builder.build(framing, None, turns, contrast=contrast, max_tokens=1, overflow="error")
+        return self._engine._builder.build(framing, None, turns, contrast=contrast, max_tokens=1, overflow="error")
 
     def _words(self, text: str) -> list[int]:
         return self._engine.vocab.tokenize(text, parse_special=False)
 
     def _nats(self, streams: _Streams, words: Sequence[int]) -> LogProbs:
         """Log probabilities of `words` under every mix, shape (mixes, words), in a context that is large enough."""
-        n_streams = max(self._size[0], len(streams.prompts))
-        needed = max(map(len, streams.prompts)) + len(words)
-        n_ctx = max(self._size[1], min(-(-needed // 256) * 256, self._engine.n_ctx))
+        prompts, prefixes = zip(*streams.prompts, strict=True)
+        n_streams = max(self._size[0], len(prompts))
+        n_ctx = max(self._size[1], self._room(max(map(len, prompts)) + len(words)))
         with self._engine._open:
             if self._scorer is None or (n_streams, n_ctx) != self._size:
                 self.close()
@@ -230,4 +231,16 @@ class Scoring:
                     self._engine._model, n_streams=n_streams, n_ctx=n_ctx, threads=self._engine.threads
                 )
                 self._size = (n_streams, n_ctx)
-            return self._scorer.logprobs(streams.prompts, words, streams.mixes)
+            return self._scorer.logprobs(prompts, words, streams.mixes, prefixes)
+
+    def _room(self, needed: int) -> int:
+        """The context for so many tokens: no larger than it must be, but where its size decides how positions turn."""
+        model, most = self._engine._model, self._engine.n_ctx
+        by_size = model.metadata(f"{self._engine.info.architecture}.rope.scaling.original_context_length")
+        return most if by_size else min(-(-needed // 256) * 256, most)
+
+
+def _prefixed(tokens: Sequence[int], prefix: Sequence[int]) -> Prefixed:
+    """A prompt with its prefix, which is none where the user's text merged into the scaffold's last token."""
+    n = len(prefix)
+    return tuple(tokens), n if list(tokens[:n]) == list(prefix) else 0

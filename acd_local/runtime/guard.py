@@ -14,7 +14,7 @@ therefore checked, and text that still gives a guarded id is tokenized in smalle
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, pairwise
@@ -27,6 +27,16 @@ _MARKER = re.compile(r"<\|.*\|>|<｜.*｜>|</?(think|thought|reason|tool|functio
 _THINKING = re.compile(r"think|thought|reason", re.IGNORECASE)
 _SPACE = " \t\n\v\f\r"  # isspace() in the C locale, which llama.cpp strips with
 _ANCHORS = ("\n", "0", "。", "\x01")
+_CHUNK = 8192  # characters of a text that is looked at in pieces, as it seems to be too long
+_CHARACTERS_PER_TOKEN = 8  # from which it seems so
+
+
+class TooLong(Exception):
+    """A prompt has more tokens than it may have; nobody counted how many."""
+
+
+def go_on() -> None:
+    """The check of who never wants to stop: `tokenize` and `mark` ask one now and then, which may raise."""
 
 
 def clean(text: str) -> str:
@@ -85,6 +95,9 @@ class ControlTokens:
         self._starters = "".join(sorted(c for c in firsts if not (c.isalnum() or c.isspace())))
         self._words = sorted((t for t in self.tokens if t[0] not in self._starters), key=len, reverse=True)
         self._starter = re.compile(f"[{re.escape(self._starters)}]" if self._starters else r"(?!)")
+        # The second character tells most of what people write from a token's text.
+        heads = {text[:2] for text in self.tokens if text[0] in self._starters}
+        self._head = re.compile("|".join(f"{re.escape(h[0])}(?={re.escape(h[1:])})" for h in heads) or r"(?!)")
         thinking = {t for t in self.tokens if _THINKING.search(t)} | {"<think>", "</think>"}
         marks = sorted((m for m in {*cut_marks, *thinking} if self._is_cut_mark(m)), key=len, reverse=True)
         self._answer_marks = frozenset(marks)
@@ -110,7 +123,7 @@ class ControlTokens:
         texts = {self._vocab.text(i): i for i in range(self._vocab.n_tokens)}
         return {text: i for text, i in texts.items() if len(text) == 6 and text.startswith("<0x")}
 
-    def mark(self, text: str, sentinels: Sentinels, *, answer: bool) -> str:
+    def mark(self, text: str, sentinels: Sentinels, *, answer: bool, check: Callable[[], None] = go_on) -> str:
         """`text` with sentinels, so that no control token's text in it counts wherever the template puts it.
 
         In an earlier answer, the marks that the template cuts at stay whole.
@@ -118,35 +131,55 @@ class ControlTokens:
         marks = self._answer_marks if answer else self._other_marks
 
         def put(match: re.Match[str]) -> str:
+            check()
             found = match.group()
             return sentinels.quoted + found if found in marks else found + sentinels.broken
 
         return (self._answer_pattern if answer else self._other_pattern).sub(put, text)
 
-    def tokenize(self, rendered: str, sentinels: Sentinels, rows: Sequence[int] = ()) -> list[int]:
+    def tokenize(
+        self,
+        rendered: str,
+        sentinels: Sentinels,
+        rows: Sequence[int] = (),
+        *,
+        limit: int | None = None,
+        check: Callable[[], None] = go_on,
+    ) -> list[int]:
         """Token ids of a rendered prompt whose messages were marked with `sentinels`.
 
         Control tokens come from unbroken text alone. Each run between them is tokenized as one piece, so that ordinary
         text gives the ids of llama_tokenize(rendered, parse_special=True). `rows` stand where the slot's character
         does; the text before and behind it is tokenized apart.
+
+        Raises:
+            TooLong: there are more than `limit`; said as soon as it is known.
         """
         ids: list[int] = []
+
+        def add(marked: str) -> None:
+            check()
+            left = None if limit is None else limit - len(ids)
+            before, slot, behind = marked.partition(sentinels.slot)
+            ids.extend(self._run(sentinels.remove(before), left, check))
+            if slot:
+                ids.extend(rows)
+                ids.extend(self._run(sentinels.remove(behind), left, check, first=False))
+            if limit is not None and len(ids) > limit:
+                raise TooLong
+
         start = attr = 0
-        for begin, end, token in self._partition(rendered, sentinels):
+        for begin, end, token in self._partition(rendered, sentinels, check):
             next_attr = self._vocab.attr(token)
-            ids += self._around_slot(_strip(rendered[start:begin], attr, next_attr), sentinels, rows)
+            add(_strip(rendered[start:begin], attr, next_attr))
             ids.append(token)
             start, attr = end, next_attr
-        return ids + self._around_slot(_strip(rendered[start:], attr, 0), sentinels, rows)
+        add(_strip(rendered[start:], attr, 0))
+        return ids
 
-    def _around_slot(self, marked: str, sentinels: Sentinels, rows: Sequence[int]) -> list[int]:
-        before, slot, behind = marked.partition(sentinels.slot)
-        ids = self._run(sentinels.remove(before))
-        return [*ids, *rows, *self._run(sentinels.remove(behind), first=False)] if slot else ids
-
-    def _partition(self, text: str, sentinels: Sentinels) -> list[tuple[int, int, int]]:
+    def _partition(self, text: str, sentinels: Sentinels, check: Callable[[], None]) -> list[tuple[int, int, int]]:
         """(begin, end, token) of the control tokens the template wrote: longest first, then leftmost, as llama.cpp."""
-        found = [(i, j) for i, j in self._occurrences(text) if text[i - 1 : i] != sentinels.quoted]
+        found = [(i, j) for i, j in self._occurrences(text, check) if text[i - 1 : i] != sentinels.quoted]
         found.sort(key=lambda span: (-len(text[span[0] : span[1]].encode()), span[0]))
         taken = bytearray(len(text))
         spans = []
@@ -156,9 +189,10 @@ class ControlTokens:
                 spans.append((begin, end, self.tokens[text[begin:end]]))
         return sorted(spans)
 
-    def _occurrences(self, text: str) -> Iterator[tuple[int, int]]:
+    def _occurrences(self, text: str, check: Callable[[], None]) -> Iterator[tuple[int, int]]:
         """All places of guarded texts, overlapping ones too. The cost does not depend on the size of the vocabulary."""
-        for match in self._starter.finditer(text):
+        for match in self._head.finditer(text):
+            check()
             begin = match.start()
             for length in self._lengths:
                 if text[begin : begin + length] in self.tokens and begin + length <= len(text):
@@ -169,18 +203,32 @@ class ControlTokens:
                 yield begin, begin + len(word)
                 begin = text.find(word, begin + 1)
 
-    def _run(self, text: str, *, first: bool = True) -> list[int]:
+    def _run(self, text: str, limit: int | None, check: Callable[[], None], *, first: bool = True) -> list[int]:
         """Ids of a run of plain text, none of them guarded; unless `first`, as if something stood before it."""
         if not text:
             return []
+        if limit is not None and len(text) > _CHUNK + _CHARACTERS_PER_TOKEN * max(limit, 0):
+            self._refuse_endless(text, limit, check)
         ids = self._plain(text, first=first)
         if self.ids.isdisjoint(ids):
             return ids
         escaped = text.replace(" ", "▁")  # SentencePiece's form: "▁<MID>" arises from " <MID>"
-        cuts = {i + 1 for i, _ in chain(self._occurrences(text), self._occurrences(escaped))}
+        cuts = {i + 1 for i, _ in chain(self._occurrences(text, check), self._occurrences(escaped, check))}
         edges = [0, *sorted(c for c in cuts if c < len(text)), len(text)]
         parts = [text[i:j] for i, j in pairwise(edges)]
         return [t for n, part in enumerate(parts) for t in self._part(part, first=first and n == 0)]
+
+    def _refuse_endless(self, text: str, limit: int, check: Callable[[], None]) -> None:
+        """Raises TooLong where a text's pieces have too many tokens: tokenized as a whole it could take seconds.
+
+        Cutting it makes a few more tokens, hence an eighth is taken off.
+        """
+        count = 0
+        for at in range(0, len(text), _CHUNK):
+            check()
+            count += len(self._vocab.tokenize(text[at : at + _CHUNK], parse_special=False))
+            if count - count // 8 > limit:
+                raise TooLong
 
     def _part(self, text: str, *, first: bool) -> list[int]:
         """Ids of a part of a run; where it still gives a guarded id, of its characters one by one."""

@@ -18,7 +18,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -216,9 +217,9 @@ class Model:
         return raw.decode("utf-8", "replace") if raw else None
 
     def close(self) -> None:
+        self.vocab.forget()
         self._free()
         self._ptr = None
-        self.vocab.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -228,7 +229,11 @@ class Model:
 
 
 class Vocab:
-    """Text to token ids and back, and what each token is (llama_vocab_*). Reading is thread-safe."""
+    """Text to token ids and back, and what each token is (llama_vocab_*).
+
+    Reading is thread-safe, also beside `forget`: a text may take a while to tokenize, and nobody has to hold the model
+    open meanwhile.
+    """
 
     def __init__(self, model_pointer: Any) -> None:
         self._ptr: Any = C.llama_model_get_vocab(model_pointer)
@@ -236,6 +241,8 @@ class Vocab:
         self.bos = int(C.llama_vocab_bos(self._ptr))
         self.eos = int(C.llama_vocab_eos(self._ptr))
         self.add_bos = bool(C.llama_vocab_get_add_bos(self._ptr))
+        self._readers = 0
+        self._unread = threading.Condition()
         self._eog: frozenset[int] | None = None
         self._attrs = [int(C.llama_vocab_get_attr(self._ptr, i)) for i in range(self.n_tokens)]
         self._pieces: dict[int, bytes] = {}
@@ -247,8 +254,23 @@ class Vocab:
         return self._ptr
 
     def forget(self) -> None:
-        """The model was freed: from now on every use raises EngineClosedError."""
-        self._ptr = None
+        """The model is about to be freed: waits for who reads, and makes every later use raise EngineClosedError."""
+        with self._unread:
+            self._ptr = None
+            self._unread.wait_for(lambda: self._readers == 0)
+
+    @contextmanager
+    def _reading(self) -> Iterator[Any]:
+        """The pointer, which is valid inside."""
+        with self._unread:
+            pointer = self.pointer
+            self._readers += 1
+        try:
+            yield pointer
+        finally:
+            with self._unread:
+                self._readers -= 1
+                self._unread.notify_all()
 
     def attr(self, token: int) -> int:
         """Attribute bits of a token, see the ATTR_ constants."""
@@ -276,7 +298,8 @@ class Vocab:
 
     def text(self, token: int) -> str:
         """The token as it stands in the vocabulary (not unescaped); control tokens read as templates write them."""
-        return bytes(C.llama_vocab_get_text(self.pointer, token)).decode("utf-8", "replace")
+        with self._reading() as pointer:
+            return bytes(C.llama_vocab_get_text(pointer, token)).decode("utf-8", "replace")
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
         """Text to token ids without BOS (llama_tokenize with add_special=False).
@@ -287,7 +310,8 @@ class Vocab:
         capacity = len(raw) + 8
         while True:
             out = (C.llama_token * capacity)()
-            n = int(C.llama_tokenize(self.pointer, raw, len(raw), out, capacity, False, parse_special))
+            with self._reading() as pointer:
+                n = int(C.llama_tokenize(pointer, raw, len(raw), out, capacity, False, parse_special))
             if n >= 0:
                 return list(out[:n])
             if n == -(2**31):
@@ -330,6 +354,7 @@ class Context:
         kv_type: "f16" or "q8_0".
         threads: CPU threads.
         outputs: logits rows that one sequence may ask for per decode.
+        together: whether several sequences may ask for as many in one decode: memory for n_seq x outputs x n_vocab.
 
     Raises:
         UsageError: the model's head size cannot take this KV type.
@@ -337,7 +362,15 @@ class Context:
     """
 
     def __init__(
-        self, model: Model, *, n_ctx: int, n_seq: int, kv_type: str = "f16", threads: int = 1, outputs: int = 1
+        self,
+        model: Model,
+        *,
+        n_ctx: int,
+        n_seq: int,
+        kv_type: str = "f16",
+        threads: int = 1,
+        outputs: int = 1,
+        together: bool = True,
     ) -> None:
         if kv_type not in KV_TYPES:
             raise UsageError(f"unknown KV type {kv_type!r}: choose one of {', '.join(KV_TYPES)}")
@@ -353,7 +386,7 @@ class Context:
         params.n_seq_max = n_seq
         params.n_batch = params.n_ubatch = BATCH_ROWS
         # Logits rows per decode: sizes the output matrix' compute buffer.
-        params.n_outputs_max = min(BATCH_ROWS, max(32, n_seq * outputs))
+        params.n_outputs_max = min(BATCH_ROWS, max(32, n_seq * outputs if together else outputs))
         params.n_outputs_max_per_seq = outputs
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = KV_TYPES[kv_type]

@@ -24,10 +24,13 @@ class PrefixStore:
             get the same logits whatever was decoded before and beside (llama.cpp rounds attention differently for 64
             rows and more of one sequence than for fewer). Otherwise the whole first prompt is decoded in one go, as
             llama.cpp would, and the state is saved when the cache turns to something else.
+        exact: and begin every prompt at its system prompt, whatever more of it a cache holds: the same prompt is decoded
+            in the same batches and gets the same logits, bit for bit, whatever was decoded before.
     """
 
-    def __init__(self, *, eager: bool) -> None:
-        self._eager = eager
+    def __init__(self, *, eager: bool, exact: bool = False) -> None:
+        self._eager = eager or exact
+        self._exact = exact
         self._snapshots: OrderedDict[Key, Snapshot] = OrderedDict()
         self._held: dict[Cache, Key] = {}
 
@@ -47,7 +50,8 @@ class PrefixStore:
                 key = ()  # the user's text merged into the scaffold's last token
             self._rescue(cache, prompt)
             self._held[cache] = key
-            kept = cache.rewind(min(common_prefix(cache.tokens, prompt), len(prompt) - 1))
+            common = 0 if self._exact else common_prefix(cache.tokens, prompt)
+            kept = cache.rewind(min(common, len(prompt) - 1))
             if kept >= len(key):
                 continue
             snapshot = self._snapshots.get(key)

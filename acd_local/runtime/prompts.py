@@ -5,12 +5,13 @@ System prompts are texts or embedding rows; the latter stand in the sequences as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
 from acd_local.errors import ContextError, UsageError
 from acd_local.pairs import AdversarialText, PromptPair
+from acd_local.runtime.guard import TooLong, go_on
 from acd_local.runtime.rows import RowTable
 from acd_local.runtime.template import ChatTemplate, Message, Role
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
@@ -18,7 +19,15 @@ from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 # Room for the answer, where max_tokens does not say how much: a quarter of the context, at most this many tokens.
 ANSWER_ROOM = 512
 
+# A conversation with more characters than this per token of room is not rendered as a whole at first.
+_CHARACTERS_PER_TOKEN = 64
+# Characters up to which a conversation's tokens are counted though it does not fit: the error's text names them.
+_COUNTED = 262_144
+
 _ROLES: tuple[Role, Role] = ("user", "assistant")
+
+# Token ids of one conversation in every stream, or None: it is too long. Arguments: first turn, tokens allowed.
+_Attempt: TypeAlias = Callable[[int, int], list[list[int]] | None]
 
 Positive: TypeAlias = SoftPrompt | str | None
 Negative: TypeAlias = AdversarialText | AdversarialRows | SoftPrompt | str | None
@@ -134,8 +143,9 @@ class PromptBuilder:
         contrast: bool,
         max_tokens: int | None,
         overflow: str,
+        check: Callable[[], None] = go_on,
     ) -> Prompt:
-        """The prompt of the next answer.
+        """The prompt of the next answer. Takes no lock and may be called by several threads.
 
         Args:
             framing: both system prompts.
@@ -144,6 +154,7 @@ class PromptBuilder:
             contrast: whether the adversarial stream is needed.
             max_tokens: the answer's room, None for a default.
             overflow: where it does not fit, "drop" the oldest whole turns until half the context is free, or "error".
+            check: asked every few milliseconds, may raise llama.DecodeAborted to end it.
 
         Raises:
             ContextError: the last message alone does not fit, or turns would have to be dropped under "error".
@@ -159,9 +170,13 @@ class PromptBuilder:
         openings = framing.openings(system, contrast=contrast)
         turns = framing.wrap(turns)
         room = min(self._n_ctx // 4, ANSWER_ROOM) if max_tokens is None else max_tokens
-        encoded, dropped = self._fit(openings, turns, room, overflow, explicit=max_tokens is not None)
+
+        def attempt(start: int, limit: int) -> list[list[int]] | None:
+            return self._encode(openings, turns[start:], limit, check)
+
+        encoded, dropped = self._fit(attempt, turns, room, overflow, explicit=max_tokens is not None)
         longest = max(map(len, encoded))
-        prefixes = [self._prefix(opening) for opening in openings]
+        prefixes = [self._prefix(opening, check) for opening in openings]
         return Prompt(
             safe=encoded[0],
             adversarial=encoded[1] if contrast else None,
@@ -172,42 +187,65 @@ class PromptBuilder:
         )
 
     def _fit(
-        self, openings: Sequence[Opening], turns: Sequence[Message], room: int, overflow: str, *, explicit: bool
+        self, attempt: _Attempt, turns: Sequence[Message], room: int, overflow: str, *, explicit: bool
     ) -> tuple[list[list[int]], int]:
-        encoded = self._encode(openings, turns)
-        longest = max(map(len, encoded))
-        if longest + room <= self._n_ctx:
-            return encoded, 0
-        if overflow == "drop" and longest + min(room, self._n_ctx // 2) <= self._n_ctx:
-            return encoded, 0  # dropping turns frees half of the context: a longer answer gets what there is
+        """The token ids, and how many turns they leave out."""
         starts = [i for i, turn in enumerate(turns) if turn.role == "user" and i > 0]
         if overflow == "error" and (starts or explicit):
-            raise ContextError(
-                f"the conversation ({longest} tokens) and its answer ({room}) do not fit the context of "
-                f"{self._n_ctx} tokens per stream: use a larger --ctx-size, or --overflow drop"
-            )
-        start = 0
-        for start in starts:
-            encoded = self._encode(openings, turns[start:])
-            if max(map(len, encoded)) <= self._n_ctx // 2:
-                break
-        longest = max(map(len, encoded))
-        if longest >= self._n_ctx:
-            raise ContextError(
-                f"the message is {longest} tokens long with its system prompt and leaves no room for an answer: the "
-                f"context holds {self._n_ctx} per stream; shorten it or use a larger --ctx-size"
-            )
-        return encoded, start
+            if (encoded := attempt(0, limit := self._n_ctx - room)) is None:
+                raise ContextError(
+                    f"the conversation ({_count(attempt, turns, 0, limit)} tokens) and its answer ({room}) do not fit the "
+                    f"context of {self._n_ctx} tokens per stream: use a larger --ctx-size, or --overflow drop"
+                )
+            return encoded, 0
+        if starts:
+            # Dropping turns frees half of the context: a longer answer gets what there is.
+            return self._drop(attempt, turns, starts, self._n_ctx - min(room, self._n_ctx // 2))
+        return self._alone(attempt, turns, 0), 0
 
-    def _encode(self, openings: Sequence[Opening], turns: Sequence[Message]) -> list[list[int]]:
-        return [self._template.encode([*o.messages, *turns], rows=self._rows(o)) for o in openings]
+    def _drop(
+        self, attempt: _Attempt, turns: Sequence[Message], starts: Sequence[int], enough: int
+    ) -> tuple[list[list[int]], int]:
+        """The whole conversation where it takes at most `enough` tokens, else all from the first start on that leaves
+        half of the context free; where none does, the last message."""
+        short = sum(len(turn.content) for turn in turns) <= _CHARACTERS_PER_TOKEN * enough
+        if short and (whole := attempt(0, enough)) is not None:
+            return whole, 0
+        n, found = _first_fit(len(starts), lambda i: attempt(starts[i], self._n_ctx // 2))
+        if found is None:
+            return self._alone(attempt, turns, starts[-1]), starts[-1]
+        if n == 0 and not short and (whole := attempt(0, enough)) is not None:  # its characters deceived
+            return whole, 0
+        return found, starts[n]
 
-    def _prefix(self, opening: Opening) -> list[int]:
-        if opening not in self._prefixes:
+    def _alone(self, attempt: _Attempt, turns: Sequence[Message], start: int) -> list[list[int]]:
+        """The last message, which need only leave room for one token."""
+        if (encoded := attempt(start, limit := self._n_ctx - 1)) is None:
+            raise ContextError(
+                f"the message is {_count(attempt, turns, start, limit)} tokens long with its system prompt and leaves no room "
+                f"for an answer: the context holds {self._n_ctx} per stream; shorten it or use a larger --ctx-size"
+            )
+        return encoded
+
+    def _encode(
+        self, openings: Sequence[Opening], turns: Sequence[Message], limit: int, check: Callable[[], None]
+    ) -> list[list[int]] | None:
+        try:
+            return [
+                self._template.encode([*o.messages, *turns], rows=self._rows(o), limit=limit, check=check)
+                for o in openings
+            ]
+        except TooLong:
+            return None
+
+    def _prefix(self, opening: Opening, check: Callable[[], None]) -> list[int]:
+        found = self._prefixes.get(opening)
+        if found is None:
             if len(self._prefixes) > 64:
                 self._prefixes.clear()
-            self._prefixes[opening] = self._template.prefix(opening.messages, rows=self._rows(opening))
-        return self._prefixes[opening]
+            found = self._template.prefix(opening.messages, rows=self._rows(opening), check=check)
+            self._prefixes[opening] = found
+        return found
 
     def _rows(self, opening: Opening) -> Sequence[int]:
         return () if opening.soft is None else self._table.add(opening.soft.rows, opening.soft.digest)
@@ -217,3 +255,28 @@ def _opening(prompt: Positive, system: str | None, shots: tuple[Message, ...] = 
     soft = prompt if isinstance(prompt, SoftPrompt) else None
     text = "\n\n".join(filter(None, (None if isinstance(prompt, SoftPrompt) else prompt, system)))
     return Opening((*([Message("system", text)] if text else []), *shots), soft)
+
+
+def _first_fit(n: int, attempt: Callable[[int], list[list[int]] | None]) -> tuple[int, list[list[int]] | None]:
+    """The smallest of 0 .. n - 1 whose attempt succeeds, and what came of it, where larger ones make it easier.
+
+    It begins at the end, so that what is tried is never much longer than what fits: about 2 log2(n) attempts. Templates
+    may render less of a longer conversation; then what is found fits as well, but a smaller one might.
+    """
+    found, best, step = None, n, 1
+    low = 0  # all below are taken to fail
+    while low < best:
+        middle = max(low, best - step) if step else (low + best) // 2
+        tried = attempt(middle)
+        if tried is None:
+            low, step = middle + 1, 0
+        else:
+            found, best, step = tried, middle, 2 * step
+    return best, found
+
+
+def _count(attempt: _Attempt, turns: Sequence[Message], start: int, limit: int) -> str:
+    """How many tokens the turns from `start` on have, known to be over `limit`; for people."""
+    if sum(len(turn.content) for turn in turns[start:]) <= _COUNTED and (encoded := attempt(start, 2**31)) is not None:
+        return str(max(map(len, encoded)))
+    return f"over {max(limit, 0)}"

@@ -7,6 +7,7 @@ comparing sequences of ids compares the rows too: caches, snapshots and prefixes
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,6 +57,7 @@ class RowTable:
         self._scale = np.float32(math.sqrt(width)) if architecture in _SCALED else None
         self._rows: Rows = np.empty((0, width), np.float32)
         self._ids: dict[str, range] = {}
+        self._lock = threading.Lock()
 
     def add(self, rows: Rows, digest: str) -> range:
         """The ids of a prompt's rows, shape (n, width); the same for the same `digest`.
@@ -63,18 +65,22 @@ class RowTable:
         Raises:
             PairError: llama.cpp cannot take them.
         """
-        if digest not in self._ids:
-            if self._reason is not None:
-                raise PairError(f"soft prompts do not work with {self._architecture} models: {self._reason}")
-            if rows.ndim != 2 or rows.shape[1] != self.width or len(rows) == 0:
-                raise PairError(f"soft prompts of shape {rows.shape} do not fit a model that is {self.width} wide")
-            if not np.isfinite(rows).all():
-                raise PairError("a soft prompt holds a value that is not finite")
-            first = len(self._rows)
-            scaled = rows if self._scale is None else rows * self._scale
-            self._rows = np.concatenate([self._rows, scaled.astype(np.float32)])
-            self._ids[digest] = range(-first - 1, -len(self._rows) - 1, -1)
-        return self._ids[digest]
+        with self._lock:
+            if digest not in self._ids:
+                self._check(rows)
+                first = len(self._rows)
+                scaled = rows if self._scale is None else rows * self._scale
+                self._rows = np.concatenate([self._rows, scaled.astype(np.float32)])
+                self._ids[digest] = range(-first - 1, -len(self._rows) - 1, -1)
+            return self._ids[digest]
+
+    def _check(self, rows: Rows) -> None:
+        if self._reason is not None:
+            raise PairError(f"soft prompts do not work with {self._architecture} models: {self._reason}")
+        if rows.ndim != 2 or rows.shape[1] != self.width or len(rows) == 0:
+            raise PairError(f"soft prompts of shape {rows.shape} do not fit a model that is {self.width} wide")
+        if not np.isfinite(rows).all():
+            raise PairError("a soft prompt holds a value that is not finite")
 
     def take(self, ids: Sequence[int] | NDArray[np.int32]) -> Rows:
         """The rows that negative ids stand for, shape (ids, width), scaled as llama.cpp wants them.

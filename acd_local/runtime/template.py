@@ -25,7 +25,7 @@ from jinja2.exceptions import SecurityError
 
 from acd_local.errors import PairError, UsageError
 from acd_local.runtime import llama
-from acd_local.runtime.guard import ControlTokens, Sentinels, clean
+from acd_local.runtime.guard import ControlTokens, Sentinels, TooLong, clean, go_on
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 
@@ -92,7 +92,14 @@ class ChatTemplate:
             self._vocab, scaffold=self._renderer.scaffold, cut_marks=self._renderer.compared_texts
         )
 
-    def encode(self, messages: Sequence[Message], *, rows: Sequence[int] = ()) -> list[int]:
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        rows: Sequence[int] = (),
+        limit: int | None = None,
+        check: Callable[[], None] = go_on,
+    ) -> list[int]:
         """Token ids of the whole prompt, with BOS where the model wants it and the opening of the answer at the end.
 
         No message yields a control token, whatever it says.
@@ -101,8 +108,11 @@ class ChatTemplate:
             rows: ids of embedding rows (negative, see `runtime.rows`) which stand at the beginning of the system
                 message, as a text would: a system message's text follows them after an empty line; where there is no
                 system message, they are all of it.
+            limit: tokens that it may have.
+            check: asked every few milliseconds, may raise llama.DecodeAborted to end it.
 
         Raises:
+            TooLong: it has more than `limit` tokens; said as soon as it is known.
             UsageError: the messages are in an order that the template refuses, or that makes no sense.
             PairError: the template does not leave the system prompt in one place, so there is none for rows.
         """
@@ -110,31 +120,36 @@ class ChatTemplate:
         sentinels = Sentinels.absent_from(m.content for m in turns)
         turns = self._fold(_with_slot(turns, sentinels.slot) if len(rows) else turns)
         marked = [
-            Message(m.role, self._control.mark(m.content, sentinels, answer=m.role == "assistant")) for m in turns
+            Message(m.role, self._control.mark(m.content, sentinels, answer=m.role == "assistant", check=check))
+            for m in turns
         ]
         try:
-            text = self._renderer.render(marked)
+            text = self._renderer.render(marked, check)
         except _Unusable as error:
             raise UsageError(f"the model's chat template refuses this conversation: {error}") from None
         if len(rows) and text.count(sentinels.slot) != 1:
             raise PairError("soft prompts do not work with this model's chat template: it changes the system prompt")
-        ids = self._control.tokenize(text, sentinels, rows)
+        ids = self._control.tokenize(text, sentinels, rows, limit=limit, check=check)
         bos = self._vocab.bos
         if self._vocab.add_bos and bos >= 0 and ids[:1] != [bos]:
             ids.insert(0, bos)
+        if limit is not None and len(ids) > limit:
+            raise TooLong
         return ids
 
-    def prefix(self, opening: Sequence[Message], *, rows: Sequence[int] = ()) -> list[int]:
+    def prefix(
+        self, opening: Sequence[Message], *, rows: Sequence[int] = (), check: Callable[[], None] = go_on
+    ) -> list[int]:
         """The tokens that conversations with this opening begin with, whatever the user says next; may be empty.
 
-        `opening` is a system prompt, perhaps followed by whole turns, or nothing; `rows` as in `encode`.
+        `opening` is a system prompt, perhaps followed by whole turns, or nothing; `rows` and `check` as in `encode`.
 
         Found by trying: the longest common prefix of conversations that differ in the user's text and in length.
         """
-        prompts = [self.encode([*opening, Message("user", word)], rows=rows) for word in _FIRST_WORDS]
+        prompts = [self.encode([*opening, Message("user", word)], rows=rows, check=check) for word in _FIRST_WORDS]
         with suppress(UsageError):  # not every template takes a second turn
             turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
-            prompts.append(self.encode([*opening, *turns], rows=rows))
+            prompts.append(self.encode([*opening, *turns], rows=rows, check=check))
         low, high = min(prompts), max(prompts)  # every other prompt lies between them
         length = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
         return low[:length]
@@ -269,7 +284,7 @@ class _Renderer:
         probes = self._probe()
         self.scaffold = "\0".join([*constants, *written, *probes])
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], check: Callable[[], None] = go_on) -> str:
         """The prompt as text.
 
         Raises:
@@ -280,6 +295,7 @@ class _Renderer:
         pieces: list[str] = []
         with _one_line_errors():
             for piece in self._template.generate(messages=turns, range=_bounded_range(), **self._variables):
+                check()
                 pieces.append(piece)
                 limit -= len(piece)
                 if limit < 0:
@@ -319,7 +335,7 @@ def _one_line_errors() -> Iterator[None]:
     """Turns whatever goes wrong inside a template into `_Unusable` with one line."""
     try:
         yield
-    except _Unusable:
+    except (_Unusable, llama.DecodeAborted):
         raise
     except Exception as error:  # a template can raise anything, MemoryError and RecursionError included
         text = " ".join(str(error).split()) or type(error).__name__
