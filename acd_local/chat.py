@@ -248,7 +248,10 @@ def read_saved(path: Path | str) -> Mapping[str, Any]:
     """
     name = shown(path)
     try:
-        record = json.loads(files.expand(path).read_text(encoding="utf-8-sig"))
+        file = files.expand(path)
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise UsageError(f"cannot load a chat from {name}: not a regular file")  # a device may never end
+        record = json.loads(file.read_text(encoding="utf-8-sig"))
     except RecursionError:
         raise UsageError(f"cannot load a chat from {name}: nested too deeply") from None
     except (OSError, ValueError) as error:

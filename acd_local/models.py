@@ -144,6 +144,8 @@ def _hub_cause(error: Exception) -> str:
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     if isinstance(error, RuntimeError) and "home" in str(error):
         return "the Hub's files need a folder, and this user has no home: set HF_HOME to one"
+    if isinstance(error, UnicodeEncodeError):
+        return files.reason(error)
     if "GatedRepoError" in names:
         return "access to this repository is granted on request: ask for it on its page, then run `hf auth login`"
     if "RepositoryNotFoundError" in names:

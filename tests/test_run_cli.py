@@ -223,7 +223,12 @@ def test_the_first_argument_is_the_model(
     one_line_error(cli("", "hi"), 2, "no model")
     monkeypatch.setenv("ACD_MODEL", base[0])
     assert cli(*base[1:], "-n", "1", stdin=b"hi").code == 0
-    one_line_error(cli("What is water?", stdin=b"hi"), 3, "no such file: What is water?")
+    hint = 'ACD_MODEL is set, but the first argument is always the MODEL: acd-run "$ACD_MODEL" "my prompt"'
+    for prompt in ("What is water?", "water " * 100, "what\nnow", "~nobody-of-this-name"):
+        one_line_error(cli(prompt, stdin=b"hi"), 3, f"no such file: {prompt[:4]}", hint)
+    for model, asked in (("none.gguf", ()), ("none", ("a prompt",)), ("hf:x", ()), ("/", ())):
+        done = cli(model, *asked, stdin=b"hi")
+        assert done.code == 3 and "ACD_MODEL" not in done.err
     monkeypatch.setenv("ACD_MODEL", "/no/such.gguf")
     one_line_error(cli(stdin=b"hi"), 3, "/no/such.gguf")
     assert cli(*base, "-n", "1", stdin=b"hi").code == 0
@@ -737,6 +742,48 @@ def test_a_trace_file_is_checked_early_and_kept_on_errors(
     ):
         assert cli(*args, "--trace", str(old)).code in (2, 3, 4)
         assert old.read_text() == "precious\n"
+
+
+@pytest.mark.parametrize("more", [(), ("--stats",)])
+def test_an_answer_outlives_a_trace_that_cannot_be_written(
+    cli: Callable[..., Done], base: tuple[str, ...], more: tuple[str, ...]
+) -> None:
+    """--json prints one object: the answer, with the error beside it."""
+    asked = (*base, "hi", "-n", "4", "--seed", "1", "--strategy", "stepwise", *more)
+    good = cli(*asked, "--json")
+    done = cli(*asked, "--trace", "/dev/full", "--json")
+    record, whole = json.loads(done.out), json.loads(good.out)
+    assert (done.code, done.out.count("\n")) == (6, 1)
+    assert record.pop("error") == {"code": "storage", "message": "cannot write /dev/full: No space left on device"}
+    assert {key: record[key] for key in ("text", "finish_reason", "usage", "seed")} == {
+        key: whole[key] for key in ("text", "finish_reason", "usage", "seed")
+    }
+    assert done.err.splitlines()[-1] == "acd-run: cannot write /dev/full: No space left on device"
+    assert ("tokens/s" in done.err) == bool(more)
+    plain = cli(*asked, "--trace", "/dev/full")
+    assert (plain.code, plain.out) == (6, f"{whole['text'].rstrip()}\n") or whole["text"] != whole["text"].rstrip()
+
+
+@pytest.mark.parametrize("args", [("--trace", "/"), ("--trace", "no/such/folder"), ("--ctx-size", "0")])
+def test_json_is_one_object_where_nothing_was_answered(
+    cli: Callable[..., Done], base: tuple[str, ...], args: tuple[str, ...]
+) -> None:
+    done = cli(*base, "hi", "--json", *args)
+    assert (done.code, done.out.count("\n")) == (2, 1)
+    assert json.loads(done.out)["finish_reason"] == "error"
+    done = cli(*base, "--jsonl", "--ctx-size", "0")
+    assert (done.code, done.out.count("\n")) == (2, 1)
+    assert json.loads(done.out)["event"] == "error"
+
+
+def test_a_trace_keeps_mode_and_link(cli: Callable[..., Done], base: tuple[str, ...], tmp_path: Path) -> None:
+    path, link = tmp_path / "trace", tmp_path / "link"
+    path.write_text("old\n")
+    path.chmod(0o600)
+    link.symlink_to("trace")
+    assert cli(*base, "hi", "-n", "2", "--trace", str(link)).code == 0
+    assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o600
+    assert [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
 def test_warnings_go_to_stderr(cli: Callable[..., Done], base: tuple[str, ...], tiny: Callable[..., Path]) -> None:

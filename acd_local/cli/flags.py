@@ -26,6 +26,7 @@ def file_name(text: str) -> Path:
     return Path(text)
 
 
+MAX_TEXT = 16_000_000  # bytes of a grammar's or schema's file
 ENGINE_FLAGS = ("pair", "soft", "ctx_size", "threads", "gpu_layers", "kv_type", "layout")
 
 # Help texts name the defaults by hand: None on the command line means "not given", so that a pair can decide.
@@ -210,7 +211,11 @@ def check_text(name: str, text: str | None) -> None:
 def read_text(path: Path) -> str:
     """A text file's content; a byte order mark is left out."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(MAX_TEXT + 1)
+        if len(data) > MAX_TEXT:
+            raise UsageError(f"cannot read {shown(path)}: larger than {MAX_TEXT // 1_000_000} MB")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, ValueError) as error:
         reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else files.reason(error)
         raise UsageError(f"cannot read {shown(path)}: {reason}") from None
