@@ -352,6 +352,10 @@ def test_the_plot_is_one_svg_with_three_panels(
     assert code == 0
     assert "by run length" in out
     assert out.splitlines()[-1] == f"written: {file}"
+    code, out, err = acd(capsys, "bench", str(tiny("chatml")), "--plot", "/dev/full", "--json", *SMALL)
+    found = json.loads(out)  # what was measured is not lost
+    assert (code, found["error"]["code"], set(found["runs"])) == (6, "storage", {"greedy", "sampled"})
+    assert err.splitlines()[-1] == "acd: cannot write /dev/full: No space left on device"
 
 
 # -- peers -------------------------------------------------------------------------------------------------------------

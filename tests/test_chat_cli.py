@@ -25,6 +25,8 @@ from rich.console import Console
 
 from acd_local import Engine, Options, pairs
 from acd_local.answers import TokenRecord
+from acd_local.cli import chat as chat_cli
+from acd_local.cli import main as main_cli
 from acd_local.cli.chat_app import ChatApp
 from acd_local.cli.chat_commands import COMMANDS, completions
 from acd_local.cli.chat_input import LineSource
@@ -33,7 +35,8 @@ from acd_local.cli.chat_prompt import CommandCompleter, History
 from acd_local.cli.chat_rich import RichView
 from acd_local.cli.chat_view import PlainView
 from acd_local.cli.chat_why import Span, as_text, spans
-from acd_local.errors import UsageError
+from acd_local.cli.shell import run_cli
+from acd_local.errors import StorageError, UsageError
 
 MAIN = "from acd_local.cli.chat import main; main()"
 PAIR = 'format = 1\nname = "{name}"\nsafe = "{safe}"\nadversarial = "A demon answers."\nalpha = 0.4\n'
@@ -118,6 +121,21 @@ class PlainAnswer:
             writer.write(text)
             writer.finish()
         self.text = out.getvalue()
+
+
+def test_an_argument_that_was_meant_for_the_model_of_the_environment(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACD_MODEL", str(tiny("chatml")))
+    for program, command, args in (
+        ("acd-chat", chat_cli.command, ["hello there"]),
+        ("acd", main_cli.command, ["eval", "hello there"]),
+        ("acd", main_cli.command, ["bench", "hello there"]),
+    ):
+        assert run_cli(command, program, args) == 3
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("\n") == 1
+        assert "no such file: hello there (ACD_MODEL is set, but" in captured.err and "leave it out" in captured.err
 
 
 def test_bad_arguments_end_with_the_documented_codes(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -207,7 +225,7 @@ def test_regen_draws_a_new_seed(engine: Engine, capsys: pytest.CaptureFixture[st
         ("/clear all", "/clear takes nothing"),
         ("/save", "usage: /save FILE"),
         ("/load none.json", "cannot load a chat"),
-        ("/save /none/x", "cannot save the chat"),
+        ("/save /none/x", "cannot write /none/x: No such file"),
         ("/stats", "no answer yet"),
     ],
 )
@@ -257,15 +275,23 @@ def test_system_and_pair_change_the_next_answer(desk: Desk, tmp_path: Path) -> N
 def test_compare_shows_both_and_leaves_the_chat_alone(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
     desk = Desk(engine, capsys, temp=1.0)
     desk.type("What is blue?")
-    before = list(desk.app.chat.messages)
+    before, answer, line = list(desk.app.chat.messages), desk.app.last_answer(), desk.app.toolbar(200)
+    why = desk.type("/why")
     out, err = desk.type("/compare And red?")
     messages = [*before, {"role": "user", "content": "And red?"}]
-    seed = desk.app.last_answer().seed
+    (seed,) = map(int, re.findall(r"seed (\d+)", err))
     options = Options(temp=1.0, max_tokens=12, seed=seed)
     texts = [engine.generate(messages, options.replace({"plain": p})).run().text for p in (False, True)]
     expected = "--- with contrast (alpha 0.4, beta 0.1) ---\n{}\n--- without contrast ---\n{}"
     assert out == "\n" + expected.format(*(PlainAnswer(text).text for text in texts))
-    assert f"seed {seed}" in err and desk.app.chat.messages == before
+    assert desk.app.chat.messages == before
+    assert desk.app.last_answer() is answer and desk.app.toolbar(200) == line and desk.type("/why") == why
+
+
+def test_compare_before_the_first_answer_leaves_nothing(desk: Desk) -> None:
+    line = desk.app.toolbar(200)
+    desk.type("/compare And red?")
+    assert desk.app.toolbar(200) == line and "no answer yet" in desk.type("/why")[1]
 
 
 def test_why_marks_what_was_changed(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,6 +301,55 @@ def test_why_marks_what_was_changed(engine: Engine, capsys: pytest.CaptureFixtur
     assert answer.contrast.changed > 0
     out, _ = desk.type("/why")
     assert f"{answer.contrast.changed} of {answer.contrast.positions} tokens changed" in out
+
+
+def test_save_keeps_mode_and_link_and_a_new_chat_is_private(desk: Desk, tmp_path: Path) -> None:
+    saved, link = tmp_path / "chat.json", tmp_path / "link.json"
+    desk.type("What is blue?")
+    desk.type(f"/save {saved}")
+    assert saved.stat().st_mode & 0o777 == 0o600
+    saved.chmod(0o640)
+    link.symlink_to("chat.json")
+    desk.type("And red?")
+    desk.type(f"/save {link}")
+    assert link.is_symlink() and saved.stat().st_mode & 0o777 == 0o640
+    assert len(json.loads(saved.read_text())["messages"]) == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["file/b", "n" * 260, "a\0b", ".", "~nobody-of-this-name/x", "a\ud83d", "loop", "/dev/zero"]
+)
+def test_odd_names_are_one_line(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to("loop")
+    desk.type("What is blue?")
+    for command, says in (("/save", ("cannot write ", "is no saved chat")), ("/load", ("cannot load a chat from ",))):
+        out, err = desk.type(f"{command} {name}")
+        assert out == "" and err.count("\n") == 1
+        assert any(text in err for text in says) and "internal" not in err and "Errno" not in err
+    out, err = desk.type(f"/pair {name}.toml")
+    assert out == "" and err.count("\n") == 1 and "internal" not in err
+    assert len(desk.app.chat.messages) == 2
+
+
+def test_load_takes_a_byte_order_mark_and_half_a_surrogate_pair(desk: Desk, tmp_path: Path) -> None:
+    saved = tmp_path / "chat.json"
+    turns = [{"role": "user", "content": "a\ud83d"}, {"role": "assistant", "content": "b\udcff"}]
+    saved.write_bytes(b"\xef\xbb\xbf" + json.dumps({"format": 1, "messages": turns, "pair": "\ud83d"}).encode())
+    assert "loaded 2 messages" in desk.type(f"/load {saved}")[1]
+    assert "internal" not in desk.type("And red?")[1]
+    assert "saved 4 messages" in desk.type(f"/save {saved}")[1]
+
+
+def test_a_full_disk_is_told_and_ends_a_chat_whose_output_it_is(desk: Desk, tiny: Callable[..., Path]) -> None:
+    desk.type("What is blue?")
+    with pytest.raises(StorageError, match="No space left"):
+        desk.app.chat.save("/dev/full")
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", MAIN, str(tiny("chatml")), "-t", "1", "-n", "2"]
+        done = subprocess.run(command, input="hi\nhi\n", stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (6, "acd-chat: cannot write the output: No space left on device\n")
 
 
 def test_save_refuses_to_overwrite_other_files(desk: Desk, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ import torch
 from acd_local import pairs, softpair
 from acd_local.cli.run import command as run_command
 from acd_local.cli.shell import run_cli
-from acd_local.errors import InternalError, ModelError, OutOfMemoryError, PairError, UsageError
+from acd_local.errors import InternalError, ModelError, OutOfMemoryError, PairError, StorageError, UsageError
 from acd_local.evaluate.runner import Progress
 from acd_local.optimize import job, memory, repeat, result, trial
 from acd_local.optimize.job import Listener, Request
@@ -805,9 +805,13 @@ def test_a_checkpoint_of_other_inputs_under_this_name_is_not_used(tmp_path: Path
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "gone", "setting", {})
-    with pytest.raises(InternalError, match="cannot write") as caught:
+    with pytest.raises(UsageError, match="cannot write") as caught:
         checkpoint.save({})
     assert "\n" not in str(caught.value)
+    checkpoint.path = Path("/dev/full")
+    with pytest.raises(StorageError, match="cannot write /dev/full: No space left") as full:
+        checkpoint.finish({})
+    assert full.value.exit_code == 6
 
 
 # --- The files --------------------------------------------------------------------------------------------------------
@@ -860,6 +864,19 @@ def test_written_files_are_whole_and_nothing_else_is_left(soft: softpair.SoftPai
     assert pairs.load(target).safe == AWKWARD.strip()
     assert sorted(p.name for p in target.parent.iterdir()) == ["mine.report.html", "mine.safetensors", "mine.toml"]
     assert softpair.load(target.with_suffix(".safetensors")).safe == soft.safe
+
+
+def test_a_new_result_keeps_modes_and_links(soft: softpair.SoftPair, tmp_path: Path) -> None:
+    target, elsewhere = tmp_path / "mine.toml", tmp_path / "elsewhere.toml"
+    result.write(target, pair_file(), soft, "first")
+    target.replace(elsewhere)
+    target.symlink_to("elsewhere.toml")
+    for path in result.outputs(target):
+        path.chmod(0o640)
+    result.write(target, pair_file(safe="Be very kind."), soft, "second")
+    assert target.is_symlink() and pairs.load(target).safe == "Be very kind."
+    assert {path.stat().st_mode & 0o777 for path in result.outputs(target)} == {0o640}
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_crash_between_two_files_pairs_no_rows_with_anothers_text(

@@ -223,7 +223,12 @@ def test_the_first_argument_is_the_model(
     one_line_error(cli("", "hi"), 2, "no model")
     monkeypatch.setenv("ACD_MODEL", base[0])
     assert cli(*base[1:], "-n", "1", stdin=b"hi").code == 0
-    one_line_error(cli("What is water?", stdin=b"hi"), 3, "no such file: What is water?")
+    hint = 'ACD_MODEL is set, but the first argument is always the MODEL: acd-run "$ACD_MODEL" "my prompt"'
+    for prompt in ("What is water?", "water " * 100, "what\nnow", "~nobody-of-this-name"):
+        one_line_error(cli(prompt, stdin=b"hi"), 3, f"no such file: {prompt[:4]}", hint)
+    for model, asked in (("none.gguf", ()), ("none", ("a prompt",)), ("hf:x", ()), ("/", ())):
+        done = cli(model, *asked, stdin=b"hi")
+        assert done.code == 3 and "ACD_MODEL" not in done.err
     monkeypatch.setenv("ACD_MODEL", "/no/such.gguf")
     one_line_error(cli(stdin=b"hi"), 3, "/no/such.gguf")
     assert cli(*base, "-n", "1", stdin=b"hi").code == 0
@@ -377,9 +382,11 @@ def test_a_closed_pipe_ends_quietly(base: tuple[str, ...]) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_one_line(base: tuple[str, ...], cli: Callable[..., Done]) -> None:
     with Path("/dev/full").open("wb") as full:
-        one_line_error(subprocess_run((*base, "hi", "-n", "4"), stdout=full), 1, "No space left")
+        for more in ((), ("--json",)):
+            done = subprocess_run((*base, "hi", "-n", "4", *more), stdout=full)
+            one_line_error(done, 6, "cannot write the output: No space left on device")
     done = cli(*base, "hi", "-n", "2", "--trace", "/dev/full")
-    assert (done.code, done.err) == (1, "acd-run: cannot write /dev/full: No space left on device\n")
+    assert (done.code, done.err) == (6, "acd-run: cannot write /dev/full: No space left on device\n")
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
@@ -737,6 +744,48 @@ def test_a_trace_file_is_checked_early_and_kept_on_errors(
         assert old.read_text() == "precious\n"
 
 
+@pytest.mark.parametrize("more", [(), ("--stats",)])
+def test_an_answer_outlives_a_trace_that_cannot_be_written(
+    cli: Callable[..., Done], base: tuple[str, ...], more: tuple[str, ...]
+) -> None:
+    """--json prints one object: the answer, with the error beside it."""
+    asked = (*base, "hi", "-n", "4", "--seed", "1", "--strategy", "stepwise", *more)
+    good = cli(*asked, "--json")
+    done = cli(*asked, "--trace", "/dev/full", "--json")
+    record, whole = json.loads(done.out), json.loads(good.out)
+    assert (done.code, done.out.count("\n")) == (6, 1)
+    assert record.pop("error") == {"code": "storage", "message": "cannot write /dev/full: No space left on device"}
+    assert {key: record[key] for key in ("text", "finish_reason", "usage", "seed")} == {
+        key: whole[key] for key in ("text", "finish_reason", "usage", "seed")
+    }
+    assert done.err.splitlines()[-1] == "acd-run: cannot write /dev/full: No space left on device"
+    assert ("tokens/s" in done.err) == bool(more)
+    plain = cli(*asked, "--trace", "/dev/full")
+    assert (plain.code, plain.out) == (6, f"{whole['text'].rstrip()}\n") or whole["text"] != whole["text"].rstrip()
+
+
+@pytest.mark.parametrize("args", [("--trace", "/"), ("--trace", "no/such/folder"), ("--ctx-size", "0")])
+def test_json_is_one_object_where_nothing_was_answered(
+    cli: Callable[..., Done], base: tuple[str, ...], args: tuple[str, ...]
+) -> None:
+    done = cli(*base, "hi", "--json", *args)
+    assert (done.code, done.out.count("\n")) == (2, 1)
+    assert json.loads(done.out)["finish_reason"] == "error"
+    done = cli(*base, "--jsonl", "--ctx-size", "0")
+    assert (done.code, done.out.count("\n")) == (2, 1)
+    assert json.loads(done.out)["event"] == "error"
+
+
+def test_a_trace_keeps_mode_and_link(cli: Callable[..., Done], base: tuple[str, ...], tmp_path: Path) -> None:
+    path, link = tmp_path / "trace", tmp_path / "link"
+    path.write_text("old\n")
+    path.chmod(0o600)
+    link.symlink_to("trace")
+    assert cli(*base, "hi", "-n", "2", "--trace", str(link)).code == 0
+    assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o600
+    assert [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
 def test_warnings_go_to_stderr(cli: Callable[..., Done], base: tuple[str, ...], tiny: Callable[..., Path]) -> None:
     small = str(tiny("chatml", n_ctx=512))
     done = cli(small, *base[1:], "-c", "600", "hi", "--grammar", 'root ::= "red"')
@@ -774,15 +823,13 @@ def test_a_signal_while_decoding(slow_model: tuple[str, ...], signum: int, code:
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_during_a_long_prompt(slow_model: tuple[str, ...], tmp_path: Path, signum: int, code: int) -> None:
-    prompt = tmp_path / "prompt.txt"
-    prompt.write_text("the water is blue and the wine is red " * 800)
-    trace = tmp_path / "trace"
-    with prompt.open("rb") as stdin:
-        process = start((*slow_model, "--json", "--trace", str(trace), "--threads", "1"), stdin=stdin)
-    while not trace.exists() and process.poll() is None:  # from here on only the model is loaded, which is quick
-        time.sleep(0.01)
-    time.sleep(0.8)
+def test_a_signal_during_a_long_prompt(slow_model: tuple[str, ...], signum: int, code: int) -> None:
+    process = start((*slow_model, "--json", "--threads", "1"), stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(b"the water is blue and the wine is red " * 800 + b"\n" * 200_000)  # more than a pipe holds
+    process.stdin.close()
+    process.stdin = None
+    time.sleep(0.8)  # it was read: from here on only the model is loaded, which is quick
     sent = time.monotonic()
     process.send_signal(signum)
     out, err = process.communicate(timeout=30)

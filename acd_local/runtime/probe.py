@@ -19,8 +19,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-import platformdirs
-
+from acd_local import files
 from acd_local.errors import InternalError, ModelError, OutOfMemoryError
 from acd_local.runtime import child, gguf_header
 from acd_local.runtime.gguf_header import GGUFInfo, shown
@@ -62,14 +61,8 @@ def verify(path: Path, *, timeout: float = 120.0, force: bool = False) -> GGUFIn
 # --- the verdicts on disk --------------------------------------------------------------------------------------------
 
 
-def cache_dir() -> Path:
-    """Where verdicts are kept: $ACD_CACHE_DIR, else the platform's cache directory for this user."""
-    return Path(os.environ.get("ACD_CACHE_DIR") or platformdirs.user_cache_dir("acd-local", appauthor=False))
-
-
-def _verdict_file(path: Path) -> Path:
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    return cache_dir() / "verified" / f"{name}.json"
+def _verdict_name(path: Path) -> str:
+    return f"verified/{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.json"
 
 
 def _signature(parts: tuple[Path, ...]) -> list[list[object]] | None:
@@ -89,7 +82,7 @@ def llama_version() -> str:
 
 def _remembered(path: Path) -> GGUFInfo | None:
     try:
-        verdict = json.loads(_verdict_file(path).read_text("utf-8"))
+        verdict = json.loads(files.kept(_verdict_name(path)) or "")
         info = gguf_header.from_json(verdict["info"])
         parts = gguf_header.split_parts(path, len(info.parts))
         if [verdict["format"], verdict["llama"]] != [_FORMAT, llama_version()]:
@@ -103,12 +96,8 @@ def _remembered(path: Path) -> GGUFInfo | None:
 
 def _remember(path: Path, parts: list[list[object]] | None, info: GGUFInfo) -> None:
     verdict = {"format": _FORMAT, "llama": llama_version(), "parts": parts, "info": gguf_header.to_json(info)}
-    with suppress(OSError, RuntimeError, ValueError):
-        target = _verdict_file(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_suffix(f".{os.getpid()}.tmp")
-        draft.write_text(json.dumps(verdict), "utf-8")
-        draft.replace(target)  # atomic: a parallel reader sees the old verdict or the new one
+    with suppress(OSError, RuntimeError):  # as in _signature
+        files.keep(_verdict_name(path), json.dumps(verdict))
 
 
 # --- the parent's side -----------------------------------------------------------------------------------------------
