@@ -243,6 +243,7 @@ class Answering:
         gbnf = grammar.from_options(options, engine.info.path)
         for text in filter(None, (self._system, *self._framing.positive_texts())):
             refuse_adversarial(text, self.pair)
+        engine._check_open()
         with engine._open:
             prompt = engine._builder.build(
                 self._framing,
