@@ -27,7 +27,7 @@ from acd_local.runtime import child, llama
 from acd_local.runtime.rowcosts import RowCosts
 from acd_local.runtime.streams import LAYOUTS
 from acd_local.runtime.template import Message
-from acd_local.runtime.threads import physical_cores
+from acd_local.runtime.threads import default_threads
 from acd_local.session import Engine
 
 QUESTIONS = (
@@ -269,7 +269,7 @@ def run(
         memory: also start one process per case for its peak memory.
     """
     check_counts(tokens, rounds)
-    threads = threads or physical_cores()
+    threads = threads or default_threads()
     settings: dict[str, Any] = {"threads": threads, "ctx_size": ctx_size, "pair": pair}
     with ExitStack() as stack:
         engines = {f"contrast, {layout}": Engine(model, layout=layout, **settings) for layout in LAYOUTS}

@@ -36,7 +36,7 @@ class NumericalError(AcdError):
 
 
 class EngineClosedError(AcdError):
-    """The engine (or chat) was used after `close()`."""
+    """The engine (or chat) was used after `close()`, in a forked child, or while the process ends."""
 
     code = "closed"
 

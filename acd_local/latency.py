@@ -12,7 +12,7 @@ from acd_local.bench import PLAIN, REPEATS, check_counts, conversation, decode_r
 from acd_local.options import Options
 from acd_local.runtime import llama
 from acd_local.runtime.prefixes import common_prefix
-from acd_local.runtime.threads import physical_cores
+from acd_local.runtime.threads import default_threads
 from acd_local.session import Engine
 
 QUESTION = 512  # tokens
@@ -53,7 +53,7 @@ def run(
     They have QUESTION tokens, or a quarter of `ctx_size` where that is less.
     """
     check_counts(2, rounds)
-    threads = threads or physical_cores()
+    threads = threads or default_threads()
     settings: dict[str, Any] = {"threads": threads, "ctx_size": ctx_size, "pair": pair}
     with Engine(model, **settings) as engine:
         question = min(QUESTION, ctx_size // 4)

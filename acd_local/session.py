@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from acd_local import pairs, softpair
 from acd_local.answering import Answering, AnswerStream
@@ -27,7 +26,7 @@ from acd_local.runtime.prompts import Framing, Prompt, PromptBuilder
 from acd_local.runtime.rowcosts import MOST, RowClock
 from acd_local.runtime.streams import Cache, Feed, Layout, Rows, Slot, Streams, extend
 from acd_local.runtime.template import ChatTemplate, Message
-from acd_local.runtime.threads import physical_cores
+from acd_local.runtime.threads import default_threads
 from acd_local.softpair import SoftPair
 
 DEFAULT_CTX_SIZE = 4096
@@ -47,7 +46,7 @@ class Engine:
         conversations: how many conversations may be decoded at once; each costs two streams of KV memory.
         layout: "shared" decodes both streams in one llama_context, "split" gives each stream its own.
         kv_type: "f16" or "q8_0".
-        threads: CPU threads; None means the physical cores.
+        threads: CPU threads; None means $ACD_THREADS, or the physical cores.
         gpu_layers: None offloads everything where the build can, nothing elsewhere.
         system_apart: True: every answer begins at its system prompt, which was decoded alone, so that it does not depend
             on those before it (nor beside it, but for near-ties); a conversation's earlier turns are decoded anew each
@@ -78,11 +77,12 @@ class Engine:
         soft: bool = False,
     ) -> None:
         _check_counts(ctx_size=ctx_size, conversations=conversations, threads=threads)
-        self.threads = threads or physical_cores()
+        self.threads = threads or default_threads()
         self.info = probe.verify(resolve_model(str(model)))
         self.pair = self._resolve_pair(pair)
         self.soft = soft
         self._soft_pairs: dict[tuple[object, ...], SoftPair] = {}
+        self._lock = threading.RLock()
         if soft:
             self._read_soft(self.pair)  # what is wrong with it is said before the model is loaded
         self._model = llama.Model(self.info.path, gpu_layers=gpu_layers)
@@ -102,6 +102,7 @@ class Engine:
                 layout=layout,
                 kv_type=kv_type,
                 threads=self.threads,
+                lock=self._lock,
                 # A run has MOST tokens at most, drafts from the conversation included.
                 outputs=MOST if conversations <= FEW else 1,
             )
@@ -122,13 +123,11 @@ class Engine:
         )
         several = conversations > 1 if system_apart is None else False
         self._prefixes = PrefixStore(eager=several or not rewinds, exact=system_apart is True)
-        self._lock = threading.RLock()
         self._open = _Open(self)
         self._free = threading.Condition()
         self._idle: list[Slot] = list(self._streams.slots)
         self._holders: list[int] = []  # thread ids of running answers
         self._closed = False
-        _open_engines.add(self)
 
     @property
     def warning(self) -> str | None:
@@ -207,26 +206,32 @@ class Engine:
         Raises:
             PairError: the pair has none, or they are broken or made for another model.
         """
+        self._model.owned.check()
         found = self._read_soft(self.pair if pair is None else pair)
         self._builder.keep_negative(found.adversarial)
         return found
 
     def close(self) -> None:
-        """Free model and caches. Answers that are still being streamed end with EngineClosedError."""
-        if self._closed:
+        """Free model and caches. Answers that are still being streamed end with EngineClosedError.
+
+        In a forked child this does nothing.
+        """
+        if self._closed or self._model.owned.foreign:
             return
         self._closed = True
         self._streams.cancel()
         with self._lock:
             self._streams.close()
             self._model.close()
-        _open_engines.discard(self)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError("an engine cannot be copied or sent to another process: load it where it is used")
 
     # -- used by AnswerStream -----------------------------------------------------------------------------------------
 
@@ -256,10 +261,11 @@ class Engine:
         try:
             yield slot
         finally:
-            with self._free:
-                self._idle.append(slot)
-                self._holders.remove(me)
-                self._free.notify()
+            if not self._model.owned.foreign:  # there the lock may be held by a thread that did not come along
+                with self._free:
+                    self._idle.append(slot)
+                    self._holders.remove(me)
+                    self._free.notify()
 
     def _extend(self, work: Rows, cancels: Sequence[CancelToken]) -> list[Logits]:
         """`streams.extend`, stopped by any of `cancels`."""
@@ -267,13 +273,13 @@ class Engine:
             for cancel in cancels:
                 stack.enter_context(cancel.interrupting(self._streams.cancel))
             self._streams.resume()
-            self._check_open()  # close() may have asked for a stop just before
+            self._check_not_closed()  # close() may have asked for a stop just before
             if any(cancel.is_set for cancel in cancels):
                 raise DecodeAborted
             try:
                 return self._timed(work)
             except DecodeAborted:
-                self._check_open()
+                self._check_not_closed()
                 raise
 
     def _timed(self, work: Rows) -> list[Logits]:
@@ -303,6 +309,11 @@ class Engine:
         return rows, decoded + sum(len(feed.tokens) for feed in rows)
 
     def _check_open(self) -> None:
+        """Whether an answer can be begun: not after `close`, nor in a forked child, nor while the process ends."""
+        self._check_not_closed()
+        self._model.owned.check()
+
+    def _check_not_closed(self) -> None:
         if self._closed:
             raise EngineClosedError("the engine was closed")
 
@@ -372,8 +383,10 @@ class _Open:
         self._lock = engine._lock
 
     def __enter__(self) -> None:
-        self._lock.acquire()
         engine = self._engine()
+        if engine is not None and engine._model.owned.foreign:
+            engine._check_open()  # instead of waiting for a lock that nobody releases here
+        self._lock.acquire()
         if engine is None or engine._closed:
             self._lock.release()
             raise EngineClosedError("the engine was closed")
@@ -389,13 +402,3 @@ def _check_counts(**counts: int | None) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
-
-
-_open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """llama.cpp must be released before the interpreter tears down what its callbacks use."""
-    for engine in list(_open_engines):
-        engine.close()

@@ -54,7 +54,7 @@ from acd_local.runtime.rowcosts import MOST, RowClock, RowCosts
 from acd_local.runtime.sampling import GrammarGuard, TokenSampler
 from acd_local.runtime.streams import Streams
 from acd_local.runtime.template import Message
-from acd_local.runtime.threads import physical_cores
+from acd_local.runtime.threads import default_threads
 from acd_local.session import Engine
 
 DEMO = "demo"
@@ -204,7 +204,7 @@ def run_replay(
         UsageError: caches of either model cannot forget tokens.
     """
     check_counts(tokens, rounds)
-    threads = threads or physical_cores()
+    threads = threads or default_threads()
     info = probe.verify(resolve(model))
     with (
         llama.Model(info.path) as loaded,

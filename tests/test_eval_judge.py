@@ -304,7 +304,7 @@ def test_unusable_judges(tiny: Callable[..., Path], tmp_path: Path, monkeypatch:
     assert len(opened) == 3
     for model in opened:
         with pytest.raises(EngineClosedError):
-            _ = model.pointer
+            model.owned.check()
 
 
 def test_nan_is_an_error(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,5 +337,4 @@ def test_closing_frees(tiny: Callable[..., Path]) -> None:
         judge.p_safe("Hi", "Hello!")
     for part in (judge._model, judge._context):
         with pytest.raises(EngineClosedError):
-            _ = part.pointer
-        assert not part._free.alive
+            part.owned.check()

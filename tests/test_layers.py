@@ -16,7 +16,15 @@ MODULES = sorted(p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.rg
 LAYERS = (
     {"errors"},
     {"files"},
-    {"options", "runtime/gguf_header", "runtime/text", "runtime/threads", "runtime/cancel", "runtime/__init__"},
+    {
+        "options",
+        "runtime/gguf_header",
+        "runtime/text",
+        "runtime/threads",
+        "runtime/cancel",
+        "runtime/lifetime",
+        "runtime/__init__",
+    },
     {"runtime/rows"},
     {"pairs", "softpair", "models", "runtime/child", "runtime/contrast", "runtime/llama"},
     {"runtime/probe", "runtime/sampling", "runtime/streams", "runtime/guard", "runtime/grammar"},

@@ -463,16 +463,16 @@ def test_undo_after_an_overflow_sends_old_turns_again(tiny: Callable[..., Path])
 
 
 def test_engines_that_are_dropped_free_their_memory(tiny: Callable[..., Path]) -> None:
-    from acd_local.runtime import llama
-
     engine = Engine(tiny("chatml"), ctx_size=512, threads=1)
     said("Hi", engine)
-    finalizers = [engine._model._free, *(c._free for c in engine._streams.contexts)]
-    assert all(f.alive for f in finalizers)
+    memory = [engine._model.owned, *(c.owned for c in engine._streams.contexts)]
+    for owned in memory:
+        owned.check()
     del engine
     gc.collect()
-    assert not any(f.alive for f in finalizers)
-    assert isinstance(llama.supports_gpu_offload(), bool)
+    for owned in memory:
+        with pytest.raises(EngineClosedError, match="closed"):
+            owned.check()
 
 
 def test_two_conversations_in_one_thread_with_two_slots(tiny: Callable[..., Path]) -> None:

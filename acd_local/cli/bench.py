@@ -28,7 +28,7 @@ PROGRAM = "acd bench"
 @click.argument("model", required=False)
 @click.option("--tokens", type=click.IntRange(4), default=64, show_default=True, help="Answer tokens per measurement.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How often each case is measured.")
-@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads; default: the physical cores.")
+@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads; default: $ACD_THREADS or the cores.")
 @click.option("--ctx-size", "-c", type=click.IntRange(512), default=2048, show_default=True, help="Tokens per stream.")
 @click.option("--pair", metavar="NAME|FILE", help="Prompt pair; default: the best one for the model.")
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory (one process per case).")
@@ -98,13 +98,13 @@ def _weights(model: str, kind: str | None, threads: int | None) -> Iterator[str]
         return
     from acd_local.models import resolve
     from acd_local.runtime import llama, probe
-    from acd_local.runtime.threads import physical_cores
+    from acd_local.runtime.threads import default_threads
 
     source = probe.verify(resolve(model)).path
     with tempfile.TemporaryDirectory(prefix="acd-bench-") as folder:
         target = Path(folder) / f"{source.stem}-{kind}.gguf"
         say(f"{PROGRAM}: writing a copy as {kind}")
-        llama.quantize(source, target, kind, threads=threads or physical_cores())
+        llama.quantize(source, target, kind, threads=threads or default_threads())
         yield str(target)
 
 

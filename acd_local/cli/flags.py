@@ -40,7 +40,7 @@ _ENGINE = (
         metavar="N",
         help="Tokens that each stream holds; default 4096 or the model's limit.",
     ),
-    click.option("--threads", "-t", type=int, metavar="N", help="CPU threads; default: the physical cores."),
+    click.option("--threads", "-t", type=int, metavar="N", help="CPU threads; default: $ACD_THREADS or the cores."),
     click.option(
         "--gpu-layers",
         "-ngl",

@@ -60,7 +60,9 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
     "--max-tokens", type=click.IntRange(16, 1024), default=96, show_default=True, help="Longest text of either prompt."
 )
 @click.option("--soft-only", is_flag=True, help="Leave out the text pair: the file then holds the manual one.")
-@click.option("--threads", "-t", type=click.IntRange(1, 512), metavar="N", help="CPU threads; default: the cores.")
+@click.option(
+    "--threads", "-t", type=click.IntRange(1, 512), metavar="N", help="CPU threads; default: $ACD_THREADS or the cores."
+)
 @click.option(
     "--repeat",
     type=flags.file_name,

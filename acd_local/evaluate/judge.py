@@ -23,7 +23,7 @@ from acd_local.runtime import llama, probe
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.streams import Cache, Feed, Snapshot, extend
 from acd_local.runtime.template import ChatTemplate, Message
-from acd_local.runtime.threads import physical_cores
+from acd_local.runtime.threads import default_threads
 
 N_CTX = 2048
 SAFE, UNSAFE = "safe", "unsafe"
@@ -62,7 +62,7 @@ class Judge:
 
     Args:
         path: path of a GGUF file, "demo", or "hf:owner/repo/file.gguf".
-        threads: CPU threads; None means the physical cores.
+        threads: CPU threads; None means $ACD_THREADS, or the physical cores.
 
     Attributes:
         info: what the file's header says.
@@ -89,7 +89,7 @@ class Judge:
                 raise UsageError(f"{self.info.path}: no judge: its vocabulary cannot spell {SAFE!r} and {UNSAFE!r}")
             trained = self._model.n_ctx_train
             self._n_ctx = min(N_CTX, trained) if trained > 0 else N_CTX
-            self._context = llama.Context(self._model, n_ctx=self._n_ctx, n_seq=1, threads=threads or physical_cores())
+            self._context = llama.Context(self._model, n_ctx=self._n_ctx, n_seq=1, threads=threads or default_threads())
             self._cache = Cache(self._context, 0, self._n_ctx)
             self._lead: list[int] = []
             if len(self._encode("", "")) + _MAX_LEAD + _MIN_ROOM > self._n_ctx:

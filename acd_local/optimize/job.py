@@ -25,7 +25,7 @@ from acd_local.pairs import PromptPair
 from acd_local.runtime import gguf_header, probe, rows
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.gguf_header import GGUFInfo
-from acd_local.runtime.threads import physical_cores
+from acd_local.runtime.threads import default_threads
 
 if TYPE_CHECKING:
     from acd_local.optimize.texts import Texts
@@ -119,7 +119,7 @@ class Request:
         weights: of the losses' three terms: positive, negative, retain.
         max_tokens: limit of either text prompt.
         soft_only: leave out the text pair; the file then holds the manual one.
-        threads: None: the physical cores.
+        threads: None: $ACD_THREADS, or the physical cores.
         force: replace files of an earlier result.
         command: as it was typed, for the report.
         repeat: what an earlier result says beyond these options; None: it is decided anew.
@@ -186,7 +186,7 @@ def prepare(request: Request) -> Job:
         texts=texts.read(info.path, manual, instructions),
         device=where,
         folder=private_folder(private_folder(files.work_dir() / "optimize") / digest[:16]),
-        threads=request.threads or physical_cores(),
+        threads=request.threads or default_threads(),
     )
 
 

@@ -9,6 +9,7 @@ llama.cpp writes its log through one process-wide callback. It is pointed at the
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import logging
@@ -16,19 +17,25 @@ import os
 import sys
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import numpy as np
-from llama_cpp import llama_cpp as C
 from numpy.typing import NDArray
 
-from acd_local.errors import EngineClosedError, InternalError, ModelError, NumericalError, OutOfMemoryError, UsageError
+from acd_local.errors import InternalError, ModelError, NumericalError, OutOfMemoryError, UsageError
+from acd_local.runtime import lifetime
+from acd_local.runtime.lifetime import DecodeAborted as DecodeAborted
+from acd_local.runtime.lifetime import Owned
 from acd_local.runtime.rows import RowTable
+from acd_local.runtime.threads import openmp_settings
+
+with openmp_settings():
+    from llama_cpp import llama_cpp as C
 
 Logits = NDArray[np.float32]
 TokenIds = NDArray[np.int32]
@@ -58,10 +65,6 @@ BATCH_ROWS = 512
 TRIAL_STEPS = 32
 
 
-class DecodeAborted(Exception):
-    """llama_decode was stopped by `Context.cancel()`. The caches hold only whole, finished batches."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Log: llama.cpp -> logging
 
@@ -76,23 +79,21 @@ class _LogSink:
     def __init__(self) -> None:
         self.logger = logging.getLogger("acd_local.llama")
         self.problems: deque[str] = deque(maxlen=16)
-        self._level = logging.DEBUG
-        self._line = ""
-        self._lock = threading.Lock()
+        self._begun = threading.local()  # no lock: a fork could leave it held
 
     def __call__(self, level: int, text: bytes | None, _user_data: object) -> None:
         if sys.is_finalizing():
             return
-        with self._lock:
-            if level != 5:  # 5 continues the line before
-                self._level = _LOG_LEVELS.get(level, logging.DEBUG)
-            self._line += (text or b"").decode("utf-8", "replace")
-            *lines, self._line = self._line.split("\n")
+        begun = self._begun.__dict__
+        if level != 5:  # 5 continues the line before
+            begun["level"] = _LOG_LEVELS.get(level, logging.DEBUG)
+        level = begun.get("level", logging.DEBUG)
+        *lines, begun["line"] = (begun.get("line", "") + (text or b"").decode("utf-8", "replace")).split("\n")
         for line in filter(None, map(str.strip, lines)):
-            if self._level >= logging.INFO:
+            if level >= logging.INFO:
                 self.problems.append(line)
-            if self.logger.isEnabledFor(self._level):
-                self.logger.log(self._level, line)
+            if self.logger.isEnabledFor(level):
+                self.logger.log(level, line)
 
     def last_problem(self, default: str) -> str:
         """The most telling recent line, without llama.cpp's function-name prefix."""
@@ -109,16 +110,20 @@ C.llama_log_set(_log_callback, ctypes.c_void_p(0))
 C.llama_backend_init()
 
 
-def _strlen() -> Any:
-    """libc's strlen as an abort callback: true when the byte it is pointed at is not NUL.
+_libc = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
+# libc's strlen as an abort callback: true when the byte it is pointed at is not NUL. ggml calls the abort callback once
+# per graph node: a Python function would take the interpreter lock each time.
+_abort_if_flag_set = ctypes.cast(_libc.strlen, C.ggml_abort_callback)
+# libc's abs as a log callback that does nothing: no thread may enter an interpreter that has ended.
+_log_nothing = ctypes.cast(_libc.abs, C.llama_log_callback)
+_keep_loading = C.llama_progress_callback(lambda _progress, _user_data: not lifetime.ending())
 
-    ggml calls the abort callback once per graph node: a Python function would take the interpreter lock each time.
-    """
-    libc = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
-    return ctypes.cast(libc.strlen, C.ggml_abort_callback)
 
-
-_abort_if_flag_set = _strlen()
+@atexit.register
+def _end() -> None:
+    """Leave llama.cpp before its static data is destroyed; Metal aborts the process where anything is not freed."""
+    C.llama_log_set(_log_nothing, ctypes.c_void_p(0))
+    lifetime.end(free=supports_gpu_offload())
 
 
 def supports_gpu_offload() -> bool:
@@ -163,6 +168,7 @@ class Model:
         gpu_layers: layers to offload; None means all where the build supports it and none elsewhere.
 
     Attributes:
+        owned: llama.cpp's memory of it, and whether that can be used.
         rows: embedding rows, which `Context.decode` takes by negative ids.
         row_positions: positions that llama.cpp reads per embedding row: 4 for M-RoPE, else 1.
 
@@ -175,36 +181,32 @@ class Model:
         self.path = Path(path)
         params = C.llama_model_default_params()
         params.n_gpu_layers = (-1 if supports_gpu_offload() else 0) if gpu_layers is None else gpu_layers
+        params.progress_callback = _keep_loading
         _log_sink.problems.clear()
-        self._ptr: Any = C.llama_model_load_from_file(os.fsencode(self.path), params)
-        if not self._ptr:
+        self.owned = Owned(self, C.llama_model_free)
+        pointer = self.owned.make(lambda: C.llama_model_load_from_file(os.fsencode(self.path), params))
+        if not pointer:
             cause = _log_sink.last_problem("llama.cpp gave no reason")
             if "alloc" in cause:
                 raise OutOfMemoryError(f"not enough memory to load {self.path}: {cause}")
             raise ModelError(f"llama.cpp cannot load {self.path}: {cause}")
-        self._free = weakref.finalize(self, C.llama_model_free, self._ptr)
-        self.vocab = Vocab(self._ptr)
+        self.vocab = Vocab(self.owned)
         self.n_vocab = self.vocab.n_tokens
-        self.n_embd = int(C.llama_model_n_embd(self._ptr))
-        self.n_ctx_train = int(C.llama_model_n_ctx_train(self._ptr))
-        self.n_swa = int(C.llama_model_n_swa(self._ptr))
-        self.keeps_state = bool(C.llama_model_is_recurrent(self._ptr) or C.llama_model_is_hybrid(self._ptr))
-        input_width = int(C.llama_model_n_embd_inp(self._ptr))
+        self.n_embd = int(C.llama_model_n_embd(pointer))
+        self.n_ctx_train = int(C.llama_model_n_ctx_train(pointer))
+        self.n_swa = int(C.llama_model_n_swa(pointer))
+        self.keeps_state = bool(C.llama_model_is_recurrent(pointer) or C.llama_model_is_hybrid(pointer))
+        input_width = int(C.llama_model_n_embd_inp(pointer))
         self.rows = RowTable(self.n_embd, input_width, self.metadata("general.architecture") or "")
-        self.row_positions = 4 if int(C.llama_model_rope_type(self._ptr)) in _SEVERAL_POSITIONS else 1
-
-    @property
-    def pointer(self) -> Any:
-        if not self._ptr:
-            raise EngineClosedError("the model was closed")
-        return self._ptr
+        self.row_positions = 4 if int(C.llama_model_rope_type(pointer)) in _SEVERAL_POSITIONS else 1
 
     def metadata(self, key: str) -> str | None:
         """A scalar GGUF metadata value as text, None if absent (llama_model_meta_val_str)."""
         size = 256
         while True:
             buffer = ctypes.create_string_buffer(size)
-            length = int(C.llama_model_meta_val_str(self.pointer, key.encode(), buffer, size))
+            with self.owned as pointer:
+                length = int(C.llama_model_meta_val_str(pointer, key.encode(), buffer, size))
             if length < 0:
                 return None
             if length < size:
@@ -213,13 +215,12 @@ class Model:
 
     def chat_template(self) -> str | None:
         """The Jinja chat template stored in the file, None if there is none."""
-        raw = C.llama_model_chat_template(self.pointer, None)
+        with self.owned as pointer:
+            raw = C.llama_model_chat_template(pointer, None)
         return raw.decode("utf-8", "replace") if raw else None
 
     def close(self) -> None:
-        self.vocab.forget()
-        self._free()
-        self._ptr = None
+        self.owned.close()
 
     def __enter__(self) -> Self:
         return self
@@ -231,46 +232,26 @@ class Model:
 class Vocab:
     """Text to token ids and back, and what each token is (llama_vocab_*).
 
-    Reading is thread-safe, also beside `forget`: a text may take a while to tokenize, and nobody has to hold the model
-    open meanwhile.
+    Reading is thread-safe. A closed model's vocabulary raises EngineClosedError.
     """
 
-    def __init__(self, model_pointer: Any) -> None:
-        self._ptr: Any = C.llama_model_get_vocab(model_pointer)
-        self.n_tokens = int(C.llama_vocab_n_tokens(self._ptr))
-        self.bos = int(C.llama_vocab_bos(self._ptr))
-        self.eos = int(C.llama_vocab_eos(self._ptr))
-        self.add_bos = bool(C.llama_vocab_get_add_bos(self._ptr))
-        self._readers = 0
-        self._unread = threading.Condition()
+    def __init__(self, model: Owned) -> None:
+        self._model = model
+        with model as pointer:
+            vocab = self._ptr = C.llama_model_get_vocab(pointer)
+            self.n_tokens = int(C.llama_vocab_n_tokens(vocab))
+            self._attrs = [int(C.llama_vocab_get_attr(vocab, i)) for i in range(self.n_tokens)]
+        self.bos = int(C.llama_vocab_bos(vocab))
+        self.eos = int(C.llama_vocab_eos(vocab))
+        self.add_bos = bool(C.llama_vocab_get_add_bos(vocab))
         self._eog: frozenset[int] | None = None
-        self._attrs = [int(C.llama_vocab_get_attr(self._ptr, i)) for i in range(self.n_tokens)]
         self._pieces: dict[int, bytes] = {}
 
-    @property
-    def pointer(self) -> Any:
-        if not self._ptr:
-            raise EngineClosedError("the model was closed")
-        return self._ptr
-
-    def forget(self) -> None:
-        """The model is about to be freed: waits for who reads, and makes every later use raise EngineClosedError."""
-        with self._unread:
-            self._ptr = None
-            self._unread.wait_for(lambda: self._readers == 0)
-
     @contextmanager
-    def _reading(self) -> Iterator[Any]:
+    def reading(self) -> Iterator[Any]:
         """The pointer, which is valid inside."""
-        with self._unread:
-            pointer = self.pointer
-            self._readers += 1
-        try:
-            yield pointer
-        finally:
-            with self._unread:
-                self._readers -= 1
-                self._unread.notify_all()
+        with self._model:
+            yield self._ptr
 
     def attr(self, token: int) -> int:
         """Attribute bits of a token, see the ATTR_ constants."""
@@ -282,7 +263,8 @@ class Vocab:
 
     def is_eog(self, token: int) -> bool:
         """Whether the token ends an answer (EOS, EOT, ...)."""
-        return bool(C.llama_vocab_is_eog(self.pointer, token))
+        with self.reading() as pointer:
+            return bool(C.llama_vocab_is_eog(pointer, token))
 
     def eog_tokens(self) -> frozenset[int]:
         """All tokens that end an answer."""
@@ -293,12 +275,13 @@ class Vocab:
     def suppressed_tokens(self) -> frozenset[int]:
         """Tokens that the model file says are never to be sampled (tokenizer.ggml.suppress_tokens)."""
         count = ctypes.c_int32(0)
-        tokens = C.llama_vocab_get_suppress_tokens(self.pointer, ctypes.byref(count))
-        return frozenset(int(tokens[i]) for i in range(count.value)) if tokens else frozenset()
+        with self.reading() as pointer:
+            tokens = C.llama_vocab_get_suppress_tokens(pointer, ctypes.byref(count))
+            return frozenset(int(tokens[i]) for i in range(count.value)) if tokens else frozenset()
 
     def text(self, token: int) -> str:
         """The token as it stands in the vocabulary (not unescaped); control tokens read as templates write them."""
-        with self._reading() as pointer:
+        with self.reading() as pointer:
             return bytes(C.llama_vocab_get_text(pointer, token)).decode("utf-8", "replace")
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
@@ -310,7 +293,7 @@ class Vocab:
         capacity = len(raw) + 8
         while True:
             out = (C.llama_token * capacity)()
-            with self._reading() as pointer:
+            with self.reading() as pointer:
                 n = int(C.llama_tokenize(pointer, raw, len(raw), out, capacity, False, parse_special))
             if n >= 0:
                 return list(out[:n])
@@ -333,7 +316,8 @@ class Vocab:
         size = 32
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = int(C.llama_token_to_piece(self.pointer, token, buffer, size, 0, special))
+            with self.reading() as pointer:
+                n = int(C.llama_token_to_piece(pointer, token, buffer, size, 0, special))
             if n >= 0:
                 return buffer.raw[:n]
             size = -n  # a longer piece is not cut: ask again with its size
@@ -355,6 +339,8 @@ class Context:
         threads: CPU threads.
         outputs: logits rows that one sequence may ask for per decode.
         together: whether several sequences may ask for as many in one decode: memory for n_seq x outputs x n_vocab.
+        lock: held while llama.cpp uses the context, and while it is freed. Threads that share contexts give one of
+            their own and hold it from a decode until they have read its logits.
 
     Raises:
         UsageError: the model's head size cannot take this KV type.
@@ -371,6 +357,7 @@ class Context:
         threads: int = 1,
         outputs: int = 1,
         together: bool = True,
+        lock: Any = None,
     ) -> None:
         if kv_type not in KV_TYPES:
             raise UsageError(f"unknown KV type {kv_type!r}: choose one of {', '.join(KV_TYPES)}")
@@ -393,9 +380,12 @@ class Context:
         params.kv_unified = False
         params.swa_full = False  # windows take what they need; Cache.rewind checks what a rollback left
         params.no_perf = True
+        self._flag = flag = ctypes.create_string_buffer(2)
+        self.owned = Owned(self, partial(_free_context, model), lock=lock, stop=partial(_raise_flag, flag))
         _log_sink.problems.clear()
-        self._ptr: Any = C.llama_init_from_model(model.pointer, params)
-        if not self._ptr:
+        with model.owned as of:
+            pointer = self.owned.make(lambda: C.llama_init_from_model(of, params))
+        if not pointer:
             cause = _log_sink.last_problem("llama.cpp gave no reason")
             if "cache type" in cause:
                 raise UsageError(f"KV type {kv_type} does not fit this model, use --kv-type f16 ({cause})")
@@ -403,24 +393,16 @@ class Context:
                 f"could not create a context of {n_seq} x {n_ctx} tokens, try a smaller --ctx-size"
                 f"{' or --parallel' if n_seq > 2 else ''} ({cause})"
             )
-        self._free = weakref.finalize(self, _free_context, self._ptr, model)
-        if n_ctx > int(C.llama_n_ctx_seq(self._ptr)):
+        if n_ctx > int(C.llama_n_ctx_seq(pointer)):
             self.close()
             raise OutOfMemoryError(f"llama.cpp made a context smaller than {n_ctx} tokens, try a smaller --ctx-size")
-        self._memory = C.llama_get_memory(self._ptr)
-        self.n_batch = int(C.llama_n_batch(self._ptr))
-        self._flag = ctypes.create_string_buffer(2)
-        C.llama_set_abort_callback(self._ptr, _abort_if_flag_set, ctypes.cast(self._flag, ctypes.c_void_p))
+        self._memory = C.llama_get_memory(pointer)
+        self.n_batch = int(C.llama_n_batch(pointer))
+        C.llama_set_abort_callback(pointer, _abort_if_flag_set, ctypes.cast(flag, ctypes.c_void_p))
         self._rows = _BatchRows(self.n_batch, model.rows, model.row_positions)
         self._view: Logits = np.empty((0, 0), np.float32)
         self._view_of = (0, 0)
         self.seconds = 0.0  # spent inside llama.cpp by decode() and logits(), for the benchmark
-
-    @property
-    def pointer(self) -> Any:
-        if not self._ptr:
-            raise EngineClosedError("the engine was closed")
-        return self._ptr
 
     def decode(self, tokens: Row, seqs: Row, positions: Row, outputs: Row) -> None:
         """Run one batch of rows, all arguments of shape (rows,), rows <= n_batch (llama_decode).
@@ -429,16 +411,19 @@ class Context:
             tokens: token ids, or the negative ids of embedding rows (`Model.rows`), not both in one batch.
 
         Raises:
-            DecodeAborted: `cancel()` was called; rows of unfinished batches are not in the caches.
+            DecodeAborted: `cancel()` was called, or the process is ending; rows of unfinished batches are not in the
+                caches.
             InternalError: more rows of a sequence want logits than the context was made for.
         """
         self._check_outputs(seqs, outputs)
         if self.cancelled:  # not every backend asks the abort callback
             raise DecodeAborted
-        batch = self._rows.fill(tokens, seqs, positions, outputs)
-        started = time.perf_counter()
-        result = int(C.llama_decode(self.pointer, batch))
-        self.seconds += time.perf_counter() - started
+        with self.owned as pointer:
+            batch = self._rows.fill(tokens, seqs, positions, outputs)
+            lifetime.note_use()
+            started = time.perf_counter()
+            result = int(C.llama_decode(pointer, batch))
+            self.seconds += time.perf_counter() - started
         if result == 0:
             return
         if result == 2:
@@ -459,12 +444,13 @@ class Context:
 
         Valid until the next decode: copy what has to live longer (llama_get_logits).
         """
-        started = time.perf_counter()
-        pointer = C.llama_get_logits(self.pointer)  # waits for the backend
-        self.seconds += time.perf_counter() - started
-        if not pointer:
+        with self.owned as pointer:
+            started = time.perf_counter()
+            found = C.llama_get_logits(pointer)  # waits for the backend
+            self.seconds += time.perf_counter() - started
+        if not found:
             raise InternalError("llama.cpp returned no logits")
-        address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
+        address = ctypes.cast(found, ctypes.c_void_p).value or 0
         if (address, n_outputs) != self._view_of:  # llama.cpp rarely moves its buffer
             size = n_outputs * self.model.n_vocab
             flat: Logits = np.frombuffer((ctypes.c_float * size).from_address(address), np.float32)  # type: ignore[call-overload]
@@ -473,17 +459,21 @@ class Context:
 
     def truncate(self, seq: int, length: int) -> bool:
         """Drop positions >= length from a sequence; False where the memory cannot (llama_memory_seq_rm)."""
-        return bool(C.llama_memory_seq_rm(self._mem, seq, length, -1))
+        with self.owned:
+            return bool(C.llama_memory_seq_rm(self._memory, seq, length, -1))
 
     def position_range(self, seq: int) -> tuple[int, int]:
         """Smallest and largest position present, (-1, -1) when empty (llama_memory_seq_pos_min / _max)."""
-        return int(C.llama_memory_seq_pos_min(self._mem, seq)), int(C.llama_memory_seq_pos_max(self._mem, seq))
+        with self.owned:
+            found = C.llama_memory_seq_pos_min(self._memory, seq), C.llama_memory_seq_pos_max(self._memory, seq)
+        return int(found[0]), int(found[1])
 
     def save_sequence(self, seq: int) -> bytes:
         """The sequence's cells (or recurrent state) as bytes (llama_state_seq_get_data)."""
-        size = int(C.llama_state_seq_get_size(self.pointer, seq))
-        buffer = (ctypes.c_uint8 * size)()
-        written = int(C.llama_state_seq_get_data(self.pointer, buffer, size, seq))
+        with self.owned as pointer:
+            size = int(C.llama_state_seq_get_size(pointer, seq))
+            buffer = (ctypes.c_uint8 * size)()
+            written = int(C.llama_state_seq_get_data(pointer, buffer, size, seq))
         if written == 0:
             raise InternalError("llama.cpp could not save a sequence")
         return bytes(memoryview(buffer)[:written])
@@ -491,29 +481,26 @@ class Context:
     def load_sequence(self, seq: int, state: bytes) -> None:
         """Replace a sequence by a saved one (llama_state_seq_set_data)."""
         source = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        if int(C.llama_state_seq_set_data(self.pointer, source, len(state), seq)) == 0:
+        with self.owned as pointer:
+            read = int(C.llama_state_seq_set_data(pointer, source, len(state), seq))
+        if read == 0:
             raise InternalError(f"llama.cpp could not restore a sequence: {_log_sink.last_problem('no message')}")
 
     def cancel(self) -> None:
         """Stop a running decode within one graph node (CPU), and refuse new ones. Safe from any thread."""
-        self._flag[0] = b"x"
+        _raise_flag(self._flag)
 
     def resume(self) -> None:
-        """Allow decoding again after `cancel()`."""
-        self._flag[0] = b"\0"
+        """Allow decoding again after `cancel()`, but for a process that is ending."""
+        if not lifetime.ending():
+            self._flag[0] = b"\0"
 
     @property
     def cancelled(self) -> bool:
         return self._flag[0] != b"\0"
 
-    @property
-    def _mem(self) -> Any:
-        _ = self.pointer
-        return self._memory
-
     def close(self) -> None:
-        self._free()
-        self._ptr = None
+        self.owned.close()
 
     def __enter__(self) -> Self:
         return self
@@ -522,9 +509,13 @@ class Context:
         self.close()
 
 
-def _free_context(pointer: Any, _model: Model) -> None:
+def _free_context(_model: Model, pointer: Any) -> None:
     """Holds on to the model: it must outlive its contexts, whatever order the garbage is collected in."""
     C.llama_free(pointer)
+
+
+def _raise_flag(flag: Any) -> None:
+    flag[0] = b"x"
 
 
 class _BatchRows:
@@ -702,17 +693,17 @@ def dry(
     vocab: Vocab, multiplier: float, base: float, allowed_length: int, last_n: int, breakers: Sequence[str]
 ) -> Sampler:
     raw = (ctypes.c_char_p * len(breakers))(*(b.encode() for b in breakers))
-    return Sampler(
-        C.llama_sampler_init_dry(vocab.pointer, multiplier, base, allowed_length, last_n, raw, len(breakers))
-    )
+    with vocab.reading() as pointer:
+        return Sampler(C.llama_sampler_init_dry(pointer, multiplier, base, allowed_length, last_n, raw, len(breakers)))
 
 
 def grammar(vocab: Vocab, gbnf: str) -> Sampler:
     """A GBNF grammar. Check it with `grammar_check` first: llama.cpp writes what is wrong to stderr, or aborts."""
-    pointer = C.llama_sampler_init_grammar(vocab.pointer, gbnf.encode(), b"root")
-    if not pointer:
+    with vocab.reading() as pointer:
+        sampler = C.llama_sampler_init_grammar(pointer, gbnf.encode(), b"root")
+    if not sampler:
         raise UsageError("llama.cpp refuses the grammar")
-    return Sampler(pointer)
+    return Sampler(sampler)
 
 
 def schema_to_gbnf(schema: str) -> str:
@@ -743,10 +734,10 @@ def try_grammar(model_path: Path, gbnf: str) -> None:
     """
     params = C.llama_model_default_params()
     params.vocab_only = True
-    pointer = C.llama_model_load_from_file(os.fsencode(model_path), params)
-    if not pointer:
+    owned = Owned(None, C.llama_model_free)
+    if not owned.make(lambda: C.llama_model_load_from_file(os.fsencode(model_path), params)):
         raise ModelError(f"llama.cpp cannot load the vocabulary of {model_path}")
-    vocab = Vocab(pointer)
+    vocab = Vocab(owned)
     _log_sink.problems.clear()
     try:
         sampler = grammar(vocab, gbnf)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -129,6 +129,7 @@ class Streams:
             shared context, or sequence i of each of two contexts: llama.cpp splits batches of divided caches where
             sequence numbers have gaps, so that the safe sequences alone have to be consecutive too.
         outputs: logits rows that one sequence may want per decode.
+        lock: of all contexts, see `llama.Context`.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Streams:
         kv_type: str = "f16",
         threads: int = 1,
         outputs: int = 1,
+        lock: Any = None,
     ) -> None:
         if layout not in LAYOUTS:
             raise UsageError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
@@ -150,7 +152,7 @@ class Streams:
             n_seq = 2 * conversations if layout == "shared" else conversations
             for _ in range(1 if layout == "shared" else 2):
                 context = llama.Context(
-                    model, n_ctx=n_ctx, n_seq=n_seq, kv_type=kv_type, threads=threads, outputs=outputs
+                    model, n_ctx=n_ctx, n_seq=n_seq, kv_type=kv_type, threads=threads, outputs=outputs, lock=lock
                 )
                 self.contexts.append(context)
         except BaseException:

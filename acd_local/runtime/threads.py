@@ -1,11 +1,52 @@
-"""How many CPU threads to use: the physical cores this process may run on."""
+"""How many CPU threads to use, by default the physical cores this process may run on, and how they wait."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from acd_local.errors import UsageError
+from acd_local.options import ENGINE_RANGES
+
+# Turns that a thread of GNU's OpenMP waits for the others before it sleeps, some 20 to 50 microseconds. Its own 300,000
+# take the cores from each other's threads where other programs run; with none every layer waits for the system.
+_SPINS = 1000
+
+
+@contextmanager
+def openmp_settings() -> Iterator[None]:
+    """Load llama.cpp inside: GNU's OpenMP reads its settings from the environment as it is loaded, and never again.
+
+    What the user has set stands, and the environment is as before afterwards.
+    """
+    name = "GOMP_SPINCOUNT"
+    if name in os.environ or "OMP_WAIT_POLICY" in os.environ:
+        yield
+        return
+    os.environ[name] = str(_SPINS)
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def default_threads() -> int:
+    """The number of threads where nobody chose one: $ACD_THREADS, else the physical cores.
+
+    Raises:
+        UsageError: ACD_THREADS is no number of threads.
+    """
+    text = os.environ.get("ACD_THREADS", "").strip()
+    if not text:
+        return physical_cores()
+    low, high = ENGINE_RANGES["threads"]
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high):
+        raise UsageError(f"ACD_THREADS must be a whole number from {low} to {high}, not {text[:100]!r}")
+    return int(text)
 
 
 def physical_cores() -> int:
