@@ -27,6 +27,7 @@ from llama_cpp import llama_cpp as C
 from numpy.typing import NDArray
 
 from acd_local.errors import EngineClosedError, InternalError, ModelError, NumericalError, OutOfMemoryError, UsageError
+from acd_local.runtime import machine
 from acd_local.runtime.rows import RowTable
 
 Logits = NDArray[np.float32]
@@ -160,6 +161,7 @@ class Model:
         path: the file; for a split model its first part. Check it with `probe.verify` first: llama.cpp can abort the
             process on a damaged file.
         gpu_layers: layers to offload; None means all where the build supports it and none elsewhere.
+        extra_buffers: keep weights as some CPU kernels like them best; None means unless that was found to crash here.
 
     Attributes:
         rows: embedding rows, which `Context.decode` takes by negative ids.
@@ -170,9 +172,10 @@ class Model:
         OutOfMemoryError: the weights do not fit.
     """
 
-    def __init__(self, path: Path | str, *, gpu_layers: int | None = None) -> None:
+    def __init__(self, path: Path | str, *, gpu_layers: int | None = None, extra_buffers: bool | None = None) -> None:
         self.path = Path(path)
         params = C.llama_model_default_params()
+        params.use_extra_bufts = machine.extra_buffers() if extra_buffers is None else extra_buffers
         params.n_gpu_layers = (-1 if supports_gpu_offload() else 0) if gpu_layers is None else gpu_layers
         _log_sink.problems.clear()
         self._ptr: Any = C.llama_model_load_from_file(os.fsencode(self.path), params)
