@@ -391,21 +391,12 @@ def test_a_bad_file_on_a_machine_that_crashes(
 def test_the_command_says_it_once_ever(tiny: Path, crashing: Callable[[str], Path]) -> None:
     """The whole command with that llama.cpp: it would crash itself if it loaded the model as usual."""
     folder = crashing(AMX)
-    command = [
-        sys.executable,
-        "-c",
-        "from acd_local.cli.run import main; main()",
-        str(tiny),
-        "hi",
-        "-n",
-        "4",
-        "-t",
-        "1",
-    ]
+    main = "from acd_local.cli.run import main; main()"
+    flags = ("-n", "4", "-t", "1", "--temp", "0", "--strategy", "stepwise")
+    command = [sys.executable, "-c", main, str(tiny), "hi", *flags]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(Path(probe.__file__).parents[2])])}
     runs = [
-        subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        for _ in range(2)
+        subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL) for _ in range(2)
     ]
     assert [run.returncode for run in runs] == [0, 0], runs
     assert runs[0].stdout == runs[1].stdout != ""
