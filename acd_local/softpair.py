@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from acd_local.errors import PairError, UsageError
+from acd_local import files
+from acd_local.errors import PairError
 from acd_local.runtime.rows import refusal
 
 if TYPE_CHECKING:
@@ -281,7 +282,7 @@ def save(pair: SoftPair, path: str | os.PathLike[str]) -> None:
 
     Raises:
         PairError: a value is beyond float16's range.
-        UsageError: the file cannot be written.
+        UsageError, StorageError: the file cannot be written.
     """
     from safetensors.numpy import save as serialize
 
@@ -294,7 +295,7 @@ def save(pair: SoftPair, path: str | os.PathLike[str]) -> None:
         raise PairError("a soft prompt holds a value beyond the range of float16")
     values = {"format": FORMAT, "version": VERSION, "architecture": pair.architecture, "tokenizer": pair.tokenizer}
     values |= {"n_embd": str(pair.n_embd), "n_layer": str(pair.n_layer), "name": pair.name[:_MAX_TEXT]}
-    _write(Path(path), _in_order(serialize(tensors, metadata=_checked_texts(values))))
+    files.replace_file(Path(path), _in_order(serialize(tensors, metadata=_checked_texts(values))))
 
 
 def _in_order(data: bytes) -> bytes:
@@ -303,17 +304,6 @@ def _in_order(data: bytes) -> bytes:
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header + data[end:]
-
-
-def _write(target: Path, data: bytes) -> None:
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(data)
-        partial.replace(target)
-    except (OSError, ValueError) as error:
-        partial.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot write {_printable(str(target))}: {reason}") from None
 
 
 def _printable(text: str) -> str:

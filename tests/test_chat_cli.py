@@ -207,7 +207,7 @@ def test_regen_draws_a_new_seed(engine: Engine, capsys: pytest.CaptureFixture[st
         ("/clear all", "/clear takes nothing"),
         ("/save", "usage: /save FILE"),
         ("/load none.json", "cannot load a chat"),
-        ("/save /none/x", "cannot save the chat"),
+        ("/save /none/x", "cannot write /none/x: No such file"),
         ("/stats", "no answer yet"),
     ],
 )
@@ -257,15 +257,23 @@ def test_system_and_pair_change_the_next_answer(desk: Desk, tmp_path: Path) -> N
 def test_compare_shows_both_and_leaves_the_chat_alone(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
     desk = Desk(engine, capsys, temp=1.0)
     desk.type("What is blue?")
-    before = list(desk.app.chat.messages)
+    before, answer, line = list(desk.app.chat.messages), desk.app.last_answer(), desk.app.toolbar(200)
+    why = desk.type("/why")
     out, err = desk.type("/compare And red?")
     messages = [*before, {"role": "user", "content": "And red?"}]
-    seed = desk.app.last_answer().seed
+    (seed,) = map(int, re.findall(r"seed (\d+)", err))
     options = Options(temp=1.0, max_tokens=12, seed=seed)
     texts = [engine.generate(messages, options.replace({"plain": p})).run().text for p in (False, True)]
     expected = "--- with contrast (alpha 0.4, beta 0.1) ---\n{}\n--- without contrast ---\n{}"
     assert out == "\n" + expected.format(*(PlainAnswer(text).text for text in texts))
-    assert f"seed {seed}" in err and desk.app.chat.messages == before
+    assert desk.app.chat.messages == before
+    assert desk.app.last_answer() is answer and desk.app.toolbar(200) == line and desk.type("/why") == why
+
+
+def test_compare_before_the_first_answer_leaves_nothing(desk: Desk) -> None:
+    line = desk.app.toolbar(200)
+    desk.type("/compare And red?")
+    assert desk.app.toolbar(200) == line and "no answer yet" in desk.type("/why")[1]
 
 
 def test_why_marks_what_was_changed(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:

@@ -561,7 +561,7 @@ def test_save_and_load(engine: Engine, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"bad\.json"):
             other.load(tmp_path / "bad.json")
     for place in (tmp_path / "missing" / "chat.json", "", "/", "~nobody-of-this-name/x"):
-        with pytest.raises(UsageError, match="cannot save"):
+        with pytest.raises(UsageError, match="cannot write"):
             chat.save(place)
     with pytest.raises(UsageError, match="cannot load"):
         other.load("~nobody-of-this-name/x")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from acd_local import files
 from acd_local.cli import flags
-from acd_local.cli.shell import EXIT_CODES, one_line, say
-from acd_local.errors import UsageError
+from acd_local.cli.shell import EXIT_CODES, Outcome, one_line, say
+from acd_local.errors import AcdError, UsageError
 
 if TYPE_CHECKING:
     from acd_local.bench import Report
@@ -48,7 +47,7 @@ PROGRAM = "acd bench"
 @click.option("--peers", is_flag=True, help="Instead: two llama_cpp.Llama objects, and transformers, against this.")
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path),
+    type=flags.file_name,
     metavar="FILE.svg",
     help="Instead: plot what batches and run lengths cost, and which drafts stand.",
 )
@@ -63,7 +62,7 @@ def command(
     plot: Path | None,
     as_json: bool,
     **measuring: Any,
-) -> None:
+) -> Outcome | None:
     """Measure what the contrast costs on MODEL, in turns with plain llama.cpp decoding.
 
     Medians over the rounds; ratios are taken within a round.
@@ -72,18 +71,19 @@ def command(
     if len(given := [name for name, there in instead.items() if there]) > 1:
         raise UsageError(f"{given[0]} and {given[1]} exclude each other")
     if plot is not None:
-        _check_writable(plot)
+        files.check_place(plot)  # before minutes are spent on measuring
     with _weights(flags.resolve_model(model), quantize, measuring["threads"]) as file:
         if parallel is not None:
-            _parallel(file, parallel, measuring, as_json)
+            done = _parallel(file, parallel, measuring, as_json)
         elif replay:
-            _replay(file, measuring, as_json)
+            done = _replay(file, measuring, as_json)
         elif peers:
-            _peers(file, measuring, as_json)
+            done = _peers(file, measuring, as_json)
         elif plot is not None:
-            _plot(file, plot, measuring, as_json)
+            done = _plot(file, plot, measuring, as_json)
         else:
-            _cases(file, measuring, not no_memory, as_json)
+            done = _cases(file, measuring, not no_memory, as_json)
+    return done
 
 
 def _progress() -> Callable[[str], None]:
@@ -108,18 +108,11 @@ def _weights(model: str, kind: str | None, threads: int | None) -> Iterator[str]
         yield str(target)
 
 
-def _check_writable(file: Path) -> None:
-    """Before minutes are spent on measuring."""
-    folder = file.parent
-    if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
-        raise UsageError(f"cannot write {file}: give a file in a folder that exists and is yours to write")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The cases
 
 
-def _cases(model: str, measuring: Mapping[str, Any], memory: bool, as_json: bool) -> None:
+def _cases(model: str, measuring: Mapping[str, Any], memory: bool, as_json: bool) -> Outcome | None:
     from acd_local import bench, latency
 
     report = bench.run(model, memory=memory, progress=_progress(), **measuring)
@@ -136,8 +129,7 @@ def _cases(model: str, measuring: Mapping[str, Any], memory: bool, as_json: bool
         found["auto_against_best"] = {name: bench.auto_against_best(cases) for name, cases in groups.items()}
         found["first_token"] = {"question_tokens": first.question, "ways": first.summary()}
         found["row_costs"] = None if report.costs is None else asdict(report.costs)
-        print(json.dumps(found, ensure_ascii=False))
-        return
+        return Outcome(record=found)
     print(_head(report))
     print(f"{'':<20}{'tokens/s':>10}{'time ratio':>12}{'outside':>12}{'first token':>22}{'peak':>11}")
     print(f"{'':<20}{'':>10}{'to plain':>12}{'llama_decode':>14}{'cold':>9}{'warm':>11}{'memory':>11}")
@@ -161,6 +153,7 @@ def _cases(model: str, measuring: Mapping[str, Any], memory: bool, as_json: bool
         several = f"of one stream{few}, more {c.fixed:g} + {c.each:g} k"
         ahead = f"running ahead takes {c.typical:g} times the usual rows, and {c.ahead:g} times what these cost"
         print(f"row costs: one of each stream {c.pair:g} rows; {several}; {ahead}")
+    return None
 
 
 def _head(report: Report) -> str:
@@ -207,23 +200,23 @@ def _cell(value: float | None, form: str, width: int) -> str:
 # Other measurements
 
 
-def _parallel(model: str, parallel: int, measuring: Mapping[str, Any], as_json: bool) -> None:
+def _parallel(model: str, parallel: int, measuring: Mapping[str, Any], as_json: bool) -> Outcome | None:
     from acd_local import throughput
 
     found = throughput.run(model, parallel, progress=_progress(), **measuring)
     speeds = {n: statistics.median(values) for n, values in found.per_minute.items()}
     if as_json:
         keys = ("parallel", "prompts", "tokens", "threads", "gains", "gain", "differing")
-        print(json.dumps({k: getattr(found, k) for k in keys} | {"prompts_per_minute": speeds}))
-        return
+        return Outcome(record={k: getattr(found, k) for k in keys} | {"prompts_per_minute": speeds})
     rounds = measuring["rounds"]
     print(f"{found.prompts} prompts, up to {found.tokens} tokens, {found.threads} threads, {rounds} rounds, medians")
     print(f"one by one {speeds[1]:9.1f} prompts per minute")
     print(f"{parallel:>3} at once{speeds[parallel]:9.1f} prompts per minute, {found.gain:.2f} times as many")
     print(f"texts that differ (near-ties in another batch shape): {found.differing} of {found.prompts}")
+    return None
 
 
-def _replay(model: str, measuring: Mapping[str, Any], as_json: bool) -> None:
+def _replay(model: str, measuring: Mapping[str, Any], as_json: bool) -> Outcome | None:
     from acd_local import bench, speed
 
     report = speed.run_replay(model, progress=_progress(), **measuring)
@@ -233,8 +226,7 @@ def _replay(model: str, measuring: Mapping[str, Any], as_json: bool) -> None:
         found: dict[str, Any] = {k: getattr(report, k) for k in keys}
         found |= {name: [case.strategy_summary() for case in cases] for name, cases in groups.items()}
         found["auto_against_best"] = {name: bench.auto_against_best(cases) for name, cases in groups.items()}
-        print(json.dumps(found | {"costs": report.costs.summary()}, ensure_ascii=False))
-        return
+        return Outcome(record=found | {"costs": report.costs.summary()})
     print(
         f"{one_line(report.model)}, with the batches of answers of {one_line(report.source)}: {report.threads} "
         f"threads, up to {report.tokens} tokens x {report.rounds} rounds, medians, llama_decode alone"
@@ -244,6 +236,7 @@ def _replay(model: str, measuring: Mapping[str, Any], as_json: bool) -> None:
     for name, cases in groups.items():
         print()
         _print_strategies(titles[name], [case.strategy_summary() for case in cases], bench.auto_against_best(cases))
+    return None
 
 
 def _print_costs(costs: BatchCosts) -> None:
@@ -252,14 +245,13 @@ def _print_costs(costs: BatchCosts) -> None:
     print(f"one row of each stream: {costs.pair:.2f}")
 
 
-def _peers(model: str, measuring: Mapping[str, Any], as_json: bool) -> None:
+def _peers(model: str, measuring: Mapping[str, Any], as_json: bool) -> Outcome | None:
     from acd_local import peers
 
     report = peers.run(model, progress=_progress(), **measuring)
     found = report.summary()
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
-        return
+        return Outcome(record=found)
     print(
         f"{one_line(report.model)}: {report.threads} threads, up to {report.tokens} tokens x {report.rounds} rounds, "
         "medians"
@@ -271,17 +263,20 @@ def _peers(model: str, measuring: Mapping[str, Any], as_json: bool) -> None:
         print(f"{row['case']:<24}{_cell(row['tokens_per_second'], '{:.1f}', 10)}{ratio}")
     for name, why in report.left_out.items():
         print(f"left out: {name}: {one_line(why)}")
+    return None
 
 
-def _plot(model: str, file: Path, measuring: Mapping[str, Any], as_json: bool) -> None:
+def _plot(model: str, file: Path, measuring: Mapping[str, Any], as_json: bool) -> Outcome | None:
     from acd_local import speed
 
     curves = speed.run_curves(model, progress=_progress(), **measuring)
-    file.write_text(speed.draw(curves), encoding="utf-8")
-    found = curves.summary()
+    found, failed = curves.summary(), None
+    try:
+        files.replace_file(file, speed.draw(curves))
+    except AcdError as error:  # what was measured is told all the same
+        failed = error
     if as_json:
-        print(json.dumps(found | {"plot": str(file)}, ensure_ascii=False))
-        return
+        return Outcome(record=found | {"plot": str(file)}, error=failed)
     print(
         f"{one_line(curves.model)}: {curves.threads} threads, up to {curves.tokens} tokens x {curves.rounds} rounds, "
         "medians"
@@ -292,4 +287,6 @@ def _plot(model: str, file: Path, measuring: Mapping[str, Any], as_json: bool) -
         beside = _cell(runs["stepwise_ratio_to_plain"], "{:.2f}", 0)
         print(f"{name}, time over plain by run length: {shown}; side by side: {beside}")
         print(f"{name}, drafts that stand by position: {', '.join(f'{share:.0%}' for share in runs['stands'])}")
-    print(f"written: {one_line(str(file))}")
+    if failed is None:
+        print(f"written: {one_line(str(file))}")
+    return Outcome(error=failed)

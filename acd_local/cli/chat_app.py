@@ -25,6 +25,8 @@ CUT = "(cut off: token limit)"
 class ChatApp:
     """One conversation with its view.
 
+    What /compare says is no part of it: the bottom line, /why and /stats stay with the chat's own last answer.
+
     Attributes:
         draft: a message that could not be answered, for the user to try again.
     """
@@ -60,10 +62,10 @@ class ChatApp:
                 return run_command(self, line)
             self.say(line[1:] if line.startswith("//") else line)
             return True
-        except BrokenPipeError:
-            raise
         except AcdError as error:
             self.view.notice(str(error))
+        except OSError:  # nobody reads, or the disk that stdout goes to is full
+            raise
         except Exception as error:
             self.view.notice(f"internal error: {type(error).__name__}: {error}")
         if not is_command:
@@ -108,8 +110,6 @@ class ChatApp:
                 if answers[-1].finish_reason == "cancelled":
                     break
             writer.finish(_comparison(answers))
-        if answers[0].text:
-            self._last = answers[0]
 
     def _aside(self, text: str, options: Options) -> AnswerStream:
         messages: list[Any] = [*self.chat.messages, {"role": "user", "content": text}]

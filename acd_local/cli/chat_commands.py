@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acd_local import pairs
+from acd_local import files, pairs
 from acd_local.chat import read_saved
 from acd_local.cli.chat_why import spans
 from acd_local.cli.record import stats_lines
-from acd_local.errors import PairError, UsageError
+from acd_local.errors import PairError, UsageError, shown
 from acd_local.pairs import PromptPair
 
 if TYPE_CHECKING:
@@ -112,8 +112,15 @@ def _pair(app: ChatApp, name: str) -> None:
         soft = f"\nsoft prompts in use: {app.chat.pair.soft_path}" if app.engine.soft else ""
         app.view.output(f"{app.chat.pair.name} ({where}){soft}{known}")
         return
-    _switch_pair(app, pairs.find(str(Path(name).expanduser()) if name.startswith("~") else name))
+    _switch_pair(app, pairs.find(_expanded(name)))
     app.view.notice(f"pair {app.pair_label}: {app.contrast_label()}")
+
+
+def _expanded(name: str) -> str:
+    try:
+        return str(files.expand(name)) if name.startswith("~") else name
+    except OSError as error:
+        raise PairError(f"cannot read {shown(name)}: {files.reason(error)}") from None
 
 
 def _switch_pair(app: ChatApp, pair: PromptPair) -> None:
@@ -173,12 +180,16 @@ def _stats(app: ChatApp, _: str) -> None:
 
 
 def _save(app: ChatApp, name: str) -> None:
-    path = Path(name).expanduser()
-    if path.exists():
+    try:
+        path = files.expand(name)
+        there = path.exists()
+    except (OSError, ValueError) as error:
+        raise files.write_error(name, error) from None
+    if there:
         try:
             read_saved(path)
         except UsageError:
-            raise UsageError(f"{path} exists and is no saved chat: give another name") from None
+            raise UsageError(f"{shown(path)} exists and is no saved chat: give another name") from None
     app.chat.save(path)
     app.view.notice(f"saved {_count(len(app.chat.messages), 'message')} to {path}")
 

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import platformdirs
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
-from prompt_toolkit.history import FileHistory
+from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth, create_output
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.styles import Style
 
+from acd_local import files
 from acd_local.cli.chat_input import PROMPT
 
 Choices = Callable[[], Sequence[str]]
@@ -40,7 +40,7 @@ class PromptSource:
             [("class:prompt", PROMPT)],
             multiline=True,
             prompt_continuation=" " * len(PROMPT),
-            history=History(history_file()),
+            history=history(),
             key_bindings=_key_bindings(),
             completer=CommandCompleter(commands),
             complete_while_typing=False,
@@ -59,9 +59,10 @@ class PromptSource:
             return None
 
 
-def history_file() -> Path:
-    """Where typed messages are remembered between chats."""
-    return Path(platformdirs.user_data_dir("acd-local", appauthor=False)) / "history"
+def history() -> FileHistory | InMemoryHistory:
+    """Typed messages, remembered between chats where the user has a folder for them."""
+    folder = files.data_dir()
+    return InMemoryHistory() if folder is None else History(folder / "history")
 
 
 class History(FileHistory):

@@ -74,11 +74,9 @@ def command() -> None:
     metavar="NAMES",
     help="Methods to compare, by commas, or 'all'; docs/methods.md describes them.",
 )
-@click.option("--methods-file", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Your own, TOML.")
+@click.option("--methods-file", multiple=True, type=flags.file_name, metavar="FILE", help="Your own, TOML.")
 @click.option("--sweep", metavar="KEY=X,Y,...", help=f"Also vary alpha, beta or window of {SWEEP_OF}.")
-@click.option(
-    "--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Folder for everything; default eval-MODEL."
-)
+@click.option("--out", "-o", type=flags.file_name, metavar="DIR", help="Folder for everything; default eval-MODEL.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Prompts per set, drawn by --seed; default: all.")
 @click.option("--max-tokens", "-n", type=click.IntRange(1), default=64, show_default=True, help="Longest answer.")
 @click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy.")
@@ -157,7 +155,7 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
 
 
 @command.command("show")
-@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("directory", type=flags.file_name, metavar="DIR")
 @click.option("--markdown", is_flag=True, help="Tables in Markdown.")
 def show(directory: Path, markdown: bool) -> None:
     """Print the tables of a run, finished or not, and write its results.json and report.html anew."""
@@ -171,10 +169,8 @@ def show(directory: Path, markdown: bool) -> None:
 
 
 @command.command("merge")
-@click.argument("directories", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="DIR...")
-@click.option(
-    "--out", "-o", type=click.Path(path_type=Path), required=True, metavar="OUT", help="Folder for the whole."
-)
+@click.argument("directories", type=flags.file_name, nargs=-1, required=True, metavar="DIR...")
+@click.option("--out", "-o", type=flags.file_name, required=True, metavar="OUT", help="Folder for the whole.")
 def merge(directories: tuple[Path, ...], out: Path) -> None:
     """Join runs of one model: shards from several machines, or other methods and sets."""
     from acd_local.evaluate import results

@@ -9,13 +9,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from acd_local.errors import UsageError
+from acd_local import files
+from acd_local.errors import ModelError, UsageError, shown
 
 if TYPE_CHECKING:
     from acd_local.options import Options
     from acd_local.session import Engine
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def file_name(text: str) -> Path:
+    """The type of options that name a file. click.Path asks the disk at once, and fails on names no file can have."""
+    if not text:
+        raise UsageError("the name of a file or folder is empty")
+    return Path(text)
+
 
 ENGINE_FLAGS = ("pair", "soft", "ctx_size", "threads", "gpu_layers", "kv_type", "layout")
 
@@ -103,9 +112,9 @@ _SAMPLING = (
     _number("--mirostat-lr", float, "Mirostat learning rate; default 0.1."),
     _number("--mirostat-ent", float, "Mirostat target entropy; default 5."),
     click.option("--grammar", metavar="GBNF", help="GBNF grammar that the answer must follow."),
-    click.option("--grammar-file", type=click.Path(path_type=Path), metavar="FILE", help="The same from a file."),
+    click.option("--grammar-file", type=file_name, metavar="FILE", help="The same from a file."),
     click.option("--json-schema", metavar="JSON", help="JSON schema that the answer must follow."),
-    click.option("--json-schema-file", type=click.Path(path_type=Path), metavar="FILE", help="The same from a file."),
+    click.option("--json-schema-file", type=file_name, metavar="FILE", help="The same from a file."),
 )
 
 
@@ -140,13 +149,37 @@ def _apply(section: str, decorators: tuple[Callable[[Any], Any], ...], function:
     return function
 
 
-def resolve_model(model: str | None) -> str:
-    """The MODEL argument, or ACD_MODEL where no argument is given at all."""
+def resolve_model(model: str | None, *, instead: str = "leave it out to use that") -> str:
+    """The MODEL argument, or ACD_MODEL where no argument is given at all.
+
+    Args:
+        instead: what to write where the argument was meant for ACD_MODEL's model; "" if it cannot have been.
+
+    Raises:
+        ModelError: ACD_MODEL is set, and the argument is no model.
+    """
+    chosen = os.environ.get("ACD_MODEL")
     if model is None:
-        model = os.environ.get("ACD_MODEL") or None
+        model = chosen
+    elif chosen and instead and model:
+        _check_is_model(model, instead)
     if not model:
         raise UsageError("no model: give a GGUF file, 'demo' or 'hf:owner/repo/file.gguf', or set ACD_MODEL")
     return model
+
+
+def _check_is_model(argument: str, instead: str) -> None:
+    if argument == "demo" or argument.startswith("hf:") or argument.endswith(".gguf"):
+        return
+    try:
+        there = Path(argument).exists() or files.expand(argument).exists()
+    except (OSError, ValueError):  # too long for a name, as prompts are
+        there = False
+    if not there:
+        raise ModelError(
+            f"no such file: {shown(argument, 80)} (ACD_MODEL is set, but the first argument is always the MODEL: "
+            f"{instead})"
+        )
 
 
 def make_options(flags: Mapping[str, Any]) -> Options:
@@ -179,8 +212,8 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(f"cannot read {path}: {reason}") from None
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else files.reason(error)
+        raise UsageError(f"cannot read {shown(path)}: {reason}") from None
 
 
 def check_engine_flags(flags: Mapping[str, Any]) -> None:
@@ -195,6 +228,8 @@ def check_engine_flags(flags: Mapping[str, Any]) -> None:
 
 def load_engine(model: str, flags: Mapping[str, Any], *, conversations: int = 1) -> Engine:
     check_engine_flags(flags)
+    # numpy's own threads are of no use here, take 40 MB of addresses each, and their failure raises SIGINT.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from acd_local.session import Engine
 
     return Engine(model, **{name: flags[name] for name in ENGINE_FLAGS}, conversations=conversations)

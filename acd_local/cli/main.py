@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import click
 
 from acd_local import __version__
 from acd_local.cli import bench, evaluate, optimize
-from acd_local.cli.shell import EXIT_CODES, one_line, run_cli, say
+from acd_local.cli.shell import EXIT_CODES, Outcome, one_line, run_cli, say
 
 if TYPE_CHECKING:
     from acd_local.pairs import PromptPair
@@ -30,7 +29,7 @@ def command() -> None:
 
 @command.command("models")
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
-def list_models(as_json: bool) -> None:
+def list_models(as_json: bool) -> Outcome | None:
     """List GGUF models that Hugging Face, LM Studio, ollama and llama.cpp keep on this machine.
 
     Files are only read, never changed or moved. Give a PATH from the list to acd-run.
@@ -53,12 +52,12 @@ def list_models(as_json: bool) -> None:
             }
         )
     if as_json:
-        print(json.dumps(rows, ensure_ascii=False, indent=1))
-    elif not rows:
+        return Outcome(record=rows)
+    if not rows:
         say("no GGUF models found (looked at the Hugging Face, LM Studio, ollama and llama.cpp caches)")
-    else:
-        for row in rows:
-            print(_model_line(row))
+    for row in rows:
+        print(_model_line(row))
+    return None
 
 
 def _model_line(row: dict[str, Any]) -> str:

@@ -23,9 +23,7 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
 
 @click.command("optimize", epilog=EXIT_CODES, context_settings={"max_content_width": 100})
 @click.argument("model", required=False)
-@click.option(
-    "--out", "-o", type=click.Path(path_type=Path), metavar="NAME.toml", help="Result; default prompts/MODEL.toml."
-)
+@click.option("--out", "-o", type=flags.file_name, metavar="NAME.toml", help="Result; default prompts/MODEL.toml.")
 @click.option(
     "--budget", default="60m", show_default=True, metavar="TIME", help="Time for everything: 90s, 60m, 2h; 60 is 60m."
 )
@@ -46,7 +44,7 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Repeats a run.")
 @click.option(
     "--anchors",
-    type=click.Path(path_type=Path),
+    type=flags.file_name,
     metavar="FILE",
     help='Your own instructions, JSON lines of {"prompt": ..., "kind": "harmful" or "harmless"}, and "lookalike": true '
     "where a harmless one looks dangerous; default: built in.",
@@ -65,7 +63,7 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
 @click.option("--threads", "-t", type=click.IntRange(1, 512), metavar="N", help="CPU threads; default: the cores.")
 @click.option(
     "--repeat",
-    type=click.Path(path_type=Path),
+    type=flags.file_name,
     metavar="NAME.toml",
     help="Make this result again: its seed, budget, weights, dtype, lengths and numbers of steps.",
 )

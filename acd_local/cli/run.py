@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from acd_local import __version__
+from acd_local import __version__, files
 from acd_local.cli import flags
-from acd_local.cli.shell import EXIT_CODES, AnswerWriter, Interrupts, as_json, error_record, one_line, run_cli, say
-from acd_local.errors import AcdError, InternalError, UsageError
+from acd_local.cli.shell import EXIT_CODES, AnswerWriter, Interrupts, Outcome, error_record, one_line, run_cli, say
+from acd_local.errors import AcdError, UsageError
 
 if TYPE_CHECKING:
     from acd_local.answering import AnswerStream
@@ -50,15 +48,16 @@ STDIN_PATIENCE = 2.0  # seconds before saying what we wait for
 )
 @click.option("--stats", is_flag=True, help="Say on stderr what the contrast did and how long it took.")
 @click.option("--divergence", is_flag=True, help="Measure KL(S||A) too; the adversarial logits are needed everywhere.")
-@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write one JSON line per token to FILE.")
+@click.option("--trace", type=flags.file_name, metavar="FILE", help="Write one JSON line per token to FILE.")
 @click.version_option(__version__, prog_name=PROGRAM)
-def command(model: str | None, prompt: str | None, **given: Any) -> int:
+def command(model: str | None, prompt: str | None, **given: Any) -> int | Outcome:
     """Answer PROMPT with MODEL, decoded by the contrast of two opposite system prompts.
 
     MODEL is a GGUF file, 'demo' or hf:owner/repo/file.gguf; ACD_MODEL is used where no argument is given. Piped stdin
     comes first, then a blank line, then PROMPT. Only the answer goes to stdout.
     """
-    model = flags.resolve_model(model)
+    instead = 'acd-run "$ACD_MODEL" "my prompt", or pipe the prompt' if prompt is None else ""
+    model = flags.resolve_model(model, instead=instead)
     options = flags.make_options(given)
     flags.check_engine_flags(given)
     flags.check_text("PROMPT", prompt)
@@ -72,11 +71,12 @@ def command(model: str | None, prompt: str | None, **given: Any) -> int:
         if given["parallel"] != 1:
             raise UsageError("--parallel goes with --jsonl: a single prompt has one answer")
         text = _prompt_text(prompt, read_stdin=not given["no_stdin"])
-        trace_file = _open_trace(given["trace"])
+        if given["trace"] is not None:
+            files.check_place(given["trace"])  # before the slow work
         with flags.load_engine(model, given) as engine:
             if engine.warning:
                 say(f"{PROGRAM}: {one_line(engine.warning)}")
-            return _answer(engine, text, options, given, trace_file, interrupts)
+            return _answer(engine, text, options, given, interrupts)
 
 
 def _answer(
@@ -84,35 +84,33 @@ def _answer(
     text: str,
     options: Options,
     given: dict[str, Any],
-    trace_file: TextIO | None,
     interrupts: Interrupts,
-) -> int:
+) -> Outcome:
     from acd_local.cli.record import answer_record, stats_lines
     from acd_local.runtime.cancel import CancelToken
 
     cancel = CancelToken()
     interrupts.cancels(cancel)
+    as_json, trace = given["as_json"], given["trace"]
     stream = engine.generate(
         text,
         options,
         system=given["system"],
-        divergence=given["divergence"] or trace_file is not None,
-        trace=trace_file is not None,
+        divergence=given["divergence"] or trace is not None,
+        trace=trace is not None,
         cancel=cancel,
     )
-    if given["as_json"]:
-        answer = _run_json(stream)
-        head = {"model": engine.info.name or str(engine.info.path), "pair": stream.pair.name, "soft": engine.soft}
-        record = head | answer_record(answer)
-        print(as_json(record), flush=True)
-    else:
-        answer = _run_text(stream)
-    if trace_file is not None:
-        _write_trace(trace_file, answer)
+    try:
+        answer = stream.run() if as_json else _run_text(stream)
+    except AcdError as error:
+        return Outcome(record=error_record(error, stream.text) if as_json else None, error=error)
+    failed = None if trace is None else _write_trace(trace, answer)
     if given["stats"]:
         for line in stats_lines(answer):
             say(line)
-    return (interrupts.exit_code or 0) if answer.finish_reason == "cancelled" else 0
+    code = (interrupts.exit_code or 0) if answer.finish_reason == "cancelled" else 0
+    head = {"model": engine.info.name or str(engine.info.path), "pair": stream.pair.name, "soft": engine.soft}
+    return Outcome(code, head | answer_record(answer) if as_json else None, failed)
 
 
 def _run_text(stream: AnswerStream) -> Answer:
@@ -126,15 +124,6 @@ def _run_text(stream: AnswerStream) -> Answer:
         raise
     writer.finish()
     return answer
-
-
-def _run_json(stream: AnswerStream) -> Answer:
-    try:
-        return stream.run()
-    except AcdError as error:
-        print(as_json(error_record(error, stream.text)), flush=True)
-        say(f"{PROGRAM}: {one_line(str(error))}")
-        raise click.exceptions.Exit(error.exit_code) from None
 
 
 def _refuse_with_jsonl(prompt: str | None, given: dict[str, Any]) -> None:
@@ -177,28 +166,16 @@ def _read_stdin() -> str:
         raise UsageError(f"stdin is not UTF-8 text (byte {error.start})") from None
 
 
-def _open_trace(path: Path | None) -> TextIO | None:
-    """Opened before the slow work, emptied after it: what a failed run leaves is the old trace."""
-    if path is None:
-        return None
-    try:
-        return path.open("a", encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"cannot write {path}: {reason}") from None
-
-
-def _write_trace(out: TextIO, answer: Answer) -> None:
+def _write_trace(path: Path, answer: Answer) -> AcdError | None:
+    """The answer is there already: what goes wrong now is told beside it."""
     from acd_local.cli.record import trace_record
 
+    lines = [json.dumps(trace_record(token), ensure_ascii=False) + "\n" for token in answer.tokens]
     try:
-        with out:
-            if stat.S_ISREG(os.fstat(out.fileno()).st_mode):
-                out.truncate(0)
-            for token in answer.tokens:
-                out.write(json.dumps(trace_record(token), ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise InternalError(f"cannot write {out.name}: {error.strerror}") from None
+        files.replace_file(path, "".join(lines))
+    except AcdError as error:
+        return error
+    return None
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -12,12 +13,15 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from acd_local.errors import AcdError, InternalError, OutOfMemoryError, UsageError
+from acd_local.files import is_storage_fault, write_error
+from acd_local.runtime.text import disarm
 
 if TYPE_CHECKING:
     from acd_local.runtime.cancel import CancelToken
@@ -30,14 +34,33 @@ Exit codes:
   3    model not found or not loadable
   4    the conversation does not fit the context
   5    bad prompt pair
+  6    the storage is full or fails
   130  interrupted (Ctrl-C)
   143  terminated (SIGTERM)"""
+
+_NO_MEMORY = ("failed to map segment", "annot allocate memory", "can't allocate memory", "can't start new thread")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended.
+
+    Attributes:
+        code: of the process, where there is no error.
+        record: what --json prints.
+        error: what went wrong; beside a record it becomes the record's "error".
+    """
+
+    code: int = 0
+    record: Any = None
+    error: AcdError | None = None
 
 
 def run_cli(command: click.Command, program: str, argv: Sequence[str] | None = None) -> int:
     """Run a click command; every failure becomes one line on stderr and the documented exit code.
 
-    With --json among the arguments the error is also one JSON object on stdout, with --jsonl one event line.
+    With --json among the arguments one JSON object goes to stdout, here and nowhere else; with --jsonl an error is one
+    event line.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     prepare_streams()
@@ -48,8 +71,7 @@ def run_cli(command: click.Command, program: str, argv: Sequence[str] | None = N
         # Not command.main(): it turns a closed pipe into exit code 1.
         with command.make_context(program, list(args)) as context:
             result = command.invoke(context)
-        sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        outcome = result if isinstance(result, Outcome) else Outcome(result if isinstance(result, int) else 0)
     except click.exceptions.Exit as leaving:  # --help, --version
         return leaving.exit_code
     except BrokenPipeError:
@@ -60,12 +82,10 @@ def run_cli(command: click.Command, program: str, argv: Sequence[str] | None = N
     except Exception as error:
         if os.environ.get("ACD_DEBUG"):
             raise
-        known = as_acd_error(error)
-        _say_in_json(args, known)
-        say(f"{program}: {short_line(str(known))}")
-        return known.exit_code
+        outcome = Outcome(error=as_acd_error(error))
     finally:
         logging.getLogger("acd_local.machine").removeHandler(news)
+    return _end(program, args, outcome)
 
 
 class _Saying(logging.Handler):
@@ -79,40 +99,70 @@ class _Saying(logging.Handler):
         say(f"{self._program}: {short_line(record.getMessage())}")
 
 
+def _end(program: str, args: Sequence[str], outcome: Outcome) -> int:
+    error = outcome.error
+    try:
+        _print_record(args, outcome)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except OSError as problem:
+        _forget_stdout()
+        if error is None and not isinstance(problem, BrokenPipeError):
+            error = as_acd_error(problem)
+    if error is None:
+        return outcome.code
+    say(f"{program}: {short_line(str(error))}")
+    return error.exit_code
+
+
+def _print_record(args: Sequence[str], outcome: Outcome) -> None:
+    record, error = outcome.record, outcome.error
+    if record is not None and error is not None:
+        record = {**record, "error": _error_body(error)}
+    elif "--json" in args and error is not None:
+        record = error_record(error)
+    if record is not None:
+        print(as_json(record))
+    elif "--jsonl" in args and error is not None:
+        print(json.dumps(error_event(None, error)))
+
+
 def as_acd_error(error: Exception) -> AcdError:
     """Any exception as one of ours: what nobody expected is an internal error."""
     if isinstance(error, AcdError):
         return error
     if isinstance(error, click.ClickException):
         return UsageError(error.format_message())
-    if isinstance(error, MemoryError):
-        return OutOfMemoryError("out of memory")
+    if _tells_of_memory(error):
+        return OutOfMemoryError("out of memory: close other programs, raise a limit (ulimit), or take a smaller model")
+    if is_storage_fault(error):
+        return write_error(getattr(error, "filename", None) or "the output", error)
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f": {error.filename}"
         return InternalError(f"{error.strerror}{where}")
     return InternalError(f"internal error: {type(error).__name__}: {error} (ACD_DEBUG=1 shows where)")
 
 
-def _say_in_json(args: Sequence[str], error: AcdError) -> None:
-    try:
-        if "--json" in args:
-            print(as_json(error_record(error)), flush=True)
-        elif "--jsonl" in args:
-            print(json.dumps(error_event(None, error)), flush=True)
-        else:
-            sys.stdout.flush()
-    except OSError:
-        _forget_stdout()
+def _tells_of_memory(error: BaseException) -> bool:
+    """Libraries say it in many ways: numpy cannot be imported, a thread cannot be started, a file cannot be mapped."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return any(words in str(error) for words in _NO_MEMORY)
 
 
 def error_record(error: AcdError, text: str = "") -> dict[str, Any]:
     """The JSON form of a failed answer."""
-    return {"text": text, "finish_reason": "error", "error": {"code": error.code, "message": short_line(str(error))}}
+    return {"text": text, "finish_reason": "error", "error": _error_body(error)}
+
+
+def _error_body(error: AcdError) -> dict[str, str]:
+    return {"code": error.code, "message": short_line(str(error))}
 
 
 def error_event(request_id: str | int | None, error: AcdError) -> dict[str, Any]:
     """The worker's form of it."""
-    return {"id": request_id, "event": "error", "code": error.code, "message": short_line(str(error))}
+    return {"id": request_id, "event": "error", **_error_body(error)}
 
 
 def as_json(record: object) -> str:
@@ -122,8 +172,6 @@ def as_json(record: object) -> str:
 
 def one_line(text: str) -> str:
     """Text as one line without control characters: file names and model metadata may hold anything."""
-    from acd_local.runtime.text import disarm
-
     return disarm(" ".join(text.split()))
 
 
@@ -167,8 +215,6 @@ class AnswerWriter:
 
     def write(self, text: str) -> None:
         if self._disarm:
-            from acd_local.runtime.text import disarm
-
             text = disarm(text)
         text = self._held + text
         body = text.rstrip("\n")

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from acd_local import files
 from acd_local.answers import Answer
 from acd_local.batch import Batch
-from acd_local.errors import InternalError, UsageError
+from acd_local.errors import UsageError
 from acd_local.evaluate import refusal
 from acd_local.evaluate.sets import item_seed
 from acd_local.options import Options
@@ -192,7 +193,7 @@ class AnswerCache:
             data = path.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]  # what a crash cut short is made again
             if len(whole) < len(data):
-                path.write_bytes(whole)
+                files.replace_file(path, whole)
             for line in whole.splitlines():
                 record = json.loads(line)
                 if record.get("matcher", 1) == refusal.VERSION:  # what another one sorted is sampled anew
@@ -210,7 +211,7 @@ class AnswerCache:
             with self._path.open("ab") as file:
                 file.write(json.dumps(record).encode() + b"\n")
         except OSError as error:
-            raise InternalError(f"cannot write {self._path}: {error.strerror}") from None
+            raise files.write_error(self._path, error) from None
 
 
 def tasks(instructions: Sequence[Instruction]) -> list[tuple[Instruction, str]]:

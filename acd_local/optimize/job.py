@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acd_local import models, pairs
+from acd_local import files, models, pairs
 from acd_local.errors import ModelError, UsageError
 from acd_local.evaluate.runner import Progress
 from acd_local.optimize import anchors, device, result, rope
@@ -185,7 +185,7 @@ def prepare(request: Request) -> Job:
         instructions=tuple(instructions),
         texts=texts.read(info.path, manual, instructions),
         device=where,
-        folder=private_folder(private_folder(probe.cache_dir() / "optimize") / digest[:16]),
+        folder=private_folder(private_folder(files.work_dir() / "optimize") / digest[:16]),
         threads=request.threads or physical_cores(),
     )
 

@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from acd_local import pairs, softpair
+from acd_local import files, pairs, softpair
 from acd_local.errors import AcdError, InternalError, UsageError
 from acd_local.softpair import SoftPair
 
@@ -41,7 +41,7 @@ def check_target(path: Path, *, force: bool) -> None:
     """Whether the result can be written to `path` (NAME.toml), before there is one. Its folder may be missing.
 
     Raises:
-        UsageError: it cannot, or a file would be overwritten without `force`.
+        UsageError, StorageError: it cannot, or a file would be overwritten without `force`.
     """
     shown = path.name
     if path.suffix != ".toml":
@@ -61,8 +61,8 @@ def check_target(path: Path, *, force: bool) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".acd-"):
             pass
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot write {path}: {reason}: give another place with -o") from None
+        known = files.write_error(path, error)
+        raise type(known)(f"{known}: give another place with -o") from None
 
 
 def outputs(path: Path) -> tuple[Path, Path, Path]:
@@ -74,7 +74,7 @@ def write(path: Path, pair: PairFile, soft: SoftPair, report: str) -> None:
     """All three files, each whole or not at all, after they were found good where nobody looks for pairs.
 
     Raises:
-        UsageError: they cannot be written.
+        UsageError, StorageError: they cannot be written.
         InternalError: they do not read back; nothing was replaced.
     """
     draft = None
@@ -88,10 +88,9 @@ def write(path: Path, pair: PairFile, soft: SoftPair, report: str) -> None:
         toml.write_bytes(as_toml(pair).encode())
         _check(toml, rows, pair)
         for made, target in zip((toml, rows, page), outputs(path), strict=True):
-            made.replace(target)  # the pair first: its SHA-256 keeps older rows from being taken for its own
+            files.move_file(made, target)  # the pair first: its SHA-256 keeps older rows from being taken for its own
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot write {path}: {reason}") from None
+        raise files.write_error(path, error) from None
     finally:
         if draft is not None:
             with suppress(OSError):

@@ -7,15 +7,15 @@ holds how far the stage got, then its result: whoever asks for the same thing ag
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from acd_local.errors import InternalError
+from acd_local import files
 from acd_local.optimize import memory
 from acd_local.runtime.cancel import CancelToken
 
@@ -115,16 +115,9 @@ class Checkpoint:
         import torch
 
         data = {"key": self.key, "counts": self.counts, "state": self.state, "result": self.result}
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with open(partial, "wb", opener=_private) as file:
-                torch.save(data | {"spent": self.spent()}, file)
-            partial.replace(self.path)
-        except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise InternalError(f"cannot write {self.path}: {reason}") from None
+        buffer = io.BytesIO()  # torch's own writer would make a RuntimeError of a full disk
+        torch.save(data | {"spent": self.spent()}, buffer)
+        files.replace_file(self.path, buffer.getvalue(), mode=files.PRIVATE)
 
 
 # --- The cache folder -------------------------------------------------------------------------------------------------
@@ -134,13 +127,13 @@ def private_folder(path: Path) -> Path:
     """Make a folder that only this user can look into: it holds what a model says to harmful requests.
 
     Raises:
-        InternalError: it cannot be made.
+        UsageError, StorageError: it cannot be made.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o700)
     except OSError as error:
-        raise InternalError(f"cannot make {path}: {error.strerror}") from None
+        raise files.write_error(path, error) from None
     return path
 
 
@@ -153,8 +146,8 @@ def private_lines(path: Path) -> None:
             if not data.endswith(b"\n"):
                 file.truncate(data.rfind(b"\n") + 1)
     except OSError as error:
-        raise InternalError(f"cannot write {path}: {error.strerror}") from None
+        raise files.write_error(path, error) from None
 
 
 def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    return os.open(path, flags, files.PRIVATE)

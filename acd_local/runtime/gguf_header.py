@@ -10,6 +10,7 @@ llama-vocab.cpp. Standard library only.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import mmap
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from acd_local.errors import ModelError
+from acd_local.errors import ModelError, OutOfMemoryError
+from acd_local.errors import shown as shown
 
 # general.file_type (enum llama_ftype)
 _FILE_TYPES = {
@@ -143,12 +145,6 @@ def split_parts(path: Path, count: int | None = None) -> tuple[Path, ...]:
     return tuple(path.with_name(n) for n in names) if total > 1 else (path,)
 
 
-def shown(text: object, limit: int = 200) -> str:
-    """`text` fit for one line of a message: unprintable characters escaped, long text cut."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-    return line if len(line) <= limit else f"{line[: limit // 2]}...{line[-limit // 2 :]}"
-
-
 def read_header(path: Path) -> GGUFInfo:
     """Check the header of a GGUF file (and of all further parts, if it is split).
 
@@ -228,7 +224,8 @@ def _read_part(path: Path) -> _Part:
     except FileNotFoundError:
         raise ModelError(f"no such file: {shown(path)}") from None
     except OSError as error:
-        raise ModelError(f"cannot read {shown(path)}: {shown(error.strerror or error)}") from None
+        kind = OutOfMemoryError if error.errno == errno.ENOMEM else ModelError
+        raise kind(f"cannot read {shown(path)}: {shown(error.strerror or error)}") from None
     except _Broken as error:
         raise ModelError(f"{shown(path)}: {error}") from None
     except _SURPRISES:

@@ -19,7 +19,6 @@ from importlib import metadata
 from pathlib import Path
 
 from acd_local import files
-from acd_local.errors import AcdError
 
 _FORMAT = 1  # of a machine's file
 _X86 = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
@@ -27,7 +26,6 @@ _ARM = ("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU r
 _LIBRARIES = ("*ggml-cpu*", "*ggml-base*", "*llama*")
 
 logger = logging.getLogger("acd_local.machine")  # the commands show what comes here
-_without: set[str] = set()  # machines whose file could not be written
 
 
 def llama_version() -> str:
@@ -70,34 +68,23 @@ def _libraries() -> list[Path]:
 
 def extra_buffers() -> bool:
     """Tell whether models are loaded with llama.cpp's extra buffer types here: unless they were found to crash."""
-    if identity() in _without:
-        return False
-    path = _file()
     try:
-        kept = json.loads(path.read_text("utf-8")) if path else {}
-        return not (kept["format"] == _FORMAT and kept["extra_buffers"] is False)
-    except (OSError, ValueError, LookupError, TypeError):
+        fact = json.loads(files.kept(_name()) or "")
+        return not (fact["format"] == _FORMAT and fact["extra_buffers"] is False)
+    except (ValueError, LookupError, TypeError):
         return True
 
 
 def avoid_extra_buffers(slowdown: float | None = None) -> None:
     """Load every model without llama.cpp's extra buffer types from now on, here and in later processes.
 
-    A warning on the logger `acd_local.machine` says so. Where the cache directory cannot be written, this process alone
-    remembers.
+    A warning on the logger `acd_local.machine` says so.
 
     Args:
         slowdown: how many times as long one row takes without them.
     """
-    fact = {"format": _FORMAT, "extra_buffers": False, "slowdown": slowdown, "processor": _processor()[:4]}
-    path = _file()
-    try:
-        if path is None:
-            raise OSError("no cache directory")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace_file(path, json.dumps(fact))
-    except (OSError, AcdError):
-        _without.add(identity())
+    fact = {"format": _FORMAT, "extra_buffers": False, "slowdown": slowdown, "processor": _processor()}
+    files.keep(_name(), json.dumps(fact))
     cost = "" if slowdown is None else f"; a token takes {slowdown:.2f} times as long without"
     amx = any(" amx_" in said for said in _processor())
     remedy = "built with -mno-amx-tile -mno-amx-int8 -mno-amx-bf16 may not need it" if amx else "is tried anew"
@@ -107,6 +94,5 @@ def avoid_extra_buffers(slowdown: float | None = None) -> None:
     )
 
 
-def _file() -> Path | None:
-    folder = files.cache_dir()
-    return None if folder is None else folder / "machines" / f"{identity()}.json"
+def _name() -> str:
+    return f"machines/{identity()}.json"

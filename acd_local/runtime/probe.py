@@ -23,8 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import platformdirs
-
+from acd_local import files
 from acd_local.errors import AcdError, InternalError, ModelError, OutOfMemoryError
 from acd_local.runtime import child, gguf_header, machine
 from acd_local.runtime.gguf_header import GGUFInfo, shown
@@ -75,14 +74,8 @@ def verify(path: Path, *, timeout: float = 120.0, force: bool = False) -> GGUFIn
 # --- the verdicts on disk --------------------------------------------------------------------------------------------
 
 
-def cache_dir() -> Path:
-    """Where verdicts are kept: $ACD_CACHE_DIR, else the platform's cache directory for this user."""
-    return Path(os.environ.get("ACD_CACHE_DIR") or platformdirs.user_cache_dir("acd-local", appauthor=False))
-
-
-def _verdict_file(path: Path) -> Path:
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    return cache_dir() / "verified" / f"{name}.json"
+def _verdict_name(path: Path) -> str:
+    return f"verified/{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.json"
 
 
 def _signature(parts: tuple[Path, ...]) -> list[list[object]] | None:
@@ -95,7 +88,7 @@ def _signature(parts: tuple[Path, ...]) -> list[list[object]] | None:
 
 def _remembered(path: Path) -> GGUFInfo | None:
     try:
-        verdict = json.loads(_verdict_file(path).read_text("utf-8"))
+        verdict = json.loads(files.kept(_verdict_name(path)) or "")
         info = gguf_header.from_json(verdict["info"])
         parts = gguf_header.split_parts(path, len(info.parts))
         if [verdict["format"], verdict["machine"], verdict["extra_buffers"]] != _circumstances():
@@ -115,12 +108,8 @@ def _circumstances() -> list[object]:
 def _remember(path: Path, parts: list[list[object]] | None, info: GGUFInfo) -> None:
     where = dict(zip(("format", "machine", "extra_buffers"), _circumstances(), strict=True))
     verdict = where | {"parts": parts, "info": gguf_header.to_json(info)}
-    with suppress(OSError, RuntimeError, ValueError):
-        target = _verdict_file(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_suffix(f".{os.getpid()}.tmp")
-        draft.write_text(json.dumps(verdict), "utf-8")
-        draft.replace(target)  # atomic: a parallel reader sees the old verdict or the new one
+    with suppress(OSError, RuntimeError):  # as in _signature
+        files.keep(_verdict_name(path), json.dumps(verdict))
 
 
 # --- the parent's side -----------------------------------------------------------------------------------------------
@@ -208,10 +197,11 @@ def _error(path: Path, ending: _Ending) -> AcdError:
         message = shown(str(said.get("message", "llama.cpp cannot load it")), 500)
         kind = OutOfMemoryError if said.get("code") == OutOfMemoryError.code else ModelError
         return kind(f"{shown(path)}: {message}")
-    if code in (1, 2):  # Python's own: the child never got to the file
-        return InternalError(
-            f"the check of {shown(path)} in a child process failed: {log[-1] if log else 'no message'}"
-        )
+    if code in (1, 2):  # Python's own, or OpenMP's
+        last = log[-1] if log else "no message"
+        if "emory" in last or "Thread creation failed" in last:
+            return OutOfMemoryError(f"{shown(path)}: there was not enough memory to try it ({last})")
+        return InternalError(f"the check of {shown(path)} in a child process failed: {last}")
     if code == -getattr(signal, "SIGKILL", 9):
         return OutOfMemoryError(f"{shown(path)}: the system stopped the process that loaded it, probably out of memory")
     if not ending.crashed:

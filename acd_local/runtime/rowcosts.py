@@ -11,7 +11,6 @@ import json
 import os
 import statistics
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from acd_local import files
 from acd_local.runtime import machine
-from acd_local.runtime.probe import cache_dir
 
 SINGLES, BATCHES, RUNS = 12, 6, 24  # measurements that are enough
 USUAL = 64  # as how many tokens' runs the expectation counts beside those that were seen
@@ -89,7 +88,7 @@ class RowClock:
     """Collects what batches took.
 
     Args:
-        path: where figures are kept; see `file_for`.
+        path: where figures are kept, by `files.keep`; see `file_for`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -127,11 +126,7 @@ class RowClock:
         """Keep the figures if there are enough of them."""
         if self.known is None and (found := self.measured()) is not None:
             self.known = found
-            with suppress(OSError):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                draft = self._path.with_suffix(f".{os.getpid()}.tmp")
-                draft.write_text(json.dumps(asdict(found)), "utf-8")
-                draft.replace(self._path)
+            files.keep(self._path, json.dumps(asdict(found)))
 
     def measured(self) -> RowCosts | None:
         with self._lock:
@@ -171,7 +166,8 @@ def _line(costs: dict[int, float]) -> tuple[float, float]:
 
 
 def file_for(model: Path, **settings: object) -> Path:
-    """Where the figures of a model file under `settings` are kept, for this machine and this llama.cpp."""
+    """Where the figures of a model file under `settings` are kept below the cache folder, for this machine and this
+    llama.cpp."""
     here = {"machine": machine.identity(), "extra_buffers": machine.extra_buffers(), "cpus": os.cpu_count()}
     settings = {**settings, **here}
     with suppress(OSError):
@@ -180,16 +176,14 @@ def file_for(model: Path, **settings: object) -> Path:
     key = hashlib.sha256(
         json.dumps([str(model.absolute()), settings], sort_keys=True, default=str).encode()
     ).hexdigest()
-    return cache_dir() / "rowcosts" / f"{key[:32]}.json"
+    return Path("rowcosts", f"{key[:32]}.json")
 
 
 def _read(path: Path) -> RowCosts | None:
     try:
-        if time.time() - path.stat().st_mtime > MAX_AGE:
-            return None
-        kept = json.loads(path.read_text("utf-8"))
+        kept = json.loads(files.kept(path, max_age=MAX_AGE) or "")
         numbers = {field.name: float(kept[field.name]) for field in fields(RowCosts) if field.name != "few"}
         found = RowCosts(**numbers, few=tuple(map(float, kept["few"])))
-    except (OSError, ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError):
         return None
     return found if all(0 <= value < 100 for value in (*numbers.values(), *found.few)) else None
