@@ -25,6 +25,7 @@ LAYERS = (
         "runtime/lifetime",
         "runtime/__init__",
     },
+    {"runtime/machine"},
     {"runtime/rows"},
     {"pairs", "softpair", "models", "runtime/child", "runtime/contrast", "runtime/llama"},
     {"runtime/probe", "runtime/sampling", "runtime/streams", "runtime/guard", "runtime/grammar"},
@@ -83,6 +84,12 @@ LAYERS = (
     },
     {"bench", "throughput"},
     {"latency", "speed", "peers"},
+    {  # for PyInstaller, and run by it
+        "__pyinstaller/__init__",
+        "__pyinstaller/hook-acd_local",
+        "__pyinstaller/hook-llama_cpp",
+        "__pyinstaller/rthooks/pyi_rth_acd_local",
+    },
 )
 # Children that a check starts as a process of its own, where they talk to their parent over stdout.
 SPEAKERS = {"runtime/probe", "runtime/grammar", "bench"}

@@ -1,20 +1,25 @@
-"""First loads in a child process, and the memory of which files were good."""
+"""First loads in a child process, the memory of which files were good, and of machines where llama.cpp crashes."""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import stat
 import struct
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gguf
 import pytest
 import tiny_gguf
 from test_gguf_header import mutations, patched, read_or_refuse, write_split
 
 from acd_local.errors import AcdError, InternalError, ModelError, OutOfMemoryError
-from acd_local.runtime import probe
+from acd_local.runtime import llama, machine, probe
 from acd_local.runtime.gguf_header import read_header
 from acd_local.runtime.probe import verify
 
@@ -73,7 +78,7 @@ def test_force_asks_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         verify(tiny, force=True)
 
 
-@pytest.mark.parametrize("change", ["time", "size", "version", "garbage"])
+@pytest.mark.parametrize("change", ["time", "size", "machine", "extra_buffers", "garbage"])
 def test_a_change_asks_again(tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     verify(tiny)
     if change == "time":
@@ -82,11 +87,13 @@ def test_a_change_asks_again(tiny: Path, cache: Path, monkeypatch: pytest.Monkey
         before = tiny.stat()
         tiny.write_bytes(tiny.read_bytes() + b"\0")
         os.utime(tiny, ns=(before.st_atime_ns, before.st_mtime_ns))
-    elif change == "version":
-        monkeypatch.setattr(probe, "llama_version", lambda: "0.0.0")
+    elif change == "machine":
+        monkeypatch.setattr(machine, "identity", lambda: "another processor, or another build of llama.cpp")
+    elif change == "extra_buffers":
+        machine.avoid_extra_buffers()
     else:
         (verdict,) = cache.glob("verified/*.json")
-        verdict.write_text('{"format": 1, "info": []}')
+        verdict.write_text('{"format": 2, "info": []}')
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     with pytest.raises(InternalError):
         verify(tiny)
@@ -124,10 +131,10 @@ def test_cache_directory_that_cannot_be_written(tiny: Path, tmp_path: Path, monk
     assert verify(tiny).architecture == "llama"
 
 
-def test_frozen_application_checks_the_header_only(
+def test_without_a_child_the_header_is_checked(
     tiny: Path, cache: Path, no_child: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(sys, "frozen", True, raising=False)  # by a tool whose programs cannot be children
     assert verify(tiny).n_layers == 2
     assert not cache.exists(), "a verdict without a child is not worth keeping"
 
@@ -189,19 +196,30 @@ def test_child_that_cannot_import(tiny: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_the_child_leaves_behind() -> None:
-    def error(code: int, output: str = "", log: tuple[str, ...] = ()) -> AcdError:
-        found = probe._error(Path("m.gguf"), code, output, list(log))
-        assert isinstance(found, AcdError)
-        return found
+    def error(ended: int, log: tuple[str, ...] = (), **said: str) -> AcdError:
+        return probe._error(Path("m.gguf"), probe._Ending(ended, said, list(log)))
 
     assert isinstance(error(-9), OutOfMemoryError) and "probably out of memory" in str(error(-9))
     assert str(error(-11)) == "m.gguf: llama.cpp aborted while loading it (signal 11)"
-    thrown = error(-6, log=("terminate called after throwing an instance of 'std::out_of_range'", "what():  map::at"))
+    thrown = error(-6, ("terminate called after throwing an instance of 'std::out_of_range'", "what():  map::at"))
     assert str(thrown) == "m.gguf: llama.cpp aborted while loading it (signal 6): map::at"
-    assert "exit code 0xc0000005" in str(error(0xC0000005))
-    assert isinstance(error(3, '{"code": "out_of_memory", "message": "no memory"}'), OutOfMemoryError)
-    assert str(error(3, '{"code": "model", "message": "bad\\nthing"}')) == "m.gguf: bad\\nthing"
-    assert isinstance(error(3, "garbage"), ModelError)
+    for line in ("libgomp: Thread creation failed: Resource temporarily unavailable", "MemoryError"):
+        assert isinstance(error(1, (line,)), OutOfMemoryError) and "not enough memory" in str(error(1, (line,)))
+    assert isinstance(error(1, ("ImportError: broken",)), InternalError)
+    assert isinstance(error(-15), InternalError) and "was stopped (signal 15)" in str(error(-15))
+    assert isinstance(error(4, code="out_of_memory", message="no memory"), OutOfMemoryError)
+    assert str(error(4, code="model", message="bad\nthing")) == "m.gguf: bad\\nthing"
+    assert isinstance(error(4), ModelError)
+
+
+def test_which_ends_are_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what we, the system or a user did."""
+    codes = (0, 1, 2, probe._REFUSED, -2, -4, -6, -7, -8, -9, -11, -15)
+    assert [code for code in codes if probe._Ending(code, {}, []).crashed] == [-4, -6, -7, -8, -11]
+    monkeypatch.setattr(sys, "platform", "win32")
+    codes = (0, 1, 2, 3, probe._REFUSED, 0xC0000005, 0xC000001D, 0xC000013A, -0x3FFFFFFB)
+    assert [code for code in codes if probe._Ending(code, {}, []).crashed] == [3, 0xC0000005, 0xC000001D, -0x3FFFFFFB]
+    assert "exit code 0xc0000005" in str(probe._error(Path("m.gguf"), probe._Ending(0xC0000005, {}, [])))
 
 
 def test_mutated_models_end_in_an_answer_or_a_line(tmp_path: Path, tiny: Path) -> None:
@@ -225,3 +243,228 @@ def probe_all(paths: list[Path], at_most: int) -> None:
         except ModelError as error:
             assert str(error).isprintable()
             assert "did not finish" not in str(error), "llama.cpp hung"
+
+
+# --- llama.cpp crashes on this machine ---
+
+# Put first on sys.path, so that every child imports it before its own code: a llama.cpp that dies of SIGSEGV in a
+# decode of `rows` rows by the model `path`, loaded with the extra buffer types or without, where CONDITION holds.
+CRASHING = """
+import os, signal
+from llama_cpp import llama_cpp as C
+
+load_model, decode_batch = C.llama_model_load_from_file, C.llama_decode
+
+def load(path, params):
+    global loaded
+    loaded = (path.decode(), bool(params.use_extra_bufts))
+    return load_model(path, params)
+
+def decode(context, batch):
+    (path, extra), rows = loaded, batch.n_tokens
+    if CONDITION:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return decode_batch(context, batch)
+
+C.llama_model_load_from_file, C.llama_decode = load, decode
+"""
+AMX = "extra and rows > 1"  # as llama.cpp built by GCC 12 does on processors with AMX
+OURS = "'sample.gguf' in path"
+
+
+@pytest.fixture
+def crashing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
+    """crashing(CONDITION): children crash there from now on; returns the folder with what makes them."""
+    folder = tmp_path / "crashing"
+    folder.mkdir()
+
+    def make(condition: str) -> Path:
+        (folder / "sitecustomize.py").write_text(CRASHING.replace("CONDITION", condition))
+        return folder
+
+    monkeypatch.syspath_prepend(str(folder))
+    yield make
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was tried in children: the file's name, with a minus where without the extra buffer types."""
+    tried: list[str] = []
+    run = probe._run
+
+    def spy(path: Path, timeout: float, extra_buffers: bool) -> probe._Ending:
+        tried.append(("" if extra_buffers else "-") + path.stem)
+        return run(path, timeout, extra_buffers)
+
+    monkeypatch.setattr(probe, "_run", spy)
+    return tried
+
+
+def test_a_first_child_that_dies_and_a_second_that_works(
+    tiny: Path,
+    tmp_path: Path,
+    cache: Path,
+    crashing: Callable[[str], Path],
+    children: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    crashing(AMX)
+    assert machine.extra_buffers()
+    assert verify(tiny).n_layers == 2
+    assert children == ["tiny", "-tiny"]
+    (said,) = caplog.records
+    assert (said.name, said.levelno) == ("acd_local.machine", logging.WARNING)
+    assert "llama.cpp crashes on this processor with its extra buffer types" in said.getMessage()
+    (kept,) = cache.glob("machines/*.json")
+    slowdown = json.loads(kept.read_text())["slowdown"]
+    assert 0 < slowdown < 1000 and f"a token takes {slowdown:.2f} times as long without" in said.getMessage()
+    assert not machine.extra_buffers()
+    # From now on every file is tried and loaded so, and nothing is said any more.
+    assert verify(tiny).n_layers == 2
+    assert verify(tiny_gguf.write_llama(tmp_path / "other.gguf")).n_layers == 2
+    assert children == ["tiny", "-tiny", "-other"] and len(caplog.records) == 1
+
+
+def test_another_machine_in_the_same_home_is_asked_itself(
+    tiny: Path, crashing: Callable[[str], Path], children: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crashing(AMX)
+    verify(tiny)
+    monkeypatch.setattr(machine, "identity", lambda: "another")
+    assert machine.extra_buffers()
+    crashing("False")
+    verify(tiny)
+    assert machine.extra_buffers()
+    assert children == ["tiny", "-tiny", "tiny"]
+
+
+def test_where_nothing_can_be_kept_the_process_remembers(
+    tiny: Path,
+    tmp_path: Path,
+    crashing: Callable[[str], Path],
+    children: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setattr(machine.files, "_kept", {})
+    crashing(AMX)
+    for _ in range(2):
+        verify(tiny)
+    assert children == ["tiny", "-tiny"]
+    assert not machine.extra_buffers()
+    monkeypatch.setattr(machine.files, "cache_dir", lambda: None)
+    assert not machine.extra_buffers()
+
+
+def test_where_every_model_crashes_the_file_is_not_blamed(
+    tiny: Path, cache: Path, crashing: Callable[[str], Path], children: list[str]
+) -> None:
+    crashing("True")
+    with pytest.raises(InternalError) as caught:
+        verify(tiny)
+    message = str(caught.value)
+    assert message.startswith("llama.cpp crashes on every model here (signal 11)")
+    assert "this build does not fit the processor" in message and "pip install" in message
+    assert children == ["tiny", "-tiny", "sample", "-sample"]
+    assert not list(cache.rglob("*.json")), "nothing was learned about this machine or this file"
+
+
+def test_where_our_own_model_lives_the_file_is_to_blame(
+    tiny: Path, cache: Path, crashing: Callable[[str], Path], children: list[str]
+) -> None:
+    crashing(f"not {OURS}")
+    assert "llama.cpp aborted while loading it (signal 11)" in refusal(tiny)
+    assert children == ["tiny", "-tiny", "sample"]
+    assert machine.extra_buffers()
+
+
+def test_a_bad_file_on_a_machine_that_crashes(
+    tiny: Path, crashing: Callable[[str], Path], children: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    crashing(f"not {OURS} or {AMX}")
+    assert "llama.cpp aborted while loading it (signal 11)" in refusal(tiny)
+    assert children == ["tiny", "-tiny", "sample", "-sample"]
+    assert not machine.extra_buffers()
+    assert len(caplog.records) == 1 and "times as long" not in caplog.text
+    refusal(tiny)
+    assert children[4:] == ["-tiny", "-sample"] and len(caplog.records) == 1
+
+
+def test_the_command_says_it_once_ever(tiny: Path, crashing: Callable[[str], Path]) -> None:
+    """The whole command with that llama.cpp: it would crash itself if it loaded the model as usual."""
+    folder = crashing(AMX)
+    main = "from acd_local.cli.run import main; main()"
+    flags = ("-n", "4", "-t", "1", "--temp", "0", "--strategy", "stepwise")
+    command = [sys.executable, "-c", main, str(tiny), "hi", *flags]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(Path(probe.__file__).parents[2])])}
+    runs = [
+        subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL) for _ in range(2)
+    ]
+    assert [run.returncode for run in runs] == [0, 0], runs
+    assert runs[0].stdout == runs[1].stdout != ""
+    first, second = (run.stderr.splitlines() for run in runs)
+    (line,) = [line for line in first if line not in second]
+    assert line.startswith("acd-run: llama.cpp crashes on this processor") and "times as long" in line
+
+
+def test_how_a_model_is_loaded(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    load = llama.C.llama_model_load_from_file
+
+    def spy(path: bytes, params: object) -> object:
+        asked.append(bool(params.use_extra_bufts))  # type: ignore[attr-defined]
+        return load(path, params)
+
+    monkeypatch.setattr(llama.C, "llama_model_load_from_file", spy)
+    for given in (None, False, True):
+        llama.Model(tiny, extra_buffers=given).close()
+    machine.avoid_extra_buffers()
+    for given in (None, True):
+        llama.Model(tiny, extra_buffers=given).close()
+    assert asked == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format": 1}', '{"format": 0, "extra_buffers": false}'])
+def test_a_damaged_memory_is_none(text: str, cache: Path) -> None:
+    machine.avoid_extra_buffers()
+    (kept,) = cache.glob("machines/*.json")
+    kept.write_text(text)
+    assert machine.extra_buffers()
+
+
+def test_the_identity_is_that_of_the_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp built anew is another one, even under the same version; the same files unpacked elsewhere are not."""
+
+    def identity() -> str:
+        return machine.identity.__wrapped__()
+
+    assert [name for path in machine._libraries() if "ggml-cpu" in (name := path.name)], "no kernels were found"
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        (folder / "libggml-cpu.so").write_bytes(b"code")
+        (folder / "libllama.so").write_bytes(b"more code")
+        (folder / "libggml-cuda.so").write_bytes(os.urandom(8))  # large, and has no part in it
+    os.utime(two / "libllama.so", (0, 0))
+    here = identity()
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(one))
+    first = identity()
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(two))
+    assert here != first == identity()
+    (two / "libggml-cpu.so").write_bytes(b"kode")
+    assert identity() != first
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path / "none"))
+    assert identity() not in (first, here)
+    monkeypatch.setattr(machine, "_processor", lambda: ["another"])
+    assert identity() != first
+
+
+def test_our_own_model_has_the_weights_that_matter() -> None:
+    """4- and 8-bit ones, in the shapes that AMX and repacked kernels take; both ways of loading decode it."""
+    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(probe._SAMPLE).tensors if len(tensor.shape) > 1}
+    assert types == {"Q4_0", "Q8_0"}
+    assert probe._SAMPLE.stat().st_size < 100_000
+    for extra in (True, False):
+        ending = probe._run(probe._SAMPLE, 60.0, extra)
+        assert ending.code == 0 and 0 < ending.said["row_seconds"] < 10

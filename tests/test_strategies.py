@@ -23,7 +23,7 @@ from reference import TOLERANCE, fresh_logits
 from acd_local.answers import Answer
 from acd_local.errors import InternalError, NumericalError, UsageError
 from acd_local.options import Options
-from acd_local.runtime import llama, rowcosts
+from acd_local.runtime import llama, machine, rowcosts
 from acd_local.runtime.choice import Chooser, Look
 from acd_local.runtime.lookup import GREEDY, MATCH, QUOTED, REST, SAMPLED, Lookup
 from acd_local.runtime.pace import Pace, expected
@@ -769,12 +769,12 @@ def test_old_figures_are_measured_again(tmp_path: Path) -> None:
     assert RowClock(path).known is None
 
 
-@pytest.mark.parametrize("name", ["llama_version", "_machine"])
+@pytest.mark.parametrize("name", ["identity", "extra_buffers"])
 def test_figures_belong_to_a_machine_and_a_llama_cpp(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Path("model.gguf")
     here = rowcosts.file_for(model, threads=1)
     assert here == rowcosts.file_for(model, threads=1) != rowcosts.file_for(model, threads=2)
-    monkeypatch.setattr(rowcosts, name, lambda: "another")
+    monkeypatch.setattr(machine, name, lambda: "another")
     assert rowcosts.file_for(model, threads=1) != here
 
 

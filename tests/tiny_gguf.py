@@ -73,14 +73,17 @@ def _byte_alphabet() -> list[str]:
     return [table[b] for b in range(256)]
 
 
-def bpe_vocab(pre: str = "smollm", extra_tokens: ExtraTokens = ()) -> Vocab:
-    """256 byte tokens, merges for common English, then `extra_tokens`."""
+ENGLISH = (*_BITS, "\n\n", "  ", "    ", *_WORDS, *(" " + w for w in _WORDS))
+
+
+def bpe_vocab(pre: str = "smollm", extra_tokens: ExtraTokens = (), words: Sequence[str] = ENGLISH) -> Vocab:
+    """256 byte tokens, merges for `words`, then `extra_tokens`."""
     alphabet = _byte_alphabet()
     vocab = Vocab("gpt2", pre)
     for char in alphabet:
         vocab.add(char, TokenType.NORMAL)
     merged: set[tuple[str, str]] = set()
-    for word in [*_BITS, "\n\n", "  ", "    ", *_WORDS, *(" " + w for w in _WORDS)]:
+    for word in words:
         chars = [alphabet[b] for b in word.encode()]
         for end in range(1, len(chars)):
             left, right = "".join(chars[:end]), chars[end]
@@ -126,9 +129,10 @@ def make_vocab(
     extra_tokens: ExtraTokens = (),
     specials: Sequence[str] = ("<unk>", "<s>", "</s>"),
     n_vocab: int | None = None,
+    words: Sequence[str] = ENGLISH,
 ) -> Vocab:
     """`vocab` is "bpe" or "spm"; `n_vocab` pads the list with unreachable ordinary tokens up to that length."""
-    made = bpe_vocab(pre, extra_tokens) if vocab == "bpe" else spm_vocab(extra_tokens, specials)
+    made = bpe_vocab(pre, extra_tokens, words) if vocab == "bpe" else spm_vocab(extra_tokens, specials)
     space = "Ġ" if vocab == "bpe" else "▁"
     for i in range(len(made.tokens), n_vocab or 0):
         made.add(f"{space}pad{i}", TokenType.NORMAL, -float(i))
@@ -157,6 +161,7 @@ class _Writer:
         add_bos: bool | None = None,
         add_space_prefix: bool | None = None,
         chat_template: str | None = None,
+        words: Sequence[str] = ENGLISH,
     ) -> None:
         self.path = Path(path)
         self.arch = arch
@@ -165,7 +170,9 @@ class _Writer:
         self.w = w = gguf.GGUFWriter(self.path, arch)
         w.add_name(name or f"tiny {arch}")
         w.add_file_type(int(gguf.LlamaFileType[f"ALL_{ftype}" if ftype == "F32" else f"MOSTLY_{ftype}"]))
-        v = self.vocab = make_vocab(vocab, pre=pre, extra_tokens=extra_tokens, specials=specials, n_vocab=n_vocab)
+        v = self.vocab = make_vocab(
+            vocab, pre=pre, extra_tokens=extra_tokens, specials=specials, n_vocab=n_vocab, words=words
+        )
         self.n_vocab = len(v.tokens)
         w.add_tokenizer_model(v.model)
         w.add_tokenizer_pre(v.pre)
@@ -271,6 +278,24 @@ def write_llama(
     for i in range(n_layers):
         out.norm(f"blk.{i}.attn_norm.weight", n_embd)
         out.attention(i, n_embd, n_head, n_head_kv, dim)
+        out.feed_forward(i, n_embd, n_ff)
+    return out.close()
+
+
+def write_sample(path: Path | str) -> Path:
+    """The tiny model that the package ships (acd_local/runtime/sample.gguf): one layer of Q4_0, one of Q8_0.
+
+    `PYTHONPATH=tests python -c "import tiny_gguf as t; t.write_sample('acd_local/runtime/sample.gguf')"`
+    """
+    n_embd, n_head, n_ff = 64, 2, 64  # rows in multiples of 32, which llama.cpp's AMX and repacked kernels take
+    out = _Writer(path, "llama", seed=0, ftype="Q8_0", name="acd_local sample", n_vocab=288, words=("\n\n",))
+    _transformer_keys(out, 256, n_embd, 2, n_ff, n_head, n_head)
+    out.w.add_rope_dimension_count(n_embd // n_head)
+    out.embeddings(n_embd, tied=True)
+    for i, quant in enumerate((Quant.Q4_0, Quant.Q8_0)):
+        out.quant = quant
+        out.norm(f"blk.{i}.attn_norm.weight", n_embd)
+        out.attention(i, n_embd, n_head, n_head, n_embd // n_head)
         out.feed_forward(i, n_embd, n_ff)
     return out.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import signal
 import socket
@@ -63,6 +64,8 @@ def run_cli(command: click.Command, program: str, argv: Sequence[str] | None = N
     """
     args = list(sys.argv[1:] if argv is None else argv)
     prepare_streams()
+    news = _Saying(program)
+    logging.getLogger("acd_local.machine").addHandler(news)
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # ggml would attach a debugger to this process when it aborts
     try:
         # Not command.main(): it turns a closed pipe into exit code 1.
@@ -80,7 +83,20 @@ def run_cli(command: click.Command, program: str, argv: Sequence[str] | None = N
         if os.environ.get("ACD_DEBUG"):
             raise
         outcome = Outcome(error=as_acd_error(error))
+    finally:
+        logging.getLogger("acd_local.machine").removeHandler(news)
     return _end(program, args, outcome)
+
+
+class _Saying(logging.Handler):
+    """What is found out about the machine, once ever, is said on stderr by whichever command meets it."""
+
+    def __init__(self, program: str) -> None:
+        super().__init__()
+        self._program = program
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{self._program}: {short_line(record.getMessage())}")
 
 
 def _end(program: str, args: Sequence[str], outcome: Outcome) -> int:

@@ -40,7 +40,7 @@ def from_options(options: Options, model_path: Path) -> str | None:
 def check(gbnf: str, model_path: Path) -> None:
     """Let llama.cpp parse `gbnf` in a child process; a good verdict is remembered.
 
-    A frozen application has no interpreter to start a child with: there the check is left out.
+    Where no child can be started (see `child.can_start`) the check is left out.
 
     Raises:
         UsageError: llama.cpp refuses the grammar, aborts on it, or takes longer than TIMEOUT.

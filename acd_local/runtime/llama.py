@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acd_local.errors import InternalError, ModelError, NumericalError, OutOfMemoryError, UsageError
-from acd_local.runtime import lifetime
+from acd_local.runtime import lifetime, machine
 from acd_local.runtime.lifetime import DecodeAborted as DecodeAborted
 from acd_local.runtime.lifetime import Owned
 from acd_local.runtime.rows import RowTable
@@ -166,6 +166,7 @@ class Model:
         path: the file; for a split model its first part. Check it with `probe.verify` first: llama.cpp can abort the
             process on a damaged file.
         gpu_layers: layers to offload; None means all where the build supports it and none elsewhere.
+        extra_buffers: keep weights as some CPU kernels like them best; None means unless that was found to crash here.
 
     Attributes:
         owned: llama.cpp's memory of it, and whether that can be used.
@@ -177,9 +178,10 @@ class Model:
         OutOfMemoryError: the weights do not fit.
     """
 
-    def __init__(self, path: Path | str, *, gpu_layers: int | None = None) -> None:
+    def __init__(self, path: Path | str, *, gpu_layers: int | None = None, extra_buffers: bool | None = None) -> None:
         self.path = Path(path)
         params = C.llama_model_default_params()
+        params.use_extra_bufts = machine.extra_buffers() if extra_buffers is None else extra_buffers
         params.n_gpu_layers = (-1 if supports_gpu_offload() else 0) if gpu_layers is None else gpu_layers
         params.progress_callback = _keep_loading
         _log_sink.problems.clear()

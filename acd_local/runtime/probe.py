@@ -1,8 +1,11 @@
 """First contact with a model file: header check, then one load in a child process, remembered on disk.
 
 llama.cpp answers some kinds of damage by aborting the process, which no Python code can catch. So a file that was
-never loaded before (by path, size and time of change, for the installed llama-cpp-python) is first loaded by a child,
+never loaded before (by path, size and time of change, for this machine and its llama.cpp) is first loaded by a child,
 and only a file that the child survived is opened in this process.
+
+A child also dies where llama.cpp itself crashes on this processor. So a file that kills its child is tried once more
+without llama.cpp's extra buffer types, and where that fails as well, a tiny model of our own tells whose fault it is.
 """
 
 from __future__ import annotations
@@ -14,18 +17,28 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
-from dataclasses import replace
-from importlib import metadata
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from acd_local import files
-from acd_local.errors import InternalError, ModelError, OutOfMemoryError
-from acd_local.runtime import child, gguf_header
+from acd_local.errors import AcdError, InternalError, ModelError, OutOfMemoryError
+from acd_local.runtime import child, gguf_header, machine
 from acd_local.runtime.gguf_header import GGUFInfo, shown
+from acd_local.runtime.threads import physical_cores
 
-_FORMAT = 1  # of a verdict file
-_REFUSED = 3  # the child's exit code when llama.cpp refused the file and lived
+if TYPE_CHECKING:
+    from acd_local.runtime.llama import Context
+
+_FORMAT = 2  # of a verdict file
+_REFUSED = 4  # the child's exit code when llama.cpp refused the file and lived
+_SAMPLE = Path(__file__).with_name("sample.gguf")  # 4- and 8-bit weights, written by tests/tiny_gguf.py
+_CRASHES = ("SIGSEGV", "SIGABRT", "SIGILL", "SIGBUS", "SIGFPE", "SIGTRAP", "SIGSYS")
+_ABORTED, _STOPPED = 3, 0xC000013A  # Windows: the exit codes of abort() and of Ctrl-C
+_WITHOUT = "--no-extra-buffers"  # what the child is told
+_BATCHES = (8, 40)  # rows of one sequence
 _SLOW_DISK = 50e6  # bytes per second that the child may take for large files
 
 
@@ -37,13 +50,13 @@ def verify(path: Path, *, timeout: float = 120.0, force: bool = False) -> GGUFIn
         timeout: seconds the child may take, plus one per 50 MB of file.
         force: check again, even if the file was found good before.
 
-    A frozen application (`sys.frozen`) has no Python to start as a child: there only the header is checked.
+    Where no child can be started (see `child.can_start`) only the header is checked.
     The verdict is kept under the user's cache directory (or $ACD_CACHE_DIR); that it cannot be written is no error.
 
     Raises:
         ModelError: not found, damaged, not a model that generates text, or llama.cpp cannot load it.
         OutOfMemoryError: there is not enough memory to load it.
-        InternalError: the child could not be run at all.
+        InternalError: the child could not be run at all, or llama.cpp crashes on every model here.
     """
     info = None if force else _remembered(path)
     if info is not None:
@@ -53,7 +66,7 @@ def verify(path: Path, *, timeout: float = 120.0, force: bool = False) -> GGUFIn
     if len(info.parts) > 1:
         parts = _signature(info.parts)
     if child.can_start():
-        _load_in_child(path, timeout + info.size / _SLOW_DISK)
+        _try(path, timeout + info.size / _SLOW_DISK)
         _remember(path, parts, info)
     return info
 
@@ -73,19 +86,12 @@ def _signature(parts: tuple[Path, ...]) -> list[list[object]] | None:
     return [[str(p), s.st_size, s.st_mtime_ns] for p, s in stats]
 
 
-def llama_version() -> str:
-    try:
-        return metadata.version("llama-cpp-python")
-    except metadata.PackageNotFoundError:
-        return ""
-
-
 def _remembered(path: Path) -> GGUFInfo | None:
     try:
         verdict = json.loads(files.kept(_verdict_name(path)) or "")
         info = gguf_header.from_json(verdict["info"])
         parts = gguf_header.split_parts(path, len(info.parts))
-        if [verdict["format"], verdict["llama"]] != [_FORMAT, llama_version()]:
+        if [verdict["format"], verdict["machine"], verdict["extra_buffers"]] != _circumstances():
             return None
         if verdict["parts"] != _signature(parts):
             return None
@@ -94,8 +100,14 @@ def _remembered(path: Path) -> GGUFInfo | None:
     return replace(info, path=path, parts=parts)
 
 
+def _circumstances() -> list[object]:
+    """What a verdict holds for: format, machine, extra_buffers."""
+    return [_FORMAT, machine.identity(), machine.extra_buffers()]
+
+
 def _remember(path: Path, parts: list[list[object]] | None, info: GGUFInfo) -> None:
-    verdict = {"format": _FORMAT, "llama": llama_version(), "parts": parts, "info": gguf_header.to_json(info)}
+    where = dict(zip(("format", "machine", "extra_buffers"), _circumstances(), strict=True))
+    verdict = where | {"parts": parts, "info": gguf_header.to_json(info)}
     with suppress(OSError, RuntimeError):  # as in _signature
         files.keep(_verdict_name(path), json.dumps(verdict))
 
@@ -103,35 +115,104 @@ def _remember(path: Path, parts: list[list[object]] | None, info: GGUFInfo) -> N
 # --- the parent's side -----------------------------------------------------------------------------------------------
 
 
-def _load_in_child(path: Path, timeout: float) -> None:
+@dataclass(frozen=True)
+class _Ending:
+    """How a child ended, what it said on stdout (JSON lines, taken together), and its log."""
+
+    code: int
+    said: dict[str, Any]
+    log: list[str]
+
+    @property
+    def crashed(self) -> bool:
+        """Whether llama.cpp ended the process, rather than we or somebody outside."""
+        if sys.platform == "win32":
+            status = self.code & 0xFFFFFFFF
+            return status == _ABORTED or (status >> 28 == 0xC and status != _STOPPED)
+        return -self.code in [getattr(signal, name, None) for name in _CRASHES]
+
+
+def _try(path: Path, timeout: float) -> None:
+    """Let children load `path` and decode with it, until it is clear whether this process may, and how.
+
+    Raises: see `verify`.
+    """
+    extra = machine.extra_buffers()
+    ending = first = _run(path, timeout, extra)
+    if first.crashed and extra:
+        ending = _run(path, timeout, False)
+        if ending.code == 0:
+            machine.avoid_extra_buffers(_slowdown(first, ending))
+    if ending.crashed and not _sample_runs():
+        raise InternalError(
+            f"llama.cpp crashes on every model here ({_how(ending.code)}), so that {shown(path)} could not be tried: "
+            "this build does not fit the processor. Install a prebuilt wheel of llama-cpp-python, or build one here: "
+            "pip install --no-cache-dir --force-reinstall --no-binary llama-cpp-python llama-cpp-python"
+        )
+    if ending.code != 0:
+        raise _error(path, ending)
+
+
+def _slowdown(with_extra: _Ending, without: _Ending) -> float | None:
     try:
-        done = child.run_module("acd_local.runtime.probe", str(path.absolute()), timeout=timeout)
+        return float(without.said["row_seconds"]) / float(with_extra.said["row_seconds"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+
+
+def _sample_runs() -> bool:
+    """Whether llama.cpp runs our own tiny model here: as models are loaded here, else without the extra buffer types.
+
+    That those must be left out is remembered.
+    """
+    extra = machine.extra_buffers()
+    with suppress(AcdError):  # no crash: nothing is known against llama.cpp
+        if not _run(_SAMPLE, 60.0, extra).crashed:
+            return True
+        if extra and not _run(_SAMPLE, 60.0, False).crashed:
+            machine.avoid_extra_buffers()
+            return True
+        return False
+    return True
+
+
+def _run(path: Path, timeout: float, extra_buffers: bool) -> _Ending:
+    given = [str(path.absolute()), *([] if extra_buffers else [_WITHOUT])]
+    try:
+        done = child.run_module("acd_local.runtime.probe", *given, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise ModelError(f"{shown(path)}: llama.cpp did not finish loading it within {timeout:.0f} s") from None
     except OSError as error:
         raise InternalError(f"cannot start {shown(sys.executable)} to check the model: {error.strerror}") from None
-    if done.returncode != 0:
-        raise _error(path, done.returncode, done.stdout.decode("utf-8", "replace"), _lines(done.stderr))
+    said: dict[str, Any] = {}
+    for line in done.stdout.splitlines():
+        with suppress(ValueError, TypeError):
+            said |= json.loads(line)
+    return _Ending(done.returncode, said, _lines(done.stderr))
 
 
-def _error(path: Path, code: int, output: str, log: list[str]) -> Exception:
+def _error(path: Path, ending: _Ending) -> AcdError:
+    code, said, log = ending.code, ending.said, ending.log
     if code == _REFUSED:
-        try:
-            answer = json.loads(output.splitlines()[-1])
-            message = shown(answer["message"], 500)
-        except (ValueError, KeyError, TypeError, IndexError):
-            return ModelError(f"{shown(path)}: llama.cpp cannot load it")
-        kind = OutOfMemoryError if answer.get("code") == OutOfMemoryError.code else ModelError
+        message = shown(str(said.get("message", "llama.cpp cannot load it")), 500)
+        kind = OutOfMemoryError if said.get("code") == OutOfMemoryError.code else ModelError
         return kind(f"{shown(path)}: {message}")
-    if code in (1, 2):  # Python's own: the child never got to the file
-        return InternalError(
-            f"the check of {shown(path)} in a child process failed: {log[-1] if log else 'no message'}"
-        )
+    if code in (1, 2):  # Python's own, or OpenMP's
+        last = log[-1] if log else "no message"
+        if "emory" in last or "Thread creation failed" in last:
+            return OutOfMemoryError(f"{shown(path)}: there was not enough memory to try it ({last})")
+        return InternalError(f"the check of {shown(path)} in a child process failed: {last}")
     if code == -getattr(signal, "SIGKILL", 9):
         return OutOfMemoryError(f"{shown(path)}: the system stopped the process that loaded it, probably out of memory")
-    how = f"signal {-code}" if code < 0 else f"exit code {code & 0xFFFFFFFF:#x}"
+    if not ending.crashed:
+        return InternalError(f"the check of {shown(path)} in a child process was stopped ({_how(code)})")
     cause = _telling(log)
+    how = _how(code)
     return ModelError(f"{shown(path)}: llama.cpp aborted while loading it ({how})" + (f": {cause}" if cause else ""))
+
+
+def _how(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code & 0xFFFFFFFF:#x}"
 
 
 def _lines(raw: bytes) -> list[str]:
@@ -156,13 +237,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _child(path: Path) -> int:
-    """Load the model, decode a token in each of two sequences: 0 when llama.cpp lives through it, else a JSON line."""
+def _child(path: Path, extra_buffers: bool) -> int:
+    """Load the model and decode with it: 0 when llama.cpp lives through it, else a JSON line says why not."""
     import logging
 
-    import numpy as np
-
-    from acd_local.errors import AcdError
     from acd_local.runtime import llama
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -170,15 +248,11 @@ def _child(path: Path) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)  # survives an abort
     doing = "load"
     try:
-        with llama.Model(path, gpu_layers=0) as model:
+        with llama.Model(path, gpu_layers=0, extra_buffers=extra_buffers) as model:
             doing = "create a context for"
-            with llama.Context(model, n_ctx=256, n_seq=2) as context:
+            with llama.Context(model, n_ctx=256, n_seq=2, threads=physical_cores()) as context:
                 doing = "run"
-                token = model.vocab.bos if 0 <= model.vocab.bos < model.n_vocab else 0
-                rows = np.array([0, 1], np.int32)
-                context.decode(np.full(2, token, np.int32), rows, np.zeros(2, np.int32), np.ones(2, np.int8))
-                # Whether the numbers are finite is judged later, on a real prompt: this is about living through it.
-                context.logits(2)
+                _decode(context)
     except Exception as error:
         said = str(error) if isinstance(error, AcdError) else f"{type(error).__name__}: {error}"
         cause = said.split(f"{path}: ", 1)[-1].removeprefix("error loading model: ")
@@ -189,5 +263,32 @@ def _child(path: Path) -> int:
     return 0
 
 
+def _decode(context: Context) -> None:
+    """Batches of every kind: kernels differ by rows. What one row takes is said first, as longer batches may crash.
+
+    Whether the numbers are finite is judged later, on a real prompt: this is about living through it.
+    """
+    bos, length, times = context.model.vocab.bos, 0, list[float]()
+    token = bos if 0 <= bos < context.model.n_vocab else 0
+
+    def rows(n: int, beside: int = 0) -> float:
+        """The next `n` rows of sequence 0, and the first `beside` of sequence 1."""
+        nonlocal length
+        seqs, outputs = [0] * n + [1] * beside, [0] * (n - 1) + [1] * (1 + beside)
+        started = time.perf_counter()
+        context.decode([token] * (n + beside), seqs, [*range(length, length + n), *range(beside)], outputs)
+        context.logits(sum(outputs))
+        length += n
+        return time.perf_counter() - started
+
+    rows(1)  # reads the weights from the disk
+    while len(times) < 8 and sum(times) < 0.5:
+        times.append(rows(1))
+    print(json.dumps({"row_seconds": min(times)}), flush=True)
+    rows(1, beside=1)
+    for n in _BATCHES:
+        rows(n)
+
+
 if __name__ == "__main__":
-    sys.exit(_child(Path(sys.argv[1])))
+    sys.exit(_child(Path(sys.argv[1]), _WITHOUT not in sys.argv[2:]))

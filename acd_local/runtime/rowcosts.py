@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import statistics
 import threading
 from collections import defaultdict
@@ -22,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from acd_local import files
-from acd_local.runtime.probe import llama_version
+from acd_local.runtime import machine
 
 SINGLES, BATCHES, RUNS = 12, 6, 24  # measurements that are enough
 USUAL = 64  # as how many tokens' runs the expectation counts beside those that were seen
@@ -169,7 +168,8 @@ def _line(costs: dict[int, float]) -> tuple[float, float]:
 def file_for(model: Path, **settings: object) -> Path:
     """Where the figures of a model file under `settings` are kept below the cache folder, for this machine and this
     llama.cpp."""
-    settings = {**settings, "llama": llama_version(), "machine": _machine(), "cpus": os.cpu_count()}
+    here = {"machine": machine.identity(), "extra_buffers": machine.extra_buffers(), "cpus": os.cpu_count()}
+    settings = {**settings, **here}
     with suppress(OSError):
         seen = model.stat()
         settings = {**settings, "size": seen.st_size, "changed": seen.st_mtime_ns}
@@ -177,15 +177,6 @@ def file_for(model: Path, **settings: object) -> Path:
         json.dumps([str(model.absolute()), settings], sort_keys=True, default=str).encode()
     ).hexdigest()
     return Path("rowcosts", f"{key[:32]}.json")
-
-
-def _machine() -> str:
-    """The processor's name, where Linux says it; else the computer's."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
-            if line.lower().startswith("model name"):
-                return line.partition(":")[2].strip()
-    return f"{platform.node()} {platform.machine()}"
 
 
 def _read(path: Path) -> RowCosts | None:
