@@ -27,7 +27,7 @@ from acd_local.runtime.lookup import Lookup
 from acd_local.runtime.pace import Pace
 from acd_local.runtime.prompts import Framing, Prompt
 from acd_local.runtime.rowcosts import RowCosts
-from acd_local.runtime.sampling import GrammarGuard, TokenSampler
+from acd_local.runtime.sampling import Guard, TokenSampler
 from acd_local.runtime.streams import Feed, Rows, Slot
 from acd_local.runtime.template import Message
 from acd_local.runtime.text import TextStream
@@ -198,7 +198,7 @@ class Answering:
             beside_others: the rows are decoded together with other answers' rows: one token per stream at a time.
         """
         started = time.perf_counter()
-        prompt, gbnf = self._prompt()
+        prompt, guard = self._prompt()
         text = TextStream(self._options.stop)
         reason: FinishReason = "length"
         rows = 0
@@ -209,7 +209,7 @@ class Answering:
                 logits = yield work
                 first_logits = time.perf_counter()
                 first = logits[0][0], logits[1][0] if len(logits) > 1 else None
-                strategy = self._strategy(prompt, first, gbnf, deferring=not beside_others)
+                strategy = self._strategy(prompt, first, guard, deferring=not beside_others)
                 item = next(strategy, None)
                 while item is not None:
                     if not isinstance(item, Step):
@@ -238,9 +238,9 @@ class Answering:
             yield Chunk(rest)
         self.result = self._finish(reason, prompt, rows, (started, first_logits, time.perf_counter()))
 
-    def _prompt(self) -> tuple[Prompt, str | None]:
+    def _prompt(self) -> tuple[Prompt, Guard | None]:
         engine, options = self._engine, self._options
-        gbnf = grammar.from_options(options, engine.info.path)
+        guard = grammar.from_options(options, engine.vocab, engine.info.path)
         for text in filter(None, (self._system, *self._framing.positive_texts())):
             refuse_adversarial(text, self.pair)
         with engine._open:
@@ -254,15 +254,15 @@ class Answering:
             )
         if prompt.dropped and self._on_event is not None:
             self._on_event(TurnsDropped(prompt.dropped))
-        return prompt, gbnf
+        return prompt, guard
 
-    def _strategy(self, prompt: Prompt, first: StreamLogits, gbnf: str | None, *, deferring: bool) -> Strategy:
+    def _strategy(self, prompt: Prompt, first: StreamLogits, guard: Guard | None, *, deferring: bool) -> Strategy:
         engine, options = self._engine, self._options
         chooser = Chooser(
             TokenSampler(engine.vocab, options, self.seed, prompt.safe, n_ctx=engine.n_ctx),
             engine._vocabulary,
             self.settings,
-            grammar=None if gbnf is None else GrammarGuard(engine.vocab, gbnf),
+            grammar=guard,
             divergence=self._divergence,
             trace=self._trace,
         )
