@@ -407,7 +407,8 @@ class _Reader:
         tag = at.node.get("discriminator")
         name = tag.get("propertyName") if isinstance(tag, dict) else tag
         tagged = {"type": "object", "required": [name]} if isinstance(name, str) else None
-        facts = [_facts(self, [branch, *([tagged] if tagged else [])]) for branch in value]
+        around = {keyword: part for keyword, part in at.node.items() if keyword != "oneOf"}
+        facts = [_facts(self, [branch, around, tagged]) for branch in value]
         if not all(itertools.starmap(_apart, itertools.combinations(facts, 2))):
             at.refuse(_HINTS["oneOf"])
         at.parts.also.append({"anyOf": branches if tagged is None else [{"allOf": [b, tagged]} for b in branches]})
