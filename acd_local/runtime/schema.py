@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any, NoReturn, TypeAlias
 from urllib.parse import unquote
 
 from acd_local.errors import UsageError
-from acd_local.runtime import patterns
+from acd_local.runtime import patterns, schema_facts
 
 Schema: TypeAlias = dict[str, Any] | bool
 
@@ -46,6 +45,7 @@ _ANNOTATIONS = frozenset((
     "contentMediaType", "contentEncoding", "contentSchema", "$defs", "definitions", "$anchor", "discriminator",
 ))
 # fmt: on
+_COMBINING = frozenset(("allOf", "anyOf", "oneOf", "$ref"))
 # Formats that say nothing which a text could violate.
 _FREE_FORMATS = frozenset(("password", "float", "double"))
 _INT_FORMATS = {f"{sign}int{bits}": (sign, bits) for sign in ("", "u") for bits in (8, 16, 32, 64)}
@@ -145,8 +145,8 @@ class _Reader:
         self.draft = 2020
         self.base = ""
         self.paths: dict[int, str] = {}
-        self.names: dict[str, str] = {}  # path in the given schema -> name under $defs
-        self.waiting: list[tuple[str, Any]] = []
+        self.names: dict[tuple[str, bool], str] = {}  # path in the given schema, alone -> name under $defs
+        self.waiting: list[tuple[str, bool, Any]] = []
         self.schemas = 0
         self.values = 0
         self.multiples: dict[Decimal, str] = {}
@@ -154,11 +154,11 @@ class _Reader:
     def read(self) -> Checked:
         if isinstance(self.root, dict):
             self._head(self.root)
-        start = self._definition("", self.root)
+        start = self._definition("", self.root, alone=True)
         defs: dict[str, Schema] = {}
         while self.waiting:
-            path, node = self.waiting.pop()
-            defs[self.names[path]] = self._restate(node, path, 0)
+            path, alone, node = self.waiting.pop()
+            defs[self.names[path, alone]] = self._restate(node, path, 0, alone)
         self._check_multiples()
         schema: dict[str, Any] = {"$ref": start, "$defs": defs}
         self.paths[id(schema)] = ""
@@ -180,14 +180,15 @@ class _Reader:
             if keyword in root and isinstance(root[keyword], str):
                 self.base = root[keyword].rstrip("#")
 
-    def _definition(self, path: str, node: Schema) -> str:
+    def _definition(self, path: str, node: Schema, *, alone: bool) -> str:
         """A reference to the restated form of what stands at `path`."""
-        if path not in self.names:
-            self.names[path] = str(len(self.names))
-            self.waiting.append((path, node))
-        return f"#/$defs/{self.names[path]}"
+        if (path, alone) not in self.names:
+            self.names[path, alone] = str(len(self.names))
+            self.waiting.append((path, alone, node))
+        return f"#/$defs/{self.names[path, alone]}"
 
-    def _restate(self, node: object, path: str, depth: int) -> Schema:
+    def _restate(self, node: object, path: str, depth: int, alone: bool) -> Schema:
+        """Args: alone: no other schema holds for the same value."""
         self.schemas += 1
         if self.schemas > MAX_SCHEMAS:
             raise UsageError(f"the JSON schema has more than {MAX_SCHEMAS} parts")
@@ -198,22 +199,61 @@ class _Reader:
         if not isinstance(node, dict):
             refuse(f"{_brief(node)} in place of a schema", path)
         parts = _Parts()
+        combined = _COMBINING & node.keys()
+        others = (_KEYWORDS.keys() & node.keys()) - combined - {"type"}
+        inner = alone and not combined and "patternProperties" not in node
+        branch = alone and len(combined) == 1 and not others
         for keyword in node:
             _check_text(keyword, "a keyword", path)
-            self._keyword(keyword, node, path, depth, parts)
+            self._keyword(_At(keyword, path, depth, node, parts, branch if keyword in combined else inner))
+        if alone:
+            self._close(node, parts, closed=bool(branch))
         result = self._join(node, parts)
         self.paths[id(result)] = path
         return result
 
-    def _keyword(self, keyword: str, node: dict[str, Any], path: str, depth: int, parts: _Parts) -> None:
+    def _keyword(self, at: _At) -> None:
+        keyword = at.keyword
         if keyword in _ANNOTATIONS or keyword.startswith("x-"):
             return
-        if not path and (keyword == "$schema" or keyword in ("$id", "id")):
+        if not at.path and keyword in ("$schema", "$id", "id"):
             return
         method = _KEYWORDS.get(keyword)
         if method is None:
-            refuse(f"'{keyword[:50]}'", path, _HINTS.get(keyword, ""))
-        method(self, node[keyword], _At(keyword, path, depth, node, parts))
+            refuse(f"'{keyword[:50]}'", at.path, _HINTS.get(keyword, ""))
+        method(self, at.node[keyword], at)
+
+    def _close(self, node: dict[str, Any], parts: _Parts, *, closed: bool) -> None:
+        """Allow no properties but the listed ones where a schema lists some and says nothing of others.
+
+        Every text that is then allowed satisfies the schema too; with others, small models list them for ever.
+        """
+        if closed or "minProperties" in node or not (names := self._listed(node, set())):
+            return
+        listed = dict.fromkeys(names, True)
+        if parts.also:
+            parts.also.append({"properties": listed, "additionalProperties": False})
+        else:
+            parts.own["properties"] = listed | parts.own.get("properties", {})
+            parts.own["additionalProperties"] = False
+
+    def _listed(self, node: object, met: set[int]) -> list[str] | None:
+        """The properties that a schema, and those it combines, list. None: there, others are spoken of."""
+        if not isinstance(node, dict) or id(node) in met:
+            return []
+        met.add(id(node))
+        if len(met) > 50 or {"additionalProperties", "patternProperties"} & node.keys():
+            return None
+        combined = [*node.get("allOf", []), *node.get("anyOf", []), *node.get("oneOf", [])]
+        if "$ref" in node:
+            combined.append(self.resolve(node["$ref"], "")[1])
+        properties = node.get("properties", {})
+        names = [*properties, *node.get("required", [])] if isinstance(properties, dict) else []
+        for part in combined:
+            if (more := self._listed(part, met)) is None:
+                return None
+            names += more
+        return names
 
     @staticmethod
     def _join(node: dict[str, Any], parts: _Parts) -> Schema:
@@ -223,7 +263,7 @@ class _Reader:
         if not parts.own and len(parts.also) == 1:
             return parts.also[0]
         keys = list(node)
-        applied = [keys.index(k) for k in ("allOf", "$ref", "anyOf", "oneOf") if k in node]
+        applied = [keys.index(k) for k in _COMBINING & node.keys()]
         first = "properties" in node and applied and min(applied) < keys.index("properties")
         others = {"allOf": parts.also}
         return others | parts.own if first else parts.own | others
@@ -379,7 +419,7 @@ class _Reader:
             at.malformed("a schema beside 'prefixItems'")
         at.own["prefixItems"] = self._children(value, at)
         if "additionalItems" in at.node:
-            extra = _At("additionalItems", at.path, at.depth, at.node, at.parts)
+            extra = replace(at, keyword="additionalItems")
             at.own["items"] = self._child(at.node["additionalItems"], extra)
 
     def _additional_items(self, value: object, at: _At) -> None:
@@ -396,22 +436,27 @@ class _Reader:
             at.refuse()
 
     def _all_of(self, value: object, at: _At) -> None:
-        at.parts.also.extend(self._children(value, at, empty=False))
+        single = isinstance(value, list) and len(value) == 1
+        at.parts.also.extend(self._children(value, at, empty=False, alone=single))
 
     def _any_of(self, value: object, at: _At) -> None:
         at.parts.also.append({"anyOf": self._children(value, at, empty=False)})
 
     def _one_of(self, value: object, at: _At) -> None:
-        branches = self._children(value, at, empty=False)
-        assert isinstance(value, list)
-        tag = at.node.get("discriminator")
-        name = tag.get("propertyName") if isinstance(tag, dict) else tag
-        tagged = {"type": "object", "required": [name]} if isinstance(name, str) else None
+        if not isinstance(value, list) or not value:
+            at.malformed("a list of schemas")
         around = {keyword: part for keyword, part in at.node.items() if keyword != "oneOf"}
-        facts = [_facts(self, [branch, around, tagged]) for branch in value]
-        if not all(itertools.starmap(_apart, itertools.combinations(facts, 2))):
+        tag = at.node.get("discriminator")
+        tag = tag.get("propertyName") if isinstance(tag, dict) else None
+        branches = value
+        if not self._apart(branches, around) and isinstance(tag, str):  # what OpenAPI asks of a discriminator
+            branches = [{"allOf": [branch, {"required": [tag]}]} for branch in value]
+        if not self._apart(branches, around):
             at.refuse(_HINTS["oneOf"])
-        at.parts.also.append({"anyOf": branches if tagged is None else [{"allOf": [b, tagged]} for b in branches]})
+        at.parts.also.append({"anyOf": self._children(branches, at)})
+
+    def _apart(self, branches: list[Any], around: dict[str, Any]) -> bool:
+        return schema_facts.apart(branches, around, lambda reference: self.resolve(reference, "")[1])
 
     def _not(self, value: object, at: _At) -> None:
         if value is True or value == {}:
@@ -420,7 +465,7 @@ class _Reader:
             at.refuse()
 
     def _ref(self, value: object, at: _At) -> None:
-        at.parts.also.append({"$ref": self._definition(*self.resolve(value, at.path))})
+        at.parts.also.append({"$ref": self._definition(*self.resolve(value, at.path), alone=at.alone)})
 
     def resolve(self, reference: object, path: str) -> tuple[str, Schema]:
         """The path and the schema that a `$ref` at `path` names."""
@@ -449,17 +494,17 @@ class _Reader:
             refuse("'$ref'", path, f"{_brief(reference)} is no schema")
         return place, target
 
-    def _child(self, node: object, at: _At, *keys: object) -> Schema:
-        return self._restate(node, _step(at.path, at.keyword, *keys), at.depth + 1)
+    def _child(self, node: object, at: _At, *keys: object, alone: bool = True) -> Schema:
+        return self._restate(node, _step(at.path, at.keyword, *keys), at.depth + 1, alone and at.alone)
 
-    def _children(self, value: object, at: _At, *, empty: bool = True) -> list[Schema]:
+    def _children(self, value: object, at: _At, *, empty: bool = True, alone: bool = True) -> list[Schema]:
         if not isinstance(value, list) or not (value or empty):
             at.malformed("a list of schemas")
-        return [self._child(node, at, i) for i, node in enumerate(value)]
+        return [self._child(node, at, i, alone=alone) for i, node in enumerate(value)]
 
     def _check_ends(self, schema: dict[str, Any]) -> None:
         """Refuse what no finite text satisfies: objects that have to hold themselves, references in a circle."""
-        defs, names = schema["$defs"], {name: path for path, name in self.names.items()}
+        defs, names = schema["$defs"], {name: path for (path, _), name in self.names.items()}
         ending: set[str] = set()
         before = -1
         while before < len(ending):
@@ -481,6 +526,7 @@ class _At:
     depth: int
     node: dict[str, Any]
     parts: _Parts
+    alone: bool  # whether no schema but this one holds for what the keyword's own schemas describe
 
     @property
     def own(self) -> dict[str, Any]:
@@ -580,121 +626,6 @@ def _anchored(node: object, name: str, path: str) -> Iterator[tuple[str, Schema]
             waiting += [(_step(path, key), value) for key, value in node.items() if key not in skipped]
         elif isinstance(node, list):
             waiting += [(_step(path, i), value) for i, value in enumerate(node)]
-
-
-# -- whether branches exclude each other -------------------------------------------------------------------------------
-
-
-@dataclass
-class _Facts:
-    """What is surely true of every value that satisfies a schema. None: nothing is known."""
-
-    types: set[str] | None = None
-    values: list[str] | None = None
-    low: float = -math.inf
-    high: float = math.inf
-    required: set[str] = field(default_factory=set)
-    properties: dict[str, list[Any]] = field(default_factory=dict)
-    closed: list[set[str]] = field(default_factory=list)
-    reader: _Reader | None = None
-    depth: int = 0
-
-
-def _facts(reader: _Reader, nodes: list[Any], depth: int = 0) -> _Facts:
-    """What is known where all of `nodes`, in the given schema's words, hold."""
-    facts = _Facts(reader=reader, depth=depth)
-    waiting, seen = list(nodes), 0
-    while waiting and seen < 50:
-        node, seen = waiting.pop(), seen + 1
-        if not isinstance(node, dict):
-            continue
-        if "$ref" in node:
-            waiting.append(reader.resolve(node["$ref"], "")[1])
-        if isinstance(node.get("allOf"), list):
-            waiting += node["allOf"]
-        _note(facts, node, reader, depth)
-    return facts
-
-
-def _note(facts: _Facts, node: dict[str, Any], reader: _Reader, depth: int) -> None:
-    kinds = node.get("type")
-    types = {kinds} if isinstance(kinds, str) else set(kinds) if _is_texts(kinds) else None  # type: ignore[arg-type]
-    values = [node["const"]] if "const" in node else node.get("enum")
-    if isinstance(values, list):
-        facts.values = [_canonical(value) for value in values]
-        types = {_type_of(value) for value in values}
-    if types is None and depth < 8:
-        for union in (node.get("anyOf"), node.get("oneOf")):
-            known = [_facts(reader, [branch], depth + 1).types for branch in union] if isinstance(union, list) else []
-            if known and None not in known:
-                types = set().union(*(k for k in known if k is not None))
-    if types is not None:
-        wide = {"number" if kind == "integer" else kind for kind in types}
-        facts.types = wide if facts.types is None else facts.types & wide
-    for keyword in ("minimum", "exclusiveMinimum"):
-        if _is_number(node.get(keyword)):
-            facts.low = max(facts.low, node[keyword])
-    for keyword in ("maximum", "exclusiveMaximum"):
-        if _is_number(node.get(keyword)):
-            facts.high = min(facts.high, node[keyword])
-    if _is_texts(node.get("required")):
-        facts.required |= set(node["required"])
-    properties = node.get("properties")
-    listed = properties if isinstance(properties, dict) else {}
-    for name, schema in listed.items():
-        facts.properties.setdefault(name, []).append(schema)
-    if node.get("additionalProperties") is False and not node.get("patternProperties"):
-        facts.closed.append(set(listed))
-
-
-def _apart(a: _Facts, b: _Facts) -> bool:
-    """Whether surely no value satisfies both."""
-    if a.types is not None and b.types is not None:
-        shared = a.types & b.types
-        if not shared:
-            return True
-        if shared == {"number"} and (a.high < b.low or b.high < a.low):
-            return True
-        if shared == {"object"} and _apart_by_property(a, b):
-            return True
-    return a.values is not None and b.values is not None and not set(a.values) & set(b.values)
-
-
-def _apart_by_property(a: _Facts, b: _Facts) -> bool:
-    for one, other in ((a, b), (b, a)):
-        for name in one.required:
-            if any(name not in names for names in other.closed):
-                return True
-    if a.reader is None or max(a.depth, b.depth) >= 4:
-        return False
-    return any(
-        _apart(
-            _facts(a.reader, a.properties[name], a.depth + 1),
-            _facts(a.reader, b.properties[name], b.depth + 1),
-        )
-        for name in sorted(a.required | b.required)
-        if name in a.properties and name in b.properties
-    )
-
-
-def _canonical(value: object) -> str:
-    """Equal for values that JSON Schema calls equal."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, list):
-        return f"[{','.join(map(_canonical, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{json.dumps(k)}:{_canonical(v)}' for k, v in sorted(value.items()))}}}"
-    return json.dumps(value)
-
-
-def _type_of(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "boolean"
-    kinds = ((str, "string"), (list, "array"), (dict, "object"))
-    return next((kind for python, kind in kinds if isinstance(value, python)), "number")
 
 
 # -- whole schemas -----------------------------------------------------------------------------------------------------
