@@ -27,7 +27,7 @@ from acd_local.runtime.lookup import Lookup
 from acd_local.runtime.pace import Pace
 from acd_local.runtime.prompts import Framing, Prompt
 from acd_local.runtime.rowcosts import RowCosts
-from acd_local.runtime.sampling import GrammarGuard, TokenSampler
+from acd_local.runtime.sampling import Guard, TokenSampler
 from acd_local.runtime.streams import Feed, Rows, Slot
 from acd_local.runtime.template import Message
 from acd_local.runtime.text import TextStream
@@ -203,13 +203,13 @@ class Answering:
         reason: FinishReason = "length"
         rows = 0
         try:
-            prompt, gbnf = self._prompt()
+            prompt, guard = self._prompt()
             with self._engine._slot(prompt, self.cancel) as slot:
                 work, rows = self._engine._prepare(slot, prompt, self.cancel)
                 logits = yield work
                 first_logits = time.perf_counter()
                 first = logits[0][0], logits[1][0] if len(logits) > 1 else None
-                strategy = self._strategy(prompt, first, gbnf, deferring=not beside_others)
+                strategy = self._strategy(prompt, first, guard, deferring=not beside_others)
                 item = next(strategy, None)
                 while item is not None:
                     if not isinstance(item, Step):
@@ -237,9 +237,9 @@ class Answering:
             yield Chunk(rest)
         self.result = self._finish(reason, prompt, rows, (started, first_logits, time.perf_counter()))
 
-    def _prompt(self) -> tuple[Prompt, str | None]:
+    def _prompt(self) -> tuple[Prompt, Guard | None]:
         engine, options = self._engine, self._options
-        gbnf = grammar.from_options(options, engine.info.path)
+        guard = grammar.from_options(options, engine.vocab, engine.info.path)
         for text in filter(None, (self._system, *self._framing.positive_texts())):
             refuse_adversarial(text, self.pair)
         engine._check_open()
@@ -254,19 +254,19 @@ class Answering:
         )
         if prompt.dropped and self._on_event is not None:
             self._on_event(TurnsDropped(prompt.dropped))
-        return prompt, gbnf
+        return prompt, guard
 
     def _go_on(self) -> None:
         if self.cancel.is_set:
             raise DecodeAborted
 
-    def _strategy(self, prompt: Prompt, first: StreamLogits, gbnf: str | None, *, deferring: bool) -> Strategy:
+    def _strategy(self, prompt: Prompt, first: StreamLogits, guard: Guard | None, *, deferring: bool) -> Strategy:
         engine, options = self._engine, self._options
         chooser = Chooser(
             TokenSampler(engine.vocab, options, self.seed, prompt.safe, n_ctx=engine.n_ctx),
             engine._vocabulary,
             self.settings,
-            grammar=None if gbnf is None else GrammarGuard(engine.vocab, gbnf),
+            grammar=guard,
             divergence=self._divergence,
             trace=self._trace,
         )

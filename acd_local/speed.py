@@ -51,7 +51,7 @@ from acd_local.runtime.lookup import Lookup
 from acd_local.runtime.pace import Pace
 from acd_local.runtime.prompts import Framing, Prompt
 from acd_local.runtime.rowcosts import MOST, RowClock, RowCosts
-from acd_local.runtime.sampling import GrammarGuard, TokenSampler
+from acd_local.runtime.sampling import Guard, TokenSampler
 from acd_local.runtime.streams import Streams
 from acd_local.runtime.template import Message
 from acd_local.runtime.threads import default_threads
@@ -317,11 +317,10 @@ class _Paced(Answering):
         super().__init__(engine, turns, options, None, engine.pair, framing, False, False, False, None, cancel)
         self.pace = FixedPace(length, alpha=self.settings.alpha, greedy=options.temp == 0)
 
-    def _strategy(self, prompt: Prompt, first: StreamLogits, gbnf: str | None, *, deferring: bool) -> Strategy:
+    def _strategy(self, prompt: Prompt, first: StreamLogits, guard: Guard | None, *, deferring: bool) -> Strategy:
         engine = self._engine
         sampler = TokenSampler(engine.vocab, self._options, self.seed, prompt.safe, n_ctx=engine.n_ctx)
-        grammar = None if gbnf is None else GrammarGuard(engine.vocab, gbnf)
-        chooser = Chooser(sampler, engine._vocabulary, self.settings, grammar=grammar)
+        chooser = Chooser(sampler, engine._vocabulary, self.settings, grammar=guard)
         return deferred(first, chooser, self.pace, _NoLookup(()), limit=prompt.room, patient=True)
 
 

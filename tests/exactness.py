@@ -11,7 +11,7 @@ from acd_local.answers import Answer
 from acd_local.options import Options
 from acd_local.runtime import grammar, llama
 from acd_local.runtime.contrast import contrast
-from acd_local.runtime.sampling import GrammarGuard, TokenSampler
+from acd_local.runtime.sampling import TokenSampler
 from acd_local.runtime.template import Message
 from acd_local.session import Engine
 
@@ -113,8 +113,7 @@ class _Choices:
         self._contrast, self._window = answer.contrast, options.window
         self._vocabulary = engine._vocabulary
         self._sampler = TokenSampler(engine.vocab, options, answer.seed, prompt, n_ctx=engine.n_ctx)
-        gbnf = grammar.from_options(options, engine.info.path)
-        self._grammar = None if gbnf is None else GrammarGuard(engine.vocab, gbnf)
+        self._grammar = grammar.from_options(options, engine.vocab, engine.info.path)
 
     def accept(self, token: int) -> None:
         self._sampler.accept(token)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,8 +29,19 @@ LAYERS = (
     },
     {"runtime/machine"},
     {"runtime/rows"},
-    {"pairs", "softpair", "models", "runtime/child", "runtime/contrast", "runtime/llama"},
-    {"runtime/probe", "runtime/sampling", "runtime/streams", "runtime/guard", "runtime/grammar"},
+    {
+        "pairs",
+        "softpair",
+        "models",
+        "runtime/child",
+        "runtime/contrast",
+        "runtime/llama",
+        "runtime/patterns",
+        "runtime/schema_facts",
+    },
+    {"runtime/schema"},
+    {"runtime/probe", "runtime/sampling", "runtime/streams", "runtime/guard", "runtime/schema_guard"},
+    {"runtime/grammar"},
     {"runtime/prefixes", "runtime/template", "runtime/choice", "runtime/lookup", "runtime/rowcosts"},
     {"runtime/generate", "runtime/pace"},
     {"runtime/deferred"},
@@ -129,6 +142,12 @@ def test_imports_point_one_way(module: str) -> None:
 def test_one_module_alone_imports_llama_cpp() -> None:
     # peers measures the binding's own high-level class, which nothing here uses.
     assert [m for m in MODULES if "llama_cpp" in imports(m)] == ["peers", "runtime/llama"]
+
+
+def test_one_module_alone_imports_llguidance_and_not_at_the_start() -> None:
+    assert [m for m in MODULES if "llguidance" in imports(m)] == ["runtime/schema_guard"]
+    code = "import sys, acd_local.session; sys.exit('llguidance' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_arrays_and_bytes_know_no_model() -> None:

@@ -251,7 +251,7 @@ def test_bad_grammars_are_one_line_and_silent(
     tiny: Callable[..., Path], capfd: pytest.CaptureFixture[str], gbnf: str, cause: str
 ) -> None:
     with pytest.raises(UsageError, match=cause) as caught:
-        grammar.from_options(Options(grammar=gbnf), tiny("chatml"))
+        grammar.check(gbnf, tiny("chatml"))
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
 
@@ -260,17 +260,3 @@ def test_a_grammar_that_explodes_is_refused(tiny: Callable[..., Path], monkeypat
     monkeypatch.setattr(grammar, "TIMEOUT", 3.0)
     with pytest.raises(UsageError, match="did not finish it within 3 s"):
         grammar.check('root ::= "x" (("a"?){60} "b"?){60} "c"', tiny("chatml"))
-
-
-@pytest.mark.parametrize("schema", ["{not json", '{"type": "nonsense"}', '{"$ref": "https://example.com/x.json"}'])
-def test_bad_schemas_are_one_line(tiny: Callable[..., Path], schema: str) -> None:
-    with pytest.raises(UsageError, match="JSON schema") as caught:
-        grammar.from_options(Options(json_schema=schema), tiny("chatml"))
-    assert "\n" not in str(caught.value)
-
-
-def test_schema_becomes_a_grammar(tiny: Callable[..., Path]) -> None:
-    gbnf = grammar.from_options(Options(json_schema='{"type": "boolean"}'), tiny("chatml"))
-    assert gbnf is not None
-    assert "root ::=" in gbnf
-    assert grammar.from_options(Options(), tiny("chatml")) is None

@@ -154,7 +154,7 @@ class Worker:
             changes["json_schema"] = json.dumps(changes["json_schema"])
         options = self._options.replace(changes)
         if self._parallel:  # a slow check of a grammar would hold up the other answers
-            grammar.from_options(options, self._engine.info.path)
+            grammar.from_options(options, self._engine.vocab, self._engine.info.path)
         return Request(
             request_id,
             messages,

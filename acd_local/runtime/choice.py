@@ -12,7 +12,7 @@ import numpy as np
 
 from acd_local.runtime.contrast import Divergence, against, check_stream, plausible
 from acd_local.runtime.llama import Logits, TokenIds, Vocab
-from acd_local.runtime.sampling import GrammarGuard, TokenSampler
+from acd_local.runtime.sampling import Guard, TokenSampler
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Chooser:
         vocabulary: Vocabulary,
         settings: ContrastSettings,
         *,
-        grammar: GrammarGuard | None = None,
+        grammar: Guard | None = None,
         divergence: bool = False,
         trace: bool = False,
     ) -> None:

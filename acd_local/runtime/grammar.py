@@ -1,7 +1,7 @@
-"""Grammars and JSON schemas: checked in a child process before llama.cpp may parse them in ours.
+"""What an answer has to follow: a GBNF grammar by llama.cpp's sampler, or a JSON schema by llguidance.
 
-llama.cpp writes grammar errors to stderr, and a few faults abort the process or never return; an application that
-embeds this package must see none of that.
+GBNF is checked in a child process before llama.cpp may parse it in ours: llama.cpp writes grammar errors to stderr, and a
+few faults abort the process or never return; an application that embeds this package must see none of that.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from pathlib import Path
 from acd_local.errors import UsageError
 from acd_local.options import Options
 from acd_local.runtime import child
+from acd_local.runtime.llama import Vocab
+from acd_local.runtime.sampling import GrammarGuard, Guard
+from acd_local.runtime.schema_guard import SchemaGuard
 
 TIMEOUT = 10.0  # seconds
 
 
-def from_options(options: Options, model_path: Path) -> str | None:
-    """The checked GBNF grammar that an answer has to follow, None if it is free.
+def from_options(options: Options, vocab: Vocab, model_path: Path) -> Guard | None:
+    """What holds an answer to its grammar or its schema, None if it is free. Thread-safe.
 
     Raises:
         UsageError: the grammar or the schema is bad; one line.
     """
     if options.json_schema is not None:
-        from acd_local.runtime.llama import schema_to_gbnf
-
-        gbnf: str | None = schema_to_gbnf(options.json_schema)
-    else:
-        gbnf = options.grammar
-    if gbnf is not None:
-        check(gbnf, model_path)
-    return gbnf
+        return SchemaGuard(vocab, options.json_schema)
+    if options.grammar is None:
+        return None
+    check(options.grammar, model_path)
+    return GrammarGuard(vocab, options.grammar)
 
 
 @lru_cache(maxsize=64)

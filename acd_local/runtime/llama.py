@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import json
 import logging
 import os
 import sys
@@ -700,30 +699,12 @@ def dry(
 
 
 def grammar(vocab: Vocab, gbnf: str) -> Sampler:
-    """A GBNF grammar. Check it with `grammar_check` first: llama.cpp writes what is wrong to stderr, or aborts."""
+    """A GBNF grammar. Check it with `grammar.check` first: llama.cpp writes what is wrong to stderr, or aborts."""
     with vocab.reading() as pointer:
         sampler = C.llama_sampler_init_grammar(pointer, gbnf.encode(), b"root")
     if not sampler:
         raise UsageError("llama.cpp refuses the grammar")
     return Sampler(sampler)
-
-
-def schema_to_gbnf(schema: str) -> str:
-    """JSON schema text to a GBNF grammar (llama_cpp.llama_grammar's converter); remote references are not fetched.
-
-    Raises:
-        UsageError: the text is no JSON, or no schema that the converter knows.
-    """
-    from llama_cpp.llama_grammar import json_schema_to_gbnf
-
-    try:
-        return str(json_schema_to_gbnf(schema))
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"the JSON schema is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from None
-    except Exception as error:  # the converter has no error type of its own
-        raise UsageError(f"the JSON schema cannot be turned into a grammar: {error or type(error).__name__}") from None
 
 
 def try_grammar(model_path: Path, gbnf: str) -> None:

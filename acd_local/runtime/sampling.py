@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -142,6 +143,22 @@ def _truncation(o: Options) -> list[llama.Sampler]:
     return stages
 
 
+class Guard(Protocol):
+    """Keeps only the tokens that an answer's grammar or schema allows next."""
+
+    def clone(self) -> Self:
+        """One that goes on from here by itself."""
+
+    def restrict(self, logits: Logits, beta: float) -> Logits:
+        """A copy, shape (n_vocab,), with -inf at every token that is illegal here.
+
+        Tokens that cannot reach the plausible set, whatever is legal, may be set to -inf unasked.
+        """
+
+    def accept(self, token: int) -> None:
+        """Go on behind a legal token that does not end the answer."""
+
+
 class GrammarGuard:
     """Keeps only the tokens that a GBNF grammar allows next, before any contrast is taken."""
 
@@ -152,7 +169,7 @@ class GrammarGuard:
         self._sampler = llama.grammar(vocab, gbnf)
         self._candidates = llama.Candidates(vocab.n_tokens)
 
-    def clone(self) -> GrammarGuard:
+    def clone(self) -> Self:
         """One that goes on from here by itself."""
         other = copy.copy(self)
         other._sampler = self._sampler.clone()
