@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -160,8 +160,10 @@ class Model:
         path: the file; for a split model its first part. Check it with `probe.verify` first: llama.cpp can abort the
             process on a damaged file.
         gpu_layers: layers to offload; None means all where the build supports it and none elsewhere.
+        on_progress: told how much of the file is loaded, from 0 to 1. What it raises ends the loading.
 
     Attributes:
+        n_params: how many weights the model has.
         rows: embedding rows, which `Context.decode` takes by negative ids.
         row_positions: positions that llama.cpp reads per embedding row: 4 for M-RoPE, else 1.
 
@@ -170,12 +172,20 @@ class Model:
         OutOfMemoryError: the weights do not fit.
     """
 
-    def __init__(self, path: Path | str, *, gpu_layers: int | None = None) -> None:
+    def __init__(
+        self, path: Path | str, *, gpu_layers: int | None = None, on_progress: Callable[[float], object] | None = None
+    ) -> None:
         self.path = Path(path)
         params = C.llama_model_default_params()
         params.n_gpu_layers = (-1 if supports_gpu_offload() else 0) if gpu_layers is None else gpu_layers
+        watch = _LoadWatch(on_progress)
+        params.progress_callback = watch.callback
         _log_sink.problems.clear()
         self._ptr: Any = C.llama_model_load_from_file(os.fsencode(self.path), params)
+        if watch.raised is not None:
+            if self._ptr:
+                C.llama_model_free(self._ptr)
+            raise watch.raised
         if not self._ptr:
             cause = _log_sink.last_problem("llama.cpp gave no reason")
             if "alloc" in cause:
@@ -185,6 +195,7 @@ class Model:
         self.vocab = Vocab(self._ptr)
         self.n_vocab = self.vocab.n_tokens
         self.n_embd = int(C.llama_model_n_embd(self._ptr))
+        self.n_params = int(C.llama_model_n_params(self._ptr))
         self.n_ctx_train = int(C.llama_model_n_ctx_train(self._ptr))
         self.n_swa = int(C.llama_model_n_swa(self._ptr))
         self.keeps_state = bool(C.llama_model_is_recurrent(self._ptr) or C.llama_model_is_hybrid(self._ptr))
@@ -225,6 +236,23 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _LoadWatch:
+    """llama.cpp's progress callback: an exception cannot pass through C, so it stops the loading and is kept."""
+
+    def __init__(self, on_progress: Callable[[float], object] | None) -> None:
+        self._on_progress = on_progress
+        self.raised: BaseException | None = None
+        self.callback = C.llama_progress_callback(self._goes_on)
+
+    def _goes_on(self, fraction: float, _user_data: object) -> bool:
+        try:
+            if self._on_progress is not None:
+                self._on_progress(fraction)
+        except BaseException as error:
+            self.raised = error
+        return self.raised is None
 
 
 class Vocab:
