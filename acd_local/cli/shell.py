@@ -82,7 +82,7 @@ def _say_in_json(args: Sequence[str], error: AcdError) -> None:
         if "--json" in args:
             print(as_json(error_record(error)), flush=True)
         elif "--jsonl" in args:
-            print(json.dumps(error_event(None, error)), flush=True)
+            print(json.dumps(error_event(None, error, final=False)), flush=True)
         else:
             sys.stdout.flush()
     except OSError:
@@ -94,9 +94,15 @@ def error_record(error: AcdError, text: str = "") -> dict[str, Any]:
     return {"text": text, "finish_reason": "error", "error": {"code": error.code, "message": short_line(str(error))}}
 
 
-def error_event(request_id: str | int | None, error: AcdError) -> dict[str, Any]:
-    """The worker's form of it."""
-    return {"id": request_id, "event": "error", "code": error.code, "message": short_line(str(error))}
+def error_event(request_id: str | int | None, error: AcdError, *, final: bool) -> dict[str, Any]:
+    """The worker's form of it; `final`: it ends the request with this id."""
+    return {
+        "id": request_id,
+        "event": "error",
+        "final": final,
+        "code": error.code,
+        "message": short_line(str(error)),
+    }
 
 
 def as_json(record: object) -> str:
