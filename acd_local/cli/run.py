@@ -14,6 +14,7 @@ import click
 
 from acd_local import __version__
 from acd_local.cli import flags
+from acd_local.cli.progress import StatusLine, load_with_status
 from acd_local.cli.shell import EXIT_CODES, AnswerWriter, Interrupts, as_json, error_record, one_line, run_cli, say
 from acd_local.errors import AcdError, InternalError, UsageError
 
@@ -73,7 +74,7 @@ def command(model: str | None, prompt: str | None, **given: Any) -> int:
             raise UsageError("--parallel goes with --jsonl: a single prompt has one answer")
         text = _prompt_text(prompt, read_stdin=not given["no_stdin"])
         trace_file = _open_trace(given["trace"])
-        with flags.load_engine(model, given) as engine:
+        with load_with_status(model, given) as engine:
             if engine.warning:
                 say(f"{PROGRAM}: {one_line(engine.warning)}")
             return _answer(engine, text, options, given, trace_file, interrupts)
@@ -87,26 +88,30 @@ def _answer(
     trace_file: TextIO | None,
     interrupts: Interrupts,
 ) -> int:
+    from acd_local.answers import PromptProgress
     from acd_local.cli.record import answer_record, stats_lines
     from acd_local.runtime.cancel import CancelToken
 
-    cancel = CancelToken()
+    cancel, status = CancelToken(), StatusLine()
     interrupts.cancels(cancel)
     stream = engine.generate(
         text,
         options,
         system=given["system"],
-        divergence=given["divergence"] or trace_file is not None,
+        divergence=given["divergence"],
         trace=trace_file is not None,
         cancel=cancel,
+        on_event=lambda event: status.reading(event) if isinstance(event, PromptProgress) else None,
     )
     if given["as_json"]:
-        answer = _run_json(stream)
+        with status:
+            answer = _run_json(stream)
         head = {"model": engine.info.name or str(engine.info.path), "pair": stream.pair.name, "soft": engine.soft}
         record = head | answer_record(answer)
         print(as_json(record), flush=True)
     else:
-        answer = _run_text(stream)
+        with status:
+            answer = _run_text(stream, status)
     if trace_file is not None:
         _write_trace(trace_file, answer)
     if given["stats"]:
@@ -115,11 +120,16 @@ def _answer(
     return (interrupts.exit_code or 0) if answer.finish_reason == "cancelled" else 0
 
 
-def _run_text(stream: AnswerStream) -> Answer:
+def _run_text(stream: AnswerStream, status: StatusLine) -> Answer:
     """The answer as it comes; an empty one is an empty line, an error before the first text leaves stdout empty."""
     writer = AnswerWriter(sys.stdout)
+
+    def write(text: str) -> None:
+        status.clear()
+        writer.write(text)
+
     try:
-        answer = stream.run(writer.write)
+        answer = stream.run(write)
     except AcdError:
         if stream.text:
             writer.finish()
