@@ -307,7 +307,8 @@ class _Decoder:
         """Answers whose readers are too far behind."""
         if self._engine.closed:
             return set()
-        return {job for job in self._running if job.unread >= AHEAD and not job.cancel.is_set}
+        behind = (job for job in self._running if job.unread >= AHEAD)
+        return {job for job in behind if not (job.cancel.is_set or job.loop.is_closed())}
 
     def _deliver(self, job: _Job, what: str | Answer | Exception) -> None:
         with self._changed:

@@ -294,12 +294,14 @@ def test_a_cancelled_load_stops_and_leaves_nothing(slow_model: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_loop_that_ends_takes_its_answers_with_it(model: Path) -> None:
+@pytest.mark.parametrize("patience", [0, 0.5], ids=["running", "resting"])
+def test_a_loop_that_ends_takes_its_answers_with_it(model: Path, patience: float) -> None:
     kept: list[aio.AsyncStream] = []
 
     async def main(engine: aio.AsyncEngine) -> None:
         kept.append(engine.generate("Hi", Options(max_tokens=900, grammar='root ::= "a" root')))
         await first(kept[0])
+        await asyncio.sleep(patience)
 
     with Engine(model, ctx_size=1024, threads=1) as engine:
         asyncio.run(main(aio.AsyncEngine(engine)))
