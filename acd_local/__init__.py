@@ -4,8 +4,8 @@
 
     engine = acd_local.load("demo")
     chat = engine.chat(system="You write for children.")
-    for chunk in chat.stream("Why is the sky blue?"):
-        print(chunk.text, end="")
+    for text in chat.stream("Why is the sky blue?"):
+        print(text, end="")
 
 Importing this package loads neither numpy nor llama.cpp: names are fetched on first use.
 """
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from acd_local.answering import AnswerStream
-    from acd_local.answers import Answer, Chunk, ContrastStats, Timings, TokenRecord, TurnsDropped
+    from acd_local.answers import Answer, ContrastStats, PromptProgress, Timings, TokenRecord, TurnsDropped
     from acd_local.chat import Chat
     from acd_local.errors import (
         AcdError,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "acd_local.answering": ("AnswerStream",),
-    "acd_local.answers": ("Answer", "Chunk", "ContrastStats", "Timings", "TokenRecord", "TurnsDropped"),
+    "acd_local.answers": ("Answer", "ContrastStats", "PromptProgress", "Timings", "TokenRecord", "TurnsDropped"),
     "acd_local.chat": ("Chat",),
     "acd_local.errors": (
         "AcdError",
@@ -69,7 +69,6 @@ __all__ = [  # noqa: RUF022 - by meaning, as the reader needs them
     "Chat",
     "AnswerStream",
     "Answer",
-    "Chunk",
     "TokenRecord",
     "ContrastStats",
     "Timings",
@@ -78,6 +77,7 @@ __all__ = [  # noqa: RUF022 - by meaning, as the reader needs them
     "PromptPair",
     "CancelToken",
     "TurnsDropped",
+    "PromptProgress",
     "AcdError",
     "ContextError",
     "EngineBusyError",

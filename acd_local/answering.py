@@ -13,7 +13,17 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, Self, TypeAlias
 
 from acd_local import pairs
-from acd_local.answers import Answer, Chunk, ContrastStats, FinishReason, OnEvent, Timings, TokenRecord, TurnsDropped
+from acd_local.answers import (
+    Answer,
+    AnswerEvent,
+    ContrastStats,
+    FinishReason,
+    OnEvent,
+    PromptProgress,
+    Timings,
+    TokenRecord,
+    TurnsDropped,
+)
 from acd_local.errors import UsageError
 from acd_local.options import MAX_SEED, Options
 from acd_local.pairs import PromptPair, refuse_adversarial
@@ -25,6 +35,7 @@ from acd_local.runtime.generate import Need, Strategy, StreamLogits, advance, st
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.lookup import Lookup
 from acd_local.runtime.pace import Pace
+from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.prompts import Framing, Prompt
 from acd_local.runtime.rowcosts import RowCosts
 from acd_local.runtime.sampling import Guard, TokenSampler
@@ -37,7 +48,7 @@ if TYPE_CHECKING:
 
 
 LEAD = 16  # tokens decoded stepwise where it is not known what rows cost
-Item: TypeAlias = Chunk | Rows
+Item: TypeAlias = str | Rows
 Routine: TypeAlias = Generator[Item, list[Logits], None]
 
 
@@ -50,36 +61,36 @@ class Work(Protocol):
     @property
     def text(self) -> str: ...
 
-    def chunks(self) -> Generator[Chunk, None, None]: ...
+    def pieces(self) -> Generator[str, None, None]: ...
 
 
 class Handle:
-    """One answer while it is made: iterate for text chunks, then read `answer`.
+    """One answer while it is made: iterate for pieces of its text (whole characters), then read `answer`.
 
     Closing it early (close(), a `with` block, or dropping it) stops decoding and frees its slot.
     """
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._chunks = work.chunks()
+        self._pieces = work.pieces()
 
     @property
     def begun(self) -> bool:
-        """Whether anybody asked for its first chunk."""
-        return inspect.getgeneratorstate(self._chunks) != inspect.GEN_CREATED
+        """Whether anybody asked for its first piece."""
+        return inspect.getgeneratorstate(self._pieces) != inspect.GEN_CREATED
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[str]:
         return self
 
-    def __next__(self) -> Chunk:
-        return next(self._chunks)
+    def __next__(self) -> str:
+        return next(self._pieces)
 
     def run(self, on_text: Callable[[str], None] | None = None) -> Answer:
         """Decode to the end, handing text to `on_text` as it comes."""
         with self:
-            for chunk in self:
+            for text in self:
                 if on_text is not None:
-                    on_text(chunk.text)
+                    on_text(text)
         return self.answer
 
     @property
@@ -104,7 +115,7 @@ class Handle:
 
     def close(self) -> None:
         """Stop here."""
-        self._chunks.close()
+        self._pieces.close()
 
     def __enter__(self) -> Self:
         return self
@@ -127,9 +138,47 @@ class AnswerStream(Handle):
         self.settings = work.settings
         self.pair = work.pair
 
+    def skip(self) -> Answer:
+        """The cancelled answer that it becomes if nobody begins to read it; nothing is decoded."""
+        self.close()
+        return self._answering.skip()
+
+
+class PromptMeter:
+    """Counts the rows of one prompt while they are decoded, and tells whoever wants to know how far it is.
+
+    Attributes:
+        decoded: rows of the batches that were finished.
+    """
+
+    def __init__(self, slot: Slot, prompt: Prompt, on_event: OnEvent | None) -> None:
+        self._streams = [(slot.safe, prompt.safe)]
+        if prompt.adversarial is not None:
+            self._streams.append((slot.adversarial, prompt.adversarial))
+        self._total = sum(len(tokens) for _, tokens in self._streams)
+        self._on_event = on_event
+        self._settled = 0
+        self.decoded = 0
+
+    def __call__(self, rows: int) -> None:
+        """See `streams.extend`."""
+        self.decoded = self._settled + rows
+        if self._on_event is not None:
+            done = sum(common_prefix(cache.tokens, tokens) for cache, tokens in self._streams)
+            self._on_event(PromptProgress(done, self._total))
+
+    def settle(self, rows: Rows) -> None:
+        """All of these are decoded."""
+        self._settled += sum(len(feed.tokens) for feed in rows)
+        self.decoded = self._settled
+
 
 class Answering:
-    """One answer in the making: builds the prompt, decodes it, runs the loop, turns tokens into text."""
+    """One answer in the making: builds the prompt, decodes it, runs the loop, turns tokens into text.
+
+    Attributes:
+        meter: what the rows are to be counted with while they are the prompt's.
+    """
 
     def __init__(
         self,
@@ -158,6 +207,8 @@ class Answering:
         self.seed = secrets.randbelow(MAX_SEED + 1) if options.seed is None else options.seed
         self.settings = resolve_contrast(options, pair, soft=soft)
         self.result: Answer | None = None
+        self.meter: PromptMeter | None = None
+        self._prompt_decoded = 0
         self._records: list[TokenRecord] = []
         self._text: list[str] = []
         self._divergences: list[float] = []
@@ -167,13 +218,13 @@ class Answering:
     def text(self) -> str:
         return "".join(self._text)
 
-    def chunks(self) -> Generator[Chunk, None, None]:
+    def pieces(self) -> Generator[str, None, None]:
         """Drive the routine alone."""
         routine = self.routine()
         try:
             item = next(routine, None)
             while item is not None:
-                if isinstance(item, Chunk):
+                if isinstance(item, str):
                     yield item
                     item = next(routine, None)
                 else:
@@ -184,7 +235,7 @@ class Answering:
     def _decode(self, routine: Routine, rows: Rows) -> Item | None:
         try:
             with self._engine._open:  # the logits are valid until somebody else decodes
-                return advance(routine, self._engine._extend(rows, [self.cancel]))
+                return advance(routine, self._engine._extend(rows, [self.cancel], self.meter))
         except DecodeAborted as aborted:
             return abort(routine, aborted)
 
@@ -198,15 +249,13 @@ class Answering:
             beside_others: the rows are decoded together with other answers' rows: one token per stream at a time.
         """
         started = first_logits = time.perf_counter()
-        prompt = Prompt([], None, [], [], dropped=0, room=0)
+        prompt: Prompt | None = None
         text = TextStream(self._options.stop)
         reason: FinishReason = "length"
-        rows = 0
         try:
             prompt, guard = self._prompt()
             with self._engine._slot(prompt, self.cancel) as slot:
-                work, rows = self._engine._prepare(slot, prompt, self.cancel)
-                logits = yield work
+                logits = yield from self._decode_prompt(slot, prompt)
                 first_logits = time.perf_counter()
                 first = logits[0][0], logits[1][0] if len(logits) > 1 else None
                 strategy = self._strategy(prompt, first, guard, deferring=not beside_others)
@@ -222,7 +271,7 @@ class Answering:
                         break
                     if shown := text.push(piece):
                         self._text.append(shown)
-                        yield Chunk(shown)
+                        yield shown
                     if text.stopped_by is not None:
                         reason = "stop_string"
                         break
@@ -234,8 +283,29 @@ class Answering:
             reason = "cancelled"
         if rest := text.finish():
             self._text.append(rest)
-            yield Chunk(rest)
-        self.result = self._finish(reason, prompt, rows, (started, first_logits, time.perf_counter()))
+            yield rest
+        self._engine._row_clock.settle()
+        self.result = self._finish(reason, prompt, (started, first_logits, time.perf_counter()))
+
+    def skip(self) -> Answer:
+        """What it is where it is cancelled before it begins."""
+        self.result = self._finish("cancelled", None, (0.0, 0.0, 0.0))
+        return self.result
+
+    def _decode_prompt(self, slot: Slot, prompt: Prompt) -> Generator[Item, list[Logits], list[Logits]]:
+        """What is not in the slot's caches; counted, however it ends."""
+        meter = self.meter = PromptMeter(slot, prompt, self._on_event)
+        try:
+            work = self._engine._prepare(slot, prompt, self.cancel, meter)
+            logits = yield work
+            meter.settle(work)
+        finally:
+            self._prompt_decoded, self.meter = meter.decoded, None
+        return logits
+
+    def _tell(self, event: AnswerEvent) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
 
     def _prompt(self) -> tuple[Prompt, Guard | None]:
         engine, options = self._engine, self._options
@@ -252,8 +322,8 @@ class Answering:
             overflow=options.overflow,
             check=self._go_on,
         )
-        if prompt.dropped and self._on_event is not None:
-            self._on_event(TurnsDropped(prompt.dropped))
+        if prompt.dropped:
+            self._tell(TurnsDropped(prompt.dropped))
         return prompt, guard
 
     def _go_on(self) -> None:
@@ -288,15 +358,17 @@ class Answering:
         vocab = self._engine.vocab
         piece = b"" if step.ends else vocab.piece(step.token)
         safe_piece = piece if step.safe_choice == step.token else vocab.piece(step.safe_choice)
-        self._records.append(
-            TokenRecord(
-                step.token,
-                piece.decode("utf-8", "replace"),
-                step.safe_choice,
-                safe_piece.decode("utf-8", "replace"),
-                step.trace,
-            )
+        record = TokenRecord(
+            step.token,
+            piece.decode("utf-8", "replace"),
+            step.safe_choice,
+            safe_piece.decode("utf-8", "replace"),
+            None if step.trace is None else step.trace.safe_logprob,
+            None if step.trace is None else step.trace.safe_rank,
         )
+        self._records.append(record)
+        if self._trace:
+            self._tell(record)
         self._compared += step.compared
         if step.divergence is not None:
             self._divergences.append(step.divergence)
@@ -309,22 +381,17 @@ class Answering:
         adversarial = 0 if prompt.adversarial is None else len(prompt.adversarial) + max(0, seen - 1)
         return len(prompt.safe) + max(0, n - 1), adversarial
 
-    def _finish(
-        self,
-        reason: FinishReason,
-        prompt: Prompt,
-        rows: int,
-        times: tuple[float, float, float],
-    ) -> Answer:
+    def _finish(self, reason: FinishReason, prompt: Prompt | None, times: tuple[float, float, float]) -> Answer:
+        """The finished answer; without a prompt where it ended before that was known."""
         started, first_logits, ended = times
-        self._engine._row_clock.settle()
         records, s = self._records, self.settings
         completion = sum(1 for r in records if r.token not in self._engine._vocabulary.eog)
         seconds = ended - first_logits if records else 0.0
         return Answer(
             text=self.text,
             finish_reason=reason,
-            prompt_tokens=len(prompt.safe),
+            prompt_tokens=0 if prompt is None else len(prompt.safe),
+            prompt_decoded=self._prompt_decoded,
             completion_tokens=completion,
             seed=self.seed,
             contrast=ContrastStats(
@@ -332,18 +399,17 @@ class Answering:
                 beta=s.beta,
                 raw=s.raw,
                 positions=len(records),
-                changed=sum(r.changed for r in records),
+                changed_tokens=sum(r.changed for r in records),
                 compared=self._compared,
                 mean_divergence=sum(self._divergences) / len(self._divergences) if self._divergences else None,
             ),
             timings=Timings(
-                prompt_tokens=rows,
                 prompt_seconds=(first_logits if records else ended) - started,
                 answer_seconds=seconds,
                 tokens_per_second=len(records) / seconds if len(records) > 1 and seconds > 0 else 0.0,
             ),
-            context_used=self._used(prompt) if records or reason != "cancelled" else (0, 0),
-            dropped_turns=prompt.dropped,
+            context_used=self._used(prompt) if prompt and (records or reason != "cancelled") else (0, 0),
+            dropped_turns=0 if prompt is None else prompt.dropped,
             tokens=tuple(records),
         )
 

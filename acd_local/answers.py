@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
-
-from acd_local.runtime.choice import TokenTrace
+from typing import Literal, TypeAlias
 
 FinishReason = Literal["stop", "stop_string", "length", "cancelled", "error"]
 
@@ -18,14 +16,15 @@ class TurnsDropped:
     messages: int
 
 
-OnEvent = Callable[[TurnsDropped], None]
-
-
 @dataclass(frozen=True)
-class Chunk:
-    """A piece of text, whole characters only, never empty."""
+class PromptProgress:
+    """Event: `done` of the prompt's `total` rows are there, over both streams; those that were kept count as done.
 
-    text: str
+    It comes before the first batch of a prompt and after every further one. A batch has 512 rows at most.
+    """
+
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -35,19 +34,26 @@ class TokenRecord:
     Attributes:
         token, text: its id and text (U+FFFD where it holds part of a character; "" for a token that ends the answer).
         safe_token, safe_text: what the same draw on the safe stream alone (alpha 0, same beta) would have given.
-        trace: log probabilities and rank, where asked for.
+        safe_logprob, safe_rank: of `token` in the safe stream alone (natural log; 1 is the first), where a trace was
+            asked for. Nothing tells the adversarial stream's.
     """
 
     token: int
     text: str
     safe_token: int
     safe_text: str
-    trace: TokenTrace | None = None
+    safe_logprob: float | None = None
+    safe_rank: int | None = None
 
     @property
     def changed(self) -> bool:
         """Whether the contrast made a difference here."""
         return self.token != self.safe_token
+
+
+# TokenRecord: a token was sampled; where a trace was asked for.
+AnswerEvent: TypeAlias = TurnsDropped | PromptProgress | TokenRecord
+OnEvent = Callable[[AnswerEvent], None]
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,8 @@ class ContrastStats:
     Attributes:
         alpha, beta, raw: the settings in force.
         positions: sampled positions, the one that ended the answer included.
-        changed: positions where the same draw on the safe stream alone (alpha 0, same beta) would have given another
-            token.
+        changed_tokens: positions where the same draw on the safe stream alone (alpha 0, same beta) would have given
+            another token.
         compared: positions where the adversarial stream's logits were taken; elsewhere they could not change the
             choice, or lay beyond the window.
         mean_divergence: mean KL(S || A) over positions, nats; None where it was not asked for.
@@ -68,23 +74,21 @@ class ContrastStats:
     beta: float
     raw: bool
     positions: int = 0
-    changed: int = 0
+    changed_tokens: int = 0
     compared: int = 0
     mean_divergence: float | None = None
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds, and tokens that had to be decoded.
+    """How long an answer took.
 
     Attributes:
-        prompt_tokens: rows decoded for the prompt over both streams; what was cached costs nothing.
         prompt_seconds: from the call to the first logits, tokenization included.
         answer_seconds: from there to the last token.
         tokens_per_second: answer tokens over answer_seconds; 0.0 for answers of at most one token.
     """
 
-    prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     answer_seconds: float = 0.0
     tokens_per_second: float = 0.0
@@ -95,7 +99,9 @@ class Answer:
     """A finished answer.
 
     Attributes:
-        prompt_tokens: length of the safe stream's prompt; completion_tokens: sampled tokens that added text.
+        prompt_tokens: length of the safe stream's prompt; 0 where it was cancelled before that was known.
+        prompt_decoded: rows that were decoded for the prompt, over both streams; what was cached costs nothing.
+        completion_tokens: sampled tokens that added text.
         context_used: tokens that prompt and answer take in the (safe, adversarial) stream.
         seed: the seed that repeats it.
         dropped_turns: messages left out at the front because the context was full.
@@ -105,6 +111,7 @@ class Answer:
     text: str
     finish_reason: FinishReason
     prompt_tokens: int
+    prompt_decoded: int
     completion_tokens: int
     seed: int
     contrast: ContrastStats

@@ -9,12 +9,12 @@ answer only, it is decoded as if it were alone, by its own strategy.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Container, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from acd_local.answering import Answering, AnswerStream, Item, Routine, abort
-from acd_local.answers import Answer, Chunk
+from acd_local.answers import Answer
 from acd_local.errors import EngineBusyError, UsageError
 from acd_local.runtime.generate import advance
 from acd_local.runtime.llama import DecodeAborted
@@ -36,7 +36,7 @@ class Event:
     """
 
     key: Hashable
-    what: Chunk | Answer | Exception
+    what: str | Answer | Exception
     prompt_seconds: float = 0.0
     answer_seconds: float = 0.0
 
@@ -96,8 +96,12 @@ class Batch:
         work = stream._answering
         self._new.append(_Member(key, work, work.routine(beside_others=self._capacity > 1)))
 
-    def step(self) -> list[Event]:
-        """Decode one round: what every running answer needs next, the whole prompt for new ones."""
+    def step(self, *, resting: Container[Hashable] = ()) -> list[Event]:
+        """Decode one round: what every running answer needs next, the whole prompt for new ones.
+
+        Args:
+            resting: keys of answers that are left as they are.
+        """
         events: list[Event] = []
         # While others wait for their next token, a slot that another thread holds is not waited for.
         while self._new and (not self._members or self._engine._has_free_slot):
@@ -106,8 +110,9 @@ class Batch:
             self._resume(member, lambda routine: next(routine, None), events)
         for member in [m for m in self._members if m.work.cancel.is_set]:
             self._resume(member, lambda routine: abort(routine, DecodeAborted()), events)
-        prompts = [member for member in self._members if member.long]
-        for group in [[member] for member in prompts] + [[m for m in self._members if m not in prompts]]:
+        members = [member for member in self._members if member.key not in resting]
+        prompts = [member for member in members if member.long]
+        for group in [[member] for member in prompts] + [[m for m in members if m not in prompts]]:
             try:
                 with self._engine._open:
                     self._round(group, events)
@@ -137,7 +142,8 @@ class Batch:
         try:
             # Single rows are short: a cancel waits for them. A prompt is decoded alone, so that it can be cancelled,
             # and because llama.cpp cuts a batch of sequences with different numbers of rows into small pieces.
-            logits = self._engine._extend(rows, [m.work.cancel for m in members if m.long])
+            meter = members[0].work.meter if len(members) == 1 else None
+            logits = self._engine._extend(rows, [m.work.cancel for m in members if m.long], meter)
         except DecodeAborted:
             for member in members:
                 self._resume(member, lambda routine: abort(routine, DecodeAborted()), events)
@@ -156,7 +162,7 @@ class Batch:
         started = time.perf_counter()
         try:
             item = how(member.routine)
-            while isinstance(item, Chunk):
+            while isinstance(item, str):
                 events.append(Event(member.key, item))
                 item = next(member.routine, None)
         except Exception as error:  # of this answer alone

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from acd_local import files
 from acd_local.answering import AnswerStream, Handle
-from acd_local.answers import Answer, Chunk, OnEvent, TurnsDropped
+from acd_local.answers import Answer, AnswerEvent, OnEvent, TurnsDropped
 from acd_local.errors import EngineBusyError, UsageError, shown
 from acd_local.options import Options
 from acd_local.pairs import PromptPair, refuse_adversarial
@@ -78,7 +78,7 @@ class Chat:
         if not isinstance(text, str):
             raise UsageError(f"a message must be a text, not {type(text).__name__}")
         changed = self.options.replace(options)
-        return ChatStream(_Turn(self, text, changed, on_event, divergence=divergence, trace=trace))
+        return ChatStream(Turn(self, text, changed, on_event, divergence=divergence, trace=trace))
 
     def ask(self, text: str, on_text: Callable[[str], None] | None = None, **options: Any) -> Answer:
         """Say something and wait for the whole answer; `on_text` receives it as it comes."""
@@ -97,7 +97,7 @@ class Chat:
             raise UsageError("there is no answer to make again")
         options.setdefault("seed", None)
         changed = self.options.replace(options)
-        return ChatStream(_Turn(self, None, changed, on_event, divergence=divergence, trace=trace))
+        return ChatStream(Turn(self, None, changed, on_event, divergence=divergence, trace=trace))
 
     def undo(self) -> bool:
         """Forget the last user message and its answer; False if there is none."""
@@ -167,9 +167,13 @@ class Chat:
 class ChatStream(Handle):
     """An answer being made within a chat."""
 
+    def __init__(self, turn: Turn) -> None:
+        super().__init__(turn)
+        self.turn = turn
 
-class _Turn:
-    """One question and its answer in the making."""
+
+class Turn:
+    """One question and its answer in the making: `pieces` drives it, or whoever calls `begin` and `end`."""
 
     def __init__(
         self,
@@ -188,6 +192,8 @@ class _Turn:
         self._divergence = divergence
         self._trace = trace
         self._inner: AnswerStream | None = None
+        self._past: list[Message] = []
+        self._asked = Message("user", "")
         self._dropped = 0
         self.cancel = CancelToken()
         self.result: Answer | None = None
@@ -196,35 +202,33 @@ class _Turn:
     def text(self) -> str:
         return self._inner.text if self._inner is not None else ""
 
-    def chunks(self) -> Generator[Chunk, None, None]:
-        chat = self._chat
-        chat.check_idle()
-        past = chat.messages if self._question is not None else chat.messages[:-2]
-        text = self._question if self._question is not None else chat.messages[-2].content
-        question = Message("user", text)
-        stream = self._inner = self.start(chat.engine, [*past[chat.first_sent :], question])
-        failed = False
-        chat.answering = self.cancel
+    def pieces(self) -> Generator[str, None, None]:
+        stream = self.begin()
+        ended: Answer | BaseException | None = None
         try:
             yield from stream
-            self.result = stream.answer
+            ended = stream.answer
         except GeneratorExit:
             raise
-        except BaseException:
-            failed = True
+        except BaseException as error:
+            ended = error
             raise
         finally:
-            chat.answering = None
             stream.close()
-            complete = self.result is not None and self.result.finish_reason != "cancelled"
-            if not failed and (complete or stream.text):  # stopped before the first word: as if not asked
-                chat.messages[len(past) :] = [question, Message("assistant", stream.text)]
-                chat.first_sent += self._dropped
+            self.end(ended)
 
-    def start(self, engine: Engine, messages: list[Message]) -> AnswerStream:
+    def begin(self) -> AnswerStream:
+        """The answer that is to be decoded; until `end` the chat is not idle.
+
+        Raises:
+            EngineBusyError: it is not idle now.
+        """
         chat = self._chat
-        return engine.generate(
-            messages,
+        chat.check_idle()
+        self._past = chat.messages if self._question is not None else chat.messages[:-2]
+        self._asked = Message("user", self._question if self._question is not None else chat.messages[-2].content)
+        self._inner = chat.engine.generate(
+            [*self._past[chat.first_sent :], self._asked],
             self._options,
             system=chat.system,
             pair=chat.pair,
@@ -233,9 +237,27 @@ class _Turn:
             divergence=self._divergence,
             trace=self._trace,
         )
+        chat.answering = self.cancel
+        return self._inner
 
-    def _note(self, event: TurnsDropped) -> None:
-        self._dropped = event.messages
+    def end(self, ended: Answer | BaseException | None) -> None:
+        """What was said joins the chat, unless there was an error or it was stopped before the first word.
+
+        Args:
+            ended: the answer, or what went wrong; None: it was closed half-way.
+        """
+        chat = self._chat
+        chat.answering = None
+        if isinstance(ended, BaseException):
+            return
+        self.result = ended
+        if self.text or (ended is not None and ended.finish_reason != "cancelled"):
+            chat.messages[len(self._past) :] = [self._asked, Message("assistant", self.text)]
+            chat.first_sent += self._dropped
+
+    def _note(self, event: AnswerEvent) -> None:
+        if isinstance(event, TurnsDropped):
+            self._dropped = event.messages
         if self._on_event is not None:
             self._on_event(event)
 

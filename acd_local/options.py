@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -20,6 +22,57 @@ ENGINE_RANGES = {
 
 STRATEGIES = ("auto", "stepwise", "deferred")
 MAX_SEED = 2**32 - 2  # llama.cpp keeps 2^32 - 1 for "draw a seed"
+
+# What other tools (llama.cpp's programs and bindings, OpenAI's API, transformers, ollama) call ours.
+_ELSEWHERE = {
+    "temperature": "temp",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "repetition_penalty": "repeat_penalty",
+    "penalty_last_n": "repeat_last_n",
+    "typical_p": "typical",
+    "mirostat_mode": "mirostat",
+    "mirostat_eta": "mirostat_lr",
+    "mirostat_tau": "mirostat_ent",
+    "dry_sequence_breaker": "dry_sequence_breakers",
+    "random_seed": "seed",
+    "stop_sequences": "stop",
+    "stop_strings": "stop",
+    "response_format": "json_schema",
+    "format": "json_schema",
+    "schema": "json_schema",
+    "n_ctx": "ctx_size",
+    "num_ctx": "ctx_size",
+    "ctx": "ctx_size",
+    "context": "ctx_size",
+    "context_size": "ctx_size",
+    "context_length": "ctx_size",
+    "n_threads": "threads",
+    "num_thread": "threads",
+    "num_threads": "threads",
+    "n_gpu_layers": "gpu_layers",
+    "num_gpu": "gpu_layers",
+    "ngl": "gpu_layers",
+    "n_parallel": "conversations",
+    "num_parallel": "conversations",
+    "parallel": "conversations",
+}
+
+# What holds for a loaded model, and the flags of it.
+_AT_START = {
+    "ctx_size": "--ctx-size",
+    "threads": "--threads",
+    "gpu_layers": "--gpu-layers",
+    "conversations": "--parallel",
+    "kv_type": "--kv-type",
+    "layout": "--layout",
+    "soft": "--soft",
+    "model": "MODEL",
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +120,11 @@ class Options:
     grammar: str | None = None
     json_schema: str | None = None
 
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        """Python's own answer to an unknown name is a TypeError without a hint."""
+        refuse_unknown(given, cls.names())
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name in ("stop", "dry_sequence_breakers"):
             object.__setattr__(self, name, _strings(name, getattr(self, name)))
@@ -95,10 +153,33 @@ class Options:
         Raises:
             UsageError: an unknown name or a bad value.
         """
-        unknown = sorted(set(changes) - self.names())
-        if unknown:
-            raise UsageError(f"unknown option {unknown[0]!r}")
+        refuse_unknown(changes, self.names())
         return dataclasses.replace(self, **changes)
+
+
+def refuse_unknown(given: Collection[str], known: Collection[str]) -> None:
+    """Look for names that are none of `known`: ours is told where another tool's is given, else the closest one.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for name in sorted(set(given) - set(known)):
+        raise UsageError(f"unknown option {name!r}{_hint(name, known)}")
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    if len(name) > 64:
+        return ""
+    plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).replace("-", "_").lower()
+    meant = _ELSEWHERE.get(plain, plain)
+    if meant in known:
+        return f": did you mean {meant}?"
+    if meant in _AT_START:
+        return f": {meant} is set once, when the model is loaded ({_AT_START[meant]})"
+    if meant in Options.names():
+        return f": {meant} is an option of an answer"
+    close = difflib.get_close_matches(plain, known, n=1, cutoff=0.75)
+    return f": did you mean {close[0]}?" if close else ""
 
 
 def check_alpha_beta(alpha: float, beta: float) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from acd_local import pairs, softpair
-from acd_local.answering import Answering, AnswerStream
+from acd_local.answering import Answering, AnswerStream, PromptMeter
 from acd_local.answers import OnEvent
 from acd_local.chat import Chat
 from acd_local.errors import EngineBusyError, EngineClosedError, PairError, UsageError
 from acd_local.models import resolve as resolve_model
-from acd_local.options import ENGINE_RANGES, Options
+from acd_local.options import ENGINE_RANGES, Options, refuse_unknown
 from acd_local.pairs import PromptPair
 from acd_local.runtime import llama, probe, rowcosts
 from acd_local.runtime.cancel import CancelToken
@@ -53,14 +54,25 @@ class Engine:
             time. False decodes a first prompt in one go, as llama.cpp does, and keeps what a prompt has in common with
             the last one. None: as False; where there are several conversations, system prompts are decoded alone.
         soft: use the pairs' soft prompts (NAME.safetensors beside NAME.toml) instead of their texts, in every answer.
+        on_progress: told how much of the model is loaded, from 0 to 1: 0 once it is found, which may stand for long
+            where a file is new and is checked first. What it raises ends the loading.
 
     Attributes:
         soft: as given.
+        info: what the model file's header says. n_params: how many weights it has.
+        n_ctx: tokens that each stream holds.
         can_defer: whether the safe stream can run ahead: caches can forget their last tokens.
 
     Raises:
         ModelError, PairError, UsageError, OutOfMemoryError.
     """
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        """Python's own answer to an unknown name is a TypeError without a hint."""
+        known = inspect.signature(cls.__init__).parameters
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in known.values()):
+            refuse_unknown(given, known)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -75,18 +87,23 @@ class Engine:
         gpu_layers: int | None = None,
         system_apart: bool | None = None,
         soft: bool = False,
+        on_progress: Callable[[float], object] | None = None,
     ) -> None:
         _check_counts(ctx_size=ctx_size, conversations=conversations, threads=threads)
         self.threads = threads or default_threads()
-        self.info = probe.verify(resolve_model(str(model)))
+        path = resolve_model(str(model))
+        if on_progress is not None:
+            on_progress(0.0)
+        self.info = probe.verify(path)
         self.pair = self._resolve_pair(pair)
         self.soft = soft
         self._soft_pairs: dict[tuple[object, ...], SoftPair] = {}
         self._lock = threading.RLock()
         if soft:
             self._read_soft(self.pair)  # what is wrong with it is said before the model is loaded
-        self._model = llama.Model(self.info.path, gpu_layers=gpu_layers)
+        self._model = llama.Model(self.info.path, gpu_layers=gpu_layers, on_progress=on_progress)
         try:
+            self.n_params = self._model.n_params
             limit = self._model.n_ctx_train
             self.n_ctx = ctx_size or (min(DEFAULT_CTX_SIZE, limit) if limit > 0 else DEFAULT_CTX_SIZE)
             self.template = ChatTemplate(self._model)
@@ -161,13 +178,15 @@ class Engine:
             pair: another pair for this answer.
             framing: other texts around the conversation than the pair's two prompts, for comparing methods.
             divergence: measure KL(S || A) at every position (some passes over the vocabulary per token).
-            trace: record both streams' log probabilities per token.
-            on_event: called when turns had to be dropped.
+            trace: record how the safe stream alone saw every token, and tell `on_event` of each.
+            on_event: called, by whoever decodes, when turns had to be dropped (TurnsDropped), before every batch of the
+                prompt (PromptProgress), and with `trace` for every sampled token (TokenRecord). It should return soon,
+                and must not use the engine.
             cancel: set it to stop the answer from elsewhere; by default the stream has its own.
 
         Returns:
-            An iterator over text chunks. Decoding starts with the first `next`, errors of the conversation (UsageError,
-            ContextError) come from there.
+            An iterator over pieces of text, each a string. Decoding starts with the first `next`, errors of the
+            conversation (UsageError, ContextError) come from there.
         """
         turns, own_system = _turns(messages)
         if own_system is not None and system is not None:
@@ -210,6 +229,10 @@ class Engine:
         found = self._read_soft(self.pair if pair is None else pair)
         self._builder.keep_negative(found.adversarial)
         return found
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def close(self) -> None:
         """Free model and caches. Answers that are still being streamed end with EngineClosedError.
@@ -267,7 +290,7 @@ class Engine:
                     self._holders.remove(me)
                     self._free.notify()
 
-    def _extend(self, work: Rows, cancels: Sequence[CancelToken]) -> list[Logits]:
+    def _extend(self, work: Rows, cancels: Sequence[CancelToken], meter: PromptMeter | None = None) -> list[Logits]:
         """`streams.extend`, stopped by any of `cancels`."""
         with self._open, ExitStack() as stack:
             for cancel in cancels:
@@ -277,36 +300,33 @@ class Engine:
             if any(cancel.is_set for cancel in cancels):
                 raise DecodeAborted
             try:
-                return self._timed(work)
+                return self._timed(work, meter)
             except DecodeAborted:
                 self._check_not_closed()
                 raise
 
-    def _timed(self, work: Rows) -> list[Logits]:
+    def _timed(self, work: Rows, meter: PromptMeter | None) -> list[Logits]:
         contexts = self._streams.contexts
         before = sum(context.seconds for context in contexts)
-        logits = extend(work)
+        logits = extend(work, meter)
         lengths = {len(feed.tokens) for feed in work}
         if len(work) <= 2 and len(lengths) == 1:
             self._row_clock.note(len(work), lengths.pop(), sum(context.seconds for context in contexts) - before)
         return logits
 
-    def _prepare(self, slot: Slot, prompt: Prompt, cancel: CancelToken) -> tuple[Rows, int]:
-        """What is left to decode of a prompt, and how many rows it takes in all, new system prompts included."""
+    def _prepare(self, slot: Slot, prompt: Prompt, cancel: CancelToken, meter: PromptMeter) -> Rows:
+        """What is left to decode of a prompt, after a new system prompt where that is decoded alone."""
         work: list[tuple[Cache, Sequence[int], Sequence[int]]] = [(slot.safe, prompt.safe, prompt.safe_prefix)]
         if prompt.adversarial is not None:
             work.append((slot.adversarial, prompt.adversarial, prompt.adversarial_prefix))
-        decoded = 0
 
         def counted(items: Rows) -> None:
-            nonlocal decoded
-            decoded += sum(len(feed.tokens) for feed in items)
-            self._extend(items, [cancel])
+            self._extend(items, [cancel], meter)
+            meter.settle(items)
 
         with self._open:
             self._prefixes.prepare(work, counted)
-        rows = [Feed(cache, tokens[len(cache.tokens) :]) for cache, tokens, _ in work]
-        return rows, decoded + sum(len(feed.tokens) for feed in rows)
+        return [Feed(cache, tokens[len(cache.tokens) :]) for cache, tokens, _ in work]
 
     def _check_open(self) -> None:
         """Whether an answer can be begun: not after `close`, nor in a forked child, nor while the process ends."""

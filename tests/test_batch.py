@@ -12,7 +12,7 @@ from reference import TOLERANCE, fresh_logits
 
 from acd_local import Engine, Message, Options
 from acd_local.answering import AnswerStream
-from acd_local.answers import Answer, Chunk
+from acd_local.answers import Answer
 from acd_local.batch import Batch
 from acd_local.errors import ContextError, EngineBusyError, EngineClosedError, UsageError
 from acd_local.runtime.prompts import Framing
@@ -28,7 +28,7 @@ def engine(tiny: Callable[..., Path]) -> Iterator[Engine]:
 
 
 def run_all(engine: Engine, streams: list[AnswerStream]) -> dict[int, Answer | Exception]:
-    """All answers, each added as soon as there is room; checks that the chunks are the text."""
+    """All answers, each added as soon as there is room; checks that the pieces are the text."""
     waiting, texts, ended = dict(enumerate(streams)), [""] * len(streams), {}
     with Batch(engine) as batch:
         while waiting or len(batch):
@@ -37,8 +37,8 @@ def run_all(engine: Engine, streams: list[AnswerStream]) -> dict[int, Answer | E
                 batch.add(key, waiting.pop(key))
             for event in batch.step():
                 assert event.key not in ended
-                if isinstance(event.what, Chunk):
-                    texts[event.key] += event.what.text  # type: ignore[index]
+                if isinstance(event.what, str):
+                    texts[event.key] += event.what  # type: ignore[index]
                 else:
                     ended[event.key] = event.what
     for key, what in ended.items():

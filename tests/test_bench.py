@@ -177,10 +177,10 @@ def test_first_tokens_of_long_questions(tiny: Callable[..., Path]) -> None:
         texts = [latency.long_question(engine, number, 300) for number in range(6)]
         lengths = [len(engine.vocab.tokenize(text, parse_special=False)) for text in texts]
         assert len({text.split(":")[0] for text in texts}) == 6 and all(abs(n - 300) < 5 for n in lengths)
-        before = engine.generate("Hello.", latency.WAYS["contrast"]).run().timings.prompt_tokens
-        decoded = [engine.generate(text, latency.WAYS["contrast"]).run().timings.prompt_tokens for text in texts]
+        before = engine.generate("Hello.", latency.WAYS["contrast"]).run().prompt_decoded
+        decoded = [engine.generate(text, latency.WAYS["contrast"]).run().prompt_decoded for text in texts]
         assert before > 0 and all(2 * 300 <= n < 2 * 340 for n in decoded)  # both prompts, but no system prompt
-        assert 300 <= engine.generate("so: " + texts[0], latency.WAYS["alpha 0"]).run().timings.prompt_tokens < 340
+        assert 300 <= engine.generate("so: " + texts[0], latency.WAYS["alpha 0"]).run().prompt_decoded < 340
 
 
 def test_a_recorder_leaves_the_context_as_it_was(tiny: Callable[..., Path]) -> None:

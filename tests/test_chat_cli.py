@@ -298,9 +298,9 @@ def test_why_marks_what_was_changed(engine: Engine, capsys: pytest.CaptureFixtur
     desk = Desk(engine, capsys, alpha=0.9, beta=0.0, temp=1.0, seed=1, max_tokens=30)
     desk.type("What is blue?")
     answer = desk.app.last_answer()
-    assert answer.contrast.changed > 0
+    assert answer.contrast.changed_tokens > 0
     out, _ = desk.type("/why")
-    assert f"{answer.contrast.changed} of {answer.contrast.positions} tokens changed" in out
+    assert f"{answer.contrast.changed_tokens} of {answer.contrast.positions} tokens changed" in out
 
 
 def test_save_keeps_mode_and_link_and_a_new_chat_is_private(desk: Desk, tmp_path: Path) -> None:
@@ -621,6 +621,26 @@ def test_the_mark_and_an_empty_answer() -> None:
     assert stream(["half an ans"], mark="(stopped)") == ["half an ans", "(stopped)"]
 
 
+def test_what_is_waited_for_stands_where_the_answer_will_come() -> None:
+    console, screen = terminal(40, 8)
+    view = RichView(console)
+    with view.answer() as writer:
+        writer.wait("reading the prompt 17%")
+        assert screen.lines() == ["reading the prompt 17%"]
+        writer.wait("reading the prompt 34%")
+        assert screen.lines() == ["reading the prompt 34%"]
+        writer.write("It is blue.")
+        writer.finish()
+    assert screen.lines() == ["It is blue."]
+    with view.compare(["with", "without"]) as compared:
+        compared.wait("reading the prompt 50%")
+        assert screen.lines()[-1] == "reading the prompt 50%"
+        compared.write(0, "red")
+        compared.write(1, "blue")
+        compared.finish("seed 1")
+    assert not any("reading" in line for line in screen.lines())
+
+
 @pytest.mark.parametrize("width", [40, 100])
 def test_compare_on_a_terminal(width: int) -> None:
     console, screen = terminal(width, 8)
@@ -761,3 +781,16 @@ def test_sigterm_ends_the_chat_at_the_prompt(on_terminal: Terminal) -> None:
     on_terminal.wait_for("alpha 0.4")
     os.kill(on_terminal.pid, signal.SIGTERM)
     assert on_terminal.exit_code() == 143
+
+
+def test_a_long_prompt_gives_signs_of_life(tiny: Callable[..., Path], pair_file: Path) -> None:
+    model = tiny("chatml", n_embd=256, n_layers=4, n_ctx=4096)
+    flags = ["--pair", str(pair_file), "--ctx-size", "4096", "--threads", "1", "--max-tokens", "3"]
+    with Terminal(str(model), *flags) as t:
+        t.wait_for("alpha 0.4")
+        t.type("the water is blue and the wine is red " * 80 + "\r")
+        t.wait_for("…")
+        t.wait_for(r"reading the prompt \d+%")
+        t.wait_for("tokens/s")
+        t.type("/exit\r")
+        assert t.exit_code() == 0

@@ -48,6 +48,7 @@ LAYERS = (
     {"runtime/prompts", "answers"},
     {"answering"},
     {"chat", "session", "batch"},
+    {"aio"},
     {
         "evaluate/__init__",
         "evaluate/sets",

@@ -20,7 +20,8 @@ import click
 import gguf
 import pytest
 
-from acd_local.cli import run
+from acd_local.cli import progress, run
+from acd_local.cli.progress import StatusLine
 from acd_local.cli.run import command
 from acd_local.cli.shell import AnswerWriter, Interrupts, run_cli, short_line
 from acd_local.options import Options
@@ -101,9 +102,9 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
-def start(args: tuple[str, ...], **how: Any) -> subprocess.Popen[bytes]:
+def start(args: tuple[str, ...], *, code: str = MAIN, **how: Any) -> subprocess.Popen[bytes]:
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", MAIN, *args], env=environment(), **(streams | how))
+    return subprocess.Popen([sys.executable, "-c", code, *args], env=environment(), **(streams | how))
 
 
 def subprocess_run(args: tuple[str, ...], **how: Any) -> Done:
@@ -351,6 +352,58 @@ def test_a_terminal_gets_no_escape_sequences(base: tuple[str, ...]) -> None:
         assert process.communicate()[1] == b""
 
 
+IMPATIENT = f"from acd_local.cli import progress; progress.PATIENCE = 0.01; {MAIN}"
+LONG = "the water is blue and the wine is red " * 150
+
+
+def test_a_terminal_is_told_how_far_it_is(tiny: Callable[..., Path], pair: Path) -> None:
+    """On stderr, on one line that is gone when the answer comes; elsewhere nothing is said."""
+    model = tiny("chatml", n_embd=256, n_layers=4, n_ctx=4096, seed=5)  # new: it is checked first
+    args = (str(model), LONG, "-n", "3", "-t", "1", "-c", "4096", "--pair", str(pair), "--temp", "0")
+    master, slave = os.openpty()
+    process = start(args, stderr=slave, code=IMPATIENT)
+    os.close(slave)
+    err = b""
+    try:
+        while piece := os.read(master, 4096):
+            err += piece
+    except OSError:  # the other side is closed
+        pass
+    os.close(master)
+    out, _ = process.communicate(timeout=60)
+    shown = [part.rstrip() for part in err.decode().split("\r")]
+    assert f"loading {model.name}" in shown
+    percents = [int(part[19:-1]) for part in shown if part.startswith("reading the prompt ")]
+    assert len(percents) >= 2
+    assert percents == sorted(set(percents))
+    assert all(0 <= percent < 100 for percent in percents)
+    assert shown[-1] == "" and "\n" not in err.decode(), "no trace is left"
+    assert b"\x1b" not in err
+    done = subprocess_run(args, code=IMPATIENT)
+    assert done == Done(0, out.decode(), "")
+
+
+def test_a_short_wait_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    with StatusLine() as status:
+        for i in range(100):
+            status.show(f"reading the prompt {i}%")
+    assert screen.getvalue() == ""
+    monkeypatch.setattr(progress, "PATIENCE", 0.01)
+    with StatusLine() as status:
+        status.show("reading " + "x" * 500)
+        time.sleep(0.2)
+        shown = screen.getvalue()
+        assert shown.startswith("\rreading xxx")
+    assert screen.getvalue() == shown + f"\r{' ' * (len(shown) - 1)}\r"
+    time.sleep(0.05)
+    assert screen.getvalue().endswith(" \r"), "nothing comes afterwards"
+
+
 def test_text_is_flushed_as_it_comes() -> None:
     class Pipe(io.StringIO):
         flushed = ""
@@ -455,6 +508,7 @@ def test_engine_flags_reach_the_engine(
     monkeypatch.setattr(Engine, "__init__", spy)
     flags = ("-ngl", "0", "--kv-type", "q8_0", "--layout", "split", "-c", "300", "-n", "1")
     one_line_error(cli(*base, "hi", *flags), 2, "q8_0", "--kv-type f16")  # heads of 16 cannot be quantized
+    assert callable(given[0].pop("on_progress"))
     assert given[0] == {
         "model": base[0],
         "pair": base[-1],
@@ -494,9 +548,9 @@ def test_alpha_zero_and_plain_are_the_safe_stream_alone(cli: Callable[..., Done]
     raw = run_json("--raw-contrast", "--beta", "0", "--alpha", "0.9")
     assert plain["text"] == zero["text"] != contrast["text"]
     assert (plain["contrast"]["alpha"], plain["contrast"]["changed_tokens"]) == (0, 0)
-    assert plain["contrast"]["mean_kl_nats"] is None
+    assert plain["contrast"]["mean_divergence"] is None
     assert contrast["contrast"]["changed_tokens"] > 0
-    assert contrast["contrast"]["mean_kl_nats"] > 0
+    assert contrast["contrast"]["mean_divergence"] > 0
     assert (raw["contrast"]["raw"], raw["contrast"]["beta"], raw["contrast"]["alpha"]) == (True, 0, 0.9)
     assert raw["text"] != contrast["text"]
 
@@ -609,12 +663,13 @@ def test_json_record(cli: Callable[..., Done], base: tuple[str, ...]) -> None:
     assert record["finish_reason"] in ("length", "stop")
     assert record["usage"]["prompt_tokens"] > 20
     assert 0 < record["usage"]["completion_tokens"] <= 12
-    assert set(record["timings"]) == {"prompt_decoded", "prompt_ms", "answer_ms", "tokens_per_second"}
-    assert record["timings"]["prompt_decoded"] > record["usage"]["prompt_tokens"]
+    assert set(record["usage"]) == {"prompt_tokens", "prompt_decoded", "completion_tokens"}
+    assert record["usage"]["prompt_decoded"] > record["usage"]["prompt_tokens"]
+    assert set(record["timings"]) == {"prompt_seconds", "answer_seconds", "tokens_per_second"}
     contrast = record["contrast"]
-    assert set(contrast) == {"alpha", "beta", "raw", "positions", "compared", "changed_tokens", "mean_kl_nats"}
+    assert set(contrast) == {"alpha", "beta", "raw", "positions", "compared", "changed_tokens", "mean_divergence"}
     assert 0 <= contrast["changed_tokens"] <= contrast["positions"]
-    assert contrast["mean_kl_nats"] is None
+    assert contrast["mean_divergence"] is None
 
 
 def test_the_divergence_is_measured_where_it_is_asked_for(
@@ -626,10 +681,10 @@ def test_the_divergence_is_measured_where_it_is_asked_for(
         json.loads(cli(*given, *more).out)["contrast"]
         for more in ((), ("--divergence",), ("--trace", str(tmp_path / "trace.jsonl")))
     )
-    assert free["mean_kl_nats"] is None
+    assert free["mean_divergence"] is None
     assert free["compared"] < free["positions"]
-    assert asked == traced
-    assert asked["mean_kl_nats"] > 0
+    assert traced == free, "a trace needs the safe stream alone"
+    assert asked["mean_divergence"] > 0
     assert asked["compared"] == asked["positions"]
 
 
@@ -709,13 +764,10 @@ def test_trace(cli: Callable[..., Done], base: tuple[str, ...], tmp_path: Path) 
     record = json.loads(done.out)
     assert len(lines) == record["contrast"]["positions"]
     for line in lines:
-        assert set(line) == {
-            "token", "text", "safe_logprob", "adversarial_logprob", "safe_rank", "changed", "safe_choice",
-        }  # fmt: skip
+        assert set(line) == {"token", "text", "changed", "safe_token", "safe_text", "safe_logprob", "safe_rank"}
         assert line["safe_logprob"] <= 0
-        assert line["adversarial_logprob"] <= 0
         assert line["safe_rank"] >= 1
-        assert line["changed"] == (line["safe_choice"]["token"] != line["token"])
+        assert line["changed"] == (line["safe_token"] != line["token"])
     assert sum(line["changed"] for line in lines) == record["contrast"]["changed_tokens"] > 0
     ascii_text = "".join(line["text"] for line in lines)
     if "�" not in ascii_text:
@@ -723,7 +775,7 @@ def test_trace(cli: Callable[..., Done], base: tuple[str, ...], tmp_path: Path) 
     cli(*base, "hi", "-n", "4", "--plain", "--trace", str(path))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == 4
-    assert all(line["adversarial_logprob"] is None and line["safe_logprob"] <= 0 for line in lines)
+    assert all(line["safe_logprob"] <= 0 and not line["changed"] for line in lines)
 
 
 def test_a_trace_file_is_checked_early_and_kept_on_errors(

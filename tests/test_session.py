@@ -17,7 +17,8 @@ import tiny_gguf
 from reference import TOLERANCE, extend, fresh_logits
 
 import acd_local
-from acd_local import CancelToken, Engine, Message, Options, TurnsDropped
+from acd_local import CancelToken, Engine, Message, Options, PromptProgress, TokenRecord, TurnsDropped
+from acd_local.answers import AnswerEvent
 from acd_local.errors import (
     ContextError,
     EngineBusyError,
@@ -46,7 +47,7 @@ def said(text_or_messages: object, engine: Engine, **options: object) -> str:
 
 def test_an_answer_streams_and_reports(engine: Engine) -> None:
     stream = engine.generate("What is water?", Options(max_tokens=12, seed=5), divergence=True)
-    pieces = [chunk.text for chunk in stream]
+    pieces = list(stream)
     answer = stream.answer
     assert "".join(pieces) == answer.text == stream.text
     assert all(pieces)
@@ -56,8 +57,8 @@ def test_an_answer_streams_and_reports(engine: Engine) -> None:
     assert answer.contrast.alpha == 0.5
     assert answer.contrast.mean_divergence is not None
     assert answer.contrast.mean_divergence > 0
-    assert answer.contrast.changed == sum(r.token != r.safe_token for r in answer.tokens)
-    assert answer.timings.prompt_tokens > answer.prompt_tokens
+    assert answer.contrast.changed_tokens == sum(r.token != r.safe_token for r in answer.tokens)
+    assert answer.prompt_decoded > answer.prompt_tokens
     assert b"".join(engine.vocab.piece(r.token) for r in answer.tokens).decode("utf-8", "replace") == answer.text
 
 
@@ -178,7 +179,7 @@ def test_a_chat_remembers_and_redecodes_only_what_is_new(engine: Engine) -> None
     assert [m.role for m in chat.messages] == ["user", "assistant", "user", "assistant"]
     assert chat.messages[1].content == first.text
     assert second.prompt_tokens > first.prompt_tokens
-    assert second.timings.prompt_tokens < second.prompt_tokens
+    assert second.prompt_decoded < second.prompt_tokens
     assert chat.undo()
     assert len(chat.messages) == 2
     again = chat.ask("And the water?")
@@ -220,8 +221,9 @@ def test_caches_stay_true_through_turns_overflow_and_undo(
                 (row,) = extend([(cache, [65])])
                 np.testing.assert_allclose(row, expected, atol=TOLERANCE)
                 assert cache.tokens == [*tokens, 65]
-        assert events
-        assert all(isinstance(e, TurnsDropped) and e.messages % 2 == 0 for e in events)
+        dropped = [e.messages for e in events if isinstance(e, TurnsDropped)]
+        assert dropped
+        assert all(messages % 2 == 0 for messages in dropped)
 
 
 def test_overflow_drops_old_turns_until_half_is_free(tiny: Callable[..., Path]) -> None:
@@ -230,9 +232,9 @@ def test_overflow_drops_old_turns_until_half_is_free(tiny: Callable[..., Path]) 
         for i in range(14):
             turns += [Message("user", f"q{i} " + "water " * 60), Message("assistant", "sky " * 20)]
         turns.append(Message("user", "LAST question"))
-        events: list[TurnsDropped] = []
+        events: list[AnswerEvent] = []
         answer = engine.generate(turns, SHORT, on_event=events.append).run()
-        (event,) = events
+        (event,) = [e for e in events if isinstance(e, TurnsDropped)]
         assert answer.dropped_turns == event.messages > 0
         assert answer.prompt_tokens <= 750
         slot = engine._streams.slots[0]
@@ -293,6 +295,125 @@ def test_default_context_is_4096_or_the_models_own_limit(tiny: Callable[..., Pat
     for n_ctx, expected in ((8192, 4096), (1024, 1024)):
         with Engine(tiny("chatml", n_ctx=n_ctx), threads=1) as engine:
             assert engine.n_ctx == expected
+
+
+# -- events and names --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"layout": "split"}, {"conversations": 2}], ids=str)
+def test_progress_of_the_prompt(tiny: Callable[..., Path], settings: dict[str, object]) -> None:
+    """Before every batch: how many rows of the prompt are there, those that were kept included."""
+    long, rows = "the water is blue and the wine is red " * 60, []
+    with Engine(tiny("chatml", n_ctx=4096), ctx_size=4096, threads=1, **settings) as engine:  # type: ignore[arg-type]
+        for text in (long, long + "or white"):
+            events: list[AnswerEvent] = []
+            answer = engine.generate(text, SHORT, on_event=events.append).run()
+            progress = [e for e in events if isinstance(e, PromptProgress)]
+            assert len(progress) == len(events)
+            assert all(0 <= e.done < e.total for e in progress)
+            assert [e.done for e in progress] == sorted(e.done for e in progress)
+            assert {e.total for e in progress} == {progress[0].done + answer.prompt_decoded}
+            rows.append((progress[0].done, len(progress), answer.prompt_decoded))
+        assert rows[0][0] == 0
+        assert rows[0][1] >= rows[0][2] / 512 > 2
+        assert rows[1][0] > rows[0][2] * 0.9, "what was kept counts as done"
+        assert rows[1][2] < 100
+
+
+def test_decoded_rows_are_told_after_a_cancel_within_the_prompt(tiny: Callable[..., Path]) -> None:
+    with Engine(tiny("chatml", n_ctx=4096), ctx_size=4096, threads=1) as engine:
+        cancel, events = CancelToken(), []
+
+        def stop(event: AnswerEvent) -> None:
+            events.append(event)
+            if len(events) == 3:
+                cancel.set()
+
+        long = "the water is blue and the wine is red " * 60
+        answer = engine.generate(long, SHORT, on_event=stop, cancel=cancel).run()
+        assert answer.finish_reason == "cancelled"
+        slot = engine._streams.slots[0]
+        kept = len(slot.safe.tokens) + len(slot.adversarial.tokens)
+        assert answer.prompt_decoded == events[2].done == kept > 0
+
+
+def test_an_error_in_a_callback_ends_the_answer_and_leaves_the_caches_whole(tiny: Callable[..., Path]) -> None:
+    with Engine(tiny("chatml", n_ctx=4096), ctx_size=4096, threads=1) as engine:
+        long, alone = "the water is blue and the wine is red " * 60, said("Hi", engine)
+
+        def fail(event: AnswerEvent) -> None:
+            if event.done:  # type: ignore[union-attr]
+                raise KeyError("mine")
+
+        with pytest.raises(KeyError, match="mine"):
+            engine.generate(long, SHORT, on_event=fail).run()
+        assert said("Hi", engine) == alone
+
+
+def test_traced_tokens_are_events_too(engine: Engine) -> None:
+    events: list[AnswerEvent] = []
+    answer = engine.generate("What is water?", Options(max_tokens=12, seed=5), trace=True, on_event=events.append).run()
+    assert tuple(e for e in events if isinstance(e, TokenRecord)) == answer.tokens
+    assert all(e.safe_logprob <= 0 < e.safe_rank for e in answer.tokens)
+    assert not any("adversarial" in name for name in vars(answer.tokens[0]))
+    bare = engine.generate("What is water?", Options(max_tokens=12, seed=5), on_event=events.append).run()
+    assert all(e.safe_logprob is e.safe_rank is None for e in bare.tokens)
+    assert sum(isinstance(e, TokenRecord) for e in events) == 12
+
+
+def test_json_has_the_names_of_the_api(engine: Engine) -> None:
+    from acd_local.cli.record import answer_record, trace_record
+
+    answer = engine.generate("What is water?", Options(max_tokens=12, seed=5), divergence=True, trace=True).run()
+    record = answer_record(answer)
+    for name, value in (record | record.pop("usage")).items():
+        if isinstance(value, dict):
+            for inner, number in value.items():
+                assert number == pytest.approx(getattr(getattr(answer, name), inner), abs=1e-3)
+        else:
+            assert value == getattr(answer, name)
+    for name, value in trace_record(answer.tokens[0]).items():
+        assert value == pytest.approx(getattr(answer.tokens[0], name))
+
+
+def test_progress_of_loading(tiny: Callable[..., Path]) -> None:
+    seen: list[float] = []
+    with Engine(tiny("chatml"), ctx_size=512, threads=1, on_progress=seen.append):
+        assert seen[0] == 0
+        assert len(seen) > 5
+        assert seen == sorted(seen)
+        assert seen[-1] == 1
+
+    def stop(fraction: float) -> None:
+        if fraction > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Engine(tiny("chatml"), ctx_size=512, threads=1, on_progress=stop)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"ctx": 5}, "unknown option 'ctx': did you mean ctx_size?"),
+        ({"n_ctx": 5}, "did you mean ctx_size?"),
+        ({"n_threads": 2}, "did you mean threads?"),
+        ({"ctx_sise": 5}, "did you mean ctx_size?"),
+        ({"temperature": 1}, "temp is an option of an answer"),
+        ({"colour": "red"}, "unknown option 'colour'$"),
+    ],
+)
+def test_unknown_names_of_load_are_refused_with_ours(given: dict[str, object], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem.replace("?", "[?]")):
+        acd_local.load("demo", **given)  # type: ignore[arg-type]
+
+
+def test_unknown_options_of_an_answer_are_refused_with_ours(engine: Engine) -> None:
+    chat = engine.chat()
+    for ask in (chat.ask, chat.stream):
+        with pytest.raises(UsageError, match=r"unknown option 'temperature': did you mean temp\?"):
+            ask("x", temperature=1)
+    assert chat.messages == []
 
 
 # -- cancellation, threads, closing ------------------------------------------------------------------------------------
@@ -410,7 +531,7 @@ def test_conversations_keep_their_caches(tiny: Callable[..., Path]) -> None:
         one, two = engine.chat(options=SHORT), engine.chat(options=SHORT)
         for turn in range(3):
             for chat in (one, two):
-                rows = chat.ask(f"Question {turn}?").timings.prompt_tokens
+                rows = chat.ask(f"Question {turn}?").prompt_decoded
                 if turn:
                     assert rows < 120, "only the new turn is decoded, in both streams"
 
@@ -483,11 +604,11 @@ def test_two_conversations_in_one_thread_with_two_slots(tiny: Callable[..., Path
         running = [0, 1]
         while running:
             for i in list(running):
-                chunk = next(streams[i], None)
-                if chunk is None:
+                piece = next(streams[i], None)
+                if piece is None:
                     running.remove(i)
                 else:
-                    texts[i] += chunk.text
+                    texts[i] += piece
         assert texts == alone
 
 

@@ -560,7 +560,7 @@ def test_a_snapshot_of_rows_is_restored(model: Path, folder: Path) -> None:
         engine.generate("What is wine?", SHORT, framing=Framing("another", "prompt")).run()
         again = engine.generate("What is red?", SHORT).run()
         assert again.text == first.text
-        assert first.timings.prompt_tokens - again.timings.prompt_tokens >= 15
+        assert first.prompt_decoded - again.prompt_decoded >= 15
 
 
 @pytest.mark.parametrize("layout", ["shared", "split"])
@@ -780,9 +780,8 @@ def test_the_worker_answers_with_soft_prompts(engine: Engine, model: Path, folde
     args = (str(model), "--jsonl", "-t", "1", "-c", "512", "--pair", one, "--soft", "--temp", "0", "-n", "10")
     client = Client(*args)
     try:
-        ready = client.event()
-        assert ready is not None
-        assert (ready["pair"], ready["soft"]) == ("one", True)
+        pair = client.ready()["pair"]
+        assert (pair["name"], pair["soft"]) == ("one", True)
         asked = client.ask(prompt="What is red?")
         assert asked["text"] == engine.generate("What is red?", SHORT).run().text
         assert asked["contrast"]["alpha"] == 0.3

@@ -12,6 +12,7 @@ import click
 
 from acd_local import __version__
 from acd_local.cli import flags
+from acd_local.cli.progress import load_with_status
 from acd_local.cli.shell import EXIT_CODES, Interrupts, run_cli, say
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def command(model: str | None, **given: Any) -> int:
     flags.check_text("--system", given["system"])
     options = flags.make_options(given)
     with Interrupts() as interrupts:
-        engine = flags.load_engine(model, given)
+        engine = load_with_status(model, given)
         if not _is_terminal(sys.stdin):
             from acd_local.cli.chat_signals import PipeSignals
 

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from acd_local.answering import AnswerStream, resolve_contrast
-from acd_local.answers import Answer, TurnsDropped
+from acd_local.answers import Answer, AnswerEvent, PromptProgress, TurnsDropped
 from acd_local.chat import ChatStream
 from acd_local.cli.chat_commands import run_command
+from acd_local.cli.progress import reading_text
 from acd_local.errors import AcdError, UsageError
 from acd_local.options import Options
+from acd_local.runtime.llama import BATCH_ROWS
 from acd_local.session import Engine
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class ChatApp:
         self.chat = engine.chat(system=system, options=options)
         self.draft = ""
         self._signals = signals
+        self._wait: Callable[[str], None] = lambda _: None
         self._last: Answer | None = None
 
     def run(self, source: Source) -> None:
@@ -84,8 +87,9 @@ class ChatApp:
         before = list(self.chat.messages)
         stream = start()
         with self.view.answer() as writer, self._signals.answering(stream.cancel), stream:
-            for chunk in stream:
-                writer.write(chunk.text)
+            self._wait = writer.wait
+            for piece in stream:
+                writer.write(piece)
             answer = stream.answer
             writer.finish(_mark(answer))
         if answer.finish_reason == "cancelled" and not answer.text:
@@ -102,10 +106,11 @@ class ChatApp:
         answers: list[Answer] = []
         labels = [f"with contrast ({self.contrast_label(plain=False)})", "without contrast"]
         with self.view.compare(labels) as writer:
+            self._wait = writer.wait
             for column, stream in enumerate((first, second)):
                 with self._signals.answering(stream.cancel), stream:
-                    for chunk in stream:
-                        writer.write(column, chunk.text)
+                    for piece in stream:
+                        writer.write(column, piece)
                     answers.append(stream.answer)
                 if answers[-1].finish_reason == "cancelled":
                     break
@@ -117,8 +122,11 @@ class ChatApp:
             messages, options, system=self.chat.system, pair=self.chat.pair, on_event=self._on_event
         )
 
-    def _on_event(self, event: TurnsDropped) -> None:
-        self.view.notice(f"context full: left out the oldest {event.messages} messages")
+    def _on_event(self, event: AnswerEvent) -> None:
+        if isinstance(event, TurnsDropped):
+            self.view.notice(f"context full: left out the oldest {event.messages} messages")
+        elif isinstance(event, PromptProgress) and event.total - event.done > BATCH_ROWS:
+            self._wait(reading_text(event))
 
     def last_answer(self) -> Answer:
         if self._last is None:

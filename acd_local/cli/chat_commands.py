@@ -166,8 +166,8 @@ def _why(app: ChatApp, _: str) -> None:
     c = answer.contrast
     if c.alpha == 0:
         raise UsageError("the last answer was made without contrast")
-    header = f"{c.changed} of {_count(c.positions, 'token')} changed by the contrast"
-    if c.changed:
+    header = f"{c.changed_tokens} of {_count(c.positions, 'token')} changed by the contrast"
+    if c.changed_tokens:
         header += ": [said|what the safe stream alone would have said]"
     app.view.why(header, spans(answer.tokens, app.engine.vocab.piece))
 

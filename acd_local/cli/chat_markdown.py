@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.markdown import CodeBlock, Heading, Markdown
 from rich.padding import Padding
 from rich.segment import Segment
+from rich.style import Style
 from rich.syntax import Syntax
 from rich.text import Text
 
@@ -197,6 +198,10 @@ class MarkdownWriter:
 
     def __exit__(self, *_: object) -> None:
         self._close()
+
+    def wait(self, text: str) -> None:
+        """What is going on before the first text comes."""
+        self._region.draw([[Segment(text, Style(dim=True))]])
 
     def write(self, text: str) -> None:
         self._tail += disarm(text)

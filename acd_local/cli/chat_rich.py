@@ -9,6 +9,7 @@ from typing import Self
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.segment import Segment
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
@@ -80,6 +81,9 @@ class _RichWriter:
     def __exit__(self, *_: object) -> None:
         self._inner.__exit__()
 
+    def wait(self, text: str) -> None:
+        self._inner.wait(text)
+
     def write(self, text: str) -> None:
         self._inner.write(text)
 
@@ -103,6 +107,10 @@ class _RichCompare:
 
     def __exit__(self, *_: object) -> None:
         self._region.__exit__()
+
+    def wait(self, text: str) -> None:
+        status: list[list[Segment]] = [[Segment(text, Style(dim=True))]]
+        self._region.draw([*self._lines(), *status] if any(self._texts) else status)
 
     def write(self, column: int, text: str) -> None:
         self._texts[column] += disarm(text)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol, Self, TextIO
 
 from acd_local.cli.chat_why import Span, as_text
+from acd_local.cli.progress import StatusLine
 from acd_local.cli.shell import one_line, say
 from acd_local.runtime.text import disarm
 
@@ -17,6 +18,9 @@ class Writer(Protocol):
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_: object) -> None: ...
+    def wait(self, text: str) -> None:
+        """What is going on before the first text comes; it takes no room afterwards."""
+
     def write(self, text: str) -> None: ...
     def finish(self, mark: str | None = None) -> None: ...
 
@@ -26,6 +30,7 @@ class CompareWriter(Protocol):
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_: object) -> None: ...
+    def wait(self, text: str) -> None: ...
     def write(self, column: int, text: str) -> None: ...
     def finish(self, note: str) -> None: ...
 
@@ -94,14 +99,19 @@ class _PlainWriter:
         self._label = label
         self._held = ""
         self._begun = False
+        self._status = StatusLine()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._status.clear()
         if self._begun:
             self._begun = False
             self._view.put("\n")
+
+    def wait(self, text: str) -> None:
+        self._status.show(text)
 
     def write(self, text: str) -> None:
         text = self._held + disarm(text)
@@ -118,6 +128,7 @@ class _PlainWriter:
             self._view.notice(mark)
 
     def _begin(self) -> None:
+        self._status.clear()
         if not self._begun:
             self._begun = True
             self._view.begin()
@@ -129,15 +140,21 @@ class _PlainCompare:
         self._view = view
         self._writers = [_PlainWriter(view, f"--- {label} ---\n") for label in labels]
         self._current: _PlainWriter | None = None
+        self._status = StatusLine()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._status.clear()
         if self._current is not None:
             self._current.__exit__()
 
+    def wait(self, text: str) -> None:
+        self._status.show(text)
+
     def write(self, column: int, text: str) -> None:
+        self._status.clear()
         writer = self._writers[column]
         if writer is not self._current:
             if self._current is not None:
@@ -146,6 +163,7 @@ class _PlainCompare:
         writer.write(text)
 
     def finish(self, note: str) -> None:
+        self._status.clear()
         if self._current is not None:
             self._current.finish()
             self._current = None

@@ -231,10 +231,17 @@ def check_engine_flags(flags: Mapping[str, Any]) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be in [{low}, {high}], not {value}")
 
 
-def load_engine(model: str, flags: Mapping[str, Any], *, conversations: int = 1) -> Engine:
+def load_engine(
+    model: str,
+    flags: Mapping[str, Any],
+    *,
+    conversations: int = 1,
+    on_progress: Callable[[float], object] | None = None,
+) -> Engine:
     check_engine_flags(flags)
     # numpy's own threads are of no use here, take 40 MB of addresses each, and their failure raises SIGINT.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from acd_local.session import Engine
 
-    return Engine(model, **{name: flags[name] for name in ENGINE_FLAGS}, conversations=conversations)
+    given = {name: flags[name] for name in ENGINE_FLAGS}
+    return Engine(model, **given, conversations=conversations, on_progress=on_progress)

@@ -1,17 +1,26 @@
-"""Progress of a long run: one live line on a terminal, a line now and then elsewhere."""
+"""Says how far something is: a long run, on one live line or a line now and then; a wait, on a line that goes again."""
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from acd_local.cli.shell import say
+from acd_local.cli.flags import load_engine
+from acd_local.cli.shell import one_line, say
 
 if TYPE_CHECKING:
+    from acd_local.answers import PromptProgress
     from acd_local.evaluate.runner import Progress
+    from acd_local.session import Engine
 
+PATIENCE = 1.0  # seconds before a wait is spoken of
 TERMINAL_EVERY = 0.2  # seconds
 ELSEWHERE_EVERY = 30.0
 
@@ -63,3 +72,77 @@ def progress_text(progress: Progress) -> str:
         left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
         text += f", {progress.per_minute:.0f} per minute, {left} left"
     return f"{text}; {progress.note}" if progress.note else text
+
+
+def load_with_status(model: str, given: Mapping[str, Any]) -> Engine:
+    """`flags.load_engine`, with a status line while it lasts."""
+    with StatusLine() as status:
+        return load_engine(model, given, on_progress=lambda fraction: status.loading(model, fraction))
+
+
+class StatusLine:
+    """What is waited for, on a terminal's stderr: there after a second, and gone without a trace. Nothing elsewhere.
+
+    `show` is called as often as there is news. A thread draws it, since news can be half a minute apart.
+    """
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+        self._text = ""
+        self._width = 0  # of what is drawn
+        self._drawn = 0.0
+
+    def show(self, text: str) -> None:
+        if not self._live:
+            return
+        with self._lock:
+            self._text = text
+            if self._timer is None:
+                self._timer = threading.Timer(PATIENCE, self._appear)
+                self._timer.daemon = True
+                self._timer.start()
+            elif self._width and time.monotonic() - self._drawn >= TERMINAL_EVERY:
+                self._draw(text)
+
+    def loading(self, model: str, fraction: float) -> None:
+        self.show(f"loading {one_line(Path(model).name)}{f' {fraction:.0%}' if fraction else ''}")
+
+    def reading(self, progress: PromptProgress) -> None:
+        self.show(reading_text(progress))
+
+    def clear(self) -> None:
+        """Before anything else is written to the terminal."""
+        if not self._live:
+            return
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if self._width:
+                self._draw("")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def _appear(self) -> None:
+        with self._lock:
+            if self._timer is threading.current_thread():
+                self._draw(self._text)
+
+    def _draw(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            text = text[: (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
+        with suppress(OSError, ValueError):
+            back = "" if text else "\r"
+            sys.stderr.write(f"\r{text:<{self._width}}{back}")  # spaces: not every terminal can clear a line
+            sys.stderr.flush()
+        self._width, self._drawn = len(text), time.monotonic()
+
+
+def reading_text(progress: PromptProgress) -> str:
+    return f"reading the prompt {progress.done / progress.total:.0%}"

@@ -10,15 +10,18 @@ if TYPE_CHECKING:
 
 
 def answer_record(answer: Answer) -> dict[str, Any]:
-    """text, finish_reason, usage, timings (ms), seed, contrast."""
+    """text, finish_reason, usage, timings (seconds), seed, contrast: under the names of `Answer`."""
     return {
         "text": answer.text,
         "finish_reason": answer.finish_reason,
-        "usage": {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens},
+        "usage": {
+            "prompt_tokens": answer.prompt_tokens,
+            "prompt_decoded": answer.prompt_decoded,
+            "completion_tokens": answer.completion_tokens,
+        },
         "timings": {
-            "prompt_decoded": answer.timings.prompt_tokens,
-            "prompt_ms": round(answer.timings.prompt_seconds * 1e3, 3),
-            "answer_ms": round(answer.timings.answer_seconds * 1e3, 3),
+            "prompt_seconds": round(answer.timings.prompt_seconds, 6),
+            "answer_seconds": round(answer.timings.answer_seconds, 6),
             "tokens_per_second": round(answer.timings.tokens_per_second, 3),
         },
         "seed": answer.seed,
@@ -34,23 +37,22 @@ def contrast_record(answer: Answer) -> dict[str, Any]:
         "beta": c.beta,
         "raw": c.raw,
         "positions": c.positions,
-        "changed_tokens": c.changed,
+        "changed_tokens": c.changed_tokens,
         "compared": c.compared,
-        "mean_kl_nats": None if kl is None or not math.isfinite(kl) else round(kl, 6),
+        "mean_divergence": None if kl is None or not math.isfinite(kl) else round(kl, 6),
     }
 
 
 def trace_record(token: TokenRecord) -> dict[str, Any]:
-    """One line of --trace."""
-    trace = token.trace
+    """One line of --trace, one `trace` event of the worker."""
     return {
         "token": token.token,
         "text": token.text,
-        "safe_logprob": _finite(trace.safe_logprob) if trace else None,
-        "adversarial_logprob": _finite(trace.adversarial_logprob) if trace else None,
-        "safe_rank": trace.safe_rank if trace else None,
         "changed": token.changed,
-        "safe_choice": {"token": token.safe_token, "text": token.safe_text},
+        "safe_token": token.safe_token,
+        "safe_text": token.safe_text,
+        "safe_logprob": _finite(token.safe_logprob),
+        "safe_rank": token.safe_rank,
     }
 
 
@@ -65,8 +67,8 @@ def stats_lines(answer: Answer) -> list[str]:
         f"finish     {answer.finish_reason}, seed {answer.seed}",
         f"tokens     {answer.prompt_tokens} prompt, {answer.completion_tokens} answer; "
         f"context {safe} safe, {adversarial} adversarial",
-        f"contrast   {what}: {c.changed} of {c.positions} tokens changed{seen}{kl}",
-        f"time       {t.prompt_seconds:.2f} s to the first token ({t.prompt_tokens} rows decoded), "
+        f"contrast   {what}: {c.changed_tokens} of {c.positions} tokens changed{seen}{kl}",
+        f"time       {t.prompt_seconds:.2f} s to the first token ({answer.prompt_decoded} rows decoded), "
         f"{t.answer_seconds:.2f} s answer, {t.tokens_per_second:.1f} tokens/s",
     ]
 

@@ -12,6 +12,7 @@ import click
 
 from acd_local import __version__, files
 from acd_local.cli import flags
+from acd_local.cli.progress import StatusLine, load_with_status
 from acd_local.cli.shell import EXIT_CODES, AnswerWriter, Interrupts, Outcome, error_record, one_line, run_cli, say
 from acd_local.errors import AcdError, UsageError
 
@@ -73,7 +74,7 @@ def command(model: str | None, prompt: str | None, **given: Any) -> int | Outcom
         text = _prompt_text(prompt, read_stdin=not given["no_stdin"])
         if given["trace"] is not None:
             files.check_place(given["trace"])  # before the slow work
-        with flags.load_engine(model, given) as engine:
+        with load_with_status(model, given) as engine:
             if engine.warning:
                 say(f"{PROGRAM}: {one_line(engine.warning)}")
             return _answer(engine, text, options, given, interrupts)
@@ -86,22 +87,25 @@ def _answer(
     given: dict[str, Any],
     interrupts: Interrupts,
 ) -> Outcome:
+    from acd_local.answers import PromptProgress
     from acd_local.cli.record import answer_record, stats_lines
     from acd_local.runtime.cancel import CancelToken
 
-    cancel = CancelToken()
+    cancel, status = CancelToken(), StatusLine()
     interrupts.cancels(cancel)
     as_json, trace = given["as_json"], given["trace"]
     stream = engine.generate(
         text,
         options,
         system=given["system"],
-        divergence=given["divergence"] or trace is not None,
+        divergence=given["divergence"],
         trace=trace is not None,
         cancel=cancel,
+        on_event=lambda event: status.reading(event) if isinstance(event, PromptProgress) else None,
     )
     try:
-        answer = stream.run() if as_json else _run_text(stream)
+        with status:
+            answer = stream.run() if as_json else _run_text(stream, status)
     except AcdError as error:
         return Outcome(record=error_record(error, stream.text) if as_json else None, error=error)
     failed = None if trace is None else _write_trace(trace, answer)
@@ -113,11 +117,16 @@ def _answer(
     return Outcome(code, head | answer_record(answer) if as_json else None, failed)
 
 
-def _run_text(stream: AnswerStream) -> Answer:
+def _run_text(stream: AnswerStream, status: StatusLine) -> Answer:
     """The answer as it comes; an empty one is an empty line, an error before the first text leaves stdout empty."""
     writer = AnswerWriter(sys.stdout)
+
+    def write(text: str) -> None:
+        status.clear()
+        writer.write(text)
+
     try:
-        answer = stream.run(writer.write)
+        answer = stream.run(write)
     except AcdError:
         if stream.text:
             writer.finish()

@@ -125,7 +125,7 @@ def _print_record(args: Sequence[str], outcome: Outcome) -> None:
     if record is not None:
         print(as_json(record))
     elif "--jsonl" in args and error is not None:
-        print(json.dumps(error_event(None, error)))
+        print(json.dumps(error_event(None, error, final=False)))
 
 
 def as_acd_error(error: Exception) -> AcdError:
@@ -160,9 +160,9 @@ def _error_body(error: AcdError) -> dict[str, str]:
     return {"code": error.code, "message": short_line(str(error))}
 
 
-def error_event(request_id: str | int | None, error: AcdError) -> dict[str, Any]:
-    """The worker's form of it."""
-    return {"id": request_id, "event": "error", **_error_body(error)}
+def error_event(request_id: str | int | None, error: AcdError, *, final: bool) -> dict[str, Any]:
+    """The worker's form of it; `final`: it ends the request with this id."""
+    return {"id": request_id, "event": "error", "final": final, **_error_body(error)}
 
 
 def as_json(record: object) -> str:

@@ -1,45 +1,65 @@
 """The JSON-lines worker behind `acd-run --jsonl`: how an application in any language embeds the decoder.
 
-One request per line of stdin, one event per line of stdout, both UTF-8 JSON objects. Protocol version 1; the README
+One request per line of stdin, one event per line of stdout, both UTF-8 JSON objects. Protocol version 2; the README
 documents it. A reader thread takes lines in while answers are being made, so that they can be cancelled.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import queue
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from acd_local import __version__
 from acd_local.cli import flags
-from acd_local.cli.record import answer_record
+from acd_local.cli.record import answer_record, trace_record
 from acd_local.cli.shell import Interrupts, as_acd_error, error_event, one_line, say
-from acd_local.errors import UsageError
+from acd_local.errors import EngineClosedError, UsageError
 
 if TYPE_CHECKING:
+    from acd_local.answering import AnswerStream
+    from acd_local.answers import Answer, AnswerEvent
     from acd_local.batch import Batch, Event
     from acd_local.options import Options
     from acd_local.runtime.cancel import CancelToken
     from acd_local.session import Engine
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_LINE = 16_000_000  # bytes
+EVERY = 0.25  # seconds between two signs of progress
 
-_ENVELOPE = {"id", "prompt", "messages", "system", "pair", "divergence", "cancel"}
+_ENVELOPE = {"id", "prompt", "messages", "system", "pair", "divergence", "trace", "cancel", "ping"}
 
 
 def serve(model: str, given: Mapping[str, Any], options: Options, interrupts: Interrupts) -> int:
     """Answer requests until stdin ends or a signal comes; returns the exit code."""
-    with flags.load_engine(model, given, conversations=given["parallel"]) as engine:
+    out, pace = Output(), Pace()
+
+    def loading(fraction: float) -> None:
+        if pace.due():
+            out.emit({"event": "loading", "progress": round(fraction, 3)})
+            out.check()
+
+    with flags.load_engine(model, given, conversations=given["parallel"], on_progress=loading) as engine:
         if engine.warning:
             say(f"acd-run: {one_line(engine.warning)}")
-        parallel = given["parallel"] > 1
-        return Worker(
-            engine, options, given["system"], interrupts, parallel=parallel, divergence=given["divergence"]
-        ).run()
+        defaults = Defaults(options, given["system"], given["divergence"])
+        return Worker(engine, defaults, out, interrupts, parallel=given["parallel"]).run()
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What holds where a request says nothing: from the command line."""
+
+    options: Options
+    system: str | None
+    divergence: bool
 
 
 @dataclass
@@ -52,51 +72,94 @@ class Request:
     pair: str | None
     options: Options
     divergence: bool
+    trace: bool
     cancel: CancelToken = field(repr=False)
 
 
+class Pace:
+    """Lets a sign of progress through now and then: at once, then every EVERY seconds."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + EVERY
+        return True
+
+
+class Output:
+    """Event lines on stdout, from any thread, until it breaks or is closed.
+
+    Attributes:
+        lock: held while a line is written; who takes it first decides what comes next. It may be held for long, where
+            nobody reads: what stops the worker must not wait for it.
+        broken: what went wrong, once stdout cannot be written any more.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.broken: OSError | None = None
+        self._closed = False
+
+    def emit(self, event: Mapping[str, Any]) -> None:
+        with self.lock:
+            if self._closed or self.broken is not None:
+                return
+            try:
+                sys.stdout.write(json.dumps(event) + "\n")  # ASCII: any id survives, whatever reads it
+                sys.stdout.flush()
+            except OSError as error:
+                self.broken = error
+
+    def check(self) -> None:
+        """Raises what went wrong: a closed pipe ends the program quietly, a full disk does not."""
+        if self.broken is not None:
+            raise self.broken
+
+    def close(self) -> None:
+        """No line comes any more: the reader thread must not be writing when the interpreter ends."""
+        with self.lock:
+            self._closed = True
+
+
 class Worker:
-    """Requests in, events out; begun in the order of arrival, as many at once as the engine has conversations."""
+    """Requests in, events out; begun in the order of arrival, as many at once as the engine has conversations.
+
+    A request is pending from the line that is accepted to its final event. Both happen under the output's lock, so that
+    for whoever reads the events in order an id is never in use twice.
+    """
 
     def __init__(
-        self,
-        engine: Engine,
-        options: Options,
-        system: str | None,
-        interrupts: Interrupts,
-        *,
-        parallel: bool,
-        divergence: bool,
+        self, engine: Engine, defaults: Defaults, out: Output, interrupts: Interrupts, *, parallel: int
     ) -> None:
-        self._parallel = parallel
-        self._divergence = divergence
         self._engine = engine
-        self._options = options
-        self._system = system
+        self._defaults = defaults
+        self._out = out
         self._interrupts = interrupts
-        self._queue: queue.Queue[Request | None] = queue.Queue()
-        self._pending: dict[str | int, Request] = {}
-        self._lock = threading.Lock()
-        self._out = threading.Lock()
-        self._ended = False  # no further requests will come
-        self._broken: OSError | None = None  # stdout cannot be written any more
+        self._parallel = parallel
+        self._changed = threading.Condition()  # guards what follows; never held while a line is written
+        self._waiting: deque[Request] = deque()
+        self._running: dict[str | int, Request] = {}
+        self._ended = False  # no further request will come
+        self._stopped = False  # a signal, or nobody reads
 
     def run(self) -> int:
         from acd_local.batch import Batch
         from acd_local.runtime.cancel import CancelToken
 
-        info = self._engine.info
         with (stop := CancelToken()).interrupting(self._stop):
             self._interrupts.cancels(stop)
-            model, pair = info.name or str(info.path), self._engine.pair.name
-            self._emit(event="ready", protocol=PROTOCOL, model=model, pair=pair, soft=self._engine.soft)
+            self._emit(ready_record(self._engine, self._defaults, parallel=self._parallel))
             threading.Thread(target=self._read, name="acd-requests", daemon=True).start()
             with Batch(self._engine) as batch:
-                while self._broken is None and self._admit(batch, stop):
+                while self._admit(batch):
                     for event in batch.step():
                         self._report(event)
-        if self._broken is not None:
-            raise self._broken  # a closed pipe ends quietly, a full disk does not
+        self._out.close()
+        self._out.check()
         return self._interrupts.exit_code or 0
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -104,38 +167,47 @@ class Worker:
     def _read(self) -> None:
         # A reader of its own: the interpreter closes sys.stdin at exit, and aborts while a thread waits inside it.
         requests = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115
+        number = 0
         try:
             while line := requests.readline(MAX_LINE + 1):
+                number += 1
                 if len(line) > MAX_LINE:
                     while line and not line.endswith(b"\n"):
                         line = requests.readline(MAX_LINE)
-                    self._error(None, UsageError(f"the line is longer than {MAX_LINE} bytes"))
+                    self._refuse(number, None, UsageError(f"the line is longer than {MAX_LINE} bytes"))
                 elif line.strip():
-                    self._take(line)
+                    self._take(number, line)
         except OSError as error:
             say(f"acd-run: cannot read stdin: {error.strerror}")
         finally:
-            self._queue.put(None)
+            with self._changed:
+                self._ended = True
+                self._changed.notify()
 
-    def _take(self, line: bytes) -> None:
-        request_id = None
+    def _take(self, number: int, line: bytes) -> None:
+        request_id, asks = None, False
         try:
             raw = _parse(line)
             request_id = _request_id(raw)
-            if raw.get("cancel") is not None:
+            if "ping" in raw:
+                self._pong(request_id, raw)
+            elif "cancel" in raw:
                 self._cancel(request_id, raw)
             else:
+                asks = True
                 self._accept(self._request(request_id, raw))
         except RecursionError:
-            self._error(request_id, UsageError("the request is nested too deeply"))
+            self._refuse(number, request_id, UsageError("the request is nested too deeply"), ends=asks)
         except Exception as error:  # whatever a line holds, the worker lives on
-            self._error(request_id, error)
+            self._refuse(number, request_id, error, ends=asks)
 
-    def _request(self, request_id: str | int, raw: Mapping[str, Any]) -> Request:
+    def _request(self, request_id: str | int | None, raw: Mapping[str, Any]) -> Request:
         from acd_local.runtime import grammar
         from acd_local.runtime.cancel import CancelToken
         from acd_local.session import check_messages
 
+        if request_id is None:
+            raise UsageError("a request needs an id, a string or a whole number")
         _check_text(raw)
         if ("prompt" in raw) == ("messages" in raw):
             raise UsageError("a request has either a prompt or messages")
@@ -144,112 +216,210 @@ class Worker:
         messages = raw.get("prompt", raw.get("messages"))
         check_messages(messages)
         for name in ("system", "pair"):
-            if not isinstance(raw.get(name), (str, type(None))):
+            if not isinstance(raw.get(name, ""), str):
                 raise UsageError(f"{name} must be a string")
-        if not isinstance(divergence := raw.get("divergence", self._divergence), bool):
-            raise UsageError("divergence must be true or false")
+        for name in ("divergence", "trace"):
+            if not isinstance(raw.get(name, False), bool):
+                raise UsageError(f"{name} must be true or false")
         own_system = isinstance(messages, list) and messages[0]["role"] == "system"
         changes = {k: v for k, v in raw.items() if k not in _ENVELOPE}
         if isinstance(changes.get("json_schema"), (dict, bool)):
             changes["json_schema"] = json.dumps(changes["json_schema"])
-        options = self._options.replace(changes)
-        if self._parallel:  # a slow check of a grammar would hold up the other answers
+        options = self._defaults.options.replace(changes)
+        if self._parallel > 1:  # a slow check of a grammar would hold up the other answers
             grammar.from_options(options, self._engine.vocab, self._engine.info.path)
         return Request(
-            request_id,
-            messages,
-            raw.get("system", None if own_system else self._system),
-            raw.get("pair"),
-            options,
-            divergence,
-            CancelToken(),
+            id=request_id,
+            messages=messages,
+            system=raw.get("system", None if own_system else self._defaults.system),
+            pair=raw.get("pair"),
+            options=options,
+            divergence=raw.get("divergence", self._defaults.divergence),
+            trace=raw.get("trace", False),
+            cancel=CancelToken(),
         )
 
     def _accept(self, request: Request) -> None:
-        with self._lock:
-            if request.id in self._pending:
-                raise UsageError("a request with this id is still being answered")
-            self._pending[request.id] = request
-        self._queue.put(request)
+        with self._out.lock:
+            with self._changed:
+                if self._is_pending(request.id):
+                    raise UsageError("a request with this id is still being answered")
+                if self._stopped:
+                    raise EngineClosedError("the worker is ending")
+                ahead = len(self._waiting) + len(self._running)
+                self._waiting.append(request)
+                self._changed.notify()
+            self._emit({"id": request.id, "event": "queued", "ahead": ahead})
 
-    def _cancel(self, request_id: str | int, raw: Mapping[str, Any]) -> None:
+    def _cancel(self, request_id: str | int | None, raw: Mapping[str, Any]) -> None:
         if raw["cancel"] is not True:
             raise UsageError("cancel must be true")
-        with self._lock:
-            request = self._pending.get(request_id)
-        if request is None:
-            raise UsageError("there is no request with this id to cancel")
-        request.cancel.set()
+        with self._out.lock:
+            with self._changed:
+                waiting = next((request for request in self._waiting if request.id == request_id), None)
+                if waiting is not None:
+                    self._waiting.remove(waiting)
+                elif request_id not in self._running:
+                    raise UsageError("there is no request with this id to cancel")
+                else:
+                    self._running[request_id].cancel.set()
+            if waiting is not None:
+                self._skip(waiting)
+
+    def _pong(self, request_id: str | int | None, raw: Mapping[str, Any]) -> None:
+        if raw["ping"] is not True:
+            raise UsageError("ping must be true")
+        with self._changed:
+            waiting, running = len(self._waiting), len(self._running)
+        self._emit({"id": request_id, "event": "pong", "waiting": waiting, "running": running})
+
+    def _refuse(self, number: int, request_id: str | int | None, error: Exception, *, ends: bool = False) -> None:
+        """Say what is wrong with a line. That ends what the line asked for, but never a request that is pending."""
+        known = as_acd_error(error)
+        with self._out.lock:
+            with self._changed:
+                final = ends and request_id is not None and not self._is_pending(request_id)
+            self._emit(error_event(request_id, known, final=final) | ({} if final else {"line": number}))
+
+    def _is_pending(self, request_id: str | int) -> bool:
+        return request_id in self._running or any(request.id == request_id for request in self._waiting)
 
     # -- answering -----------------------------------------------------------------------------------------------------
 
-    def _admit(self, batch: Batch, stop: CancelToken) -> bool:
+    def _admit(self, batch: Batch) -> bool:
         """Fill free conversations with waiting requests; waits while there is nothing to do. False: all is done."""
-        while batch.room and not self._ended and not stop.is_set:
-            try:
-                request = self._queue.get(block=len(batch) == 0)
-            except queue.Empty:
-                break
-            if request is None:
-                self._ended = True
-            elif not stop.is_set:
-                self._begin(batch, request)
-        return len(batch) > 0
+        while batch.room:
+            with self._changed:
+                while not (self._waiting or len(batch) or self._ended or self._stopped):
+                    self._changed.wait()
+                if self._stopped or not self._waiting:
+                    break
+                request = self._waiting.popleft()
+                self._running[request.id] = request
+            self._begin(batch, request)
+        if self._stopped:
+            self._skip_waiting()
+        return len(batch) > 0 and self._out.broken is None
 
     def _begin(self, batch: Batch, request: Request) -> None:
         try:
-            stream = self._engine.generate(
-                request.messages,
-                request.options,
-                system=request.system,
-                pair=request.pair,
-                cancel=request.cancel,
-                divergence=request.divergence,
-                on_event=lambda event: self._emit(id=request.id, event="dropped", messages=event.messages),
-            )
+            batch.add(request.id, self._stream(request))
         except Exception as error:
-            self._end(error_event(request.id, as_acd_error(error)))
+            self._end(error_event(request.id, as_acd_error(error), final=True))
         else:
-            batch.add(request.id, stream)
+            self._emit({"id": request.id, "event": "started"})
+
+    def _stream(self, request: Request) -> AnswerStream:
+        return self._engine.generate(
+            request.messages,
+            request.options,
+            system=request.system,
+            pair=request.pair,
+            cancel=request.cancel,
+            divergence=request.divergence,
+            trace=request.trace,
+            on_event=Reporter(request.id, self._emit),
+        )
 
     def _report(self, event: Event) -> None:
-        from acd_local.answers import Answer, Chunk
-
         key: Any = event.key
-        if isinstance(event.what, Chunk):
-            self._emit(id=key, event="token", text=event.what.text)
-        elif isinstance(event.what, Answer):
-            self._end({"id": key, "event": "done"} | answer_record(event.what))
+        if isinstance(event.what, str):
+            self._emit({"id": key, "event": "token", "text": event.what})
+        elif isinstance(event.what, Exception):
+            self._end(error_event(key, as_acd_error(event.what), final=True))
         else:
-            self._end(error_event(key, as_acd_error(event.what)))
+            self._end(done_event(key, event.what))
 
     def _end(self, last: dict[str, Any]) -> None:
-        with self._lock:
-            del self._pending[last["id"]]  # first: whoever reads the last event may use the id again
-        self._emit(**last)
+        with self._out.lock:
+            with self._changed:
+                del self._running[last["id"]]
+            self._emit(last)
+
+    def _skip(self, request: Request) -> None:
+        """The end of a request that was cancelled while it waited."""
+        try:
+            self._emit(done_event(request.id, self._stream(request).skip()))
+        except Exception as error:
+            self._emit(error_event(request.id, as_acd_error(error), final=True))
+
+    def _skip_waiting(self) -> None:
+        with self._changed:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        for request in waiting:
+            self._skip(request)
 
     def _stop(self) -> None:
-        """A signal, or nobody reads: end the running answers and take no further one."""
-        with self._lock:
-            requests = list(self._pending.values())
+        """A signal, or nobody reads: end what runs, begin nothing more."""
+        with self._changed:
+            self._stopped = True
+            requests = list(self._running.values())
+            self._changed.notify()
         for request in requests:
             request.cancel.set()
-        self._queue.put(None)
 
-    def _error(self, request_id: str | int | None, error: Exception) -> None:
-        self._emit(**error_event(request_id, as_acd_error(error)))
-
-    def _emit(self, **event: Any) -> None:
-        with self._out:
-            if self._broken is not None:
-                return
-            try:
-                sys.stdout.write(json.dumps(event) + "\n")  # ASCII: any id survives, whatever reads it
-                sys.stdout.flush()
-            except OSError as error:
-                self._broken = error
-        if self._broken is not None:
+    def _emit(self, event: Mapping[str, Any]) -> None:
+        self._out.emit(event)
+        if self._out.broken is not None:
             self._stop()
+
+
+class Reporter:
+    """Turns what happens to one answer into events."""
+
+    def __init__(self, request_id: str | int, emit: Callable[[Mapping[str, Any]], None]) -> None:
+        self._id = request_id
+        self._emit = emit
+        self._pace = Pace()
+        self._long: bool | None = None  # whether the prompt takes several batches
+
+    def __call__(self, event: AnswerEvent) -> None:
+        from acd_local.answers import PromptProgress, TurnsDropped
+        from acd_local.runtime.llama import BATCH_ROWS
+
+        if isinstance(event, TurnsDropped):
+            self._emit({"id": self._id, "event": "dropped", "messages": event.messages})
+        elif not isinstance(event, PromptProgress):
+            self._emit({"id": self._id, "event": "trace"} | trace_record(event))
+        else:
+            if self._long is None:
+                self._long = event.total - event.done > BATCH_ROWS
+            if self._long and self._pace.due():
+                progress = {"phase": "prompt", "done": event.done, "total": event.total}
+                self._emit({"id": self._id, "event": "progress"} | progress)
+
+
+def ready_record(engine: Engine, defaults: Defaults, *, parallel: int) -> dict[str, Any]:
+    """What a client may want to know before it asks. `options`: what a request can say, and what holds otherwise."""
+    from acd_local.answering import resolve_contrast
+    from acd_local.options import Options
+
+    info, contrast = engine.info, resolve_contrast(Options(), engine.pair, soft=engine.soft)
+    more = {"system": defaults.system, "divergence": defaults.divergence, "trace": False}
+    return {
+        "event": "ready",
+        "protocol": PROTOCOL,
+        "version": __version__,
+        "model": {
+            "name": info.name,
+            "path": str(info.path),
+            "size": info.size,
+            "architecture": info.architecture,
+            "quantization": info.file_type,
+            "n_params": engine.n_params,
+            "n_vocab": info.n_vocab,
+            "context_length": info.context_length,
+        },
+        "pair": {"name": engine.pair.name, "alpha": contrast.alpha, "beta": contrast.beta, "soft": engine.soft},
+        "ctx_size": engine.n_ctx,
+        "parallel": parallel,
+        "options": dataclasses.asdict(defaults.options) | more,
+    }
+
+
+def done_event(request_id: str | int, answer: Answer) -> dict[str, Any]:
+    return {"id": request_id, "event": "done", "final": True} | answer_record(answer)
 
 
 def _parse(line: bytes) -> Mapping[str, Any]:
@@ -259,13 +429,13 @@ def _parse(line: bytes) -> Mapping[str, Any]:
         raise UsageError(f"the request is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise UsageError("the request is not a JSON object")
-    return raw
+    return {name: value for name, value in raw.items() if value is not None}  # null: as if it were not there
 
 
-def _request_id(raw: Mapping[str, Any]) -> str | int:
+def _request_id(raw: Mapping[str, Any]) -> str | int | None:
     request_id = raw.get("id")
-    if isinstance(request_id, bool) or not isinstance(request_id, (str, int)):
-        raise UsageError("a request needs an id, a string or a whole number")
+    if isinstance(request_id, bool) or not isinstance(request_id, (str, int, type(None))):
+        raise UsageError("an id is a string or a whole number")
     return request_id
 
 

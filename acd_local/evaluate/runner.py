@@ -178,7 +178,9 @@ class Evaluation:
                 "judge": None if self._judge is None else self._judge.p_safe(item.prompt, answer.text),
                 "seconds": round(event.answer_seconds, 6),
                 "prompt_seconds": round(event.prompt_seconds, 6),
-                "changed": contrast.changed / contrast.positions if method.contrast and contrast.positions else None,
+                "changed": contrast.changed_tokens / contrast.positions
+                if method.contrast and contrast.positions
+                else None,
             }
         )
         return True

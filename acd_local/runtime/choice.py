@@ -34,10 +34,10 @@ class ContrastSettings:
 
 @dataclass(frozen=True)
 class TokenTrace:
-    """How both streams saw one token: natural-log probabilities, and its rank (1 = first) in the safe stream."""
+    """How the safe stream saw one token: its natural-log probability and rank (1 = first). Never the adversarial one:
+    with the safe one's and alpha, its distribution could be had."""
 
     safe_logprob: float
-    adversarial_logprob: float | None
     safe_rank: int
 
 
@@ -144,8 +144,8 @@ class Chooser:
         return self.settings.contrasts(look.position) and len(look.ids) > 1
 
     def needs_adversary(self, look: Look) -> bool:
-        """Whether the adversarial stream's logits are needed here: for the choice, or because they were asked for."""
-        asked = look.logits is not None and len(look.ids) > 0 and self.settings.contrasts(look.position)
+        """Whether the adversarial stream's logits are needed here: for the choice, or for the divergence."""
+        asked = self._divergence and len(look.ids) > 0 and self.settings.contrasts(look.position)
         return asked or self.is_open(look)
 
     def choose(self, look: Look, adversarial: Logits | None) -> Step | None:
@@ -172,7 +172,7 @@ class Chooser:
             safe_choice=token if safe_choice is None else safe_choice,
             divergence=self._kl(look, adversarial),
             ends=token in self._vocabulary.eog,
-            trace=_trace(token, look.logits, adversarial) if self._trace and look.logits is not None else None,
+            trace=_trace(token, look.logits) if self._trace and look.logits is not None else None,
             compared=adversarial is not None,
         )
 
@@ -216,12 +216,8 @@ class Chooser:
         return self._measure(look.logits, adversarial)
 
 
-def _trace(token: int, safe: Logits, adversarial: Logits | None) -> TokenTrace:
-    return TokenTrace(
-        safe_logprob=_logprob(safe, token),
-        adversarial_logprob=None if adversarial is None else _logprob(adversarial, token),
-        safe_rank=1 + int((safe > safe[token]).sum()),
-    )
+def _trace(token: int, safe: Logits) -> TokenTrace:
+    return TokenTrace(safe_logprob=_logprob(safe, token), safe_rank=1 + int((safe > safe[token]).sum()))
 
 
 def _logprob(logits: Logits, token: int) -> float:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -115,7 +115,6 @@ _libc = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
 _abort_if_flag_set = ctypes.cast(_libc.strlen, C.ggml_abort_callback)
 # libc's abs as a log callback that does nothing: no thread may enter an interpreter that has ended.
 _log_nothing = ctypes.cast(_libc.abs, C.llama_log_callback)
-_keep_loading = C.llama_progress_callback(lambda _progress, _user_data: not lifetime.ending())
 
 
 @atexit.register
@@ -166,9 +165,11 @@ class Model:
             process on a damaged file.
         gpu_layers: layers to offload; None means all where the build supports it and none elsewhere.
         extra_buffers: keep weights as some CPU kernels like them best; None means unless that was found to crash here.
+        on_progress: told how much of the file is loaded, from 0 to 1. What it raises ends the loading.
 
     Attributes:
         owned: llama.cpp's memory of it, and whether that can be used.
+        n_params: how many weights the model has.
         rows: embedding rows, which `Context.decode` takes by negative ids.
         row_positions: positions that llama.cpp reads per embedding row: 4 for M-RoPE, else 1.
 
@@ -177,15 +178,26 @@ class Model:
         OutOfMemoryError: the weights do not fit.
     """
 
-    def __init__(self, path: Path | str, *, gpu_layers: int | None = None, extra_buffers: bool | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        gpu_layers: int | None = None,
+        extra_buffers: bool | None = None,
+        on_progress: Callable[[float], object] | None = None,
+    ) -> None:
         self.path = Path(path)
         params = C.llama_model_default_params()
         params.use_extra_bufts = machine.extra_buffers() if extra_buffers is None else extra_buffers
         params.n_gpu_layers = (-1 if supports_gpu_offload() else 0) if gpu_layers is None else gpu_layers
-        params.progress_callback = _keep_loading
+        watch = _LoadWatch(on_progress)
+        params.progress_callback = watch.callback
         _log_sink.problems.clear()
         self.owned = Owned(self, C.llama_model_free)
         pointer = self.owned.make(lambda: C.llama_model_load_from_file(os.fsencode(self.path), params))
+        if watch.raised is not None:
+            self.owned.close()
+            raise watch.raised
         if not pointer:
             cause = _log_sink.last_problem("llama.cpp gave no reason")
             if "alloc" in cause:
@@ -194,6 +206,7 @@ class Model:
         self.vocab = Vocab(self.owned)
         self.n_vocab = self.vocab.n_tokens
         self.n_embd = int(C.llama_model_n_embd(pointer))
+        self.n_params = int(C.llama_model_n_params(pointer))
         self.n_ctx_train = int(C.llama_model_n_ctx_train(pointer))
         self.n_swa = int(C.llama_model_n_swa(pointer))
         self.keeps_state = bool(C.llama_model_is_recurrent(pointer) or C.llama_model_is_hybrid(pointer))
@@ -228,6 +241,23 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _LoadWatch:
+    """llama.cpp's progress callback: loading stops where it raises, which cannot pass through C, or the process ends."""
+
+    def __init__(self, on_progress: Callable[[float], object] | None) -> None:
+        self._on_progress = on_progress
+        self.raised: BaseException | None = None
+        self.callback = C.llama_progress_callback(self._goes_on)
+
+    def _goes_on(self, fraction: float, _user_data: object) -> bool:
+        try:
+            if self._on_progress is not None:
+                self._on_progress(fraction)
+        except BaseException as error:
+            self.raised = error
+        return self.raised is None and not lifetime.ending()
 
 
 class Vocab:

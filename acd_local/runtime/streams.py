@@ -6,7 +6,7 @@ given by context, so that the shared layout decodes both streams in one llama_de
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
@@ -175,11 +175,12 @@ class Streams:
             context.close()
 
 
-def extend(work: Rows) -> list[Logits]:
+def extend(work: Rows, on_batch: Callable[[int], None] | None = None) -> list[Logits]:
     """Decode further tokens of several caches, one llama_decode per context and batch.
 
     Args:
         work: with at least one token each, every cache at most once.
+        on_batch: told before every batch how many rows of `work` are decoded.
 
     Returns:
         For each feed the logits that it wants, shape (rows, n_vocab), one row unless it says otherwise: llama.cpp's own
@@ -196,9 +197,17 @@ def extend(work: Rows) -> list[Logits]:
         if needed > feed.cache.n_ctx:
             raise ContextError(f"the conversation needs {needed} tokens, the context holds {feed.cache.n_ctx}")
     logits: dict[Cache, Logits] = {}
+    decoded = 0
+
+    def begin_batch(rows: int) -> None:
+        nonlocal decoded
+        if on_batch is not None:
+            on_batch(decoded)
+        decoded += rows
+
     for context in dict.fromkeys(feed.cache.context for feed in work):
         group = sorted((feed for feed in work if feed.cache.context is context), key=lambda feed: feed.cache.seq)
-        rows, at = _extend_context(context, group), 0
+        rows, at = _extend_context(context, group, begin_batch), 0
         for feed in group:
             logits[feed.cache] = rows[at : at + feed.outputs]
             at += feed.outputs
@@ -210,12 +219,13 @@ def _go_back(feed: Feed) -> None:
         raise InternalError("this model's caches cannot forget their last tokens alone")
 
 
-def _extend_context(context: llama.Context, work: Rows) -> Logits:
+def _extend_context(context: llama.Context, work: Rows, begin_batch: Callable[[int], None]) -> Logits:
     done = [0] * len(work)
     try:
         for lengths in _phases([feed.tokens for feed in work]):
             for chunk in _chunks(lengths, context.n_batch):
                 last = all(d + n == len(feed.tokens) for d, n, feed in zip(done, chunk, work, strict=True))
+                begin_batch(sum(chunk))
                 _decode_chunk(context, work, done, chunk, outputs=last)
                 for i, n in enumerate(chunk):
                     feed = work[i]
