@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from acd_local import files
-from acd_local.errors import InternalError, ModelError, OutOfMemoryError
+from acd_local.errors import InternalError, ModelError, OutOfMemoryError, tells_of_memory
 from acd_local.runtime import child, gguf_header
 from acd_local.runtime.gguf_header import GGUFInfo, shown
 
@@ -124,6 +124,8 @@ def _error(path: Path, code: int, output: str, log: list[str]) -> Exception:
         kind = OutOfMemoryError if answer.get("code") == OutOfMemoryError.code else ModelError
         return kind(f"{shown(path)}: {message}")
     if code in (1, 2):  # Python's own: the child never got to the file
+        if tells_of_memory("\n".join(log)):
+            return OutOfMemoryError(f"{shown(path)}: there is not enough memory to check it in a child process")
         return InternalError(
             f"the check of {shown(path)} in a child process failed: {log[-1] if log else 'no message'}"
         )
