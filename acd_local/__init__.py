@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         NumericalError,
         OutOfMemoryError,
         PairError,
+        StorageError,
         UsageError,
     )
     from acd_local.options import Options
@@ -53,6 +54,7 @@ _HOMES = {
         "NumericalError",
         "OutOfMemoryError",
         "PairError",
+        "StorageError",
         "UsageError",
     ),
     "acd_local.options": ("Options",),
@@ -87,6 +89,7 @@ __all__ = [  # noqa: RUF022 - by meaning, as the reader needs them
     "NumericalError",
     "OutOfMemoryError",
     "PairError",
+    "StorageError",
     "UsageError",
 ]
 

@@ -274,8 +274,8 @@ def read_saved(path: Path | str) -> Mapping[str, Any]:
         if file.exists() and not file.is_file() and not file.is_dir():
             raise UsageError(f"cannot load a chat from {name}: not a regular file")  # a device may never end
         record = json.loads(file.read_text(encoding="utf-8-sig"))
-    except RecursionError:
-        raise UsageError(f"cannot load a chat from {name}: nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        raise UsageError(f"cannot load a chat from {name}: it is no saved chat, which is JSON in UTF-8") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load a chat from {name}: {files.reason(error)}") from None
     if not isinstance(record, dict) or not isinstance(record.get("format"), int):

@@ -82,6 +82,21 @@ class StorageError(AcdError):
     code = "storage"
 
 
+_NO_MEMORY = (
+    "failed to map segment",
+    "annot allocate memory",
+    "can't allocate memory",
+    "can't start new thread",
+    "MemoryError",
+    "Memory allocation still failed",  # OpenBLAS, numpy's
+)
+
+
+def tells_of_memory(text: str) -> bool:
+    """Tell whether a library's message means that memory ran out: each says it in its own way, and in other classes."""
+    return any(words in text for words in _NO_MEMORY)
+
+
 def shown(text: object, limit: int = 200) -> str:
     """`text` fit for one line of a message: unprintable characters escaped, long text cut."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from acd_local import files, pairs
-from acd_local.errors import AcdError, StorageError, UsageError
+from acd_local.cli.shell import as_acd_error
+from acd_local.errors import AcdError, OutOfMemoryError, StorageError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 ODD_NAMES = {
@@ -384,6 +385,36 @@ def test_too_little_memory_is_one_line(base: tuple[str, ...], megabytes: int) ->
     if done.returncode != 0:  # where this much is enough, it is enough
         assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
         assert "emory" in done.stderr and "internal" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), "/some/folder"),
+        RuntimeError("can't start new thread"),
+        ImportError(
+            "advice of several lines\nOriginal error was: libopenblas.so: failed to map segment from shared object"
+        ),
+        RuntimeError(
+            "Failed to load shared library 'libllama.so': libggml.so: cannot allocate memory in static TLS block"
+        ),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 4 bytes."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_libraries_say_in_many_ways_that_memory_ran_out(error: Exception) -> None:
+    known = as_acd_error(error)
+    assert (type(known), known.exit_code) == (OutOfMemoryError, 1)
+    assert one_line(known).startswith("out of memory")
+
+
+def test_a_full_storage_is_known_wherever_it_comes_from() -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(as_acd_error(full)) == "cannot write the output: No space left on device"
+    named = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/a/b")
+    assert isinstance(as_acd_error(named), StorageError) and "/a/b" in str(as_acd_error(named))
+    assert as_acd_error(OSError(errno.EACCES, "Permission denied", "/a/b")).exit_code == 1
 
 
 # --- Text files that begin with a byte order mark ---------------------------------------------------------------------

@@ -193,6 +193,9 @@ def test_child_that_cannot_import(tiny: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "path", [str(tmp_path / "broken"), *sys.path])
     with pytest.raises(InternalError, match="broken installation"):
         verify(tiny)
+    (tmp_path / "broken" / "numpy.py").write_text("raise ImportError('x.so: failed to map segment')")
+    with pytest.raises(OutOfMemoryError, match="not enough memory"):
+        verify(tiny)
 
 
 def test_what_the_child_leaves_behind() -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from acd_local.errors import AcdError, InternalError, OutOfMemoryError, UsageError
+from acd_local.errors import AcdError, InternalError, OutOfMemoryError, UsageError, tells_of_memory
 from acd_local.files import is_storage_fault, write_error
 from acd_local.runtime.text import disarm
 
@@ -37,8 +37,6 @@ Exit codes:
   6    the storage is full or fails
   130  interrupted (Ctrl-C)
   143  terminated (SIGTERM)"""
-
-_NO_MEMORY = ("failed to map segment", "annot allocate memory", "can't allocate memory", "can't start new thread")
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def as_acd_error(error: Exception) -> AcdError:
         return error
     if isinstance(error, click.ClickException):
         return UsageError(error.format_message())
-    if _tells_of_memory(error):
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or tells_of_memory(str(error)):
         return OutOfMemoryError("out of memory: close other programs, raise a limit (ulimit), or take a smaller model")
     if is_storage_fault(error):
         return write_error(getattr(error, "filename", None) or "the output", error)
@@ -142,13 +140,6 @@ def as_acd_error(error: Exception) -> AcdError:
         where = "" if error.filename is None else f": {error.filename}"
         return InternalError(f"{error.strerror}{where}")
     return InternalError(f"internal error: {type(error).__name__}: {error} (ACD_DEBUG=1 shows where)")
-
-
-def _tells_of_memory(error: BaseException) -> bool:
-    """Libraries say it in many ways: numpy cannot be imported, a thread cannot be started, a file cannot be mapped."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    return any(words in str(error) for words in _NO_MEMORY)
 
 
 def error_record(error: AcdError, text: str = "") -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acd_local import files
-from acd_local.errors import AcdError, InternalError, ModelError, OutOfMemoryError
+from acd_local.errors import AcdError, InternalError, ModelError, OutOfMemoryError, tells_of_memory
 from acd_local.runtime import child, gguf_header, machine
 from acd_local.runtime.gguf_header import GGUFInfo, shown
 from acd_local.runtime.threads import physical_cores
@@ -198,9 +198,9 @@ def _error(path: Path, ending: _Ending) -> AcdError:
         kind = OutOfMemoryError if said.get("code") == OutOfMemoryError.code else ModelError
         return kind(f"{shown(path)}: {message}")
     if code in (1, 2):  # Python's own, or OpenMP's
+        if tells_of_memory("\n".join(log)):
+            return OutOfMemoryError(f"{shown(path)}: there is not enough memory to check it in a child process")
         last = log[-1] if log else "no message"
-        if "emory" in last or "Thread creation failed" in last:
-            return OutOfMemoryError(f"{shown(path)}: there was not enough memory to try it ({last})")
         return InternalError(f"the check of {shown(path)} in a child process failed: {last}")
     if code == -getattr(signal, "SIGKILL", 9):
         return OutOfMemoryError(f"{shown(path)}: the system stopped the process that loaded it, probably out of memory")
