@@ -88,6 +88,8 @@ _NO_MEMORY = (
     "can't allocate memory",
     "can't start new thread",
     "MemoryError",
+    "bad_alloc",
+    "Thread creation failed",  # libgomp
     "Memory allocation still failed",  # OpenBLAS, numpy's
 )
 

@@ -278,10 +278,10 @@ def test_closing_ends_what_runs_waits_and_rests(model: Path) -> None:
 
 
 def test_a_cancelled_load_stops_and_leaves_nothing(slow_model: Path) -> None:
-    from acd_local import session
+    from acd_local.runtime import lifetime
 
     async def main() -> None:
-        before, begun = set(session._open_engines), asyncio.Event()
+        before, begun = set(lifetime._owned), asyncio.Event()
         task = asyncio.create_task(aio.load(slow_model, on_progress=lambda _: begun.set()))
         await begun.wait()
         task.cancel()
@@ -289,7 +289,7 @@ def test_a_cancelled_load_stops_and_leaves_nothing(slow_model: Path) -> None:
             await task
         await asyncio.get_running_loop().shutdown_default_executor()
         gc.collect()
-        assert set(session._open_engines) == before
+        assert set(lifetime._owned) == before
 
     asyncio.run(main())
 

@@ -371,7 +371,7 @@ def test_the_folders_of_a_user_without_a_home(homeless: dict[str, str], base: tu
 # --- Too little memory ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("megabytes", [48, 160])
+@pytest.mark.parametrize("megabytes", [48, 96])
 def test_too_little_memory_is_one_line(base: tuple[str, ...], megabytes: int) -> None:
     """numpy cannot be imported, its OpenBLAS gives up by itself, a file cannot be mapped, ..."""
 
