@@ -162,7 +162,7 @@ def replace_file(path: Path | str, content: bytes | str, *, mode: int = 0o666) -
         mode: of a new file, before the umask.
 
     Raises:
-        StorageError: the storage is full or fails; the old content is still there.
+        StorageError: the storage is full or fails; the old content is still there, unless it was overwritten in place.
         UsageError: the file cannot be written otherwise: no permission, no such folder, no name for a file.
     """
     data = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
@@ -216,7 +216,7 @@ def _replace(path: Path, data: bytes, mode: int) -> None:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                _sync(file.fileno())
             if old is not None:
                 _make_alike(draft, old)
             draft.replace(target)
@@ -230,6 +230,15 @@ def _replace(path: Path, data: bytes, mode: int) -> None:
         with target.open("r+b") as file:
             file.write(data)
             file.truncate()
+
+
+def _sync(descriptor: int) -> None:
+    """A crash soon after could leave an empty file otherwise, and some file systems say only now that they are full."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # not every file system can
+        if is_storage_fault(error):
+            raise
 
 
 def _look(path: Path) -> tuple[os.stat_result | None, Path]:
