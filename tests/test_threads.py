@@ -13,6 +13,7 @@ import pytest
 
 from acd_local import Engine, UsageError
 from acd_local.evaluate.judge import Judge
+from acd_local.runtime import threads
 from acd_local.runtime.threads import default_threads, physical_cores
 
 
@@ -65,7 +66,7 @@ def test_every_command_reads_it(tiny: Callable[..., Path], tmp_path: Path, comma
 # libgomp's own default is 300,000 turns, or none with OMP_WAIT_POLICY=passive.
 @pytest.mark.parametrize(
     ("given", "turns"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+    [({}, str(threads._SPINS)), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
     ids=["default", "spins", "policy"],
 )
 def test_openmp_waits_shortly_unless_the_user_said_how(given: dict[str, str], turns: str) -> None:
