@@ -89,6 +89,7 @@ _NO_MEMORY = (
     "can't start new thread",
     "MemoryError",
     "bad_alloc",
+    "mem_buffer != NULL",  # ggml
     "Thread creation failed",  # libgomp
     "Memory allocation still failed",  # OpenBLAS, numpy's
 )

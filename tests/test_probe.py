@@ -208,6 +208,9 @@ def test_what_the_child_leaves_behind() -> None:
     assert str(thrown) == "m.gguf: llama.cpp aborted while loading it (signal 6): map::at"
     for line in ("libgomp: Thread creation failed: Resource temporarily unavailable", "MemoryError"):
         assert isinstance(error(1, (line,)), OutOfMemoryError) and "not enough memory" in str(error(1, (line,)))
+    for line in ("what():  std::bad_alloc", "ggml.c:1: GGML_ASSERT(mem_buffer != NULL) failed"):
+        assert isinstance(error(-6, (line,)), OutOfMemoryError), "the file is not to blame, nor the processor"
+        assert not probe._Ending(-6, {}, [line]).crashed
     assert isinstance(error(1, ("ImportError: broken",)), InternalError)
     assert isinstance(error(-15), InternalError) and "was stopped (signal 15)" in str(error(-15))
     assert isinstance(error(4, code="out_of_memory", message="no memory"), OutOfMemoryError)

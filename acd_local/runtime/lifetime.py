@@ -25,11 +25,15 @@ class DecodeAborted(Exception):
     """A decode was stopped: by `Context.cancel()`, or as the process ends. The caches hold whole, finished batches."""
 
 
+class _StoppedByEnd(EngineClosedError, DecodeAborted):
+    """The process is ending: an answer that is being made ends as cancelled, anything else with an error."""
+
+
 class Owned:
     """Something of llama.cpp's that has to be freed: by `close`, or when its owner is garbage, whichever comes first.
 
-    `with owned as pointer:` uses it; nobody frees it meanwhile. Inside a forked child, and after `close`, that raises
-    EngineClosedError; while the process ends it raises DecodeAborted.
+    `with owned as pointer:` uses it; nobody frees it meanwhile. That raises EngineClosedError after `close` and in a
+    forked child, and while the process ends an error that is DecodeAborted too.
 
     Args:
         owner: the object that the memory belongs to, None for one that lives as long as the process.
@@ -47,7 +51,7 @@ class Owned:
         stop: Callable[[], object] | None = None,
     ) -> None:
         self._pointer: Any = None
-        self._free = free
+        self._free: Callable[[Any], object] | None = free
         self._stop = stop
         self._lock: Any = lock or threading.RLock()
         self._pid = os.getpid()
@@ -95,8 +99,9 @@ class Owned:
     def _release(self) -> None:
         _owned.pop(self, None)
         pointer, self._pointer = self._pointer, None
-        if pointer is not None:
-            self._free(pointer)
+        free, self._free = self._free, None  # which may keep other memory alive
+        if pointer is not None and free is not None:
+            free(pointer)
 
     def __enter__(self) -> Any:
         if self.foreign:  # first: a thread that this process does not have may hold the lock
@@ -104,7 +109,7 @@ class Owned:
         self._lock.acquire()
         if self._pointer is None or _ending:
             self._lock.release()
-            raise DecodeAborted if self._pointer is not None else EngineClosedError(CLOSED)
+            raise EngineClosedError(CLOSED) if self._pointer is None else _StoppedByEnd(ENDING)
         return self._pointer
 
     def __exit__(self, *_: object) -> None:

@@ -17,8 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -244,7 +243,7 @@ class Model:
 
 
 class _LoadWatch:
-    """llama.cpp's progress callback: loading stops where it raises, which cannot pass through C, or the process ends."""
+    """llama.cpp's progress callback: loading stops as the process ends, or where it raises, which C cannot pass on."""
 
     def __init__(self, on_progress: Callable[[float], object] | None) -> None:
         self._on_progress = on_progress
@@ -261,15 +260,16 @@ class _LoadWatch:
 
 
 class Vocab:
-    """Text to token ids and back, and what each token is (llama_vocab_*).
+    """Text to token ids and back, and what each token is (llama_vocab_*). Reading is thread-safe.
 
-    Reading is thread-safe. A closed model's vocabulary raises EngineClosedError.
+    Attributes:
+        model: what the vocabulary is a part of. pointer: to be used inside `with vocab.model:` alone.
     """
 
     def __init__(self, model: Owned) -> None:
-        self._model = model
+        self.model = model
         with model as pointer:
-            vocab = self._ptr = C.llama_model_get_vocab(pointer)
+            vocab = self.pointer = C.llama_model_get_vocab(pointer)
             self.n_tokens = int(C.llama_vocab_n_tokens(vocab))
             self._attrs = [int(C.llama_vocab_get_attr(vocab, i)) for i in range(self.n_tokens)]
         self.bos = int(C.llama_vocab_bos(vocab))
@@ -277,12 +277,6 @@ class Vocab:
         self.add_bos = bool(C.llama_vocab_get_add_bos(vocab))
         self._eog: frozenset[int] | None = None
         self._pieces: dict[int, bytes] = {}
-
-    @contextmanager
-    def reading(self) -> Iterator[Any]:
-        """The pointer, which is valid inside."""
-        with self._model:
-            yield self._ptr
 
     def attr(self, token: int) -> int:
         """Attribute bits of a token, see the ATTR_ constants."""
@@ -294,26 +288,27 @@ class Vocab:
 
     def is_eog(self, token: int) -> bool:
         """Whether the token ends an answer (EOS, EOT, ...)."""
-        with self.reading() as pointer:
-            return bool(C.llama_vocab_is_eog(pointer, token))
+        with self.model:
+            return bool(C.llama_vocab_is_eog(self.pointer, token))
 
     def eog_tokens(self) -> frozenset[int]:
         """All tokens that end an answer."""
         if self._eog is None:
-            self._eog = frozenset(i for i in range(self.n_tokens) if self.is_eog(i))
+            with self.model:
+                self._eog = frozenset(i for i in range(self.n_tokens) if C.llama_vocab_is_eog(self.pointer, i))
         return self._eog
 
     def suppressed_tokens(self) -> frozenset[int]:
         """Tokens that the model file says are never to be sampled (tokenizer.ggml.suppress_tokens)."""
         count = ctypes.c_int32(0)
-        with self.reading() as pointer:
-            tokens = C.llama_vocab_get_suppress_tokens(pointer, ctypes.byref(count))
+        with self.model:
+            tokens = C.llama_vocab_get_suppress_tokens(self.pointer, ctypes.byref(count))
             return frozenset(int(tokens[i]) for i in range(count.value)) if tokens else frozenset()
 
     def text(self, token: int) -> str:
         """The token as it stands in the vocabulary (not unescaped); control tokens read as templates write them."""
-        with self.reading() as pointer:
-            return bytes(C.llama_vocab_get_text(pointer, token)).decode("utf-8", "replace")
+        with self.model:
+            return bytes(C.llama_vocab_get_text(self.pointer, token)).decode("utf-8", "replace")
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
         """Text to token ids without BOS (llama_tokenize with add_special=False).
@@ -324,8 +319,8 @@ class Vocab:
         capacity = len(raw) + 8
         while True:
             out = (C.llama_token * capacity)()
-            with self.reading() as pointer:
-                n = int(C.llama_tokenize(pointer, raw, len(raw), out, capacity, False, parse_special))
+            with self.model:
+                n = int(C.llama_tokenize(self.pointer, raw, len(raw), out, capacity, False, parse_special))
             if n >= 0:
                 return list(out[:n])
             if n == -(2**31):
@@ -347,8 +342,8 @@ class Vocab:
         size = 32
         while True:
             buffer = ctypes.create_string_buffer(size)
-            with self.reading() as pointer:
-                n = int(C.llama_token_to_piece(pointer, token, buffer, size, 0, special))
+            with self.model:
+                n = int(C.llama_token_to_piece(self.pointer, token, buffer, size, 0, special))
             if n >= 0:
                 return buffer.raw[:n]
             size = -n  # a longer piece is not cut: ask again with its size
@@ -724,14 +719,16 @@ def dry(
     vocab: Vocab, multiplier: float, base: float, allowed_length: int, last_n: int, breakers: Sequence[str]
 ) -> Sampler:
     raw = (ctypes.c_char_p * len(breakers))(*(b.encode() for b in breakers))
-    with vocab.reading() as pointer:
-        return Sampler(C.llama_sampler_init_dry(pointer, multiplier, base, allowed_length, last_n, raw, len(breakers)))
+    with vocab.model:
+        return Sampler(
+            C.llama_sampler_init_dry(vocab.pointer, multiplier, base, allowed_length, last_n, raw, len(breakers))
+        )
 
 
 def grammar(vocab: Vocab, gbnf: str) -> Sampler:
     """A GBNF grammar. Check it with `grammar.check` first: llama.cpp writes what is wrong to stderr, or aborts."""
-    with vocab.reading() as pointer:
-        sampler = C.llama_sampler_init_grammar(pointer, gbnf.encode(), b"root")
+    with vocab.model:
+        sampler = C.llama_sampler_init_grammar(vocab.pointer, gbnf.encode(), b"root")
     if not sampler:
         raise UsageError("llama.cpp refuses the grammar")
     return Sampler(sampler)

@@ -124,8 +124,14 @@ class _Ending:
     log: list[str]
 
     @property
+    def lacked_memory(self) -> bool:
+        return self.code not in (0, _REFUSED) and tells_of_memory("\n".join(self.log))
+
+    @property
     def crashed(self) -> bool:
-        """Whether llama.cpp ended the process, rather than we or somebody outside."""
+        """Whether llama.cpp ended the process, rather than we, somebody outside, or a lack of memory."""
+        if self.lacked_memory:
+            return False
         if sys.platform == "win32":
             status = self.code & 0xFFFFFFFF
             return status == _ABORTED or (status >> 28 == 0xC and status != _STOPPED)
@@ -197,9 +203,9 @@ def _error(path: Path, ending: _Ending) -> AcdError:
         message = shown(str(said.get("message", "llama.cpp cannot load it")), 500)
         kind = OutOfMemoryError if said.get("code") == OutOfMemoryError.code else ModelError
         return kind(f"{shown(path)}: {message}")
+    if ending.lacked_memory:
+        return OutOfMemoryError(f"{shown(path)}: there is not enough memory to check it in a child process")
     if code in (1, 2):  # Python's own, or OpenMP's
-        if tells_of_memory("\n".join(log)):
-            return OutOfMemoryError(f"{shown(path)}: there is not enough memory to check it in a child process")
         last = log[-1] if log else "no message"
         return InternalError(f"the check of {shown(path)} in a child process failed: {last}")
     if code == -getattr(signal, "SIGKILL", 9):
