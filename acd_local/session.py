@@ -49,10 +49,11 @@ class Engine:
         kv_type: "f16" or "q8_0".
         threads: CPU threads; None means $ACD_THREADS, or the physical cores.
         gpu_layers: None offloads everything where the build can, nothing elsewhere.
-        system_apart: True: every answer begins at its system prompt, which was decoded alone, so that it does not depend
-            on those before it (nor beside it, but for near-ties); a conversation's earlier turns are decoded anew each
-            time. False decodes a first prompt in one go, as llama.cpp does, and keeps what a prompt has in common with
-            the last one. None: as False; where there are several conversations, system prompts are decoded alone.
+        system_apart: True: every answer begins at its system prompt, which was decoded alone, so that it does not
+            depend on those before it (nor beside it, but for near-ties); a conversation's earlier turns are decoded
+            anew each time. False decodes a first prompt in one go, as llama.cpp does, and keeps what a prompt has in
+            common with the last one. None: as False; where there are several conversations, system prompts are decoded
+            alone.
         soft: use the pairs' soft prompts (NAME.safetensors beside NAME.toml) instead of their texts, in every answer.
         on_progress: told how much of the model is loaded, from 0 to 1: 0 once it is found, which may stand for long
             where a file is new and is checked first. What it raises ends the loading.

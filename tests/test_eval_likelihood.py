@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ WRITERS = {
     "full": tiny_gguf.write_llama,
     "sliding": tiny_gguf.write_gemma3,
     "recurrent": tiny_gguf.write_mamba,
+    "hybrid": tiny_gguf.write_lfm2,
 }
 PLAIN = ContrastSettings(0.0, 0.0)
 CONTRAST = ContrastSettings(0.5, 0.1)
@@ -66,6 +68,46 @@ def test_log_probabilities_are_the_definitions(model: llama.Model) -> None:
         shorter = prompts[0][:12]
         again = scorer.logprobs([shorter], tokens(9, 2), [(0, None, PLAIN)])[0]
         assert again == pytest.approx(by_hand(model, [shorter], tokens(9, 2), (0, None, PLAIN)), abs=2 * TOLERANCE)
+
+
+def random_calls(rng: random.Random) -> list[tuple[list[list[int]], list[int], list[int]]]:
+    """(prompts, prefixes, continuation): some share their beginnings, cut alike or not, some are asked for twice."""
+    calls = []
+    for _ in range(12):
+        prompts, cuts = [], []
+        for system in rng.sample((11, 12, 13), rng.randrange(1, 4)):
+            prefix = rng.choice((0, 40, 70))
+            user = rng.choice((tokens(1, 30), [*tokens(1, 12), *tokens(rng.randrange(9), 9)], tokens(5, 1)))
+            prompts.append([*tokens(system, 70)[: rng.choice((40, 70))], *user])
+            cuts.append(min(prefix, len(prompts[-1])))
+        text = rng.choice((tokens(21, 3), tokens(22, 2 * ROWS + 3)))
+        calls += [(prompts, cuts, text)] * rng.choice((1, 2)) + [(prompts, cuts, tokens(23, 5))]
+    return calls
+
+
+def test_scores_depend_on_the_item_alone(model: llama.Model) -> None:
+    """Bit for bit: whatever was scored before, beside it, and in whichever context."""
+    calls, rng = random_calls(random.Random(5)), random.Random(6)
+    alone: dict[tuple[object, ...], list[float]] = {}
+    for order, n_streams, n_ctx in ((1, 3, 512), (2, 4, 256), (3, 3, 768)):
+        rng.seed(order)
+        rng.shuffle(calls)
+        with Scorer(model, n_streams=n_streams, n_ctx=n_ctx, threads=1) as scorer:
+            for prompts, cuts, text in calls:
+                mixes = [(i, None, PLAIN) for i in range(len(prompts))]
+                found = scorer.logprobs(prompts, text, mixes, cuts)
+                for prompt, cut, row in zip(prompts, cuts, found.tolist(), strict=True):
+                    assert alone.setdefault((*prompt, "/", cut, *text), row) == row
+    assert len(alone) > 30
+
+
+def test_going_on_from_the_last_call_leaves_later_ones_alone(model: llama.Model) -> None:
+    first, other, text = tokens(1, 50), [*tokens(1, 30), *tokens(2, 20)], tokens(3, 4)
+    with Scorer(model, n_streams=1, n_ctx=256, threads=1) as scorer:
+        wanted = scorer.logprobs([first], text, [(0, None, PLAIN)], [20]).tolist()
+        for between in ([*first, *text[:2]], other, first[:10]):
+            scorer.logprobs([between], text, [(0, None, PLAIN)])
+            assert scorer.logprobs([first], text, [(0, None, PLAIN)], [20]).tolist() == wanted
 
 
 def test_long_texts_go_through_in_pieces(tiny: Callable[..., Path]) -> None:

@@ -51,12 +51,11 @@ class Scorer:
     ) -> Iterator[tuple[int, Logits]]:
         """The logits that predict each token of `continuation` after each prompt, in pieces.
 
-        They depend on the prompt, its prefix and the continuation alone, bit for bit. What a cache holds of a prompt
-        already, cut alike, is not decoded again.
-
         Args:
-            prefixes: how many tokens at each prompt's beginning are decoded apart, as the next prompts share them; none
-                by default.
+            prefixes: how many tokens at each prompt's beginning are decoded apart, as other prompts share them. With
+                these given, the logits depend on the prompt, its prefix and the continuation alone, bit for bit: what a
+                cache holds already is kept where it was cut alike. None: goes on from the call before, whatever of it
+                the prompts share.
 
         Yields:
             (start, logits), logits of shape (prompts, rows, n_vocab): row r predicts continuation[start + r].
@@ -68,8 +67,8 @@ class Scorer:
         for cache, prompt in zip(caches, prompts, strict=True):
             if len(prompt) + len(continuation) > cache.n_ctx:
                 raise ContextError(f"a prompt of {len(prompt)} tokens and its continuation exceed {cache.n_ctx} tokens")
-        for cache, prompt, prefix in zip(caches, prompts, prefixes or [0] * len(prompts), strict=True):
-            self._hold(cache, prompt, min(prefix, len(prompt) - 1))
+        for i, (cache, prompt) in enumerate(zip(caches, prompts, strict=True)):
+            self._hold(cache, prompt, None if prefixes is None else prefixes[i])
         for start in range(0, len(continuation), ROWS):
             end = min(start + ROWS, len(continuation))
             # The row that predicts token i is token i - 1's.
@@ -113,19 +112,22 @@ class Scorer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _hold(self, cache: Cache, prompt: Sequence[int], prefix: int) -> None:
-        """Bring a cache to all of a prompt but its last token, decoded in two steps, the prefix and the rest."""
+    def _hold(self, cache: Cache, prompt: Sequence[int], prefix: int | None) -> None:
+        """Bring a cache to all of a prompt but its last token; with a prefix in two steps, the prefix and the rest."""
         end = len(prompt) - 1
         common, cuts = common_prefix(cache.tokens, prompt), self._cuts[cache]
-        keep = 0
-        if cuts[0] == prefix <= common:
-            keep = end if cuts[1] == end <= common else prefix
-        kept = cache.rewind(keep)
-        self._cuts[cache] = prefix, end
-        for upto in (prefix, end):
-            if kept < upto:
-                self._feed(cache, prompt[kept:upto])
-                kept = upto
+        if prefix is None:
+            kept = cache.rewind(min(common, end))
+            self._cuts[cache] = cuts if cuts[1] <= kept else (0, 0)
+        else:
+            prefix = min(prefix, end)
+            same = cuts[0] == prefix <= common
+            kept = cache.rewind(0 if not same else end if cuts[1] == end <= common else prefix)
+            self._cuts[cache] = prefix, end
+        for step in (prefix or end, end):
+            if kept < step:
+                self._feed(cache, prompt[kept:step])
+                kept = step
 
     def _feed(self, cache: Cache, tokens: Sequence[int]) -> None:
         """Decode rows whose logits nobody needs."""

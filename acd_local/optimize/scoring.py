@@ -18,7 +18,6 @@ from acd_local.optimize.stages import go_on
 from acd_local.runtime import llama
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.contrast import contrast
-from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.softpair import SoftPrompt
 
@@ -93,7 +92,6 @@ class OpeningScorer:
         self._stop = stop or CancelToken()
         self._kept_of: str | SoftPrompt | None = None
         self._kept: dict[str, Logits] = {}
-        self._prefixes: dict[str, list[int]] = {}
         self._scorer = Scorer(model, n_streams=2, n_ctx=n_ctx, threads=threads)
 
     def alone(self, prompt: str | SoftPrompt, most: int | None = None) -> dict[str, float]:
@@ -140,32 +138,16 @@ class OpeningScorer:
         for user in users:
             go_on(self._stop)
             ids = [self._encode(prompt, user) for prompt in prompts]
-            shared = [common_prefix(self._prefix(p), tokens) for p, tokens in zip(prompts, ids, strict=True)]
             pieces = []
-            for spine in self._openings.spines:
-                pieces += [
-                    logits[:, max(0, spine.shared - start) :]
-                    for start, logits in self._scorer.logits(ids, (*spine.tokens, 0), shared)
-                ]
+            for spine in self._openings.spines:  # what a later one shares is in the caches
+                begun = [[*prompt, *spine.tokens[: spine.shared]] for prompt in ids]
+                pieces += [logits.copy() for _, logits in self._scorer.logits(begun, spine.continuation)]
             yield np.concatenate(pieces, axis=1)
 
     def _encode(self, prompt: str | SoftPrompt, user: str) -> list[int]:
-        opening, rows = self._opening(prompt)
-        return self._template.encode([*opening, Message("user", user)], rows=rows)
-
-    def _prefix(self, prompt: str | SoftPrompt) -> list[int]:
-        """What all conversations under a prompt begin with: decoded once and not with every user's text."""
-        key = prompt.digest if isinstance(prompt, SoftPrompt) else prompt
-        if key not in self._prefixes:
-            opening, rows = self._opening(prompt)
-            self._prefixes = dict([*self._prefixes.items()][-3:])
-            self._prefixes[key] = self._template.prefix(opening, rows=rows)
-        return self._prefixes[key]
-
-    def _opening(self, prompt: str | SoftPrompt) -> tuple[list[Message], Sequence[int]]:
         if isinstance(prompt, SoftPrompt):
-            return [], self._model.rows.add(prompt.rows, prompt.digest)
-        return [Message("system", prompt)], ()
+            return self._template.encode([Message("user", user)], rows=self._model.rows.add(prompt.rows, prompt.digest))
+        return self._template.encode([Message("system", prompt), Message("user", user)])
 
 
 def candidates(rows: Sequence[SettingRow], usual: tuple[float, float]) -> list[SettingRow]:

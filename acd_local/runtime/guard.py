@@ -35,8 +35,8 @@ class TooLong(Exception):
     """A prompt has more tokens than it may have; nobody counted how many."""
 
 
-def go_on() -> None:
-    """The check of who never wants to stop: `tokenize` and `mark` ask one now and then, which may raise."""
+def no_check() -> None:
+    """What `mark` and `tokenize` ask now and then unless they are given something that may raise."""
 
 
 def clean(text: str) -> str:
@@ -123,7 +123,7 @@ class ControlTokens:
         texts = {self._vocab.text(i): i for i in range(self._vocab.n_tokens)}
         return {text: i for text, i in texts.items() if len(text) == 6 and text.startswith("<0x")}
 
-    def mark(self, text: str, sentinels: Sentinels, *, answer: bool, check: Callable[[], None] = go_on) -> str:
+    def mark(self, text: str, sentinels: Sentinels, *, answer: bool, check: Callable[[], None] = no_check) -> str:
         """`text` with sentinels, so that no control token's text in it counts wherever the template puts it.
 
         In an earlier answer, the marks that the template cuts at stay whole.
@@ -144,7 +144,7 @@ class ControlTokens:
         rows: Sequence[int] = (),
         *,
         limit: int | None = None,
-        check: Callable[[], None] = go_on,
+        check: Callable[[], None] = no_check,
     ) -> list[int]:
         """Token ids of a rendered prompt whose messages were marked with `sentinels`.
 

@@ -24,8 +24,8 @@ class PrefixStore:
             get the same logits whatever was decoded before and beside (llama.cpp rounds attention differently for 64
             rows and more of one sequence than for fewer). Otherwise the whole first prompt is decoded in one go, as
             llama.cpp would, and the state is saved when the cache turns to something else.
-        exact: and begin every prompt at its system prompt, whatever more of it a cache holds: the same prompt is decoded
-            in the same batches and gets the same logits, bit for bit, whatever was decoded before.
+        exact: and begin every prompt at its system prompt, whatever more of it a cache holds: the same prompt is
+            decoded in the same batches and gets the same logits, bit for bit, whatever was decoded before.
     """
 
     def __init__(self, *, eager: bool, exact: bool = False) -> None:

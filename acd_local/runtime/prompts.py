@@ -11,7 +11,7 @@ from typing import Self, TypeAlias
 
 from acd_local.errors import ContextError, UsageError
 from acd_local.pairs import AdversarialText, PromptPair
-from acd_local.runtime.guard import TooLong, go_on
+from acd_local.runtime.guard import TooLong, no_check
 from acd_local.runtime.rows import RowTable
 from acd_local.runtime.template import ChatTemplate, Message, Role
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
@@ -143,7 +143,7 @@ class PromptBuilder:
         contrast: bool,
         max_tokens: int | None,
         overflow: str,
-        check: Callable[[], None] = go_on,
+        check: Callable[[], None] = no_check,
     ) -> Prompt:
         """The prompt of the next answer. Takes no lock and may be called by several threads.
 
@@ -194,8 +194,8 @@ class PromptBuilder:
         if overflow == "error" and (starts or explicit):
             if (encoded := attempt(0, limit := self._n_ctx - room)) is None:
                 raise ContextError(
-                    f"the conversation ({_count(attempt, turns, 0, limit)} tokens) and its answer ({room}) do not fit the "
-                    f"context of {self._n_ctx} tokens per stream: use a larger --ctx-size, or --overflow drop"
+                    f"the conversation ({_count(attempt, turns, 0, limit)} tokens) and its answer ({room}) do not fit "
+                    f"the context of {self._n_ctx} tokens per stream: use a larger --ctx-size, or --overflow drop"
                 )
             return encoded, 0
         if starts:
@@ -222,8 +222,9 @@ class PromptBuilder:
         """The last message, which need only leave room for one token."""
         if (encoded := attempt(start, limit := self._n_ctx - 1)) is None:
             raise ContextError(
-                f"the message is {_count(attempt, turns, start, limit)} tokens long with its system prompt and leaves no room "
-                f"for an answer: the context holds {self._n_ctx} per stream; shorten it or use a larger --ctx-size"
+                f"the message is {_count(attempt, turns, start, limit)} tokens long with its system prompt and leaves "
+                f"no room for an answer: the context holds {self._n_ctx} per stream; shorten it or use a larger "
+                "--ctx-size"
             )
         return encoded
 

@@ -25,7 +25,7 @@ from jinja2.exceptions import SecurityError
 
 from acd_local.errors import PairError, UsageError
 from acd_local.runtime import llama
-from acd_local.runtime.guard import ControlTokens, Sentinels, TooLong, clean, go_on
+from acd_local.runtime.guard import ControlTokens, Sentinels, TooLong, clean, no_check
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 
@@ -98,7 +98,7 @@ class ChatTemplate:
         *,
         rows: Sequence[int] = (),
         limit: int | None = None,
-        check: Callable[[], None] = go_on,
+        check: Callable[[], None] = no_check,
     ) -> list[int]:
         """Token ids of the whole prompt, with BOS where the model wants it and the opening of the answer at the end.
 
@@ -138,7 +138,7 @@ class ChatTemplate:
         return ids
 
     def prefix(
-        self, opening: Sequence[Message], *, rows: Sequence[int] = (), check: Callable[[], None] = go_on
+        self, opening: Sequence[Message], *, rows: Sequence[int] = (), check: Callable[[], None] = no_check
     ) -> list[int]:
         """The tokens that conversations with this opening begin with, whatever the user says next; may be empty.
 
@@ -284,7 +284,7 @@ class _Renderer:
         probes = self._probe()
         self.scaffold = "\0".join([*constants, *written, *probes])
 
-    def render(self, messages: Sequence[Message], check: Callable[[], None] = go_on) -> str:
+    def render(self, messages: Sequence[Message], check: Callable[[], None] = no_check) -> str:
         """The prompt as text.
 
         Raises:
