@@ -227,6 +227,8 @@ class _Reader:
             return
         if not at.path and keyword in ("$schema", "$id", "id"):
             return
+        if keyword == "$id" and str(at.node["$id"]).startswith("#"):  # an anchor of the drafts 6 and 7
+            return
         method = _KEYWORDS.get(keyword)
         if method is None:
             refuse(f"'{keyword[:50]}'", at.path, _HINTS.get(keyword, ""))
