@@ -585,6 +585,8 @@ def test_grammars_and_schemas(cli: Callable[..., Done], base: tuple[str, ...], t
         (("--grammar", "root ::= ["), "bad grammar"),
         (("--grammar", "root ::= nothing"), "bad grammar"),
         (("--json-schema", "{"), "JSON"),
+        (("--json-schema", '{"items": {"uniqueItems": true}}'), "'uniqueItems' at /items"),
+        (("--json-schema", r'{"pattern": "\ud83d"}'), "'pattern' at the root (it holds half a surrogate pair"),
         (("--grammar-file", "/no/such"), "cannot read /no/such"),
         (("--grammar-file", str(tmp_path)), "directory"),
         (("--grammar-file", str(tmp_path / "latin.gbnf")), "not UTF-8"),

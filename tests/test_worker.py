@@ -259,6 +259,7 @@ def test_options_per_request(worker: Client, tmp_path: Path) -> None:
     assert plain["text"] == worker.ask(prompt="hi", alpha=0)["text"]
     assert worker.ask(prompt="hi", raw_contrast=True)["contrast"]["raw"] is True
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    assert json.loads(worker.ask(prompt="hi", json_schema={"enum": ["a\"b\n😀"]})["text"]) == 'a"b\n😀'
     for value in (schema, json.dumps(schema)):
         answer = worker.ask(prompt="hi", json_schema=value, max_tokens=100)
         assert isinstance(json.loads(answer["text"])["ok"], bool)
@@ -329,6 +330,8 @@ def test_dropped_turns_are_an_event(worker: Client) -> None:
         ({"prompt": "hi", "grammar": "root ::= ["}, "usage", "grammar"),
         ({"prompt": "hi", "json_schema": 5}, "usage", "json_schema"),
         ({"prompt": "hi", "json_schema": "{"}, "usage", "JSON"),
+        ({"prompt": "hi", "json_schema": {"contains": {}}}, "usage", "'contains' at the root"),
+        ({"prompt": "hi", "json_schema": False}, "usage", "no finite text"),
         ({"prompt": "hi", "grammar": 'root ::= "a"', "json_schema": {}}, "usage", "exclude"),
         ({"prompt": "hi", "system": 5}, "usage", "system"),
         ({"prompt": "hi", "pair": 5}, "usage", "pair"),

@@ -11,7 +11,7 @@ import re
 MAX_REPEAT = 10_000
 MAX_NESTING = 50
 
-# What `\d`, `\w`, `\s` and `.` stand for, as members of a class: (what all dialects include, what any of them includes).
+# What `\d`, `\w` and `\s` stand for, as members of a class: (what all dialects include, what any of them includes).
 _ASCII_WORD = "0-9A-Z_a-z"
 _SPACE = r"\x{9}-\x{d}\x{20}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
 _CLASSES = {

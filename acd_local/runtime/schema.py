@@ -1,6 +1,6 @@
 """Read a JSON schema of any draft and say it in the few keywords that llguidance enforces, or refuse it.
 
-Nothing is dropped in silence: a keyword is enforced, known to be an annotation, or refused with its path. Where a keyword
+Nothing is dropped in silence: a keyword is enforced, known to be an annotation, or refused with its path. Where it
 cannot be enforced to the letter it is made stricter, so that what is allowed always satisfies the schema as given.
 
 Source: JSON Schema drafts 4, 6, 7, 2019-09 and 2020-12 (json-schema.org); llguidance's docs/json_schema.md.
@@ -25,6 +25,10 @@ MAX_CHARACTERS = 1_000_000
 MAX_SCHEMAS = 4_000  # llguidance takes time that grows with the square of the number of properties: about 2 s
 MAX_DEPTH = 50  # levels between references
 MAX_LEVELS = 200  # through references as well: llguidance recurses, with some 8 kB of stack per level
+MAX_COUNTED = 500  # llguidance writes "one of n properties" as n^2 nodes
+MAX_PATTERNS = 100  # of names: each is compared with each
+MAX_BRANCHES = 500  # of a oneOf: each is compared with each
+MAX_COMBINED = 3  # expressions
 MAX_VALUES = 20_000  # in enumerations
 MAX_COUNT = 2**31 - 1
 _MAX_NUMBER = 10**17  # llguidance writes bounds as expressions over digits
@@ -89,7 +93,8 @@ def refuse(what: str, path: str, why: str = "") -> NoReturn:
     place = f"at {path}" if path else "at the root"
     if len(place) > 200:
         place = place[:200] + "..."
-    raise UsageError(f"the JSON schema cannot be honoured: {what} {place}{f' ({why})' if why else ''}")
+    said = f"the JSON schema cannot be honoured: {what} {place}{f' ({why})' if why else ''}"
+    raise UsageError("".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in said))
 
 
 # -- reading the text --------------------------------------------------------------------------------------------------
@@ -150,6 +155,8 @@ class _Reader:
         self.schemas = 0
         self.values = 0
         self.multiples: dict[Decimal, str] = {}
+        self.listed = self.patterns = self.combined = 0
+        self.counted: _At | None = None
 
     def read(self) -> Checked:
         if isinstance(self.root, dict):
@@ -160,6 +167,8 @@ class _Reader:
             path, alone, node = self.waiting.pop()
             defs[self.names[path, alone]] = self._restate(node, path, 0, alone)
         self._check_multiples()
+        if self.counted is not None and self.listed > MAX_COUNTED:
+            self.counted.refuse(f"not counted in a schema of more than {MAX_COUNTED} properties")
         schema: dict[str, Any] = {"$ref": start, "$defs": defs}
         self.paths[id(schema)] = ""
         _check_depth(schema)
@@ -217,6 +226,8 @@ class _Reader:
         if keyword in _ANNOTATIONS or keyword.startswith("x-"):
             return
         if not at.path and keyword in ("$schema", "$id", "id"):
+            return
+        if keyword == "$id" and str(at.node["$id"]).startswith("#"):  # an anchor of the drafts 6 and 7
             return
         method = _KEYWORDS.get(keyword)
         if method is None:
@@ -320,6 +331,8 @@ class _Reader:
         if value > MAX_COUNT and at.keyword.startswith("min"):
             at.refuse("too large")
         at.own[at.keyword] = min(value, MAX_COUNT)
+        if at.keyword in ("minProperties", "maxProperties") and value == 1:
+            self.counted = at
 
     def _min_properties(self, value: object, at: _At) -> None:
         """llguidance may repeat a name that is not listed: it can count one such property only."""
@@ -339,7 +352,12 @@ class _Reader:
             value = at.node[other]
         if not _is_number(value):
             at.malformed("a number")
-        at.own[at.keyword] = _inward(value, at.keyword in ("minimum", "exclusiveMinimum"), at)
+        lower = at.keyword in ("minimum", "exclusiveMinimum")
+        bound, keyword, tighter = _inward(value, lower, at), at.keyword, max if lower else min
+        # llguidance lets an exclusive bound through where the other one is near and farther from 0.
+        if exclusive and (bound >= 0 if lower else bound <= 0):
+            bound, keyword = _next(bound, lower), "minimum" if lower else "maximum"
+        at.own[keyword] = tighter(bound, at.own.get(keyword, bound))
 
     def _multiple_of(self, value: object, at: _At) -> None:
         if not _is_number(value) or value <= 0:  # type: ignore[operator]
@@ -358,7 +376,15 @@ class _Reader:
                 refuse("'multipleOf'", path, "too many digits beside the others")
 
     def _pattern(self, value: object, at: _At) -> None:
+        self._combine(at)
         at.own["pattern"] = self._expression(value, at)
+
+    def _combine(self, at: _At) -> None:
+        """llguidance's work on expressions that hold together is not bounded."""
+        if not at.alone:
+            self.combined += 1
+            if self.combined > MAX_COMBINED:
+                at.refuse(f"more than {MAX_COMBINED} expressions that may have to hold together")
 
     def _expression(self, value: object, at: _At) -> str:
         if not isinstance(value, str):
@@ -377,6 +403,7 @@ class _Reader:
             low, high = (0, 2**bits - 1) if sign else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
             at.parts.also.append({"minimum": _inward(low, True, at), "maximum": _inward(high, False, at)})
         elif value in patterns.FORMATS:
+            self._combine(at)
             pattern = {"pattern": f"^(?:{patterns.translate(patterns.FORMATS[value])})$"}
             if "pattern" in at.node:
                 at.parts.also.append(pattern)
@@ -387,11 +414,16 @@ class _Reader:
 
     def _properties(self, value: object, at: _At) -> None:
         at.own[at.keyword] = {name: self._child(node, at, name) for name, node in self._members(value, at)}
+        self.listed += len(at.own[at.keyword])
 
     def _pattern_properties(self, value: object, at: _At) -> None:
         at.own[at.keyword] = {
             self._expression(name, at): self._child(node, at, name) for name, node in self._members(value, at)
         }
+
+        self.patterns += len(at.own[at.keyword])
+        if self.patterns > MAX_PATTERNS:
+            at.refuse(f"more than {MAX_PATTERNS}")
 
     def _members(self, value: object, at: _At) -> Iterable[tuple[str, object]]:
         if not isinstance(value, dict):
@@ -445,6 +477,8 @@ class _Reader:
     def _one_of(self, value: object, at: _At) -> None:
         if not isinstance(value, list) or not value:
             at.malformed("a list of schemas")
+        if len(value) > MAX_BRANCHES:
+            at.refuse(f"more than {MAX_BRANCHES} branches")
         around = {keyword: part for keyword, part in at.node.items() if keyword != "oneOf"}
         tag = at.node.get("discriminator")
         tag = tag.get("propertyName") if isinstance(tag, dict) else None
@@ -514,7 +548,7 @@ class _Reader:
                     ending.add(name)
         if "0" not in ending:
             stuck = [name for name in defs if name not in ending]
-            refuse("'$ref'", names[stuck[-1]], "no finite text can satisfy it")
+            refuse("no finite text can satisfy what stands", names[stuck[-1]])
 
 
 @dataclass(frozen=True)
@@ -610,8 +644,18 @@ def _inward(value: Any, lower: bool, at: _At) -> float:
             number += step
         return number
     exact = Decimal(repr(value))
-    unit = Decimal(10) ** max(-_DIGITS, exact.adjusted() - _DIGITS + 1)
-    return float(exact.quantize(unit, ROUND_CEILING if lower else ROUND_FLOOR, _EXACT))
+    return float(exact.quantize(_unit(exact), ROUND_CEILING if lower else ROUND_FLOOR, _EXACT))
+
+
+def _unit(exact: Decimal) -> Decimal:
+    """What the last of the digits that llguidance reads counts."""
+    return Decimal(10) ** max(-_DIGITS, exact.adjusted() - _DIGITS + 1)
+
+
+def _next(bound: float, up: bool) -> float:
+    exact = Decimal(repr(bound))
+    exact = _EXACT.add(exact, _unit(exact) if up else -_unit(exact))
+    return int(exact) if exact == exact.to_integral_value() else float(exact)
 
 
 def _anchored(node: object, name: str, path: str) -> Iterator[tuple[str, Schema]]:

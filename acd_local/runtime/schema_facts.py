@@ -43,6 +43,7 @@ class _Facts:
     required: set[str] = field(default_factory=set)
     properties: dict[str, list[Any]] = field(default_factory=dict)
     closed: list[set[str]] = field(default_factory=list)
+    known: dict[str, _Facts] = field(default_factory=dict)
 
     @classmethod
     def of(cls, nodes: Sequence[Any], resolve: Resolve, depth: int = 0) -> _Facts:
@@ -109,12 +110,12 @@ class _Facts:
         if self.depth >= _MAX_DEPTH:
             return False
         required = (self.required | other.required) & self.properties.keys() & other.properties.keys()
-        return any(
-            _Facts.of(self.properties[name], self.resolve, self.depth + 1).excludes(
-                _Facts.of(other.properties[name], self.resolve, self.depth + 1)
-            )
-            for name in sorted(required)
-        )
+        return any(self._property(name).excludes(other._property(name)) for name in sorted(required))
+
+    def _property(self, name: str) -> _Facts:
+        if name not in self.known:
+            self.known[name] = _Facts.of(self.properties[name], self.resolve, self.depth + 1)
+        return self.known[name]
 
 
 def _number(value: object, otherwise: float) -> float:

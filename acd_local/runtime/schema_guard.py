@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from acd_local.errors import InternalError, UsageError
+from acd_local.errors import UsageError
 from acd_local.runtime import schema
 from acd_local.runtime.llama import ATTR_CONTROL, Logits, Vocab
 from acd_local.runtime.schema import Checked, Schema
@@ -28,6 +28,17 @@ _SPACE = r" |\n[ \t]{0,40}"
 _ESCAPES = 'nrbtf\\"'
 _MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
 _MAX_TRIALS = 100
+_NO_WAY_ON = "NoExtensionBias"  # llguidance's word where the vocabulary has no token to go on with
+# Words of llguidance's, what it cannot honour where it says them, and why; None: in its own words.
+_CAUSES: tuple[tuple[str, str, str | None], ...] = (
+    ("min/maxProperties", "'minProperties' or 'maxProperties'", "beside properties that are not required"),
+    ("circular references", "'$ref'", "a reference in a circle, beside other keywords"),
+    ("patternProperty", "'patternProperties'", "expressions that one name can match both"),
+    ("Unable to determine", "'pattern'", "too hard beside the lengths and expressions that hold there as well"),
+    ("Regex is empty", "no text can satisfy what stands", "lengths, patterns and formats contradict each other"),
+    ("nsatisfiable", "no text can satisfy what stands", None),
+    ("", "what stands", None),
+)
 
 
 class SchemaGuard:
@@ -61,16 +72,20 @@ class SchemaGuard:
         """
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            if self._matcher.stop_reason() != "NoExtensionBias":
-                raise UsageError(f"the JSON schema is too complex: {_first_line(self._matcher.get_error())}")
-            return np.full_like(logits, -np.inf)  # the vocabulary has no way to go on
+            if (error := _first_line(self._matcher.get_error())) != _NO_WAY_ON:
+                raise UsageError(f"the JSON schema is too complex: {error}")
+            return np.full_like(logits, -np.inf)
         legal = np.unpackbits(np.frombuffer(mask, np.uint8), count=self._n_tokens, bitorder="little").view(np.bool_)
         return np.where(legal, logits, np.float32(-np.inf))
 
     def accept(self, token: int) -> None:
-        """Go on behind a legal token that does not end the answer."""
+        """Go on behind a legal token that does not end the answer.
+
+        Raises:
+            UsageError: the text is over llguidance's limits.
+        """
         if not self._matcher.consume_token(token):
-            raise InternalError(f"llguidance refuses token {token}: {_first_line(self._matcher.get_error())}")
+            raise UsageError(f"the JSON schema is too complex: {_first_line(self._matcher.get_error())}")
 
 
 class _Words:
@@ -113,10 +128,10 @@ def _tokenizer(vocab: Vocab) -> LLTokenizer:
 def _compile(tokenizer: LLTokenizer, checked: Checked) -> LLMatcher:
     matcher = _matcher(tokenizer, checked.schema)
     matcher.compute_bitmask()  # whatever is over a limit at once is refused before the model says anything
-    if matcher.is_error() and matcher.stop_reason() != "NoExtensionBias":
+    if matcher.is_error() and _first_line(matcher.get_error()) != _NO_WAY_ON:
         path, error = _culprit(tokenizer, checked)
-        unsatisfiable = "nsatisfiable" in error
-        schema.refuse("no text can satisfy what stands" if unsatisfiable else "what stands", path, error)
+        what, why = next((what, why) for words, what, why in _CAUSES if words in error)
+        schema.refuse(what, path, why or error.removeprefix("Unsatisfiable schema: "))
     return matcher
 
 
@@ -135,10 +150,10 @@ def _grammar(restated: Schema) -> str:
 
 
 def _culprit(tokenizer: LLTokenizer, checked: Checked) -> tuple[str, str]:
-    """Path and cause of the smallest part that llguidance refuses by itself."""
+    """Path and cause of the smallest part that llguidance refuses by itself in the same words."""
     defs, trials = checked.schema["$defs"], 0
     node: Schema = checked.schema
-    path, error = "", _matcher(tokenizer, node).get_error()
+    path, error = "", _first_line(_matcher(tokenizer, node).get_error())
     met: set[int] = set()
     descending = True
     while descending:
@@ -148,10 +163,10 @@ def _culprit(tokenizer: LLTokenizer, checked: Checked) -> tuple[str, str]:
                 continue
             met.add(id(part))
             trials += 1
-            if cause := _matcher(tokenizer, part | {"$defs": defs}).get_error():
-                node, path, error, descending = part, checked.paths.get(id(part), path), cause, True
+            if _first_line(_matcher(tokenizer, part | {"$defs": defs}).get_error()) == error:
+                node, path, descending = part, checked.paths.get(id(part), path), True
                 break
-    return path, _first_line(error)
+    return path, error
 
 
 def _first_line(error: str) -> str:
