@@ -542,6 +542,17 @@ def test_merged_shards_give_the_figures_of_the_whole_run(tmp_path: Path) -> None
     assert results.merge([tmp_path / "two", parts[1]], tmp_path / "three")["methods"] == expected["methods"]
 
 
+def test_a_merge_whose_report_failed_is_made_by_the_same_command(tmp_path: Path) -> None:
+    parts = shards(write_run(tmp_path / "whole", n=10), tmp_path / "parts", 2)
+    (tmp_path / "out" / "report.html").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"cannot write .*report\.html"):
+        results.merge(parts, tmp_path / "out")
+    (tmp_path / "out" / "report.html").rmdir()
+    assert results.merge(parts, tmp_path / "out") == results.write(tmp_path / "out")
+    with pytest.raises(UsageError, match="holds a run already"):
+        results.merge(parts[:1], tmp_path / "out")
+
+
 def test_merging_unites_methods_and_sets_and_keeps_each_record_once(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", methods=("base", "acd"), sets=("advbench",), n=10, sweep=(0.5, 0.2))
     two = write_run(tmp_path / "two", methods=("nid", "base"), sets=("advbench", "alpaca"), n=10, sweep=(0.8, 0.5))

@@ -502,8 +502,6 @@ def merge(directories: Sequence[str | Path], out: str | Path) -> Record:
     if not directories:
         raise UsageError("nothing to merge: give the folders of at least one run")
     target = Path(out)
-    if (target / "run.json").exists():
-        raise UsageError(f"{target}: holds a run already: merge into a new folder")
     runs = [load(directory) for directory in directories]
     for run in runs[1:]:
         _check_alike(runs[0], run)
@@ -526,6 +524,9 @@ def merge(directories: Sequence[str | Path], out: str | Path) -> Record:
             answers.setdefault(_answer_key(record), record)
         for record in run.scores:
             scores.setdefault(_score_key(record), record)
+    # The same merge again: its report may have failed.
+    if (target / "run.json").exists() and load(target).info != json.loads(json.dumps(info)):
+        raise UsageError(f"{target}: holds a run already: merge into a new folder")
     try:
         target.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
