@@ -163,7 +163,8 @@ def test_an_answer_does_not_depend_on_those_before(request: pytest.FixtureReques
                 turns = [Message("user", text)]
                 framing = known[name].framing()
                 answer = engine.generate(turns, options, framing=framing, divergence=True, trace=True).run()
-                found = (answer.text, [(t.token, t.safe_logprob, t.safe_rank) for t in answer.tokens], answer.contrast.mean_divergence)
+                tokens = [(t.token, t.safe_logprob, t.safe_rank) for t in answer.tokens]
+                found = (answer.text, tokens, answer.contrast.mean_divergence)
                 assert seen.setdefault((name, text), found) == found
 
 

@@ -143,10 +143,10 @@ def test_the_cut_is_found_in_about_log_n_renderings(demo: Path, turns: int) -> N
 def test_a_message_that_is_far_too_long_is_refused_at_once(demo: Path, text: str, overflow: str) -> None:
     with Engine(demo, threads=1) as engine:
         for history in ([], talk(20)):
-            started = time.perf_counter()
+            started = time.thread_time()  # other programs may have the processor
             with pytest.raises(ContextError, match=r"over \d+ tokens"):
                 engine.generate([*history, Message("user", text)], Options(max_tokens=5, overflow=overflow)).run()
-            assert time.perf_counter() - started < 5
+            assert time.thread_time() - started < 5
 
 
 def test_the_error_counts_what_is_quickly_counted(tiny: Callable[..., Path]) -> None:
