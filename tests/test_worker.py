@@ -259,7 +259,7 @@ def test_options_per_request(worker: Client, tmp_path: Path) -> None:
     assert plain["text"] == worker.ask(prompt="hi", alpha=0)["text"]
     assert worker.ask(prompt="hi", raw_contrast=True)["contrast"]["raw"] is True
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
-    assert json.loads(worker.ask(prompt="hi", json_schema={"enum": ["a\"b\n😀"]})["text"]) == 'a"b\n😀'
+    assert json.loads(worker.ask(prompt="hi", json_schema={"enum": ['a"b\n😀']})["text"]) == 'a"b\n😀'
     for value in (schema, json.dumps(schema)):
         answer = worker.ask(prompt="hi", json_schema=value, max_tokens=100)
         assert isinstance(json.loads(answer["text"])["ok"], bool)
