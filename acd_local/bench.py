@@ -305,12 +305,23 @@ def run(
             costs=shared._row_clock.known,
             **{kind: list(group.values()) for kind, group in groups.items()},
         )
+        takes_q8 = memory and _takes_q8(first._model)
     if memory:
         for case in report.cases:
             progress(f"memory: {case.name}")
             case.peak_mb = _peak_of(case.name, model, settings)
-        report.cases.append(Case(SHARED_Q8, peak_mb=_peak_of(SHARED_Q8, model, settings)))
+        if takes_q8:
+            report.cases.append(Case(SHARED_Q8, peak_mb=_peak_of(SHARED_Q8, model, settings)))
     return report
+
+
+def _takes_q8(model: llama.Model) -> bool:
+    """Whether the model's heads can be kept in q8_0: not every size can."""
+    try:
+        llama.Context(model, n_ctx=256, n_seq=1, kv_type="q8_0").close()
+    except UsageError:
+        return False
+    return True
 
 
 def _plain(bare: llama.Context, engine: Engine, text: str, tokens: int) -> Plain:
