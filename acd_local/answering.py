@@ -309,10 +309,10 @@ class Answering:
 
     def _prompt(self) -> tuple[Prompt, Guard | None]:
         engine, options = self._engine, self._options
+        engine._check_open()  # first: in a forked child no lock may be waited for
         guard = grammar.from_options(options, engine.vocab, engine.info.path)
         for text in filter(None, (self._system, *self._framing.positive_texts())):
             refuse_adversarial(text, self.pair)
-        engine._check_open()
         prompt = engine._builder.build(
             self._framing,
             self._system,
