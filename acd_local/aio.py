@@ -207,6 +207,7 @@ class AsyncStream:
             self._decoder.note_read(self._job)
         else:
             self._ended = True
+            self._job.queue.put_nowait(what)  # another task may wait as well: the last item stays
         return what
 
     async def __aenter__(self) -> Self:
@@ -259,6 +260,7 @@ class _Decoder:
         self._thread: threading.Thread | None = None
 
     def submit(self, job: _Job) -> None:
+        self._engine._check_open()  # in a forked child there is no thread, and its lock may be held for ever
         job.start()
         with self._changed:
             self._waiting.append(job)

@@ -157,12 +157,12 @@ class PromptMeter:
             self._streams.append((slot.adversarial, prompt.adversarial))
         self._total = sum(len(tokens) for _, tokens in self._streams)
         self._on_event = on_event
-        self._settled = 0
+        self._settled = self._before = 0
         self.decoded = 0
 
     def __call__(self, rows: int) -> None:
         """See `streams.extend`."""
-        self.decoded = self._settled + rows
+        self.decoded = self._before + rows
         if self._on_event is not None:
             done = sum(common_prefix(cache.tokens, tokens) for cache, tokens in self._streams)
             self._on_event(PromptProgress(done, self._total))
@@ -170,7 +170,11 @@ class PromptMeter:
     def settle(self, rows: Rows) -> None:
         """All of these are decoded."""
         self._settled += sum(len(feed.tokens) for feed in rows)
-        self.decoded = self._settled
+        self.decoded = self._before = self._settled
+
+    def pause(self) -> None:
+        """What is left of the rows comes by itself."""
+        self._before = self.decoded
 
 
 class Answering:
@@ -309,10 +313,10 @@ class Answering:
 
     def _prompt(self) -> tuple[Prompt, Guard | None]:
         engine, options = self._engine, self._options
+        engine._check_open()  # first: in a forked child no lock may be waited for
         guard = grammar.from_options(options, engine.vocab, engine.info.path)
         for text in filter(None, (self._system, *self._framing.positive_texts())):
             refuse_adversarial(text, self.pair)
-        engine._check_open()
         prompt = engine._builder.build(
             self._framing,
             self._system,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 from acd_local.answering import Answering, AnswerStream, Item, Routine, abort
 from acd_local.answers import Answer
 from acd_local.errors import EngineBusyError, UsageError
+from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.generate import advance
 from acd_local.runtime.llama import DecodeAborted
 from acd_local.runtime.streams import Rows
@@ -139,12 +140,24 @@ class Batch:
             return
         started = time.perf_counter()
         rows = [row for member in members for row in member.rows]
+        cancels = self._cancels(members)
+        whole = [[*feed.cache.tokens, *feed.tokens] for feed in rows] if cancels else []
         try:
             # Single rows are short: a cancel waits for them. A prompt is decoded alone, so that it can be cancelled,
             # and because llama.cpp cuts a batch of sequences with different numbers of rows into small pieces.
             meter = members[0].work.meter if len(members) == 1 else None
-            logits = self._engine._extend(rows, [m.work.cancel for m in members if m.long], meter)
+            logits = self._engine._extend(rows, cancels, meter)
         except DecodeAborted:
+            if any(c.is_set for c in cancels) and not members[0].work.cancel.is_set:
+                # Another answer's cancel: the prompt goes on in the next step, in the same batches.
+                members[0].rows = [
+                    feed._replace(tokens=tokens[len(feed.cache.tokens) :])
+                    for feed, tokens in zip(rows, whole, strict=True)
+                ]
+                if meter is not None:
+                    meter.pause()
+                members[0].spend(time.perf_counter() - started)
+                return
             for member in members:
                 self._resume(member, lambda routine: abort(routine, DecodeAborted()), events)
             return
@@ -156,6 +169,14 @@ class Batch:
             member.spend(share * sum(len(feed.tokens) for feed in member.rows))
             member.answering = True
             self._resume(member, lambda routine, mine=mine: advance(routine, mine), events)  # type: ignore[misc]
+
+    def _cancels(self, members: list[_Member]) -> list[CancelToken]:
+        """What stops the decoding: of a prompt its own cancel, and any answer's where it can go on afterwards."""
+        if not any(member.long for member in members):
+            return []
+        engine = self._engine
+        goes_on = len(engine._streams.contexts) == 1 and not engine._model.keeps_state
+        return [m.work.cancel for m in (self._members if goes_on else members)]
 
     def _resume(self, member: _Member, how: Callable[[Routine], Item | None], events: list[Event]) -> None:
         """Let an answer go on until it needs rows, or ends."""

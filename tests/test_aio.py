@@ -221,6 +221,18 @@ def test_leaving_and_dropping_a_stream_frees_its_slot(model: Path) -> None:
     with_engine(model, use)
 
 
+def test_a_stream_closed_by_another_task_ends_for_its_reader(model: Path) -> None:
+    async def use(engine: aio.AsyncEngine) -> None:
+        stream = engine.generate("Hi", ENDLESS)
+        await first(stream)
+        readers = [asyncio.create_task(rest(stream)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        await asyncio.wait_for(stream.aclose(), 5)
+        await asyncio.wait_for(asyncio.gather(*readers), 5)
+
+    with_engine(model, use)
+
+
 def test_a_slow_reader_is_waited_for_and_holds_up_nobody(model: Path) -> None:
     async def use(engine: aio.AsyncEngine) -> None:
         slow = engine.generate("Hi", ENDLESS)

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from reference import TOLERANCE, fresh_logits
 
-from acd_local import Engine, Message, Options
+from acd_local import Engine, Message, Options, PromptProgress
 from acd_local.answering import AnswerStream
-from acd_local.answers import Answer
+from acd_local.answers import Answer, AnswerEvent
 from acd_local.batch import Batch
 from acd_local.errors import ContextError, EngineBusyError, EngineClosedError, UsageError
 from acd_local.runtime.prompts import Framing
+from acd_local.runtime.streams import Layout
 
 SHORT = Options(max_tokens=12, temp=0.0)
 QUESTIONS = [f"What is {thing}?" for thing in ("red", "blue wine", "a carpet", "the water of the river", "it", "wine")]
@@ -139,6 +140,46 @@ def test_cancelling_during_a_neighbours_long_prompt(tiny: Callable[..., Path]) -
             for n in (0, 4, 11):
                 logits = fresh_logits(engine._model, prompt + said[:n], n_ctx=4096)
                 assert logits[said[n]] >= logits.max() - TOLERANCE
+
+
+@pytest.mark.parametrize("layout", ["shared", "split"])
+def test_a_neighbours_long_prompt_gives_way_to_a_cancel(tiny: Callable[..., Path], layout: Layout) -> None:
+    """And goes on where it was: the same answer, every row counted once. In split contexts the cancel waits for it."""
+    prompt = "the water is blue and the wine is red " * 150
+
+    def load() -> Engine:
+        return Engine(tiny("chatml", n_ctx=4096), ctx_size=4096, conversations=2, threads=1, layout=layout)
+
+    with load() as engine:
+        engine.generate("Hi", SHORT).run()
+        alone = engine.generate(prompt, SHORT).run()
+    with load() as engine:
+        first = engine.generate("Hi", Options(max_tokens=300, grammar='root ::= "a" root'))
+        seen: list[int] = []
+
+        def progress(event: AnswerEvent) -> None:
+            if isinstance(event, PromptProgress):
+                seen.append(event.done)
+                if len(seen) == 4:
+                    first.cancel()
+
+        with Batch(engine) as batch:
+            batch.add(1, first)
+            batch.step()
+            batch.add(2, engine.generate(prompt, SHORT, on_event=progress))
+            while len(batch) == 2:
+                events = batch.step()
+            [ended] = [e for e in events if isinstance(e.what, Answer)]
+            at = len(seen)
+            assert (ended.key, ended.what.finish_reason) == (1, "cancelled")
+            while len(batch):
+                events = batch.step()
+        assert (at < len(seen)) == (layout == "shared")
+        assert seen == sorted(seen), "nothing is lost"
+        answer = events[-1].what
+        assert isinstance(answer, Answer)
+        assert answer.text == alone.text
+        assert answer.prompt_decoded == alone.prompt_decoded
 
 
 def test_closing_the_engine_ends_all(tiny: Callable[..., Path]) -> None:

@@ -310,6 +310,36 @@ def test_every_entry_of_a_forked_engine_says_so(tiny: Callable[..., Path]) -> No
 
 
 @forks
+def test_a_child_waits_for_no_lock_of_its_parent(tiny: Callable[..., Path]) -> None:
+    """Threads of the parent may hold any lock at the fork, and are not there to give it back."""
+    script = """
+    import asyncio
+    from acd_local import aio
+    from acd_local.runtime import schema_guard
+
+    engine = load(ctx_size=512)
+    asynchronous = aio.AsyncEngine(engine)
+
+    begun = threading.Event()
+
+    async def decode():
+        async for _ in asynchronous.generate("Hi", ENDLESS):
+            begun.set()
+
+    decoding = threading.Thread(target=lambda: asyncio.run(decode()))
+    decoding.start()
+    begun.wait()
+    print(in_child(lambda: asyncio.run(asynchronous.generate("Hi", GREEDY).run())))
+    decoding.join()
+    with asynchronous._decoder._changed, schema_guard._building:
+        print(in_child(lambda: asyncio.run(asynchronous.chat().ask("Hi"))))
+        print(in_child(lambda: engine.generate("Hi", Options(json_schema="{}")).run()))
+    """
+    lines = ends_well(tiny("chatml"), script)
+    assert [line.split(", whose")[0] for line in lines] == [f"EngineClosedError: {FORKED}"] * 3
+
+
+@forks
 def test_a_fork_while_another_thread_decodes(demo: Path) -> None:
     script = """
     import gc

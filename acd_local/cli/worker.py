@@ -188,8 +188,11 @@ class Worker:
         request_id, asks = None, False
         try:
             raw = _parse(line)
+            asks = "prompt" in raw or "messages" in raw
             request_id = _request_id(raw)
-            if "ping" in raw:
+            if asks and not raw.keys().isdisjoint(("ping", "cancel")):
+                raise UsageError("a ping or a cancel is a line of its own, without a prompt or messages")
+            elif "ping" in raw:
                 self._pong(request_id, raw)
             elif "cancel" in raw:
                 self._cancel(request_id, raw)
