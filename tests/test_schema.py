@@ -317,6 +317,13 @@ def test_what_a_reference_leads_to_is_looked_at_and_what_none_does_is_not() -> N
     assert "'uniqueItems' at the root" in refusal({"uniqueItems": True})
 
 
+@pytest.mark.parametrize("base", [{"required": [["id"]]}, {"required": 3}, {"allOf": 3}, {"anyOf": {"a": 1}}])
+def test_a_malformed_part_behind_a_reference_is_refused(base: dict[str, Any]) -> None:
+    given = {"$ref": "#/$defs/x", "properties": {"a": {}}, "$defs": {"x": base}}
+    assert f"'{next(iter(base))}' at /$defs/x" in refusal(given)
+    refusal(given | {"unevaluatedProperties": False})
+
+
 def test_a_refusal_says_what_to_do() -> None:
     assert refusal({"properites": {}}).endswith("(no keyword of JSON Schema; did you mean 'properties'?)")
     assert refusal({"name": "x", "strict": True, "schema": {}}).endswith(

@@ -275,11 +275,12 @@ class _Reader:
         met.add(id(node))
         if len(met) > 50 or {"additionalProperties", "patternProperties"} & node.keys():
             return None
-        combined = [*node.get("allOf", []), *node.get("anyOf", []), *node.get("oneOf", [])]
+        combined = [*_list(node, "allOf"), *_list(node, "anyOf"), *_list(node, "oneOf")]
         if "$ref" in node:
             combined.append(self.resolve(node["$ref"], "")[1])
         properties = node.get("properties", {})
-        names = [*properties, *node.get("required", [])] if isinstance(properties, dict) else []
+        required = [name for name in _list(node, "required") if isinstance(name, str)]
+        names = [*properties, *required] if isinstance(properties, dict) else []
         for part in combined:
             if (more := self._listed(part, met)) is None:
                 return None
@@ -511,11 +512,11 @@ class _Reader:
         if not isinstance(node, dict) or depth > 20:
             return None
         unclear = {"anyOf", "oneOf", "not", "patternProperties", "additionalProperties", "propertyNames"}
-        properties, parts = node.get("properties", {}), list(node.get("allOf", []))
+        properties, parts = node.get("properties", {}), _list(node, "allOf")
         if unclear & node.keys() or not isinstance(properties, dict):
             return None
         if "$ref" in node:
-            parts.append(self.resolve(node["$ref"], at.path)[1])
+            parts = [*parts, self.resolve(node["$ref"], at.path)[1]]
         names = list(properties)
         for part in parts:
             if (more := self._evaluated(part, at, depth + 1)) is None:
@@ -724,6 +725,11 @@ def _brief(value: object) -> str:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _list(node: dict[str, Any], keyword: str) -> list[Any]:
+    """What stands under a keyword that may not have been checked yet."""
+    return value if isinstance(value := node.get(keyword), list) else []
 
 
 def _is_texts(value: object) -> bool:
