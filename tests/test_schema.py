@@ -324,6 +324,14 @@ def test_a_malformed_part_behind_a_reference_is_refused(base: dict[str, Any]) ->
     refusal(given | {"unevaluatedProperties": False})
 
 
+def test_parts_that_many_references_share_are_looked_at_once() -> None:
+    defs: dict[str, Any] = {str(i): {"allOf": [{"$ref": f"#/$defs/{i + 1}"}] * 10} for i in range(20)}
+    defs["20"] = {"properties": {"a": {}}}
+    started = time.perf_counter()
+    schema.read(json.dumps({"$defs": defs, "$ref": "#/$defs/0", "unevaluatedProperties": False}))
+    assert time.perf_counter() - started < 5
+
+
 def test_a_refusal_says_what_to_do() -> None:
     assert refusal({"properites": {}}).endswith("(no keyword of JSON Schema; did you mean 'properties'?)")
     assert refusal({"name": "x", "strict": True, "schema": {}}).endswith(

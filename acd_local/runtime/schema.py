@@ -502,15 +502,18 @@ class _Reader:
     def _unevaluated_properties(self, value: object, at: _At) -> None:
         if value is True or value == {}:
             return
-        names = self._evaluated(at.node, at) if value is False else None
+        names = self._evaluated(at.node, at, set()) if value is False else None
         if names is None:
             at.refuse(_HINTS["unevaluatedProperties"])
         at.parts.also.append({"properties": dict.fromkeys(names, True), "additionalProperties": False})
 
-    def _evaluated(self, node: object, at: _At, depth: int = 0) -> list[str] | None:
+    def _evaluated(self, node: object, at: _At, met: set[int]) -> list[str] | None:
         """The properties that a schema surely speaks of; None: that is not known."""
-        if not isinstance(node, dict) or depth > 20:
+        if not isinstance(node, dict) or len(met) > 500:
             return None
+        if id(node) in met:
+            return []
+        met.add(id(node))
         unclear = {"anyOf", "oneOf", "not", "patternProperties", "additionalProperties", "propertyNames"}
         properties, parts = node.get("properties", {}), _list(node, "allOf")
         if unclear & node.keys() or not isinstance(properties, dict):
@@ -519,7 +522,7 @@ class _Reader:
             parts = [*parts, self.resolve(node["$ref"], at.path)[1]]
         names = list(properties)
         for part in parts:
-            if (more := self._evaluated(part, at, depth + 1)) is None:
+            if (more := self._evaluated(part, at, met)) is None:
                 return None
             names += more
         return names
