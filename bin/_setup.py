@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -53,6 +54,8 @@ class SetupError(Exception):
 
 def main(python: str, root: str, profile: str, *program: str) -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     setup = Setup(python, Path(root))
     try:
         setup.ensure(profile)
@@ -101,7 +104,7 @@ class Setup:
     def is_current(self, profile: str) -> bool:
         """Whether the stamp is this set-up's. One that only looks old (a fresh checkout's times) is renewed."""
         stamp = self.stamp(profile)
-        if not self.works() or not stamp.is_file() or stamp.read_text() != self.stamp_text():
+        if not self.works() or not stamp.is_file() or stamp.read_bytes() != self.stamp_text():
             return False
         newest = max(path.stat().st_mtime for path in self.inputs)
         os.utime(stamp, times=(max(time.time(), newest),) * 2)
@@ -171,7 +174,7 @@ class Setup:
     def stamp(self, profile: str) -> Path:
         return self.venv / f"acd-setup-{profile}"
 
-    def stamp_text(self) -> str:
+    def stamp_text(self) -> bytes:
         """The repository's path, and a hash over all that decides what is installed."""
         project = tomllib.loads(self.inputs[0].read_text(encoding="utf-8"))
         wanted = [project["build-system"], project["project"], project.get("tool", {}).get("hatch")]
@@ -179,11 +182,11 @@ class Setup:
         config = (self.venv / "pyvenv.cfg").read_text() if (self.venv / "pyvenv.cfg").is_file() else ""
         version = [line for line in config.splitlines() if line.startswith("version")]
         text = json.dumps([wanted, version, self.inputs[1].read_text(encoding="utf-8")], sort_keys=True)
-        return f"{self.root}\n{hashlib.sha256(text.encode()).hexdigest()}\n"
+        return os.fsencode(f"{self.root}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
 
     def write_stamp(self, profile: str) -> None:
         new = self.stamp(profile).with_suffix(".new")
-        new.write_text(self.stamp_text())
+        new.write_bytes(self.stamp_text())
         new.replace(self.stamp(profile))
         self.is_current(profile)
 
@@ -221,6 +224,7 @@ class LlamaBuild:
             mac = sys.platform == "darwin"
             usual = os.environ.get("XDG_CACHE_HOME") or Path.home() / ("Library/Caches" if mac else ".cache")
             folder = Path(os.environ.get("ACD_CACHE_DIR") or Path(usual) / "acd-local") / "llama.cpp" / self.key
+            folder = folder.absolute()  # pip runs elsewhere
             folder.mkdir(parents=True, exist_ok=True)
         except (OSError, RuntimeError):
             return ["--no-cache-dir"]
@@ -269,6 +273,7 @@ class Runner:
             stdout=self.log,
             stderr=subprocess.STDOUT,
             pass_fds=(self.lock,),  # a command that outlives us keeps the lock until it ends
+            process_group=0,  # pip starts compilers, which are to end with it
         )
         try:
             while True:
@@ -278,7 +283,8 @@ class Runner:
                 except subprocess.TimeoutExpired:
                     note(f"{what}: {(time.monotonic() - started) / 60:.0f} min so far")
         except BaseException:  # Ctrl-C, SIGTERM
-            process.terminate()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
             process.wait()
             raise
         if status != 0:

@@ -128,7 +128,7 @@ case $* in
 *" -m pip "* | "-m pip "*)
     echo "pip stdin=$(cat) args=$*" >>"$STUBS/log"
     echo "pip says: building"
-    if [ -e "$STUBS/slow" ]; then touch "$STUBS/started"; sleep 30; fi
+    if [ -e "$STUBS/slow" ]; then sleep 30 & echo $! >"$STUBS/compiler"; touch "$STUBS/started"; wait; fi
     if [ -e "$STUBS/fail" ]; then echo "pip says: Temporary failure in name resolution" >&2; exit 3; fi
     sleep 0.1
     for name in acd-run acd-chat acd; do cp "$STUBS/program" "${0%/*}/$name"; done ;;
@@ -361,11 +361,53 @@ def test_a_build_is_kept_by_what_it_was_made_with(
     elsewhere = shutil.copytree(ROOT / "bin", tmp_path / "a clone" / "bin").parent
     shutil.copy(ROOT / "pyproject.toml", elsewhere)
     assert setup_module.LlamaBuild(elsewhere).cache() == here.cache(), "another clone compiles it again"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACD_CACHE_DIR", "cache")
+    assert here.cache() == ["--cache-dir", str(tmp_path / "cache/llama.cpp" / here.key)], "pip runs in another folder"
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_NATIVE=OFF")
     assert setup_module.LlamaBuild(ROOT).cache() != here.cache()
     (tmp_path / "file").touch()
     monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "file"))
     assert setup_module.LlamaBuild(ROOT).cache() == ["--no-cache-dir"]
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # nobody's yet
+    except ProcessLookupError:
+        return False
+    except FileNotFoundError:
+        return sys.platform != "linux"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_what_pip_started_ends_with_the_set_up(checkout: Checkout, number: signal.Signals) -> None:
+    """The signal goes to one process, as `kill` sends it: a compiler would run on for minutes."""
+    (checkout.stubs / "slow").touch()
+    process = checkout.start("x")
+    while not (checkout.stubs / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    compiler = int((checkout.stubs / "compiler").read_text())
+    assert is_running(compiler)
+    process.send_signal(number)
+    assert process.wait(timeout=10) == 128 + number
+    deadline = time.monotonic() + 10
+    while is_running(compiler):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_path_that_is_no_utf8(tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    try:
+        odd.mkdir()
+    except OSError:
+        pytest.skip("file names are UTF-8 here")
+    checkout = Checkout(odd)
+    assert checkout.run("x")[:2] == (0, "<x>asked\n")
+    assert checkout.run("y", PYTHON="/nonexistent") == (0, "<y>asked\n", ""), "the stamp is not found again"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -294,8 +294,9 @@ def test_objects_have_the_listed_properties_alone(accepts: Callable[[object, str
 
 REFUSED = {
     "uniqueItems": True, "contains": {}, "minContains": 1, "maxContains": 2, "not": {"type": "null"}, "if": {},
-    "then": {}, "else": {}, "dependentRequired": {}, "dependentSchemas": {}, "dependencies": {}, "propertyNames": {},
-    "unevaluatedProperties": False, "unevaluatedItems": False, "$dynamicRef": "#x", "$recursiveRef": "#",
+    "then": {}, "else": {}, "dependentRequired": {}, "dependentSchemas": {}, "dependencies": {},
+    "propertyNames": {"not": {}}, "unevaluatedProperties": {"type": "null"}, "unevaluatedItems": False,
+    "$dynamicRef": "#x", "$recursiveRef": "#",
     "$dynamicAnchor": "x", "$vocabulary": {}, "nullable": True, "additionalItems": False, "propertes": {},
     "minlength": 3, "format": "json-pointer", "contentEncodings": "x",
 }  # fmt: skip
@@ -313,7 +314,46 @@ def test_what_a_reference_leads_to_is_looked_at_and_what_none_does_is_not() -> N
     part = {"$defs": {"x": {"uniqueItems": True}}}
     schema.read(json.dumps(part))
     assert "'uniqueItems' at /$defs/x" in refusal(part | {"$ref": "#/$defs/x"})
-    assert refusal({"uniqueItems": True}).endswith("'uniqueItems' at the root")
+    assert "'uniqueItems' at the root" in refusal({"uniqueItems": True})
+
+
+@pytest.mark.parametrize("base", [{"required": [["id"]]}, {"required": 3}, {"allOf": 3}, {"anyOf": {"a": 1}}])
+def test_a_malformed_part_behind_a_reference_is_refused(base: dict[str, Any]) -> None:
+    given = {"$ref": "#/$defs/x", "properties": {"a": {}}, "$defs": {"x": base}}
+    assert f"'{next(iter(base))}' at /$defs/x" in refusal(given)
+    refusal(given | {"unevaluatedProperties": False})
+
+
+def test_parts_that_many_references_share_are_looked_at_once() -> None:
+    defs: dict[str, Any] = {str(i): {"allOf": [{"$ref": f"#/$defs/{i + 1}"}] * 10} for i in range(20)}
+    defs["20"] = {"properties": {"a": {}}}
+    started = time.perf_counter()
+    schema.read(json.dumps({"$defs": defs, "$ref": "#/$defs/0", "unevaluatedProperties": False}))
+    assert time.perf_counter() - started < 5
+
+
+def test_a_refusal_says_what_to_do() -> None:
+    assert refusal({"properites": {}}).endswith("(no keyword of JSON Schema; did you mean 'properties'?)")
+    assert refusal({"name": "x", "strict": True, "schema": {}}).endswith(
+        "'schema' at the root (give the schema that " + ("stands there by itself)")
+    )
+    assert "'json_schema' at the root" in refusal({"type": "json_schema", "json_schema": {"name": "x", "schema": {}}})
+    assert "use 'anyOf'" in refusal({"oneOf": [{"required": ["a"]}, {"required": ["b"]}]})
+    assert "'maxItems' is 1" in refusal({"uniqueItems": True})
+
+
+def test_names_of_properties(accepts: Callable[[object, str], bool]) -> None:
+    """As zod and pydantic write the keys of records and dictionaries."""
+    numbers: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "number"}}
+    for names in (True, {}, {"type": "string"}, {"type": "string", "title": "Key"}):
+        assert accepts(numbers | {"propertyNames": names}, '{"any": 1}')
+        assert not accepts(numbers | {"propertyNames": names}, '{"any": "1"}')
+    assert accepts(numbers | {"propertyNames": False}, "{}")
+    assert not accepts(numbers | {"propertyNames": False}, '{"a": 1}')
+    for malformed in (3, {"enum": [1]}, {"const": None}, {"minLength": -1}, {"pattern": "("}, {"format": []}):
+        refusal({"propertyNames": malformed})
+    for hard in ({"not": {}}, {"type": "integer"}, {"enum": ["a"], "pattern": "a"}, {"$ref": "#/propertyNames"}):
+        assert "'propertyNames' at" in refusal({"propertyNames": hard})
 
 
 @pytest.mark.parametrize(

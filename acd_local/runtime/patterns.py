@@ -27,12 +27,22 @@ _PROPERTY = re.compile(r"\{\^?[A-Za-z_]+(=[A-Za-z_]+)?\}")
 _NAME = re.compile(r"P?<[A-Za-z_][A-Za-z_0-9]*>")
 
 
+# Expressions of widely used tools that look ahead, and what says the same without.
+_EQUIVALENTS = {
+    # zod 4, of every `z.email()`
+    r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$": (
+        r"^([A-Za-z0-9_'+-]+\.)*[A-Za-z0-9_'+-]*[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9-]*\.)+[A-Za-z]{2,}$"
+    ),
+}
+
+
 def translate(pattern: str) -> str:
     """The same expression, every literal written as a code point; to be searched for, not matched in full.
 
     Raises:
         ValueError: what cannot be honoured, as a phrase.
     """
+    pattern = _EQUIVALENTS.get(pattern, pattern)
     parser = _Parser(pattern)
     result = parser.alternatives(0)
     if parser.at < len(pattern):
@@ -244,6 +254,7 @@ def _uri() -> str:
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 _BYTE = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,60}[A-Za-z0-9])?"
+_BASE64 = "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
 _LOCAL = "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]{1,30}"
 
 # The formats that are honoured, each as an expression for the whole text. Stricter than their standards in places: no
@@ -259,4 +270,14 @@ FORMATS = {
     "ipv6": _ipv6(),
     "uuid": "[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
     "uri": _uri(),
+    "base64": _BASE64,
+    "byte": _BASE64,
+}
+FORMATS |= {
+    "ipvanyaddress": f"(?:{FORMATS['ipv4']}|{FORMATS['ipv6']})",
+    "idn-email": FORMATS["email"],
+    "idn-hostname": FORMATS["hostname"],
+    "uri-reference": FORMATS["uri"],
+    "iri": FORMATS["uri"],
+    "iri-reference": FORMATS["uri"],
 }

@@ -8,6 +8,7 @@ Source: JSON Schema drafts 4, 6, 7, 2019-09 and 2020-12 (json-schema.org); llgui
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -47,19 +48,33 @@ _DRAFTS = {
 _ANNOTATIONS = frozenset((
     "title", "description", "default", "examples", "example", "$comment", "deprecated", "readOnly", "writeOnly",
     "contentMediaType", "contentEncoding", "contentSchema", "$defs", "definitions", "$anchor", "discriminator",
+    "xml", "externalDocs", "enumNames", "enumDescriptions", "markdownDescription", "errorMessage",
 ))
 # fmt: on
 _COMBINING = frozenset(("allOf", "anyOf", "oneOf", "$ref"))
 # Formats that say nothing which a text could violate.
-_FREE_FORMATS = frozenset(("password", "float", "double"))
+_FREE_FORMATS = frozenset(("password", "float", "double", "binary", "path"))
 _INT_FORMATS = {f"{sign}int{bits}": (sign, bits) for sign in ("", "u") for bits in (8, 16, 32, 64)}
 _HINTS = {
     "nullable": 'write "type": [..., "null"]',
     "format": "not a format that can be enforced",
-    "oneOf": "its branches are not told apart by a type, a constant, a range or a required property",
+    "oneOf": "its branches are not told apart by a type, a constant, a range or a required property; use 'anyOf'",
+    "uniqueItems": "equal items can be ruled out only where 'maxItems' is 1",
+    "propertyNames": "only 'enum', 'const', 'pattern', 'format', 'minLength' and 'maxLength' of names can be enforced",
+    "unevaluatedProperties": "only false can be enforced, beside 'properties', 'allOf' and '$ref' that close no object",
     "additionalItems": "it means something only beside a list of items",
     "prefixItems": "no keyword of the draft that '$schema' names",
 }
+# Keywords of JSON Schema that are not enforced.
+# fmt: off
+_UNENFORCED = frozenset((
+    "if", "then", "else", "contains", "minContains", "maxContains", "dependencies", "dependentRequired",
+    "dependentSchemas", "unevaluatedItems", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor",
+    "$vocabulary", "$id", "id", "$schema",
+))
+# fmt: on
+# Where other formats of tools hold a schema, at their root.
+_WRAPPERS = ("schema", "json_schema", "input_schema", "parameters", "inputSchema")
 
 
 def read(text: str) -> Checked:
@@ -177,6 +192,9 @@ class _Reader:
 
     def _head(self, root: dict[str, Any]) -> None:
         """The keywords that only the root may have."""
+        for keyword in _WRAPPERS:
+            if isinstance(root.get(keyword), dict):
+                refuse(f"'{keyword}'", "", "give the schema that stands there by itself")
         if "$schema" in root:
             uri = str(root["$schema"]).rstrip("#")
             stem = uri.removeprefix("https://").removeprefix("http://")
@@ -229,9 +247,11 @@ class _Reader:
             return
         if keyword == "$id" and str(at.node["$id"]).startswith("#"):  # an anchor of the drafts 6 and 7
             return
+        if keyword == "components" and not at.path:  # where OpenAPI has its definitions
+            return
         method = _KEYWORDS.get(keyword)
         if method is None:
-            refuse(f"'{keyword[:50]}'", at.path, _HINTS.get(keyword, ""))
+            at.refuse(_unknown(at))
         method(self, at.node[keyword], at)
 
     def _close(self, node: dict[str, Any], parts: _Parts, *, closed: bool) -> None:
@@ -255,11 +275,12 @@ class _Reader:
         met.add(id(node))
         if len(met) > 50 or {"additionalProperties", "patternProperties"} & node.keys():
             return None
-        combined = [*node.get("allOf", []), *node.get("anyOf", []), *node.get("oneOf", [])]
+        combined = [*_list(node, "allOf"), *_list(node, "anyOf"), *_list(node, "oneOf")]
         if "$ref" in node:
             combined.append(self.resolve(node["$ref"], "")[1])
         properties = node.get("properties", {})
-        names = [*properties, *node.get("required", [])] if isinstance(properties, dict) else []
+        required = [name for name in _list(node, "required") if isinstance(name, str)]
+        names = [*properties, *required] if isinstance(properties, dict) else []
         for part in combined:
             if (more := self._listed(part, met)) is None:
                 return None
@@ -440,6 +461,72 @@ class _Reader:
             _check_text(name, at.quoted, at.path)
         at.own["required"] = value
 
+    def _property_names(self, value: object, at: _At) -> None:
+        """Restated by what properties there may be."""
+        seen = 0
+        while isinstance(value, dict) and "$ref" in value and seen < 10:
+            value, seen = self.resolve(value["$ref"], at.path)[1], seen + 1
+        if not isinstance(value, (dict, bool)):
+            at.malformed("a schema")
+        names = value if isinstance(value, dict) else {} if value else {"enum": []}
+        said = {k: part for k, part in names.items() if k not in _ANNOTATIONS and (k, part) != ("type", "string")}
+        if said:
+            inner = replace(at, path=_step(at.path, at.keyword), node=names, parts=_Parts(), alone=True)
+            allowed = self._names(said, inner)
+            if allowed is None:
+                at.refuse(_HINTS["propertyNames"])
+            at.parts.also.append(allowed | {"additionalProperties": False})
+
+    def _names(self, said: dict[str, Any], at: _At) -> dict[str, Any] | None:
+        """The keyword of an object that allows the names for which `said` holds, if there is one."""
+        if said.keys() <= {"minLength", "maxLength"}:
+            for keyword, part in said.items():
+                self._count(part, replace(at, keyword=keyword))
+            pattern = rf"^[\s\S]{{{at.own.get('minLength', 0)},{at.own.get('maxLength', '')}}}$"
+            return {"patternProperties": {self._expression(pattern, at): True}}
+        keyword, part = next(iter(said.items()))
+        at = replace(at, keyword=keyword)
+        if len(said) > 1:
+            return None
+        if keyword in ("enum", "const"):
+            names = part if keyword == "enum" else [part]
+            if not _is_texts(names):
+                at.malformed("a name" if keyword == "const" else "a list of names")
+            self.listed += len(names)
+            return {"properties": {name: True for name, _ in self._members(dict.fromkeys(names), at)}}
+        if keyword == "pattern" or (keyword == "format" and isinstance(part, str) and part in patterns.FORMATS):
+            _KEYWORDS[keyword](self, part, at)
+            return {"patternProperties": {at.own["pattern"]: True}}
+        return None
+
+    def _unevaluated_properties(self, value: object, at: _At) -> None:
+        if value is True or value == {}:
+            return
+        names = self._evaluated(at.node, at, set()) if value is False else None
+        if names is None:
+            at.refuse(_HINTS["unevaluatedProperties"])
+        at.parts.also.append({"properties": dict.fromkeys(names, True), "additionalProperties": False})
+
+    def _evaluated(self, node: object, at: _At, met: set[int]) -> list[str] | None:
+        """The properties that a schema surely speaks of; None: that is not known."""
+        if not isinstance(node, dict) or len(met) > 500:
+            return None
+        if id(node) in met:
+            return []
+        met.add(id(node))
+        unclear = {"anyOf", "oneOf", "not", "patternProperties", "additionalProperties", "propertyNames"}
+        properties, parts = node.get("properties", {}), _list(node, "allOf")
+        if unclear & node.keys() or not isinstance(properties, dict):
+            return None
+        if "$ref" in node:
+            parts = [*parts, self.resolve(node["$ref"], at.path)[1]]
+        names = list(properties)
+        for part in parts:
+            if (more := self._evaluated(part, at, met)) is None:
+                return None
+            names += more
+        return names
+
     def _subschema(self, value: object, at: _At) -> None:
         at.own[at.keyword] = self._child(value, at)
 
@@ -464,8 +551,8 @@ class _Reader:
         at.own["prefixItems"] = self._children(value, at)
 
     def _unique_items(self, value: object, at: _At) -> None:
-        if value is not False:
-            at.refuse()
+        if value is not False and at.node.get("maxItems") not in (0, 1):
+            at.refuse(_HINTS["uniqueItems"])
 
     def _all_of(self, value: object, at: _At) -> None:
         single = isinstance(value, list) and len(value) == 1
@@ -497,6 +584,10 @@ class _Reader:
             at.parts.also.append(False)
         elif value is not False:
             at.refuse()
+
+    def _nullable(self, value: object, at: _At) -> None:
+        if value is not False:
+            at.refuse(_HINTS["nullable"])
 
     def _ref(self, value: object, at: _At) -> None:
         at.parts.also.append({"$ref": self._definition(*self.resolve(value, at.path), alone=at.alone)})
@@ -568,7 +659,7 @@ class _At:
 
     @property
     def quoted(self) -> str:
-        return f"'{self.keyword}'"
+        return f"'{self.keyword[:50]}'"
 
     def refuse(self, why: str = "") -> NoReturn:
         refuse(self.quoted, self.path, why)
@@ -599,6 +690,8 @@ _KEYWORDS: dict[str, Callable[[_Reader, object, _At], None]] = {
     "properties": _Reader._properties,
     "patternProperties": _Reader._pattern_properties,
     "additionalProperties": _Reader._subschema,
+    "unevaluatedProperties": _Reader._unevaluated_properties,
+    "propertyNames": _Reader._property_names,
     "required": _Reader._required,
     "minProperties": _Reader._min_properties,
     "maxProperties": _Reader._count,
@@ -607,7 +700,18 @@ _KEYWORDS: dict[str, Callable[[_Reader, object, _At], None]] = {
     "oneOf": _Reader._one_of,
     "not": _Reader._not,
     "$ref": _Reader._ref,
+    "nullable": _Reader._nullable,
 }
+
+
+def _unknown(at: _At) -> str:
+    """Why a keyword is refused that nothing here knows."""
+    if at.keyword in _HINTS:
+        return _HINTS[at.keyword]
+    if at.keyword in _UNENFORCED:
+        return ""
+    close = difflib.get_close_matches(at.keyword, _KEYWORDS, n=1)
+    return "no keyword of JSON Schema" + (f"; did you mean '{close[0]}'?" if close else "")
 
 
 def _check_text(text: str, what: str, path: str) -> None:
@@ -624,6 +728,11 @@ def _brief(value: object) -> str:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _list(node: dict[str, Any], keyword: str) -> list[Any]:
+    """What stands under a keyword that may not have been checked yet."""
+    return value if isinstance(value := node.get(keyword), list) else []
 
 
 def _is_texts(value: object) -> bool:
