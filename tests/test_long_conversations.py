@@ -136,6 +136,22 @@ def test_the_cut_is_found_in_about_log_n_renderings(demo: Path, turns: int) -> N
         assert 1800 < max(len(prompt.safe), len(prompt.adversarial or ())) <= 2048
 
 
+def test_a_long_history_is_cancelled_at_once(demo: Path) -> None:
+    with Engine(demo, threads=1, ctx_size=4096) as engine:
+        for wait in (0.0, 0.02, 0.1, 0.3, 1.0):  # while the cut is looked for, and in the prompt
+            stream, at = engine.generate(talk(1001), Options(max_tokens=5)), []
+
+            def stop(stream: Any = stream, at: list[float] = at) -> None:
+                at.append(time.perf_counter())
+                stream.cancel()
+
+            timer = threading.Timer(wait, stop)
+            timer.start()
+            assert stream.run().finish_reason == "cancelled"
+            assert time.perf_counter() - at[0] < 0.5  # 0.2 s, and as much again for other programs
+            timer.join()
+
+
 @pytest.mark.parametrize("overflow", ["drop", "error"])
 @pytest.mark.parametrize(
     "text", [SENTENCE * 25_000, "a" * 2_000_000, "<" * 2_000_000, "🙂" * 500_000, " \n" * 1_000_000]

@@ -968,7 +968,8 @@ def test_help_loads_little_and_says_much() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
     for section in ("Options:", "Model:", "Contrast:", "Limits:", "Sampling:", "Exit codes:"):
         assert f"{section}\n" in done.stdout
-    for exit_code in ("0", "1", "2", "3", "4", "5", "130", "143"):
+    assert re.search(r"^  --json +One JSON object", done.stdout, re.MULTILINE)  # beside each other
+    for exit_code in ("0", "1", "2", "3", "4", "5", "6", "130", "143"):
         assert re.search(rf"^    {exit_code} +\w", done.stdout, re.MULTILINE)
     options = set(re.findall(r"--[a-z-]+", done.stdout))
     for name in Options.names() - {"dry_sequence_breakers"}:

@@ -119,6 +119,9 @@ _SAMPLING = (
 )
 
 
+_HELP_COLUMN = 30  # columns for the options' names in --help
+
+
 class Command(click.Command):
     """A command whose --help shows its own options first, then the shared ones by section."""
 
@@ -127,10 +130,11 @@ class Command(click.Command):
         for parameter in self.get_params(ctx):
             if isinstance(parameter, click.Option) and (row := parameter.get_help_record(ctx)) is not None:
                 sections.setdefault(getattr(parameter, "section", "Options"), []).append(row)
-        widest = max(len(flag) for rows in sections.values() for flag, _ in rows)
+        lengths = [len(flag) for rows in sections.values() for flag, _ in rows]
+        widest = max(n for n in lengths if n <= _HELP_COLUMN)  # the texts of longer ones go below them
         for name, rows in sections.items():
             with formatter.section(name):
-                formatter.write_dl([(flag.ljust(widest), text) for flag, text in rows])
+                formatter.write_dl([(flag.ljust(widest), text) for flag, text in rows], col_max=widest)
 
 
 def engine_flags(function: F) -> F:
