@@ -40,11 +40,6 @@ def translate(pattern: str) -> str:
     return result
 
 
-def literal(text: str) -> str:
-    """An expression that matches `text` alone."""
-    return "".join(map(_char, map(ord, text)))
-
-
 def _char(code: int) -> str:
     return chr(code) if chr(code).isascii() and chr(code).isalnum() else rf"\x{{{code:x}}}"
 

@@ -420,7 +420,6 @@ class _Reader:
         at.own[at.keyword] = {
             self._expression(name, at): self._child(node, at, name) for name, node in self._members(value, at)
         }
-
         self.patterns += len(at.own[at.keyword])
         if self.patterns > MAX_PATTERNS:
             at.refuse(f"more than {MAX_PATTERNS}")
