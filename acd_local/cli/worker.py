@@ -202,13 +202,14 @@ class Worker:
             self._refuse(number, request_id, error, ends=asks)
 
     def _request(self, request_id: str | int | None, raw: Mapping[str, Any]) -> Request:
+        from acd_local.options import check_unicode
         from acd_local.runtime import grammar
         from acd_local.runtime.cancel import CancelToken
         from acd_local.session import check_messages
 
         if request_id is None:
             raise UsageError("a request needs an id, a string or a whole number")
-        _check_text(raw)
+        check_unicode("the request", json.dumps(raw, ensure_ascii=False))
         if ("prompt" in raw) == ("messages" in raw):
             raise UsageError("a request has either a prompt or messages")
         if not isinstance(raw.get("prompt", ""), str) or not isinstance(raw.get("messages", []), list):
@@ -437,10 +438,3 @@ def _request_id(raw: Mapping[str, Any]) -> str | int | None:
     if isinstance(request_id, bool) or not isinstance(request_id, (str, int, type(None))):
         raise UsageError("an id is a string or a whole number")
     return request_id
-
-
-def _check_text(raw: Mapping[str, Any]) -> None:
-    try:
-        json.dumps(raw, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise UsageError("the request holds half a surrogate pair, which is no text") from None

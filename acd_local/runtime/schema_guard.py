@@ -10,7 +10,7 @@ import json
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class SchemaGuard:
         self._n_tokens = vocab.n_tokens
         self._matcher = _compile(_tokenizer(vocab), checked)
 
-    def clone(self) -> SchemaGuard:
+    def clone(self) -> Self:
         """One that goes on from here by itself."""
         other = copy.copy(self)
         other._matcher = self._matcher.deep_copy()
