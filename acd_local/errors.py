@@ -101,11 +101,11 @@ def tells_of_memory(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """`text` on one line: what would not print is escaped."""
+    """Return `text` on one line: what would not print is escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shown(text: object, limit: int = 200) -> str:
-    """`text` fit for one line of a message: unprintable characters escaped, long text cut."""
+    """Return `text` fit for one line of a message: unprintable characters escaped, long text cut."""
     line = printable(str(text))
     return line if len(line) <= limit else f"{line[: limit // 2]}...{line[-limit // 2 :]}"

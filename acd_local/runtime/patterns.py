@@ -28,7 +28,7 @@ _NAME = re.compile(r"P?<[A-Za-z_][A-Za-z_0-9]*>")
 
 
 def translate(pattern: str) -> str:
-    """The same expression, every literal written as a code point; to be searched for, not matched in full.
+    """Return the same expression, every literal written as a code point; to be searched for, not matched in full.
 
     Raises:
         ValueError: what cannot be honoured, as a phrase.

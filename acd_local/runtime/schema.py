@@ -63,7 +63,7 @@ _HINTS = {
 
 
 def read(text: str) -> Checked:
-    """The schema in `text`, checked and restated.
+    """Check the schema in `text` and restate it.
 
     Raises:
         UsageError: the text is no JSON, no schema, has a keyword that cannot be honoured, is too large, or no text can
@@ -690,7 +690,7 @@ def _subschemas(node: Schema) -> Iterator[Schema]:
 
 
 def parts(node: Schema, defs: dict[str, Schema]) -> Iterator[Schema]:
-    """What stands directly within a restated schema, what it refers to included."""
+    """Yield what stands directly within a restated schema, what it refers to included."""
     yield from _subschemas(node)
     if isinstance(node, dict) and "$ref" in node:
         yield defs[node["$ref"].rpartition("/")[2]]

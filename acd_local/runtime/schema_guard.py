@@ -57,13 +57,13 @@ class SchemaGuard:
         self._matcher = _compile(_tokenizer(vocab), checked)
 
     def clone(self) -> Self:
-        """One that goes on from here by itself."""
+        """Return one that goes on from here by itself."""
         other = copy.copy(self)
         other._matcher = self._matcher.deep_copy()
         return other
 
     def restrict(self, logits: Logits, beta: float) -> Logits:
-        """A copy, shape (n_vocab,), with -inf at every token that is illegal here, whatever `beta` is.
+        """Return a copy, shape (n_vocab,), with -inf at every token that is illegal here, whatever `beta` is.
 
         Tokens that end the answer are legal exactly where the text so far satisfies the schema.
 
