@@ -42,7 +42,7 @@ class _LoadStopped(Exception):
 async def load(
     model: str | Path, *, on_progress: Callable[[float], object] | None = None, **settings: Any
 ) -> AsyncEngine:
-    """`acd_local.load` in a thread. Cancelled while it reads the file, it stops soon."""
+    """Load a model in a thread, as `acd_local.load` does. Cancelled while it reads the file, it stops soon."""
     loop, stopped = asyncio.get_running_loop(), threading.Event()
 
     def report(fraction: float) -> None:

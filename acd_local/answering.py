@@ -139,7 +139,7 @@ class AnswerStream(Handle):
         self.pair = work.pair
 
     def skip(self) -> Answer:
-        """The cancelled answer that it becomes if nobody begins to read it; nothing is decoded."""
+        """Return the cancelled answer that it becomes if nobody begins to read it; nothing is decoded."""
         self.close()
         return self._answering.skip()
 
@@ -168,7 +168,7 @@ class PromptMeter:
             self._on_event(PromptProgress(done, self._total))
 
     def settle(self, rows: Rows) -> None:
-        """All of these are decoded."""
+        """Count all of these as decoded."""
         self._settled += sum(len(feed.tokens) for feed in rows)
         self.decoded = self._before = self._settled
 
@@ -292,7 +292,7 @@ class Answering:
         self.result = self._finish(reason, prompt, (started, first_logits, time.perf_counter()))
 
     def skip(self) -> Answer:
-        """What it is where it is cancelled before it begins."""
+        """Return the answer of one that is cancelled before it begins."""
         self.result = self._finish("cancelled", None, (0.0, 0.0, 0.0))
         return self.result
 

@@ -218,7 +218,7 @@ class Turn:
             self.end(ended)
 
     def begin(self) -> AnswerStream:
-        """The answer that is to be decoded; until `end` the chat is not idle.
+        """Return the answer that is to be decoded; until `end` the chat is not idle.
 
         Raises:
             EngineBusyError: it is not idle now.
@@ -241,7 +241,7 @@ class Turn:
         return self._inner
 
     def end(self, ended: Answer | BaseException | None) -> None:
-        """What was said joins the chat, unless there was an error or it was stopped before the first word.
+        """Add what was said to the chat, unless there was an error or it was stopped before the first word.
 
         Args:
             ended: the answer, or what went wrong; None: it was closed half-way.

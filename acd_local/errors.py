@@ -100,7 +100,12 @@ def tells_of_memory(text: str) -> bool:
     return any(words in text for words in _NO_MEMORY)
 
 
+def printable(text: str) -> str:
+    """Return `text` on one line: what would not print is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def shown(text: object, limit: int = 200) -> str:
-    """`text` fit for one line of a message: unprintable characters escaped, long text cut."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    """Return `text` fit for one line of a message: unprintable characters escaped, long text cut."""
+    line = printable(str(text))
     return line if len(line) <= limit else f"{line[: limit // 2]}...{line[-limit // 2 :]}"

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -55,6 +53,8 @@ def work_dir() -> Path:
     Raises:
         UsageError, StorageError: it cannot be made; the message names ACD_CACHE_DIR.
     """
+    import tempfile  # slow to import
+
     found = cache_dir()
     try:
         if found is not None and (os.environ.get("ACD_CACHE_DIR") or _can_make(found)):
@@ -254,7 +254,7 @@ def _look(path: Path) -> tuple[os.stat_result | None, Path]:
 
 def _draft(folder: Path, mode: int) -> tuple[int, Path]:
     """A new file, open for writing; its short name fits wherever the target's does."""
-    path = folder / f".acd-{secrets.token_hex(6)}.tmp"
+    path = folder / f".acd-{os.urandom(6).hex()}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     return os.open(path, flags, mode), path
 

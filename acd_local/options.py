@@ -236,7 +236,7 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
         raise UsageError(f"{name} must be a string or a list of strings, not {value!r}")
     for item in items:
-        _check_unicode(name, item)
+        check_unicode(name, item)
     return tuple(items)
 
 
@@ -256,11 +256,15 @@ def _check_type(name: str, annotation: object, value: object) -> None:
     if "str" in kinds and not isinstance(value, str):
         raise UsageError(f"{name} must be a string, not {value!r}")
     if isinstance(value, str):
-        _check_unicode(name, value)
+        check_unicode(name, value)
 
 
-def _check_unicode(name: str, text: str) -> None:
-    """JSON can carry half a surrogate pair, which has no UTF-8 form for llama.cpp."""
+def check_unicode(name: str, text: str) -> None:
+    """Refuse half a surrogate pair, which JSON can carry: it has no UTF-8 form for llama.cpp.
+
+    Raises:
+        UsageError: `text` holds one.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:

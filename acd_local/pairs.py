@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acd_local import files
-from acd_local.errors import PairError, UsageError
+from acd_local.errors import PairError, UsageError, printable
 
 if TYPE_CHECKING:
     from acd_local.runtime.gguf_header import GGUFInfo
@@ -160,7 +160,7 @@ class PromptPair:
                 "soft_beta": _checked_number("soft.beta", self.soft_beta, 1.0),
             }
         except _Fault as fault:
-            raise PairError(f"prompt pair {_printable(str(self.name))}: {fault.field}: {fault}") from None
+            raise PairError(f"prompt pair {printable(str(self.name))}: {fault.field}: {fault}") from None
         for key, value in checked.items():
             object.__setattr__(self, key, value)
 
@@ -224,7 +224,7 @@ def _checked_name(value: object) -> str:
     if not isinstance(value, str):
         raise _Fault("name", f"must be a string, not {_kind(value)}")
     if not _NAME.fullmatch(value):
-        shown = _printable(value)[:80]
+        shown = printable(value)[:80]
         raise _Fault("name", f"{shown!r} is no pair name: up to 64 of A-Z a-z 0-9 . _ -, letter or digit first")
     return value
 
@@ -279,11 +279,6 @@ def _kind(value: object) -> str:
 def _fold(text: str) -> str:
     """A text as it is compared: case, white space and compatibility forms do not count."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def _printable(text: str) -> str:
-    """`text` on one line: what would not print is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # --- Reading a file ---------------------------------------------------------------------------------------------------
@@ -354,7 +349,7 @@ def _build(table: dict[str, Any], path: Path) -> PromptPair:
         if key not in table:
             raise _Fault(key, "missing")
     if _checked_name(table["name"]) != path.stem:
-        raise _Fault("name", f"is {table['name']!r}, but the file is called {_printable(path.name)!r}: make them agree")
+        raise _Fault("name", f"is {table['name']!r}, but the file is called {printable(path.name)!r}: make them agree")
     for key in ("provenance", "figures"):
         if not isinstance(table.get(key, {}), dict):
             raise _Fault(key, f"must be a table, not {_kind(table[key])}")
@@ -374,7 +369,7 @@ def _build(table: dict[str, Any], path: Path) -> PromptPair:
 
 
 def _read(path: Path) -> str:
-    shown = _printable(str(path))
+    shown = printable(str(path))
     try:
         if not path.is_file():
             if path.exists():
@@ -395,10 +390,10 @@ def _read(path: Path) -> str:
 
 def _syntax_message(path: Path, source: str, error: Exception) -> str:
     """tomllib's message with its position in front."""
-    shown = _printable(str(path))
+    shown = printable(str(path))
     if isinstance(error, RecursionError):
         return f"{shown}: nested too deeply: this is no prompt pair"
-    text = _printable(str(error))
+    text = printable(str(error))
     if place := re.search(r" \(at line (\d+), column (\d+)\)$", text):
         return f"{shown}: line {place[1]}: column {place[2]}: {text[: place.start()]}"
     if place := re.search(r" \(at end of document\)$", text):
@@ -409,7 +404,7 @@ def _syntax_message(path: Path, source: str, error: Exception) -> str:
 def _located(path: Path, source: str, fault: _Fault) -> PairError:
     line = _line_of(source, fault.field)
     place = f"line {line}: " if line else ""
-    return PairError(f"{_printable(str(path))}: {place}{_printable(fault.field)[:80]}: {fault}")
+    return PairError(f"{printable(str(path))}: {place}{printable(fault.field)[:80]}: {fault}")
 
 
 def _line_of(source: str, name: str) -> int | None:
@@ -488,7 +483,7 @@ def find(name_or_path: str | os.PathLike[str]) -> PromptPair:
         for folder in search_path():
             if (path := folder / f"{wanted}.toml").is_file():
                 return load(path)
-    shown = _printable(wanted)[:80]
+    shown = printable(wanted)[:80]
     raise PairError(f"no prompt pair {shown!r}; known pairs: {_known_names()}; a path must end in .toml")
 
 
@@ -517,7 +512,7 @@ def best_for(info: GGUFInfo) -> PromptPair:
     pairs, errors = scan()
     fitting = [pair for pair in pairs if fits(pair, info)]
     if not fitting:
-        found = f": {errors[0]}" if errors else f" in {', '.join(_printable(str(folder)) for folder in search_path())}"
+        found = f": {errors[0]}" if errors else f" in {', '.join(printable(str(folder)) for folder in search_path())}"
         raise PairError(f"no prompt pair for this model{found}")
     return max(fitting, key=lambda pair: (_score(pair, info), pair.name == "default"))  # a tie: the first by name
 
@@ -558,7 +553,7 @@ def _files() -> list[Path]:
 
 
 def _known_names() -> str:
-    return ", ".join(dict.fromkeys(sorted(_printable(path.stem) for path in _files()))) or "none"
+    return ", ".join(dict.fromkeys(sorted(printable(path.stem) for path in _files()))) or "none"
 
 
 def _check_places(pair: PromptPair, known: Iterable[PromptPair]) -> None:
@@ -579,7 +574,7 @@ def _check_places(pair: PromptPair, known: Iterable[PromptPair]) -> None:
     for other in known:
         if is_shipped(pair) and not is_shipped(other):
             continue
-        where = f"of pair {other.name!r} ({_printable(str(other.path))})"
+        where = f"of pair {other.name!r} ({printable(str(other.path))})"
         if safe == _fold(other.adversarial.reveal_for_negative_stream()):
             raise refuse("safe", f"is the adversarial text {where}, which may only stand in the negative stream")
         if is_shipped(other) and adversarial == _fold(other.safe):

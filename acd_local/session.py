@@ -21,6 +21,7 @@ from acd_local.pairs import PromptPair
 from acd_local.runtime import llama, probe, rowcosts
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import Vocabulary
+from acd_local.runtime.lifetime import CLOSED
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.prefixes import PrefixStore, common_prefix
 from acd_local.runtime.prompts import Framing, Prompt, PromptBuilder
@@ -269,8 +270,7 @@ class Engine:
         me = threading.get_ident()
         with self._free:
             while not self._idle:
-                if self._closed:
-                    raise EngineClosedError("the engine was closed")
+                self._check_not_closed()
                 if cancel.is_set:
                     raise DecodeAborted
                 if all(holder == me for holder in self._holders):
@@ -336,7 +336,7 @@ class Engine:
 
     def _check_not_closed(self) -> None:
         if self._closed:
-            raise EngineClosedError("the engine was closed")
+            raise EngineClosedError(CLOSED)
 
     def _read_soft(self, pair: PromptPair) -> SoftPair:
         path = pair.soft_path
@@ -410,7 +410,7 @@ class _Open:
         self._lock.acquire()
         if engine is None or engine._closed:
             self._lock.release()
-            raise EngineClosedError("the engine was closed")
+            raise EngineClosedError(CLOSED)
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from acd_local import files
-from acd_local.errors import PairError
+from acd_local.errors import PairError, printable
 from acd_local.runtime.rows import refusal
 
 if TYPE_CHECKING:
@@ -152,8 +152,8 @@ class SoftPair:
         Raises:
             PairError: they are another model's, or llama.cpp takes no rows for this architecture; one line.
         """
-        where = f"{_printable(str(self.path))}: " if self.path else ""
-        made_for = f" ({_printable(self.name)})" if self.name else ""
+        where = f"{printable(str(self.path))}: " if self.path else ""
+        made_for = f" ({printable(self.name)})" if self.name else ""
         for key, ours, its in (
             ("architecture", self.architecture, info.architecture),
             ("embedding width", self.n_embd, info.n_embd),
@@ -162,8 +162,8 @@ class SoftPair:
         ):
             if ours != its:
                 raise PairError(
-                    f"{where}the soft prompts were made for another model{made_for}: {key} {_printable(str(ours))}, "
-                    f"this model has {_printable(str(its))}"
+                    f"{where}the soft prompts were made for another model{made_for}: {key} {printable(str(ours))}, "
+                    f"this model has {printable(str(its))}"
                 )
         if reason := refusal(info.architecture):
             raise PairError(f"{where}soft prompts do not work with {info.architecture} models: {reason}")
@@ -197,7 +197,7 @@ def load(path: str | os.PathLike[str], *, sha256: str = "") -> SoftPair:
     Raises:
         PairError: one line with the file and what is wrong with it.
     """
-    shown = _printable(os.fspath(path))
+    shown = printable(os.fspath(path))
     try:
         return _parse(Path(path), sha256)
     except PairError as error:
@@ -207,7 +207,7 @@ def load(path: str | os.PathLike[str], *, sha256: str = "") -> SoftPair:
 def _parse(path: Path, sha256: str) -> SoftPair:
     data = _read(path)
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-        toml = _printable(path.with_suffix(".toml").name)
+        toml = printable(path.with_suffix(".toml").name)
         raise PairError(f"not the soft prompts that {toml} was written with: copy both files again, or make them anew")
     from safetensors.numpy import load as parse
 
@@ -216,12 +216,10 @@ def _parse(path: Path, sha256: str) -> SoftPair:
         header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
     except Exception as error:  # the parser raises its own error, and whatever numpy says to a type it does not know
         text = " ".join(str(error).split())[:200]
-        raise PairError(f"damaged, or no safetensors file ({_printable(text)})") from None
+        raise PairError(f"damaged, or no safetensors file ({printable(text)})") from None
     texts = _checked_texts(header.get("__metadata__"))
     if sorted(tensors) != sorted(_TENSORS):
-        raise PairError(
-            f"must hold the tensors safe and adversarial, not {_printable(', '.join(sorted(tensors)))[:80]}"
-        )
+        raise PairError(f"must hold the tensors safe and adversarial, not {printable(', '.join(sorted(tensors)))[:80]}")
     for key, tensor in tensors.items():
         if tensor.dtype not in (np.float16, np.float32):
             raise PairError(f"{key}: must be float16, not {tensor.dtype}")
@@ -255,7 +253,7 @@ def _checked_texts(found: object) -> dict[str, str]:
     if texts.get("format") != FORMAT:
         raise PairError(f"no soft pair: its metadata does not say format = {FORMAT}")
     if texts.get("version") != VERSION:
-        shown = _printable(str(texts.get("version")))[:40]
+        shown = printable(str(texts.get("version")))[:40]
         raise PairError(f"version {shown} of the format is not the one this acd-local reads ({VERSION})")
     for key in _TEXTS:
         value = texts.get(key)
@@ -266,7 +264,7 @@ def _checked_texts(found: object) -> dict[str, str]:
 
 def _count(key: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise PairError(f"metadata {key}: must be a whole number, not {_printable(text)[:40]!r}")
+        raise PairError(f"metadata {key}: must be a whole number, not {printable(text)[:40]!r}")
     return int(text)
 
 
@@ -304,8 +302,3 @@ def _in_order(data: bytes) -> bytes:
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header + data[end:]
-
-
-def _printable(text: str) -> str:
-    """`text` on one line: what would not print is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -325,7 +325,7 @@ def test_a_llama_cpp_that_always_crashes_fails_the_set_up(checkout: Checkout) ->
 
 
 @pytest.fixture
-def setup_module() -> ModuleType:
+def setup_script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("_setup", ROOT / "bin" / "_setup.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -334,41 +334,41 @@ def setup_module() -> ModuleType:
 
 
 def test_amx_is_left_out_of_the_build_where_the_cpu_has_it(
-    setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CXXFLAGS", "-O2")
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=ON")
-    monkeypatch.setattr(setup_module, "cpu", lambda: "x86_64 Some CPU fpu avx512_vnni")
-    without = setup_module.LlamaBuild(ROOT)
+    monkeypatch.setattr(setup_script, "cpu", lambda: "x86_64 Some CPU fpu avx512_vnni")
+    without = setup_script.LlamaBuild(ROOT)
     assert without.env["CXXFLAGS"] == "-O2" and without.env["CMAKE_ARGS"].endswith(" -DGGML_CUDA=ON")
-    if setup_module.compiler("-mno-amx-tile", "-E", "-x", "c++", os.devnull) is None:
+    if setup_script.compiler("-mno-amx-tile", "-E", "-x", "c++", os.devnull) is None:
         pytest.skip("the compiler knows no AMX")
-    monkeypatch.setattr(setup_module, "cpu", lambda: "x86_64 Some CPU fpu avx512_vnni amx_tile")
-    build = setup_module.LlamaBuild(ROOT)
+    monkeypatch.setattr(setup_script, "cpu", lambda: "x86_64 Some CPU fpu avx512_vnni amx_tile")
+    build = setup_script.LlamaBuild(ROOT)
     assert build.env["CXXFLAGS"] == "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16 -O2"
     assert build.cache() != without.cache(), "a wheel for another CPU must not be taken"
     show_macros = ("-march=sapphirerapids", *build.env["CXXFLAGS"].split(), "-dM", "-E", "-x", "c++", os.devnull)
-    macros = setup_module.compiler(*show_macros)
+    macros = setup_script.compiler(*show_macros)
     assert macros is not None and "__AVX512VNNI__" in macros and "__AMX" not in macros
 
 
 def test_a_build_is_kept_by_what_it_was_made_with(
-    setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "cache"))
-    here = setup_module.LlamaBuild(ROOT)
+    here = setup_script.LlamaBuild(ROOT)
     elsewhere = shutil.copytree(ROOT / "bin", tmp_path / "a clone" / "bin").parent
     shutil.copy(ROOT / "pyproject.toml", elsewhere)
-    assert setup_module.LlamaBuild(elsewhere).cache() == here.cache(), "another clone compiles it again"
+    assert setup_script.LlamaBuild(elsewhere).cache() == here.cache(), "another clone compiles it again"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACD_CACHE_DIR", "cache")
     assert here.cache() == ["--cache-dir", str(tmp_path / "cache/llama.cpp" / here.key)], "pip runs in another folder"
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_NATIVE=OFF")
-    assert setup_module.LlamaBuild(ROOT).cache() != here.cache()
+    assert setup_script.LlamaBuild(ROOT).cache() != here.cache()
     (tmp_path / "file").touch()
     monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "file"))
-    assert setup_module.LlamaBuild(ROOT).cache() == ["--no-cache-dir"]
+    assert setup_script.LlamaBuild(ROOT).cache() == ["--no-cache-dir"]
 
 
 def is_running(process: int) -> bool:

@@ -183,7 +183,7 @@ def test_time_limit(tiny: Path) -> None:
     start = time.perf_counter()
     message = refusal(tiny, timeout=0.001)
     assert "did not finish loading it within" in message
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 30  # the usual limit is 120 s
 
 
 def test_child_that_cannot_import(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -396,8 +396,9 @@ def test_a_short_wait_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PATIENCE", 0.01)
     with StatusLine() as status:
         status.show("reading " + "x" * 500)
-        time.sleep(0.2)
-        shown = screen.getvalue()
+        deadline = time.monotonic() + 10
+        while not (shown := screen.getvalue()) and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert shown.startswith("\rreading xxx")
     assert screen.getvalue() == shown + f"\r{' ' * (len(shown) - 1)}\r"
     time.sleep(0.05)
@@ -870,7 +871,7 @@ def test_a_signal_while_decoding(slow_model: tuple[str, ...], signum: int, code:
     process.send_signal(signum)
     process.send_signal(signum)
     rest, err = process.communicate(timeout=30)
-    assert time.monotonic() - sent < 3
+    assert time.monotonic() - sent < 10
     assert process.returncode == code
     assert re.fullmatch(b"a{3,}\n", text + rest)
     assert err == b""
@@ -887,7 +888,7 @@ def test_a_signal_during_a_long_prompt(slow_model: tuple[str, ...], signum: int,
     sent = time.monotonic()
     process.send_signal(signum)
     out, err = process.communicate(timeout=30)
-    assert time.monotonic() - sent < 3
+    assert time.monotonic() - sent < 10
     assert (process.returncode, err) == (code, b"")
     if out:  # loaded within the time given
         record = json.loads(out)

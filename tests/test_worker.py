@@ -636,7 +636,7 @@ def test_a_signal_ends_the_answer_and_the_worker(slow_base: tuple[str, ...], sig
     assert last[0]["text"].startswith("a")
     assert last[1]["text"] == last[2]["text"] == ""
     assert client.process.wait(10) == code
-    assert time.monotonic() - sent < 3
+    assert time.monotonic() - sent < 10
     assert client.end()[2] == b""
 
 

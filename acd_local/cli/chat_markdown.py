@@ -200,7 +200,7 @@ class MarkdownWriter:
         self._close()
 
     def wait(self, text: str) -> None:
-        """What is going on before the first text comes."""
+        """Say what is going on before the first text comes."""
         self._region.draw([[Segment(text, Style(dim=True))]])
 
     def write(self, text: str) -> None:

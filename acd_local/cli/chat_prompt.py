@@ -60,7 +60,7 @@ class PromptSource:
 
 
 def history() -> FileHistory | InMemoryHistory:
-    """Typed messages, remembered between chats where the user has a folder for them."""
+    """Return the typed messages, remembered between chats where the user has a folder for them."""
     folder = files.data_dir()
     return InMemoryHistory() if folder is None else History(folder / "history")
 

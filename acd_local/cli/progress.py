@@ -75,7 +75,7 @@ def progress_text(progress: Progress) -> str:
 
 
 def load_with_status(model: str, given: Mapping[str, Any]) -> Engine:
-    """`flags.load_engine`, with a status line while it lasts."""
+    """Load a model as `flags.load_engine` does, with a status line while it lasts."""
     with StatusLine() as status:
         return load_engine(model, given, on_progress=lambda fraction: status.loading(model, fraction))
 
@@ -107,13 +107,15 @@ class StatusLine:
                 self._draw(text)
 
     def loading(self, model: str, fraction: float) -> None:
+        """Say how much of a model is loaded, from 0 to 1."""
         self.show(f"loading {one_line(Path(model).name)}{f' {fraction:.0%}' if fraction else ''}")
 
     def reading(self, progress: PromptProgress) -> None:
+        """Say how much of a prompt is decoded."""
         self.show(reading_text(progress))
 
     def clear(self) -> None:
-        """Before anything else is written to the terminal."""
+        """Take the line away, before anything else is written to the terminal."""
         if not self._live:
             return
         with self._lock:

@@ -44,7 +44,7 @@ def contrast_record(answer: Answer) -> dict[str, Any]:
 
 
 def trace_record(token: TokenRecord) -> dict[str, Any]:
-    """One line of --trace, one `trace` event of the worker."""
+    """Make one line of --trace, or one `trace` event of the worker."""
     return {
         "token": token.token,
         "text": token.text,

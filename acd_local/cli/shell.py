@@ -152,7 +152,7 @@ def _error_body(error: AcdError) -> dict[str, str]:
 
 
 def error_event(request_id: str | int | None, error: AcdError, *, final: bool) -> dict[str, Any]:
-    """The worker's form of it; `final`: it ends the request with this id."""
+    """Make the worker's form of an error; `final`: it ends the request with this id."""
     return {"id": request_id, "event": "error", "final": final, **_error_body(error)}
 
 

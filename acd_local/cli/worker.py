@@ -1,7 +1,7 @@
 """The JSON-lines worker behind `acd-run --jsonl`: how an application in any language embeds the decoder.
 
-One request per line of stdin, one event per line of stdout, both UTF-8 JSON objects. Protocol version 2; the README
-documents it. A reader thread takes lines in while answers are being made, so that they can be cancelled.
+One request per line of stdin, one event per line of stdout, both UTF-8 JSON objects. Protocol version 2, see
+docs/worker.md. A reader thread takes lines in while answers are being made, so that they can be cancelled.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _ENVELOPE = {"id", "prompt", "messages", "system", "pair", "divergence", "trace"
 
 def serve(model: str, given: Mapping[str, Any], options: Options, interrupts: Interrupts) -> int:
     """Answer requests until stdin ends or a signal comes; returns the exit code."""
-    out, pace = Output(), Pace()
+    out, throttle = Output(), Throttle()
 
     def loading(fraction: float) -> None:
-        if pace.due():
+        if throttle.due():
             out.emit({"event": "loading", "progress": round(fraction, 3)})
             out.check()
 
@@ -76,7 +76,7 @@ class Request:
     cancel: CancelToken = field(repr=False)
 
 
-class Pace:
+class Throttle:
     """Lets a sign of progress through now and then: at once, then every EVERY seconds."""
 
     def __init__(self) -> None:
@@ -115,12 +115,12 @@ class Output:
                 self.broken = error
 
     def check(self) -> None:
-        """Raises what went wrong: a closed pipe ends the program quietly, a full disk does not."""
+        """Raise what went wrong: a closed pipe ends the program quietly, a full disk does not."""
         if self.broken is not None:
             raise self.broken
 
     def close(self) -> None:
-        """No line comes any more: the reader thread must not be writing when the interpreter ends."""
+        """Let no line come any more: the reader thread must not be writing when the interpreter ends."""
         with self.lock:
             self._closed = True
 
@@ -205,13 +205,14 @@ class Worker:
             self._refuse(number, request_id, error, ends=asks)
 
     def _request(self, request_id: str | int | None, raw: Mapping[str, Any]) -> Request:
+        from acd_local.options import check_unicode
         from acd_local.runtime import grammar
         from acd_local.runtime.cancel import CancelToken
         from acd_local.session import check_messages
 
         if request_id is None:
             raise UsageError("a request needs an id, a string or a whole number")
-        _check_text(raw)
+        check_unicode("the request", json.dumps(raw, ensure_ascii=False))
         if ("prompt" in raw) == ("messages" in raw):
             raise UsageError("a request has either a prompt or messages")
         if not isinstance(raw.get("prompt", ""), str) or not isinstance(raw.get("messages", []), list):
@@ -374,7 +375,7 @@ class Reporter:
     def __init__(self, request_id: str | int, emit: Callable[[Mapping[str, Any]], None]) -> None:
         self._id = request_id
         self._emit = emit
-        self._pace = Pace()
+        self._throttle = Throttle()
         self._long: bool | None = None  # whether the prompt takes several batches
 
     def __call__(self, event: AnswerEvent) -> None:
@@ -388,13 +389,13 @@ class Reporter:
         else:
             if self._long is None:
                 self._long = event.total - event.done > BATCH_ROWS
-            if self._long and self._pace.due():
+            if self._long and self._throttle.due():
                 progress = {"phase": "prompt", "done": event.done, "total": event.total}
                 self._emit({"id": self._id, "event": "progress"} | progress)
 
 
 def ready_record(engine: Engine, defaults: Defaults, *, parallel: int) -> dict[str, Any]:
-    """What a client may want to know before it asks. `options`: what a request can say, and what holds otherwise."""
+    """Say what a client wants to know before it asks. `options`: what a request can say, and what holds otherwise."""
     from acd_local.answering import resolve_contrast
     from acd_local.options import Options
 
@@ -440,10 +441,3 @@ def _request_id(raw: Mapping[str, Any]) -> str | int | None:
     if isinstance(request_id, bool) or not isinstance(request_id, (str, int, type(None))):
         raise UsageError("an id is a string or a whole number")
     return request_id
-
-
-def _check_text(raw: Mapping[str, Any]) -> None:
-    try:
-        json.dumps(raw, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise UsageError("the request holds half a surrogate pair, which is no text") from None

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias
 
 from acd_local import pairs
 from acd_local.answering import resolve_contrast
-from acd_local.errors import UsageError
+from acd_local.errors import UsageError, printable
 from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair, refuse_adversarial
 from acd_local.runtime.choice import ContrastSettings
@@ -212,8 +212,8 @@ def load(
 def _located(file: Path, source: str, name: str, error: UsageError) -> UsageError:
     line = _line_of(source, name)
     place = f"line {line}: " if line else ""
-    message = _printable(str(error))[:300]
-    return UsageError(f"{_printable(str(file))}: {place}method {_printable(name)[:80]}: {message}")
+    message = printable(str(error))[:300]
+    return UsageError(f"{printable(str(file))}: {place}method {printable(name)[:80]}: {message}")
 
 
 def select(names: Sequence[str], known: Mapping[str, Method]) -> list[Method]:
@@ -224,7 +224,7 @@ def select(names: Sequence[str], known: Mapping[str, Method]) -> list[Method]:
     """
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise UsageError(f"unknown method {_printable(unknown[0])[:80]!r}; known methods: {', '.join(known)}")
+        raise UsageError(f"unknown method {printable(unknown[0])[:80]!r}; known methods: {', '.join(known)}")
     if not names:
         raise UsageError(f"no method named; known methods: {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(names)]
@@ -237,7 +237,7 @@ def sweep(method: Method, key: SweepKey, values: Iterable[float]) -> list[Method
         UsageError: the method has no contrast, or a value is out of range.
     """
     if key not in ("alpha", "beta", "window"):
-        raise UsageError(f"cannot sweep {_printable(str(key))[:40]!r}: choose alpha, beta or window")
+        raise UsageError(f"cannot sweep {printable(str(key))[:40]!r}: choose alpha, beta or window")
     if not method.contrast:
         raise UsageError(f"method {method.name} has no contrast: there is no {key} to sweep")
     swept: dict[str, Method] = {}
@@ -417,16 +417,11 @@ def _kind(value: object) -> str:
     return kinds.get(type(value), "a date or time")
 
 
-def _printable(text: str) -> str:
-    """`text` on one line: what would not print is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 # --- Reading a file ---------------------------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> str:
-    shown = _printable(str(path))
+    shown = printable(str(path))
     try:
         if path.is_dir():
             raise UsageError(f"{shown}: not a file: give one TOML file of methods")
@@ -444,16 +439,16 @@ def _read(path: Path) -> str:
 
 
 def _parse(path: Path, source: str) -> dict[str, Any]:
-    shown = _printable(str(path))
+    shown = printable(str(path))
     try:
         table = tomllib.loads(source)
     except (ValueError, RecursionError) as error:
-        message = "nested too deeply" if isinstance(error, RecursionError) else _printable(str(error))
+        message = "nested too deeply" if isinstance(error, RecursionError) else printable(str(error))
         raise UsageError(f"{shown}: {message}") from None
     for key in table:
         if key != "methods":
             raise UsageError(
-                f"{shown}: {_printable(key)[:80]}: unknown field; a method stands in a table [methods.NAME]"
+                f"{shown}: {printable(key)[:80]}: unknown field; a method stands in a table [methods.NAME]"
             )
     methods = table.get("methods")
     if not isinstance(methods, dict) or not methods:

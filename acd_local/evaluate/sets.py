@@ -39,7 +39,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from acd_local.errors import UsageError
+from acd_local.errors import UsageError, printable
 from acd_local.options import MAX_SEED
 
 __all__ = ["EvalSet", "Item", "Kind", "item_seed", "read", "sample", "shard", "smoke"]
@@ -122,10 +122,10 @@ def read(spec: str) -> list[EvalSet]:
             rows = _filtered(rows, *wanted)
         sets = _sets(name, kind or _guessed(rows), rows, path.name)
     except _Fault as fault:
-        raise UsageError(_printable(f"{path}: {fault}")) from None
+        raise UsageError(printable(f"{path}: {fault}")) from None
     if wanted is None:
         return sets
-    return [replace(s, source=_printable(f"{s.source} ({wanted[0]}={wanted[1]})")) for s in sets]
+    return [replace(s, source=printable(f"{s.source} ({wanted[0]}={wanted[1]})")) for s in sets]
 
 
 def smoke() -> list[EvalSet]:
@@ -155,7 +155,7 @@ def _refuse_other_kind(rest: str) -> None:
     while colon and not _is_file(_expanded(rest)):
         if _is_file(_expanded(file)):
             kind = _quoted(tail.partition(":")[0])
-            raise UsageError(_printable(f"{file}: no kind {kind}; known: {', '.join(_KINDS)}; write {_SPEC}"))
+            raise UsageError(printable(f"{file}: no kind {kind}; known: {', '.join(_KINDS)}; write {_SPEC}"))
         part, colon, tail = tail.partition(":")
         file = f"{file}:{part}"
 
@@ -407,7 +407,7 @@ def _sets(name: str, kind: str, rows: list[_Row], source: str) -> list[EvalSet]:
             raise _Fault(f"{row.place}: {fault}") from None
     suffix = {"harmless": "-safe", "harmful": "-unsafe"} if kind == "labelled" else {}
     return [
-        EvalSet(name + suffix.get(row_kind, ""), row_kind, tuple(items.values()), _printable(source))
+        EvalSet(name + suffix.get(row_kind, ""), row_kind, tuple(items.values()), printable(source))
         for row_kind, items in found.items()
         if items
     ]
@@ -510,12 +510,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    return _printable(repr(text if len(text) <= 60 else text[:57] + "..."))
-
-
-def _printable(text: str) -> str:
-    """`text` on one line: what would not print is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(repr(text if len(text) <= 60 else text[:57] + "..."))
 
 
 def _kind_of(value: Any) -> str:

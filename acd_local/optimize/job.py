@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from acd_local import files, models, pairs
-from acd_local.errors import ModelError, UsageError
+from acd_local.errors import ModelError, UsageError, shown
 from acd_local.evaluate.runner import Progress
 from acd_local.optimize import anchors, device, result, rope
 from acd_local.optimize.anchors import Instruction
@@ -203,7 +203,7 @@ def check_architecture(info: GGUFInfo) -> None:
     known = {bare(a) for a in GGUF_SUPPORTED_ARCHITECTURES} - set(_OTHER_BUILD) - {"general", "tokenizer"}
     if bare(info.architecture) not in known:
         raise ModelError(
-            f"{name}: acd optimize cannot train {gguf_header.shown(info.architecture)} models; it can train "
+            f"{name}: acd optimize cannot train {shown(info.architecture)} models; it can train "
             f"{', '.join(sorted(known))}"
         )
     rope.check(info.path, info.architecture)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from acd_local import pairs
-from acd_local.errors import UsageError
-from acd_local.runtime.gguf_header import shown
+from acd_local.errors import UsageError, shown
 
 OPTIONS = ("seed", "budget", "weights", "dtype", "max_tokens", "soft_only")  # what a result sets
 _SOFT = ("soft_safe_steps", "soft_adversarial_steps")

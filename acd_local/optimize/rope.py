@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from acd_local.errors import ModelError
+from acd_local.errors import ModelError, shown
 from acd_local.runtime import gguf_header
 
 FACTORS = "rope_freqs.weight"  # Llama 3.1 and 3.2: what each frequency is divided by (llama.cpp: freq_factors)
@@ -18,7 +18,7 @@ def check(path: Path, architecture: str) -> None:
     if scaling not in ("", "none") or any(name.startswith("rope_factors_") for name in names):
         raise ModelError(
             f"{path.name}: acd optimize cannot train models with scaled rotary positions "
-            f"({gguf_header.shown(scaling or 'long rope')}): transformers leaves the scaling of a GGUF file out"
+            f"({shown(scaling or 'long rope')}): transformers leaves the scaling of a GGUF file out"
         )
 
 

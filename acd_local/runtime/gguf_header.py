@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from acd_local.errors import ModelError, OutOfMemoryError
-from acd_local.errors import shown as shown
+from acd_local.errors import ModelError, OutOfMemoryError, shown
 
 # general.file_type (enum llama_ftype)
 _FILE_TYPES = {

@@ -23,7 +23,7 @@ TIMEOUT = 10.0  # seconds
 
 
 def from_options(options: Options, vocab: Vocab, model_path: Path) -> Guard | None:
-    """What holds an answer to its grammar or its schema, None if it is free. Thread-safe.
+    """Make what holds an answer to its grammar or its schema, None if it is free. Thread-safe.
 
     Raises:
         UsageError: the grammar or the schema is bad; one line.

@@ -36,7 +36,7 @@ class TooLong(Exception):
 
 
 def no_check() -> None:
-    """What `mark` and `tokenize` ask now and then unless they are given something that may raise."""
+    """Do nothing: what `mark` and `tokenize` call now and then, unless they are given something that may raise."""
 
 
 def clean(text: str) -> str:

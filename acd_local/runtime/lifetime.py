@@ -78,7 +78,7 @@ class Owned:
         return self._pid != os.getpid()
 
     def check(self) -> None:
-        """Whether something new can be begun with it; never waits.
+        """Check that something new can be begun with it; never waits.
 
         Raises:
             EngineClosedError: it cannot.
@@ -122,12 +122,12 @@ _used_in: int | None = None  # the process whose threads llama.cpp has started
 
 
 def ending() -> bool:
-    """Whether the process is ending."""
+    """Tell whether the process is ending."""
     return _ending
 
 
 def note_use() -> None:
-    """llama.cpp is about to start threads: GNU's OpenMP hangs in a process that is forked after that."""
+    """Note that llama.cpp is about to start threads: GNU's OpenMP hangs in a process that is forked after that."""
     global _used_in
     _used_in = os.getpid()
 
@@ -140,7 +140,7 @@ def _check_begin() -> None:
 
 
 def end(*, free: bool) -> None:
-    """The process is ending: stop what is running and let nothing begin, so that no thread is inside llama.cpp.
+    """Stop what is running and let nothing begin, as the process ends: so that no thread is inside llama.cpp.
 
     Args:
         free: release all memory too, contexts before their models. Else it is left to the system: a thread may still

@@ -288,8 +288,7 @@ class Vocab:
 
     def is_eog(self, token: int) -> bool:
         """Whether the token ends an answer (EOS, EOT, ...)."""
-        with self.model:
-            return bool(C.llama_vocab_is_eog(self.pointer, token))
+        return token in self.eog_tokens()
 
     def eog_tokens(self) -> frozenset[int]:
         """All tokens that end an answer."""

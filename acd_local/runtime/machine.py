@@ -28,7 +28,7 @@ _LIBRARIES = ("*ggml-cpu*", "*ggml-base*", "*llama*")
 logger = logging.getLogger("acd_local.machine")  # the commands show what comes here
 
 
-def llama_version() -> str:
+def _llama_version() -> str:
     """Return the installed llama-cpp-python's version, "" where nothing says it."""
     try:
         return metadata.version("llama-cpp-python")
@@ -39,7 +39,7 @@ def llama_version() -> str:
 @lru_cache(maxsize=1)
 def identity() -> str:
     """Return a name for this processor together with the llama.cpp installed here: 32 hexadecimal digits."""
-    seen = hashlib.blake2b(json.dumps([llama_version(), *_processor()]).encode(), digest_size=16)
+    seen = hashlib.blake2b(json.dumps([_llama_version(), *_processor()]).encode(), digest_size=16)
     for library in _libraries():  # their times say nothing: a one-file application unpacks them at each start
         with suppress(OSError):
             seen.update(library.read_bytes())

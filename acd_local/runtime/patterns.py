@@ -37,7 +37,7 @@ _EQUIVALENTS = {
 
 
 def translate(pattern: str) -> str:
-    """The same expression, every literal written as a code point; to be searched for, not matched in full.
+    """Return the same expression, every literal written as a code point; to be searched for, not matched in full.
 
     Raises:
         ValueError: what cannot be honoured, as a phrase.
@@ -48,11 +48,6 @@ def translate(pattern: str) -> str:
     if parser.at < len(pattern):
         raise ValueError("a closing parenthesis without an opening one")
     return result
-
-
-def literal(text: str) -> str:
-    """An expression that matches `text` alone."""
-    return "".join(map(_char, map(ord, text)))
 
 
 def _char(code: int) -> str:

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acd_local import files
-from acd_local.errors import AcdError, InternalError, ModelError, OutOfMemoryError, tells_of_memory
+from acd_local.errors import AcdError, InternalError, ModelError, OutOfMemoryError, shown, tells_of_memory
 from acd_local.runtime import child, gguf_header, machine
-from acd_local.runtime.gguf_header import GGUFInfo, shown
+from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.threads import physical_cores
 
 if TYPE_CHECKING:

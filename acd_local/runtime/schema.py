@@ -78,7 +78,7 @@ _WRAPPERS = ("schema", "json_schema", "input_schema", "parameters", "inputSchema
 
 
 def read(text: str) -> Checked:
-    """The schema in `text`, checked and restated.
+    """Check the schema in `text` and restate it.
 
     Raises:
         UsageError: the text is no JSON, no schema, has a keyword that cannot be honoured, is too large, or no text can
@@ -441,7 +441,6 @@ class _Reader:
         at.own[at.keyword] = {
             self._expression(name, at): self._child(node, at, name) for name, node in self._members(value, at)
         }
-
         self.patterns += len(at.own[at.keyword])
         if self.patterns > MAX_PATTERNS:
             at.refuse(f"more than {MAX_PATTERNS}")
@@ -800,7 +799,7 @@ def _subschemas(node: Schema) -> Iterator[Schema]:
 
 
 def parts(node: Schema, defs: dict[str, Schema]) -> Iterator[Schema]:
-    """What stands directly within a restated schema, what it refers to included."""
+    """Yield what stands directly within a restated schema, what it refers to included."""
     yield from _subschemas(node)
     if isinstance(node, dict) and "$ref" in node:
         yield defs[node["$ref"].rpartition("/")[2]]

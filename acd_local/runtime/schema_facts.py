@@ -16,7 +16,7 @@ _MAX_DEPTH = 4
 
 
 def apart(branches: Sequence[Any], around: dict[str, Any], resolve: Resolve) -> bool:
-    """Whether surely no value satisfies two of `branches`, all of them schemas as given.
+    """Tell whether surely no value satisfies two of `branches`, all of them schemas as given.
 
     Args:
         around: a schema that holds as well. resolve: what a `$ref` names.

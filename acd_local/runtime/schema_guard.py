@@ -10,7 +10,7 @@ import json
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -56,14 +56,14 @@ class SchemaGuard:
         self._n_tokens = vocab.n_tokens
         self._matcher = _compile(_tokenizer(vocab), checked)
 
-    def clone(self) -> SchemaGuard:
-        """One that goes on from here by itself."""
+    def clone(self) -> Self:
+        """Return one that goes on from here by itself."""
         other = copy.copy(self)
         other._matcher = self._matcher.deep_copy()
         return other
 
     def restrict(self, logits: Logits, beta: float) -> Logits:
-        """A copy, shape (n_vocab,), with -inf at every token that is illegal here, whatever `beta` is.
+        """Return a copy, shape (n_vocab,), with -inf at every token that is illegal here, whatever `beta` is.
 
         Tokens that end the answer are legal exactly where the text so far satisfies the schema.
 

@@ -1,4 +1,4 @@
-"""How many CPU threads to use, by default the physical cores this process may run on, and how they wait."""
+"""Say how many CPU threads to use, by default the physical cores this process may run on, and how they wait."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ _SPINS = 300 if platform.machine().lower() in ("x86_64", "amd64", "i686") else 1
 
 @contextmanager
 def openmp_settings() -> Iterator[None]:
-    """Load llama.cpp inside: GNU's OpenMP reads its settings from the environment as it is loaded, and never again.
+    """Set how threads wait for the llama.cpp that is loaded inside.
+
+    GNU's OpenMP reads its settings from the environment as it is loaded, and never again.
 
     What the user has set stands, and the environment is as before afterwards.
     """
@@ -37,7 +39,7 @@ def openmp_settings() -> Iterator[None]:
 
 
 def default_threads() -> int:
-    """The number of threads where nobody chose one: $ACD_THREADS, else the physical cores.
+    """Return the number of threads where nobody chose one: $ACD_THREADS, else the physical cores.
 
     Raises:
         UsageError: ACD_THREADS is no number of threads.
