@@ -123,7 +123,7 @@ class Setup:
             if self.works():
                 note(f"updating .venv; log in {self.log}")
             else:
-                note("first use: setting up .venv, which takes 3 to 6 minutes if llama.cpp has to be compiled")
+                note("first use: setting up .venv, which takes 2 to 6 minutes if llama.cpp has to be compiled")
                 note(f"log in {self.log}")
                 self.remove_environment()
                 runner.run("creating the environment", self.base_python, "-m", "venv", str(self.venv))
