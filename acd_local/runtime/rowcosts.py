@@ -166,7 +166,7 @@ def _line(costs: dict[int, float]) -> tuple[float, float]:
 
 
 def file_for(model: Path, **settings: object) -> Path:
-    """Return where below the cache folder a model's figures under `settings` are, for this machine and llama.cpp."""
+    """Return where figures of a model under `settings` are kept below the cache folder, by machine and llama.cpp."""
     here = {"machine": machine.identity(), "extra_buffers": machine.extra_buffers(), "cpus": os.cpu_count()}
     settings = {**settings, **here}
     with suppress(OSError):

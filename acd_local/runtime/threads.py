@@ -24,7 +24,6 @@ def openmp_settings() -> Iterator[None]:
     """Set how threads wait for the llama.cpp that is loaded inside.
 
     GNU's OpenMP reads its settings from the environment as it is loaded, and never again.
-
     What the user has set stands, and the environment is as before afterwards.
     """
     name = "GOMP_SPINCOUNT"
