@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,3 +114,12 @@ def test_bench_table_with_memory(capsys: pytest.CaptureFixture[str], tiny: Calla
     table = out.split("\n\n")[0].splitlines()[3:]
     assert len(table) == 5 and all(line.endswith(" MB") for line in table)
     assert "q8_0" not in out, "heads of 16 cannot be kept so"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [("models",), ("pairs", "list"), ("pairs", "show", "default"), ("--help",)])
+def test_a_full_disk_behind_stdout_is_exit_code_6(arguments: tuple[str, ...]) -> None:
+    main = "from acd_local.cli.main import main; main()"
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([sys.executable, "-c", main, *arguments], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (6, "acd: cannot write the output: No space left on device\n")
