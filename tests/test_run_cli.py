@@ -333,18 +333,24 @@ def test_the_answer_and_one_newline(cli: Callable[..., Done], base: tuple[str, .
     assert cli(*base, "hi", "--grammar", grammar) == Done(0, out, "")
 
 
+def read_terminal(master: int) -> bytes:
+    """What the programs at the other side of a pseudo-terminal write, until the last of them closes it."""
+    seen = b""
+    try:
+        while piece := os.read(master, 4096):
+            seen += piece
+    except OSError:  # the other side is closed
+        pass
+    os.close(master)
+    return seen
+
+
 def test_a_terminal_gets_no_escape_sequences(base: tuple[str, ...]) -> None:
     for extra, expected in (((), "␛[31mred\r\n␛]0;x␇\r\n"), (("--json",), '"text": "\\u001b[31mred\\n')):
         master, slave = os.openpty()
         process = start((*base, "hi", "--grammar", r'root ::= "\x1b[31mred\n\x1b]0;x\x07\n"', *extra), stdout=slave)
         os.close(slave)
-        out = b""
-        try:
-            while piece := os.read(master, 4096):
-                out += piece
-        except OSError:  # the other side is closed
-            pass
-        os.close(master)
+        out = read_terminal(master)
         assert process.wait(30) == 0
         assert expected in out.decode()
         assert b"\x1b" not in out
@@ -363,13 +369,7 @@ def test_a_terminal_is_told_how_far_it_is(tiny: Callable[..., Path], pair: Path)
     master, slave = os.openpty()
     process = start(args, stderr=slave, code=IMPATIENT)
     os.close(slave)
-    err = b""
-    try:
-        while piece := os.read(master, 4096):
-            err += piece
-    except OSError:  # the other side is closed
-        pass
-    os.close(master)
+    err = read_terminal(master)
     out, _ = process.communicate(timeout=60)
     shown = [part.rstrip() for part in err.decode().split("\r")]
     assert f"loading {model.name}" in shown
