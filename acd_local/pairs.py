@@ -8,13 +8,21 @@ A pair file is named after the pair (`prompts/NAME.toml`) and looks like this:
     adversarial = '''...'''     # negative stream: only ever a reference, never sampled from
     alpha = 0.5                 # optional: strength of the contrast, finite, >= 0
     beta = 0.1                  # optional: plausibility threshold, in [0, 1]
-    [soft]                      # optional: alpha and beta of the soft prompts in NAME.safetensors beside it
+    sha256 = "..."              # optional: of NAME.safetensors beside it, so that another one is not taken for it
+    [soft]                      # optional: alpha and beta of the soft prompts in NAME.safetensors
     alpha = 0.4
-    sha256 = "..."              # optional: of that file, so that another one is not taken for it
+    [gate]                      # optional: contrast only where the gate in NAME.safetensors finds a request harmful
+    threshold = 0.5             # chance of harm from which on both streams are decoded
+    helpful = '''...'''        # optional: system prompt of requests below `low`; without it, the model as it is
+    low = 0.05
+    look = 32                   # optional: answer tokens between two readings of an answer that is not contrasted
+    answer_threshold = 0.9      # chance of harm from which on such an answer goes on contrasted
     [models]                    # optional: the models it was made for; without it, any model
     architecture = "llama"
     tokenizer = "<sha256>"      # GGUFInfo.tokenizer
     names = ["..."]             # general.name of the GGUF
+    n_layers = 30               # with n_embd: the model's size
+    n_embd = 576
     [provenance]                # free: method, date, author, base model, seed, notes
     [figures]                   # free: measured numbers
 
@@ -45,6 +53,7 @@ __all__ = [
     "DEFAULT_BETA",
     "FORMAT",
     "AdversarialText",
+    "GateSettings",
     "ModelMatch",
     "PromptPair",
     "available",
@@ -64,9 +73,13 @@ DEFAULT_BETA = 0.1
 MAX_BYTES = 1_000_000
 MAX_ALPHA = 3.4e38  # float32, in which logits are contrasted
 
-_KEYS = ("format", "name", "safe", "adversarial", "alpha", "beta", "soft", "models", "provenance", "figures")
-_MODEL_KEYS = ("architecture", "tokenizer", "names")
-_SOFT_KEYS = ("alpha", "beta", "sha256")
+_KEYS = (
+    *("format", "name", "safe", "adversarial", "alpha", "beta", "sha256"),
+    *("soft", "gate", "models", "provenance", "figures"),
+)
+_MODEL_KEYS = ("architecture", "tokenizer", "names", "n_layers", "n_embd")
+_SOFT_KEYS = ("alpha", "beta")
+_GATE_KEYS = ("threshold", "helpful", "low", "look", "answer_threshold")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>")
@@ -107,10 +120,31 @@ class ModelMatch:
     architecture: str = ""
     tokenizer: str = ""
     names: tuple[str, ...] = ()
+    n_layers: int | None = None
+    n_embd: int | None = None
 
     @property
     def is_generic(self) -> bool:
         return not (self.architecture or self.tokenizer or self.names)
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """How a pair's gate decides who answers a request, by the chance of harm that it reads.
+
+    Attributes:
+        threshold: from this chance on the pair is contrasted; below it the model answers as it is.
+        helpful: system prompt in the place of the model's own for requests below `low`; None: none.
+        low: at most `threshold`; 0 where there is no helpful text.
+        look: answer tokens between two readings of an answer that is not contrasted; 0: it is not read again.
+        answer_threshold: chance of harm from which on such an answer goes on contrasted.
+    """
+
+    threshold: float
+    helpful: str | None = None
+    low: float = 0.0
+    look: int = 0
+    answer_threshold: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +160,8 @@ class PromptPair:
         provenance, figures: where it comes from and what was measured with it; free tables.
         path: its file; None if it was made in Python.
         soft_alpha, soft_beta: settings of the soft prompts; None leaves the pair's own.
-        soft_sha256: of the soft prompts' file; empty: any.
+        gate: how its gate decides; None: it has none, and every answer is contrasted.
+        sha256: of the file with soft prompts and gate; empty: any.
 
     Raises:
         PairError: a text is empty, both are the same, or a number is out of range.
@@ -143,7 +178,8 @@ class PromptPair:
     path: Path | None = None
     soft_alpha: float | None = None
     soft_beta: float | None = None
-    soft_sha256: str = ""
+    gate: GateSettings | None = None
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         try:
@@ -165,8 +201,8 @@ class PromptPair:
             object.__setattr__(self, key, value)
 
     @property
-    def soft_path(self) -> Path | None:
-        """The file with the soft prompts, NAME.safetensors beside the pair's own; None if there is none."""
+    def vectors_path(self) -> Path | None:
+        """The file with soft prompts and gate, NAME.safetensors beside the pair's own; None if there is none."""
         path = None if self.path is None else self.path.with_suffix(".safetensors")
         return path if path is not None and os.path.lexists(path) else None
 
@@ -241,12 +277,8 @@ def _checked_number(key: str, value: object, most: float) -> float | None:
     return float(value)
 
 
-def _checked_models(value: object) -> ModelMatch:
-    if not isinstance(value, dict):
-        raise _Fault("models", f"must be a table, not {_kind(value)}")
-    for key in value:
-        if key not in _MODEL_KEYS:
-            raise _Fault(f"models.{key}", f"unknown field; [models] knows {', '.join(_MODEL_KEYS)}")
+def _checked_models(found: object) -> ModelMatch:
+    value = _checked_table("models", found, _MODEL_KEYS)
     match = {key: _checked_text(f"models.{key}", value[key]) for key in ("architecture", "tokenizer") if key in value}
     tokenizer = match.get("tokenizer", "").lower()
     if tokenizer and not _SHA256.fullmatch(tokenizer):
@@ -254,20 +286,55 @@ def _checked_models(value: object) -> ModelMatch:
     names = value.get("names", [])
     if not isinstance(names, list):
         raise _Fault("models.names", f"must be an array of strings, not {_kind(names)}")
-    return ModelMatch(match.get("architecture", ""), tokenizer, tuple(_checked_text("models.names", n) for n in names))
+    return ModelMatch(
+        match.get("architecture", ""),
+        tokenizer,
+        tuple(_checked_text("models.names", n) for n in names),
+        **{key: _checked_count(f"models.{key}", value[key], 1) for key in ("n_layers", "n_embd") if key in value},
+    )
 
 
 def _checked_soft(value: object) -> dict[str, Any]:
+    table = _checked_table("soft", value, _SOFT_KEYS)
+    alpha, beta = (_checked_number(f"soft.{k}", table.get(k), m) for k, m in (("alpha", MAX_ALPHA), ("beta", 1.0)))
+    return {"soft_alpha": alpha, "soft_beta": beta}
+
+
+def _checked_gate(value: object) -> GateSettings:
+    table = _checked_table("gate", value, _GATE_KEYS)
+    threshold = _checked_number("gate.threshold", table.get("threshold"), 1.0)
+    if threshold is None:
+        raise _Fault("gate.threshold", "missing: the chance of harm from which on the pair is contrasted")
+    if ("helpful" in table) != ("low" in table):
+        raise _Fault("gate", "helpful and low go together: the text, and the chance of harm below which it answers")
+    low = _checked_number("gate.low", table.get("low"), 1.0) or 0.0
+    if low > threshold:
+        raise _Fault("gate.low", f"{low:g} is above the threshold {threshold:g}")
+    helpful = _checked_text("gate.helpful", table["helpful"]) if "helpful" in table else None
+    look = _checked_count("gate.look", table.get("look", 0), 0)
+    answer_threshold = _checked_number("gate.answer_threshold", table.get("answer_threshold"), 1.0)
+    return GateSettings(threshold, helpful, low, look, 1.0 if answer_threshold is None else answer_threshold)
+
+
+def _checked_table(key: str, value: object, known: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise _Fault("soft", f"must be a table, not {_kind(value)}")
-    for key in value:
-        if key not in _SOFT_KEYS:
-            raise _Fault(f"soft.{key}", f"unknown field; [soft] knows {', '.join(_SOFT_KEYS)}")
-    alpha, beta = (_checked_number(f"soft.{k}", value.get(k), m) for k, m in (("alpha", MAX_ALPHA), ("beta", 1.0)))
-    sha256 = value.get("sha256", "")
-    if not isinstance(sha256, str) or (sha256 and not _SHA256.fullmatch(sha256)):
-        raise _Fault("soft.sha256", "must be a SHA-256 as 64 hex digits: of NAME.safetensors")
-    return {"soft_alpha": alpha, "soft_beta": beta, "soft_sha256": sha256}
+        raise _Fault(key, f"must be a table, not {_kind(value)}")
+    for name in value:
+        if name not in known:
+            raise _Fault(f"{key}.{name}", f"unknown field; [{key}] knows {', '.join(known)}")
+    return value
+
+
+def _checked_count(key: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        raise _Fault(key, f"must be a whole number from {least}")
+    return value
+
+
+def _checked_sha256(value: object) -> str:
+    if not isinstance(value, str) or (value and not _SHA256.fullmatch(value)):
+        raise _Fault("sha256", "must be a SHA-256 as 64 hex digits: of NAME.safetensors")
+    return value
 
 
 def _kind(value: object) -> str:
@@ -364,6 +431,8 @@ def _build(table: dict[str, Any], path: Path) -> PromptPair:
         provenance=table.get("provenance", {}),
         figures=table.get("figures", {}),
         path=path,
+        gate=_checked_gate(table["gate"]) if "gate" in table else None,
+        sha256=_checked_sha256(table.get("sha256", "")),
         **_checked_soft(table.get("soft", {})),
     )
 
@@ -413,7 +482,7 @@ def _line_of(source: str, name: str) -> int | None:
     A line that looks right may stand inside a multi-line string: it counts only if everything above it parses, and
     leaves the wanted table open.
     """
-    table, _, key = name.rpartition(".") if name.startswith(("models.", "soft.")) else ("", "", name)
+    table, _, key = name.rpartition(".") if name.startswith(("models.", "soft.", "gate.")) else ("", "", name)
     looks_right = re.compile(rf"\s*(?:\[\s*|(?:{table}\s*\.\s*)?)[\"']?{re.escape(key)}[\"']?\s*[=\].]")
     lines = source.split("\n")
     candidates = [number for number, line in enumerate(lines, 1) if looks_right.match(line)]

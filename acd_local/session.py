@@ -10,11 +10,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from acd_local import pairs, softpair
+from acd_local import pairs, vectors
 from acd_local.answering import Answering, AnswerStream, PromptMeter
 from acd_local.answers import OnEvent
 from acd_local.chat import Chat
 from acd_local.errors import EngineBusyError, EngineClosedError, PairError, UsageError
+from acd_local.gate import Gate
 from acd_local.models import resolve as resolve_model
 from acd_local.options import ENGINE_RANGES, Options, refuse_unknown
 from acd_local.pairs import PromptPair
@@ -30,6 +31,7 @@ from acd_local.runtime.streams import Cache, Feed, Layout, Rows, Slot, Streams, 
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.runtime.threads import default_threads
 from acd_local.softpair import SoftPair
+from acd_local.vectors import Vectors
 
 DEFAULT_CTX_SIZE = 4096
 FEW = 2  # conversations whose safe streams may run ahead; more are decoded together
@@ -99,7 +101,7 @@ class Engine:
         self.info = probe.verify(path)
         self.pair = self._resolve_pair(pair)
         self.soft = soft
-        self._soft_pairs: dict[tuple[object, ...], SoftPair] = {}
+        self._vectors: dict[tuple[object, ...], Vectors] = {}
         self._lock = threading.RLock()
         if soft:
             self._read_soft(self.pair)  # what is wrong with it is said before the model is loaded
@@ -339,19 +341,34 @@ class Engine:
             raise EngineClosedError(CLOSED)
 
     def _read_soft(self, pair: PromptPair) -> SoftPair:
-        path = pair.soft_path
-        if path is None:
+        found = None if pair.vectors_path is None else self._read_vectors(pair, pair.vectors_path).soft
+        if found is None:
             raise PairError(
                 f"pair {pair.name!r} has no soft prompts ({pair.name}.safetensors beside it): leave --soft out, or "
                 "make them with acd optimize"
             )
+        return found
+
+    def _read_gate(self, pair: PromptPair) -> Gate:
+        found = None if pair.vectors_path is None else self._read_vectors(pair, pair.vectors_path).gate
+        if found is None:
+            raise PairError(
+                f"pair {pair.name!r} has a [gate], but no {pair.name}.safetensors beside it with one: copy both files "
+                "again, or make them with acd fit"
+            )
+        return found
+
+    def _read_vectors(self, pair: PromptPair, path: Path) -> Vectors:
+        """What stands beside a pair, checked against the model; read once per file."""
         seen = path.stat() if path.exists() else None
-        key = (path, pair.soft_sha256, seen and seen.st_mtime_ns, seen and seen.st_size)
-        if key not in self._soft_pairs:
-            found = softpair.load(path, sha256=pair.soft_sha256)
-            found.check(self.info)
-            self._soft_pairs[key] = found
-        return self._soft_pairs[key]
+        key = (path, pair.sha256, seen and seen.st_mtime_ns, seen and seen.st_size)
+        if key not in self._vectors:
+            found = vectors.load(path, sha256=pair.sha256)
+            for part in (found.soft, found.gate):
+                if part is not None:
+                    part.check(self.info)
+            self._vectors[key] = found
+        return self._vectors[key]
 
     def _resolve_pair(self, pair: PromptPair | str | None) -> PromptPair:
         if pair is None:

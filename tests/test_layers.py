@@ -32,6 +32,9 @@ LAYERS = (
     {
         "pairs",
         "softpair",
+        "gate",
+        "vectors",
+        "pairfile",
         "models",
         "runtime/child",
         "runtime/contrast",
@@ -75,7 +78,6 @@ LAYERS = (
         "optimize/objective",
         "optimize/openings",
         "optimize/report",
-        "optimize/result",
         "optimize/rope",
         "optimize/scoring",
         "optimize/soft",

@@ -25,17 +25,18 @@ pytest.importorskip("torch")
 
 import torch
 
-from acd_local import pairs, softpair
+from acd_local import pairfile, pairs, softpair, vectors
 from acd_local.cli.run import command as run_command
 from acd_local.cli.shell import run_cli
 from acd_local.errors import InternalError, ModelError, OutOfMemoryError, PairError, StorageError, UsageError
 from acd_local.evaluate.runner import Progress
-from acd_local.optimize import job, memory, repeat, result, trial
+from acd_local.optimize import job, memory, repeat, trial
 from acd_local.optimize.job import Listener, Request
 from acd_local.optimize.memory import Lengths, Sizes
 from acd_local.optimize.stages import Checkpoint, Stopped
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.gguf_header import read_header
+from acd_local.vectors import Vectors
 
 MANUAL = """format = 1
 name = "default"
@@ -147,8 +148,8 @@ def test_a_model_gets_its_pair_and_a_second_run_reuses_every_stage(
     assert pair.models.names == (info.name,)
     assert None not in (pair.alpha, pair.beta, pair.soft_alpha, pair.soft_beta)
     assert len(pair.safe) > 0
-    assert pair.soft_path is not None
-    soft = softpair.load(pair.soft_path)
+    assert pair.vectors_path is not None
+    soft = vectors.load(pair.vectors_path).soft
     soft.check(info)
     assert len(soft.safe) > 2
     assert pair.provenance["seed"] == 0
@@ -170,7 +171,7 @@ def test_a_model_gets_its_pair_and_a_second_run_reuses_every_stage(
     assert not set(again.phases) & set(job.TITLES.values())
     copy = pairs.load(tmp_path / "prompts" / "again.toml")
     assert (copy.safe, copy.adversarial, copy.alpha, copy.beta) == (pair.safe, pair.adversarial, pair.alpha, pair.beta)
-    assert copy.soft_path.read_bytes() == pair.soft_path.read_bytes()  # type: ignore[union-attr]
+    assert copy.vectors_path.read_bytes() == pair.vectors_path.read_bytes()  # type: ignore[union-attr]
     with_texts = out.read_text() + (out.parent / "mine.report.html").read_text() + "".join(watcher.lines)
     assert HARMFUL not in with_texts
     assert HARMLESS not in with_texts
@@ -367,7 +368,7 @@ def test_a_result_can_be_repeated_on_a_machine_of_another_speed(
     monkeypatch.setattr(job, "MAX_STEPS", 20)
     optimize(request_for(model, tmp_path / "again.toml", quick, **options, repeat=rest))
     one, two = pairs.load(first), pairs.load(tmp_path / "again.toml")
-    for key in ("safe", "adversarial", "alpha", "beta", "soft_alpha", "soft_beta", "soft_sha256", "figures"):
+    for key in ("safe", "adversarial", "alpha", "beta", "soft_alpha", "soft_beta", "sha256", "figures"):
         assert getattr(one, key) == getattr(two, key), key
     for key in ("steps", "conversations", "micro", "texts", "anchors"):
         assert one.provenance[key] == two.provenance[key], key
@@ -824,8 +825,8 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path: Path) -> None
 AWKWARD = 'He said "no" and """no""", C:\\new\\temp\n\n  indented\ttab, \\u0041, é 中文 \U0001f600 \u200b end"'
 
 
-def pair_file(**given: object) -> result.PairFile:
-    plain = result.PairFile("mine", "Be kind.", "Be mean.", 0.5, 0.1, {"alpha": 0.4, "beta": 0.1}, {}, {}, {})
+def pair_file(**given: object) -> pairfile.PairFile:
+    plain = pairfile.PairFile("mine", "Be kind.", "Be mean.", 0.5, 0.1, {"alpha": 0.4, "beta": 0.1}, {}, {}, {})
     return replace(plain, **given)  # type: ignore[arg-type]
 
 
@@ -840,7 +841,8 @@ def test_toml_holds_any_text() -> None:
         "table": {"a b": 1, "none": None},
         "nothing": None,
     }
-    table = tomllib.loads(result.as_toml(pair_file(safe=AWKWARD, adversarial="x\\", alpha=None, provenance=provenance)))
+    file = pair_file(safe=AWKWARD, adversarial="x\\", alpha=None, provenance=provenance)
+    table = tomllib.loads(pairfile.as_toml(file))
     assert table["safe"] == AWKWARD
     assert table["adversarial"] == "x\\"
     assert "alpha" not in table
@@ -865,22 +867,22 @@ def soft() -> Iterator[softpair.SoftPair]:
 
 def test_written_files_are_whole_and_nothing_else_is_left(soft: softpair.SoftPair, tmp_path: Path) -> None:
     target = tmp_path / "new" / "folder" / "mine.toml"
-    result.write(target, pair_file(safe=AWKWARD), soft, "<p>é")
+    pairfile.write(target, pair_file(safe=AWKWARD), Vectors(soft, None), "<p>é")
     assert pairs.load(target).safe == AWKWARD.strip()
     assert sorted(p.name for p in target.parent.iterdir()) == ["mine.report.html", "mine.safetensors", "mine.toml"]
-    assert softpair.load(target.with_suffix(".safetensors")).safe == soft.safe
+    assert vectors.load(target.with_suffix(".safetensors")).soft.safe == soft.safe
 
 
 def test_a_new_result_keeps_modes_and_links(soft: softpair.SoftPair, tmp_path: Path) -> None:
     target, elsewhere = tmp_path / "mine.toml", tmp_path / "elsewhere.toml"
-    result.write(target, pair_file(), soft, "first")
+    pairfile.write(target, pair_file(), Vectors(soft, None), "first")
     target.replace(elsewhere)
     target.symlink_to("elsewhere.toml")
-    for path in result.outputs(target):
+    for path in pairfile.outputs(target):
         path.chmod(0o640)
-    result.write(target, pair_file(safe="Be very kind."), soft, "second")
+    pairfile.write(target, pair_file(safe="Be very kind."), Vectors(soft, None), "second")
     assert target.is_symlink() and pairs.load(target).safe == "Be very kind."
-    assert {path.stat().st_mode & 0o777 for path in result.outputs(target)} == {0o640}
+    assert {path.stat().st_mode & 0o777 for path in pairfile.outputs(target)} == {0o640}
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -888,8 +890,8 @@ def test_a_crash_between_two_files_pairs_no_rows_with_anothers_text(
     soft: softpair.SoftPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "mine.toml"
-    result.write(target, pair_file(), soft, "first")
-    assert pairs.load(target).soft_sha256 == sha256((tmp_path / "mine.safetensors").read_bytes()).hexdigest()
+    pairfile.write(target, pair_file(), Vectors(soft, None), "first")
+    assert pairs.load(target).sha256 == sha256((tmp_path / "mine.safetensors").read_bytes()).hexdigest()
     whole, done = Path.replace, []
 
     def replace_once(self: Path, other: Path) -> Path:
@@ -902,45 +904,45 @@ def test_a_crash_between_two_files_pairs_no_rows_with_anothers_text(
     newer = replace(soft, safe=softpair.SoftPrompt(soft.safe.rows + 5))
     monkeypatch.setattr(Path, "replace", replace_once)
     with pytest.raises(UsageError, match="power cut"):
-        result.write(target, pair_file(safe="Be very kind."), newer, "second")
+        pairfile.write(target, pair_file(safe="Be very kind."), Vectors(newer, None), "second")
     found = pairs.load(target)
-    assert found.soft_path is not None
-    with pytest.raises(PairError, match=r"not the soft prompts that mine\.toml was written with") as caught:
-        softpair.load(found.soft_path, sha256=found.soft_sha256)
+    assert found.vectors_path is not None
+    with pytest.raises(PairError, match=r"not the vectors that mine\.toml was written with") as caught:
+        vectors.load(found.vectors_path, sha256=found.sha256)
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
-    result.write(target, pair_file(), newer, "second")
-    assert softpair.load(found.soft_path, sha256=pairs.load(target).soft_sha256).safe == newer.safe
+    pairfile.write(target, pair_file(), Vectors(newer, None), "second")
+    assert vectors.load(found.vectors_path, sha256=pairs.load(target).sha256).soft.safe == newer.safe
 
 
 def test_a_result_that_is_no_pair_replaces_nothing(soft: softpair.SoftPair, tmp_path: Path) -> None:
     target = tmp_path / "mine.toml"
-    result.write(target, pair_file(), soft, "first")
+    pairfile.write(target, pair_file(), Vectors(soft, None), "first")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     for wrong in ({"safe": " "}, {"safe": "a\u202eb"}, {"adversarial": "be  KIND."}, {"alpha": -1.0}):
         with pytest.raises(InternalError, match="no valid pair"):
-            result.write(target, pair_file(**wrong), soft, "second")
+            pairfile.write(target, pair_file(**wrong), Vectors(soft, None), "second")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_targets_are_checked_first(tmp_path: Path) -> None:
-    result.check_target(tmp_path / "new" / "mine.toml", force=False)
+    pairfile.check_target(tmp_path / "new" / "mine.toml", force=False)
     assert not list(tmp_path.iterdir())
     for name in ("mine", "mine.tom", "a b.toml", "-a.toml", "x" * 70 + ".toml", ".toml"):
         with pytest.raises(UsageError, match="-o"):
-            result.check_target(tmp_path / name, force=True)
+            pairfile.check_target(tmp_path / name, force=True)
     for taken in ("mine.toml", "mine.safetensors", "mine.report.html"):
         (tmp_path / taken).write_text("x")
         with pytest.raises(UsageError, match="--force"):
-            result.check_target(tmp_path / "mine.toml", force=False)
-        result.check_target(tmp_path / "mine.toml", force=True)
+            pairfile.check_target(tmp_path / "mine.toml", force=False)
+        pairfile.check_target(tmp_path / "mine.toml", force=True)
         (tmp_path / taken).unlink()
     (tmp_path / "mine.toml").mkdir()
     with pytest.raises(UsageError, match="no file"):
-        result.check_target(tmp_path / "mine.toml", force=True)
+        pairfile.check_target(tmp_path / "mine.toml", force=True)
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="cannot write"):
-        result.check_target(tmp_path / "file" / "mine.toml", force=False)
+        pairfile.check_target(tmp_path / "file" / "mine.toml", force=False)
 
 
 # --- What cannot be optimized -----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from acd_local import pairs, softpair
+from acd_local import pairs, vectors
 from acd_local.errors import PairError, UsageError
 from acd_local.pairs import AdversarialText, ModelMatch, PromptPair
 from acd_local.runtime import gguf_header
@@ -374,8 +374,8 @@ def test_the_demo_models_pair(demo: Path) -> None:
     assert str(pair.provenance["method"]).startswith("acd optimize")
     assert pair.provenance["model_sha256"] == hashlib.sha256(demo.read_bytes()).hexdigest()
     assert pair.path is not None and pairs.check(pair.path) == []
-    assert pair.soft_path is not None and pair.soft_sha256
-    soft = softpair.load(pair.soft_path, sha256=pair.soft_sha256)
+    assert pair.vectors_path is not None and pair.sha256
+    soft = vectors.load(pair.vectors_path, sha256=pair.sha256).soft
     soft.check(info)
     assert soft.safe.rows.shape[1] == info.n_embd
     assert {"soft_contrast", "manual_contrast", "manual"} <= set(pair.figures)

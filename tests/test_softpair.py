@@ -18,7 +18,7 @@ import pytest
 import tiny_gguf
 from reference import TOLERANCE, contrast_by_hand, extend
 
-from acd_local import Engine, Message, Options, pairs, softpair
+from acd_local import Engine, Message, Options, pairs, vectors
 from acd_local.answering import resolve_contrast
 from acd_local.answers import Answer
 from acd_local.batch import Batch
@@ -37,6 +37,7 @@ from acd_local.runtime.streams import Cache
 from acd_local.runtime.template import ChatTemplate
 from acd_local.runtime.text import disarm
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
+from acd_local.vectors import Vectors
 
 SHORT = Options(max_tokens=10, temp=0.0)
 # Same weights, same rows: what is left is the f16 KV cache of llama.cpp. Logits have a standard deviation of 2.4.
@@ -67,7 +68,7 @@ def write_pair(folder: Path, name: str, soft: SoftPair | None, more: str = "") -
     path = folder / f"{name}.toml"
     path.write_text(f'format = 1\nname = "{name}"\nsafe = "You are kind."\nadversarial = "A demon answers."\n{more}')
     if soft is not None:
-        softpair.save(soft, path.with_suffix(".safetensors"))
+        vectors.save(Vectors(soft, None), path.with_suffix(".safetensors"))
     return path
 
 
@@ -198,19 +199,19 @@ def test_architectures_that_cannot_read_rows_are_refused_by_name(info: GGUFInfo,
 
 def test_a_file_gives_back_what_was_written(tmp_path: Path, info: GGUFInfo) -> None:
     soft, path = pair_for(info), tmp_path / "x.safetensors"
-    softpair.save(soft, path)
-    again = softpair.load(path)
+    vectors.save(Vectors(soft, None), path)
+    again = vectors.load(path).soft
     assert again == soft
     assert again.path == path
     first = path.read_bytes()
-    softpair.save(again, path)
+    vectors.save(Vectors(again, None), path)
     assert path.read_bytes() == first
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
     header = json.loads(first[8 : 8 + struct.unpack("<Q", first[:8])[0]])
     assert header["safe"] == {"dtype": "F16", "shape": [6, 64], "data_offsets": header["safe"]["data_offsets"]}
     assert header["adversarial"]["shape"] == [9, 64]
     assert header["__metadata__"] == {
-        "format": "acd-soft-pair",
+        "format": "acd-vectors",
         "version": "1",
         "architecture": "llama",
         "tokenizer": info.tokenizer,
@@ -222,13 +223,13 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path, info: GGUFInfo) -> N
 
 def test_what_cannot_be_written(tmp_path: Path, info: GGUFInfo) -> None:
     soft, path = pair_for(info), tmp_path / "x.safetensors"
-    softpair.save(soft, path)
+    vectors.save(Vectors(soft, None), path)
     before = path.read_bytes()
     large = dataclasses.replace(soft, safe=SoftPrompt(np.full((2, 64), 70000.0)))
     with pytest.raises(PairError, match="beyond the range of float16"):
-        softpair.save(large, path)
+        vectors.save(Vectors(large, None), path)
     with pytest.raises(UsageError, match="cannot write"):
-        softpair.save(soft, tmp_path / "missing" / "x.safetensors")
+        vectors.save(Vectors(soft, None), tmp_path / "missing" / "x.safetensors")
     assert path.read_bytes() == before
 
 
@@ -244,7 +245,7 @@ def raw(tensors: dict[str, tuple[str, list[int], bytes]], metadata: dict[str, An
 
 
 META = {
-    "format": "acd-soft-pair",
+    "format": "acd-vectors",
     "version": "1",
     "architecture": "llama",
     "tokenizer": "ab" * 32,
@@ -259,7 +260,7 @@ NAN = ("F16", [2, 4], np.full((2, 4), np.nan, np.float16).tobytes())
 
 def test_the_smallest_file(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(raw({"safe": SAFE, "adversarial": OTHER}, META))
-    found = softpair.load(tmp_path / "x.safetensors")
+    found = vectors.load(tmp_path / "x.safetensors").soft
     assert (len(found.safe), len(found.adversarial), found.n_layer) == (2, 3, 2)
 
 
@@ -279,8 +280,8 @@ def test_the_smallest_file(tmp_path: Path) -> None:
         (raw({"safe": SAFE, "adversarial": OTHER}, META | {"tokenizer": ""}), "metadata tokenizer"),
         (raw({"safe": SAFE, "adversarial": OTHER}, META | {"n_embd": "four"}), "metadata n_embd: must be a whole"),
         (raw({"safe": SAFE, "adversarial": OTHER}, META | {"n_embd": "8"}), "4 wide, n_embd says 8"),
-        (raw({"safe": SAFE}, META), "must hold the tensors safe and adversarial"),
-        (raw({"safe": SAFE, "adversarial": OTHER, "more": OTHER}, META), "must hold the tensors"),
+        (raw({"safe": SAFE}, META), "must hold soft prompts"),
+        (raw({"safe": SAFE, "adversarial": OTHER, "more": OTHER}, META), "must hold soft prompts"),
         (raw({"safe": ("F16", [8], SAFE[2]), "adversarial": OTHER}, META), "safe: a soft prompt must be a matrix"),
         (raw({"safe": ("F16", [0, 4], b""), "adversarial": OTHER}, META), "safe: a soft prompt has 1 to 512 rows"),
         (raw({"safe": ("F16", [600, 4], b"\0" * 4800), "adversarial": OTHER}, META), "not 600"),
@@ -295,20 +296,20 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, data: bytes, words: str) -> 
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)
     with pytest.raises(PairError, match=words) as caught:
-        softpair.load(path)
+        vectors.load(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
 
 
 def test_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PairError, match="no such file"):
-        softpair.load(tmp_path / "x.safetensors")
+        vectors.load(tmp_path / "x.safetensors")
     with pytest.raises(PairError, match="not a file"):
-        softpair.load(tmp_path)
-    monkeypatch.setattr(softpair, "MAX_BYTES", 50)
+        vectors.load(tmp_path)
+    monkeypatch.setattr(vectors, "MAX_BYTES", 50)
     (tmp_path / "x.safetensors").write_bytes(b" " * 51)
     with pytest.raises(PairError, match="larger than"):
-        softpair.load(tmp_path / "x.safetensors")
+        vectors.load(tmp_path / "x.safetensors")
 
 
 def test_every_truncation_is_one_line(tmp_path: Path) -> None:
@@ -316,7 +317,7 @@ def test_every_truncation_is_one_line(tmp_path: Path) -> None:
     for length in range(0, len(whole), 7):
         path.write_bytes(whole[:length])
         with pytest.raises(PairError, match=r"^[^\n]+$"):
-            softpair.load(path)
+            vectors.load(path)
 
 
 # -- the pair's file ---------------------------------------------------------------------------------------------------
@@ -324,10 +325,10 @@ def test_every_truncation_is_one_line(tmp_path: Path) -> None:
 
 def test_a_pair_knows_its_soft_prompts_and_their_numbers(folder: Path, tmp_path: Path) -> None:
     one, bare = pairs.load(folder / "one.toml"), pairs.load(folder / "bare.toml")
-    assert one.soft_path == folder / "one.safetensors"
+    assert one.vectors_path == folder / "one.safetensors"
     assert (one.soft_alpha, one.soft_beta) == (0.3, None)
-    assert bare.soft_path is None
-    assert PromptPair("x", "kind", AdversarialText("evil")).soft_path is None
+    assert bare.vectors_path is None
+    assert PromptPair("x", "kind", AdversarialText("evil")).vectors_path is None
     assert resolve_contrast(Options(), one).alpha == 0.9
     assert resolve_contrast(Options(), one, soft=True).alpha == 0.3
     assert resolve_contrast(Options(alpha=0.1), one, soft=True).alpha == 0.1
@@ -347,7 +348,7 @@ def test_a_pair_knows_its_soft_prompts_and_their_numbers(folder: Path, tmp_path:
         ("[soft]\nalpha = -1\n", "line 6: soft.alpha: -1 is out of range"),
         ('[soft]\nalpha = 1\nbeta = "x"\n', "line 7: soft.beta: must be a number"),
         ("[soft]\nbeta = 1.5\n", "line 6: soft.beta: 1.5 is out of range"),
-        ('[soft]\nsha256 = "12"\n', "line 6: soft.sha256: must be a SHA-256"),
+        ('sha256 = "12"\n', "line 5: sha256: must be a SHA-256"),
     ],
 )
 def test_a_bad_soft_table(tmp_path: Path, table: str, words: str) -> None:
@@ -663,12 +664,12 @@ def test_other_kinds_of_memory_answer_and_continue(tiny: Callable[..., Path], tm
 
 def test_rows_of_another_run_are_refused(engine: Engine, folder: Path, tmp_path: Path) -> None:
     """The pair's file says which rows it was written with; without that, any do."""
-    soft = softpair.load(folder / "one.safetensors")
+    soft = vectors.load(folder / "one.safetensors").soft
     for sha256, says in (
         (hashlib.sha256((folder / "one.safetensors").read_bytes()).hexdigest(), None),
-        ("0" * 64, "not the soft prompts that x.toml was written with"),
+        ("0" * 64, "not the vectors that x.toml was written with"),
     ):
-        pair = pairs.load(write_pair(tmp_path, "x", soft, f'[soft]\nsha256 = "{sha256}"\n'))
+        pair = pairs.load(write_pair(tmp_path, "x", soft, f'sha256 = "{sha256}"\n'))
         if says is None:
             assert engine.soft_pair(pair).safe == soft.safe
         else:
@@ -700,7 +701,7 @@ def test_a_file_that_was_replaced_is_read_again(model: Path, tmp_path: Path, inf
     with Engine(model, pair=str(path), ctx_size=512, threads=1, soft=True) as engine:
         first, before = engine.generate("What is red?", SHORT).run().text, engine.soft_pair()
         assert engine.soft_pair() is before
-        softpair.save(pair_for(info, seed=9, sizes=(7, 7)), path.with_suffix(".safetensors"))
+        vectors.save(Vectors(pair_for(info, seed=9, sizes=(7, 7)), None), path.with_suffix(".safetensors"))
         assert engine.soft_pair() != before
         assert engine.generate("What is red?", SHORT).run().text != first
 

@@ -109,7 +109,7 @@ def _pair(app: ChatApp, name: str) -> None:
         others = [pair.name for pair in pairs.available() if pair.name != app.chat.pair.name]
         where = app.chat.pair.path or "made in Python"
         known = f"\nother known pairs: {', '.join(others)}" if others else ""
-        soft = f"\nsoft prompts in use: {app.chat.pair.soft_path}" if app.engine.soft else ""
+        soft = f"\nsoft prompts in use: {app.chat.pair.vectors_path}" if app.engine.soft else ""
         app.view.output(f"{app.chat.pair.name} ({where}){soft}{known}")
         return
     _switch_pair(app, pairs.find(_expanded(name)))

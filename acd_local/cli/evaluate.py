@@ -232,7 +232,7 @@ def _methods(engine: Engine, given: dict[str, Any]) -> tuple[list[Method], dict[
     from acd_local.evaluate import methods
 
     names = [name.strip() for name in given["methods"].split(",") if name.strip()]
-    soft = engine.soft_pair() if given["soft"] or (engine.pair.soft_path and _may_be_soft(names)) else None
+    soft = engine.soft_pair() if given["soft"] or (engine.pair.vectors_path and _may_be_soft(names)) else None
     known = methods.builtin(engine.pair, soft)
     for path in given["methods_file"]:
         known |= methods.load(path, engine.pair, known, soft)

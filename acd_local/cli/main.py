@@ -97,13 +97,13 @@ def show_pair(pair: str) -> None:
     from acd_local.runtime.text import disarm
 
     found = pairs.find(pair)
-    soft = None if found.soft_path is None else _soft_line(found)
+    vectors = {} if found.vectors_path is None else _vectors_lines(found)
     print(f"name         {found.name}")
     print(f"file         {one_line(str(found.path))}")
     print(f"alpha, beta  {found.alpha if found.alpha is not None else f'default ({pairs.DEFAULT_ALPHA})'}, ", end="")
     print(found.beta if found.beta is not None else f"default ({pairs.DEFAULT_BETA})")
-    if soft is not None:
-        print(f"soft prompts {soft}")
+    for title, line in vectors.items():
+        print(f"{title:<12} {line}")
     match = found.models
     made_for = {"architecture": match.architecture, "tokenizer": match.tokenizer, "names": ", ".join(match.names)}
     for title, table in (("models", made_for), ("provenance", found.provenance), ("figures", found.figures)):
@@ -115,30 +115,36 @@ def show_pair(pair: str) -> None:
     print(disarm(found.adversarial.reveal_for_negative_stream()))
 
 
-def _soft_line(pair: PromptPair) -> str:
-    """What the pair's soft prompts are; raises PairError where their file is broken."""
-    from acd_local import softpair
+def _vectors_lines(pair: PromptPair) -> dict[str, str]:
+    """What the pair's soft prompts and gate are; raises PairError where their file is broken."""
+    from acd_local import vectors
     from acd_local.answering import resolve_contrast
     from acd_local.options import Options
 
-    path = pair.soft_path
+    path = pair.vectors_path
     assert path is not None
-    soft, numbers = softpair.load(path, sha256=pair.soft_sha256), resolve_contrast(Options(), pair, soft=True)
-    sizes = f"{len(soft.safe)} and {len(soft.adversarial)} rows of {soft.n_embd}"
-    return one_line(f"{path}: {sizes}, alpha {numbers.alpha:g}, beta {numbers.beta:g}")
+    found, numbers = vectors.load(path, sha256=pair.sha256), resolve_contrast(Options(), pair, soft=True)
+    lines = {}
+    if (soft := found.soft) is not None:
+        sizes = f"{len(soft.safe)} and {len(soft.adversarial)} rows of {soft.n_embd}"
+        lines["soft prompts"] = one_line(f"{path}: {sizes}, alpha {numbers.alpha:g}, beta {numbers.beta:g}")
+    if (gate := found.gate) is not None:
+        settings = f"threshold {pair.gate.threshold:g}" if pair.gate else f"not used: {pair.name}.toml has no [gate]"
+        lines["gate"] = one_line(f"{path}: {gate.request.n_states} states of {gate.n_embd}, {settings}")
+    return lines
 
 
 @pairs_group.command("check")
 @click.argument("file")
 def check_pair(file: str) -> None:
     """Check a pair FILE, and the soft prompts beside it: exit 0 if valid (remarks on stderr), 5 with what is not."""
-    from acd_local import pairs, softpair
+    from acd_local import pairs, vectors
 
     for remark in pairs.check(file):
         say(f"{PROGRAM}: remark: {one_line(remark)}")
     pair = pairs.load(file)
-    if path := pair.soft_path:
-        softpair.load(path, sha256=pair.soft_sha256)
+    if path := pair.vectors_path:
+        vectors.load(path, sha256=pair.sha256)
     print(f"{one_line(file)}: valid")
 
 

@@ -87,7 +87,8 @@ def command(model: str | None, **given: Any) -> int:
 
 
 def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
-    from acd_local.optimize import job, result
+    from acd_local import pairfile
+    from acd_local.optimize import job
     from acd_local.optimize.stages import Stopped
     from acd_local.runtime.cancel import CancelToken
 
@@ -106,7 +107,7 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
             line("stopped; everything so far is kept, the same command goes on from here")
             return interrupts.exit_code or 130
     interrupts.cancels(None)
-    for path in result.outputs(request.out):
+    for path in pairfile.outputs(request.out):
         print(one_line(str(path)))
     return 0
 

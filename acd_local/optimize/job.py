@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acd_local import files, models, pairs
+from acd_local import files, models, pairfile, pairs
 from acd_local.errors import ModelError, UsageError, shown
 from acd_local.evaluate.runner import Progress
-from acd_local.optimize import anchors, device, result, rope
+from acd_local.optimize import anchors, device, rope
 from acd_local.optimize.anchors import Instruction
 from acd_local.optimize.repeat import Repeat
 from acd_local.optimize.stages import private_folder, private_lines
@@ -162,7 +162,7 @@ def prepare(request: Request) -> Job:
     Raises:
         UsageError, ModelError, PairError, OutOfMemoryError: one line each.
     """
-    result.check_target(request.out, force=request.force)
+    pairfile.check_target(request.out, force=request.force)
     device.check_packages()
     instructions = anchors.builtin() if request.anchors is None else anchors.read(request.anchors)
     info = gguf_header.read_header(models.resolve(request.model))

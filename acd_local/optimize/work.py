@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from acd_local import __version__
-from acd_local.optimize import anchors, device, result
+from acd_local import __version__, pairfile
+from acd_local.optimize import anchors, device
 from acd_local.optimize.anchoring import sample_anchors
 from acd_local.optimize.job import Job, Listener
 from acd_local.optimize.report import OptimizeReport, render
@@ -21,6 +21,7 @@ from acd_local.optimize.text_stage import TextStage
 from acd_local.optimize.workshop import ROLES, Role, Workshop, validation_groups
 from acd_local.runtime.cancel import CancelToken
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
+from acd_local.vectors import Vectors
 
 
 class Optimization:
@@ -52,7 +53,7 @@ class Optimization:
         setting = SettingStage(self._shop).run(pair, texts)
         file = self._pair_file(texts, setting, self._provenance(sorted_.counts, distilled, divergence))
         page = self._page(sorted_.counts, soft, distilled, texts, setting)
-        result.write(self._shop.request.out, file, pair, render(page))
+        pairfile.write(self._shop.request.out, file, Vectors(pair, None), render(page))
 
     def _soft_pair(self, soft: Mapping[Role, Mapping[str, Any]]) -> SoftPair:
         """As it will be read back: rounded to float16."""
@@ -70,11 +71,11 @@ class Optimization:
 
     def _pair_file(
         self, texts: Mapping[Role, str], setting: Mapping[str, Any], provenance: Mapping[str, Any]
-    ) -> result.PairFile:
+    ) -> pairfile.PairFile:
         job, info = self._shop.job, self._shop.job.info
         chosen = texts or self._shop.manual
         figures = {"measure": "mean chance that an answer to a validation instruction opens as a refusal"}
-        return result.PairFile(
+        return pairfile.PairFile(
             name=self._shop.request.out.stem,
             safe=chosen["safe"],
             adversarial=chosen["adversarial"],
@@ -84,6 +85,8 @@ class Optimization:
                 "architecture": info.architecture,
                 "tokenizer": info.tokenizer,
                 "names": [info.name] if info.name.strip() else [],
+                "n_layers": info.n_layers,
+                "n_embd": info.n_embd,
             },
             provenance=provenance,
             figures=figures | {_row_name(row): _figures(row) for row in setting["before_after"]},

@@ -1,4 +1,4 @@
-"""The files of a result: NAME.toml with the text pair, NAME.safetensors with the soft pair, NAME.report.html."""
+"""Writes a pair's files: NAME.toml with the texts, NAME.safetensors with the vectors, NAME.report.html."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from acd_local import files, pairs, softpair
+from acd_local import files, pairs
+from acd_local import vectors as vectors_
 from acd_local.errors import AcdError, InternalError, UsageError
-from acd_local.softpair import SoftPair
+from acd_local.vectors import Vectors
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _ESCAPES = {"\\": "\\\\", '"': '\\"', "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r"}
@@ -35,6 +36,9 @@ class PairFile:
     models: Mapping[str, Any]
     provenance: Mapping[str, Any]
     figures: Mapping[str, Any]
+    gate: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str = ""  # of the vectors' file; filled in by `write`
+    made_by: str = "acd optimize"
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -66,11 +70,11 @@ def check_target(path: Path, *, force: bool) -> None:
 
 
 def outputs(path: Path) -> tuple[Path, Path, Path]:
-    """The pair's file, its soft prompts, and the report."""
+    """The pair's file, its vectors, and the report."""
     return path, path.with_suffix(".safetensors"), path.with_name(f"{path.stem}.report.html")
 
 
-def write(path: Path, pair: PairFile, soft: SoftPair, report: str) -> None:
+def write(path: Path, pair: PairFile, vectors: Vectors, report: str) -> None:
     """All three files, each whole or not at all, after they were found good where nobody looks for pairs.
 
     Raises:
@@ -83,12 +87,12 @@ def write(path: Path, pair: PairFile, soft: SoftPair, report: str) -> None:
         draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem}."))
         toml, rows, page = (draft / file.name for file in outputs(path))
         page.write_bytes(report.encode())
-        softpair.save(soft, rows)
-        pair = replace(pair, soft={**pair.soft, "sha256": hashlib.sha256(rows.read_bytes()).hexdigest()})
+        vectors_.save(vectors, rows)
+        pair = replace(pair, sha256=hashlib.sha256(rows.read_bytes()).hexdigest())
         toml.write_bytes(as_toml(pair).encode())
         _check(toml, rows, pair)
         for made, target in zip((toml, rows, page), outputs(path), strict=True):
-            files.move_file(made, target)  # the pair first: its SHA-256 keeps older rows from being taken for its own
+            files.move_file(made, target)  # the pair first: its SHA-256 keeps older vectors from being taken for new
     except (OSError, ValueError) as error:
         raise files.write_error(path, error) from None
     finally:
@@ -100,7 +104,7 @@ def write(path: Path, pair: PairFile, soft: SoftPair, report: str) -> None:
 def _check(toml: Path, rows: Path, pair: PairFile) -> None:
     try:
         found = pairs.load(toml)
-        softpair.load(rows, sha256=found.soft_sha256)
+        vectors_.load(rows, sha256=found.sha256)
     except AcdError as error:
         raise InternalError(f"the result is no valid pair: {error}") from None
     texts = found.safe, found.adversarial.reveal_for_negative_stream()
@@ -113,16 +117,18 @@ def _check(toml: Path, rows: Path, pair: PairFile) -> None:
 
 def as_toml(pair: PairFile) -> str:
     """The pair's file."""
-    lines = ["# Made by acd optimize.", f"format = {pairs.FORMAT}", f"name = {_string(pair.name)}", ""]
+    lines = [f"# Made by {pair.made_by}.", f"format = {pairs.FORMAT}", f"name = {_string(pair.name)}", ""]
     lines += [f"safe = {_text(pair.safe)}", ""]
     lines += [
         "# The negative reference: nothing is ever sampled from it.",
         f"adversarial = {_text(pair.adversarial)}",
         "",
     ]
-    lines += [f"{key} = {_value(v)}" for key, v in (("alpha", pair.alpha), ("beta", pair.beta)) if v is not None]
-    for name in ("soft", "models", "provenance", "figures"):
-        lines += ["", f"[{name}]", *_table(getattr(pair, name))]
+    numbers = {"alpha": pair.alpha, "beta": pair.beta, "sha256": pair.sha256 or None}
+    lines += _table(numbers)
+    for name in ("soft", "gate", "models", "provenance", "figures"):
+        if table := getattr(pair, name):
+            lines += ["", f"[{name}]", *_table(table)]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,116 @@
+"""Gates: logistic probes on a model's own hidden states, which say how likely a request asks for harm.
+
+A gate reads states that llama.cpp computes anyway: of the last layer after its norm (llama_get_embeddings), at the last
+tokens of a prompt, which end the user's message and open the answer. It belongs to one model, as soft prompts do, and
+is kept with them (see `vectors`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from acd_local.errors import PairError
+from acd_local.softpair import check_model
+
+if TYPE_CHECKING:
+    from acd_local.runtime.gguf_header import GGUFInfo
+
+__all__ = ["MAX_STATES", "Gate", "Probe"]
+
+MAX_STATES = 16  # tokens that a probe reads
+
+States = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A logistic regression on hidden states.
+
+    Attributes:
+        weight: float32, shape (n, n_embd), a read-only copy of what was given: a row for each of the last n tokens.
+        bias: of the log odds.
+
+    Raises:
+        PairError: not a matrix, more than MAX_STATES rows, or a value that is not finite.
+    """
+
+    weight: States
+    bias: float
+
+    def __post_init__(self) -> None:
+        weight = np.array(self.weight, dtype=np.float32, order="C")
+        if weight.ndim != 2 or not 1 <= weight.shape[0] <= MAX_STATES or weight.shape[1] < 1:
+            raise PairError(f"a probe has 1 to {MAX_STATES} rows of n_embd numbers, not the shape {weight.shape}")
+        if not (np.isfinite(weight).all() and np.isfinite(self.bias)):
+            raise PairError("a probe holds a value that is not finite")
+        weight.setflags(write=False)
+        object.__setattr__(self, "weight", weight)
+        object.__setattr__(self, "bias", float(self.bias))
+
+    @property
+    def n_states(self) -> int:
+        return int(self.weight.shape[0])
+
+    def probability(self, states: States) -> float:
+        """The chance of harm.
+
+        Args:
+            states: of the last tokens, in order, shape (n_states, n_embd).
+        """
+        odds = float(np.vdot(self.weight, states)) + self.bias
+        return float(1 / (1 + np.exp(-np.clip(odds, -60, 60))))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Probe) and self.bias == other.bias and np.array_equal(self.weight, other.weight)
+
+    def __hash__(self) -> int:
+        return hash((self.bias, self.weight.tobytes()))
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Two probes, and the model they belong to.
+
+    Attributes:
+        request: reads the last tokens of a prompt. answer: reads the latest token of an answer; None: answers are not
+            read.
+        architecture, tokenizer, n_embd, n_layer, name: of the model's GGUFInfo.
+        path: its file; None if it was made in Python.
+
+    Raises:
+        PairError: the widths do not agree.
+    """
+
+    request: Probe
+    answer: Probe | None
+    architecture: str
+    tokenizer: str
+    n_embd: int
+    n_layer: int
+    name: str = ""
+    path: Path | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for key, probe in (("request", self.request), ("answer", self.answer)):
+            if probe is not None and probe.weight.shape[1] != self.n_embd:
+                raise PairError(f"{key}: the probe is {probe.weight.shape[1]} wide, n_embd says {self.n_embd}")
+
+    def check(self, info: GGUFInfo) -> None:
+        """Whether this gate reads this model.
+
+        Raises:
+            PairError: it is another model's; one line.
+        """
+        check_model(self, "gate", info)
+
+
+def probe_of(weight: Any, bias: Any) -> Probe:
+    """A probe from a file's tensors, of the shapes (n, n_embd) and (1,)."""
+    if np.shape(bias) != (1,):
+        raise PairError(f"the bias of a probe is one number, not of the shape {np.shape(bias)}")
+    return Probe(weight, float(bias[0]))

@@ -1,0 +1,201 @@
+"""The vectors of a pair: soft prompts and gate, in one safetensors file beside it.
+
+`NAME.safetensors` beside `NAME.toml` holds, float16, the soft prompts "safe" (n, n_embd) and "adversarial" (m, n_embd),
+and, float32, the gate's probes "gate.request.weight" (n, n_embd), "gate.request.bias" (1,), "gate.answer.weight" and
+"gate.answer.bias"; either part may be missing. Its metadata (strings) say format = "acd-vectors", version = "1", and
+the model they belong to: architecture (general.architecture), tokenizer (GGUFInfo.tokenizer), n_embd, n_layer, name
+(general.name).
+
+safetensors is imported when a file is read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from acd_local import files
+from acd_local.errors import PairError, printable
+from acd_local.gate import Gate, probe_of
+from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
+
+__all__ = ["FORMAT", "VERSION", "Vectors", "load", "save"]
+
+FORMAT = "acd-vectors"
+VERSION = "1"
+MAX_BYTES = 100_000_000
+_MAX_TEXT = 1000  # characters of a metadata value
+_SOFT = ("safe", "adversarial")
+_REQUEST = ("gate.request.weight", "gate.request.bias")
+_ANSWER = ("gate.answer.weight", "gate.answer.bias")
+_TEXTS = ("format", "version", "architecture", "tokenizer", "n_embd", "n_layer", "name")
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What a file holds; one of the two at least."""
+
+    soft: SoftPair | None
+    gate: Gate | None
+
+
+def load(path: str | os.PathLike[str], *, sha256: str = "") -> Vectors:
+    """Read and check one file.
+
+    Args:
+        sha256: of the file that is wanted, as the pair's TOML says it; empty: any.
+
+    Raises:
+        PairError: one line with the file and what is wrong with it.
+    """
+    shown = printable(os.fspath(path))
+    try:
+        return _parse(Path(path), sha256)
+    except PairError as error:
+        raise PairError(f"{shown}: {error}") from None
+
+
+def _parse(path: Path, sha256: str) -> Vectors:
+    data = _read(path)
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        toml = printable(path.with_suffix(".toml").name)
+        raise PairError(f"not the vectors that {toml} was written with: copy both files again, or make them anew")
+    from safetensors.numpy import load as parse
+
+    try:
+        tensors = parse(data)
+        header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    except Exception as error:  # the parser raises its own error, and whatever numpy says to a type it does not know
+        text = " ".join(str(error).split())[:200]
+        raise PairError(f"damaged, or no safetensors file ({printable(text)})") from None
+    texts = _checked_texts(header.get("__metadata__"))
+    model = {
+        "architecture": texts["architecture"],
+        "tokenizer": texts["tokenizer"],
+        "n_embd": _count("n_embd", texts["n_embd"]),
+        "n_layer": _count("n_layer", texts["n_layer"]),
+        "name": texts["name"],
+        "path": path,
+    }
+    for key, tensor in tensors.items():
+        if tensor.dtype not in (np.float16, np.float32):
+            raise PairError(f"{key}: must be float16 or float32, not {tensor.dtype}")
+    found = set(tensors)
+    soft, gate = found & {*_SOFT}, found - {*_SOFT}
+    if soft not in (set(), {*_SOFT}) or gate not in (set(), {*_REQUEST}, {*_REQUEST, *_ANSWER}) or not found:
+        raise PairError(
+            f"must hold soft prompts ({', '.join(_SOFT)}) or a gate ({', '.join(_REQUEST)}), not "
+            f"{printable(', '.join(sorted(found)))[:80] or 'nothing'}"
+        )
+    return Vectors(
+        soft=_soft_pair(tensors, model) if soft else None,
+        gate=_gate(tensors, model) if gate else None,
+    )
+
+
+def _soft_pair(tensors: Mapping[str, NDArray[Any]], model: Mapping[str, Any]) -> SoftPair:
+    safe, adversarial = (tensors[key] for key in _SOFT)
+    return SoftPair(_named("safe", SoftPrompt, safe), _named("adversarial", AdversarialRows, adversarial), **model)
+
+
+def _gate(tensors: Mapping[str, NDArray[Any]], model: Mapping[str, Any]) -> Gate:
+    request = _named("gate.request", probe_of, *(tensors[key] for key in _REQUEST))
+    read = _ANSWER[0] in tensors
+    answer = _named("gate.answer", probe_of, *(tensors[key] for key in _ANSWER)) if read else None
+    return Gate(request, answer, **model)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise PairError("not a file" if path.exists() else "no such file")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise PairError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if len(data) > MAX_BYTES:
+        raise PairError(f"larger than {MAX_BYTES // 1_000_000} MB: these are no vectors of a pair")
+    return data
+
+
+def _checked_texts(found: object) -> dict[str, str]:
+    texts = found if isinstance(found, dict) else {}
+    if texts.get("format") != FORMAT:
+        raise PairError(f"no vectors of a pair: its metadata does not say format = {FORMAT}")
+    if texts.get("version") != VERSION:
+        shown = printable(str(texts.get("version")))[:40]
+        raise PairError(f"version {shown} of the format is not the one this acd-local reads ({VERSION})")
+    for key in _TEXTS:
+        value = texts.get(key)
+        if not isinstance(value, str) or len(value) > _MAX_TEXT or (not value and key != "name"):
+            raise PairError(f"metadata {key}: missing, or no text")
+    return texts
+
+
+def _count(key: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise PairError(f"metadata {key}: must be a whole number, not {printable(text)[:40]!r}")
+    return int(text)
+
+
+def _named(key: str, make: Any, *tensors: NDArray[Any]) -> Any:
+    try:
+        return make(*tensors)
+    except PairError as error:
+        raise PairError(f"{key}: {error}") from None
+
+
+def save(vectors: Vectors, path: str | os.PathLike[str]) -> None:
+    """Write soft prompts and gate, whole or not at all; rows are rounded to float16. The same gives the same bytes.
+
+    Raises:
+        PairError: there is nothing to write, the parts belong to different models, or a row's value is beyond float16's
+            range.
+        UsageError, StorageError: the file cannot be written.
+    """
+    from safetensors.numpy import save as serialize
+
+    values = _texts_of(vectors)
+    tensors: dict[str, NDArray[Any]] = {}
+    if vectors.soft is not None:
+        rows = vectors.soft.safe.rows, vectors.soft.adversarial.reveal_for_negative_stream().rows
+        with np.errstate(over="ignore"):
+            tensors |= {key: r.astype(np.float16) for key, r in zip(_SOFT, rows, strict=True)}
+        if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
+            raise PairError("a soft prompt holds a value beyond the range of float16")
+    if vectors.gate is not None:
+        for keys, probe in ((_REQUEST, vectors.gate.request), (_ANSWER, vectors.gate.answer)):
+            if probe is not None:
+                tensors |= zip(keys, (probe.weight, np.array([probe.bias], np.float32)), strict=True)
+    files.replace_file(Path(path), _in_order(serialize(tensors, metadata=_checked_texts(values))))
+
+
+def _texts_of(vectors: Vectors) -> dict[str, str]:
+    """The metadata: format, and the model that the parts belong to."""
+    models = {
+        (part.architecture, part.tokenizer, part.n_embd, part.n_layer, part.name[:_MAX_TEXT])
+        for part in (vectors.soft, vectors.gate)
+        if part is not None
+    }
+    if len(models) != 1:
+        raise PairError("soft prompts and gate belong to different models" if models else "there are no vectors")
+    architecture, tokenizer, n_embd, n_layer, name = models.pop()
+    values = {"format": FORMAT, "version": VERSION, "architecture": architecture, "tokenizer": tokenizer}
+    return values | {"n_embd": str(n_embd), "n_layer": str(n_layer), "name": name}
+
+
+def _in_order(data: bytes) -> bytes:
+    """The file with its header's keys sorted: the library writes metadata in an order that changes by process."""
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + data[end:]
