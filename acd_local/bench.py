@@ -446,7 +446,7 @@ class Recorder:
             self.batches.append(Batch(tuple(seqs), tuple(positions), tuple(outputs)))
             decode(tokens, seqs, positions, outputs)
 
-        self._context.decode = recording  # type: ignore[method-assign]
+        self._context.decode = recording  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(self, *_: object) -> None:

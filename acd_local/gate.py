@@ -1,8 +1,8 @@
 """Gates: logistic probes on a model's own hidden states, which say how likely a request asks for harm.
 
-A gate reads states that llama.cpp computes anyway: of the last layer after its norm (llama_get_embeddings), at the last
-tokens of a prompt, which end the user's message and open the answer. It belongs to one model, as soft prompts do, and
-is kept with them (see `vectors`).
+A gate reads the output of one or two layers in the middle of the model (`runtime.reading`), averaged over the tokens of
+the last message and what the template puts behind it, or over tokens of an answer. It belongs to one model, as soft
+prompts do, and is kept with them (see `vectors`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from acd_local.softpair import check_model
 if TYPE_CHECKING:
     from acd_local.runtime.gguf_header import GGUFInfo
 
-__all__ = ["MAX_STATES", "Gate", "Probe"]
+__all__ = ["MAX_LAYERS", "Gate", "Probe"]
 
-MAX_STATES = 16  # tokens that a probe reads
+MAX_LAYERS = 4
 
 States = NDArray[np.float32]
 
@@ -32,11 +32,11 @@ class Probe:
     """A logistic regression on hidden states.
 
     Attributes:
-        weight: float32, shape (n, n_embd), a read-only copy of what was given: a row for each of the last n tokens.
+        weight: float32, shape (layers, n_embd), a read-only copy of what was given.
         bias: of the log odds.
 
     Raises:
-        PairError: not a matrix, more than MAX_STATES rows, or a value that is not finite.
+        PairError: not a matrix, more than MAX_LAYERS rows, or a value that is not finite.
     """
 
     weight: States
@@ -44,23 +44,19 @@ class Probe:
 
     def __post_init__(self) -> None:
         weight = np.array(self.weight, dtype=np.float32, order="C")
-        if weight.ndim != 2 or not 1 <= weight.shape[0] <= MAX_STATES or weight.shape[1] < 1:
-            raise PairError(f"a probe has 1 to {MAX_STATES} rows of n_embd numbers, not the shape {weight.shape}")
+        if weight.ndim != 2 or not 1 <= weight.shape[0] <= MAX_LAYERS or weight.shape[1] < 1:
+            raise PairError(f"a probe has 1 to {MAX_LAYERS} rows of n_embd numbers, not the shape {weight.shape}")
         if not (np.isfinite(weight).all() and np.isfinite(self.bias)):
             raise PairError("a probe holds a value that is not finite")
         weight.setflags(write=False)
         object.__setattr__(self, "weight", weight)
         object.__setattr__(self, "bias", float(self.bias))
 
-    @property
-    def n_states(self) -> int:
-        return int(self.weight.shape[0])
-
     def probability(self, states: States) -> float:
         """The chance of harm.
 
         Args:
-            states: of the last tokens, in order, shape (n_states, n_embd).
+            states: means over tokens, shape (layers, n_embd).
         """
         odds = float(np.vdot(self.weight, states)) + self.bias
         return float(1 / (1 + np.exp(-np.clip(odds, -60, 60))))
@@ -77,15 +73,16 @@ class Gate:
     """Two probes, and the model they belong to.
 
     Attributes:
-        request: reads the last tokens of a prompt. answer: reads the latest token of an answer; None: answers are not
-            read.
+        layers: whose output both probes read, from 0.
+        request: reads the last message. answer: reads the latest tokens of an answer; None: answers are not read.
         architecture, tokenizer, n_embd, n_layer, name: of the model's GGUFInfo.
         path: its file; None if it was made in Python.
 
     Raises:
-        PairError: the widths do not agree.
+        PairError: the widths do not agree, or a layer is none of the model's.
     """
 
+    layers: tuple[int, ...]
     request: Probe
     answer: Probe | None
     architecture: str
@@ -97,8 +94,13 @@ class Gate:
 
     def __post_init__(self) -> None:
         for key, probe in (("request", self.request), ("answer", self.answer)):
-            if probe is not None and probe.weight.shape[1] != self.n_embd:
-                raise PairError(f"{key}: the probe is {probe.weight.shape[1]} wide, n_embd says {self.n_embd}")
+            if probe is not None and probe.weight.shape != (len(self.layers), self.n_embd):
+                raise PairError(
+                    f"{key}: the probe has the shape {probe.weight.shape}, for {len(self.layers)} layers of n_embd "
+                    f"{self.n_embd}"
+                )
+        if sorted({*self.layers}) != list(self.layers) or not 0 <= self.layers[0] <= self.layers[-1] < self.n_layer - 1:
+            raise PairError(f"the layers {self.layers} are none that can be read of {self.n_layer}")
 
     def check(self, info: GGUFInfo) -> None:
         """Whether this gate reads this model.

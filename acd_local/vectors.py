@@ -1,10 +1,10 @@
 """The vectors of a pair: soft prompts and gate, in one safetensors file beside it.
 
 `NAME.safetensors` beside `NAME.toml` holds, float16, the soft prompts "safe" (n, n_embd) and "adversarial" (m, n_embd),
-and, float32, the gate's probes "gate.request.weight" (n, n_embd), "gate.request.bias" (1,), "gate.answer.weight" and
-"gate.answer.bias"; either part may be missing. Its metadata (strings) say format = "acd-vectors", version = "1", and
+and, float32, the gate's probes "gate.request.weight" (layers, n_embd), "gate.request.bias" (1,), "gate.answer.weight"
+and "gate.answer.bias"; either part may be missing. Its metadata (strings) say format = "acd-vectors", version = "1",
 the model they belong to: architecture (general.architecture), tokenizer (GGUFInfo.tokenizer), n_embd, n_layer, name
-(general.name).
+(general.name), and where there is a gate its layers, by commas.
 
 safetensors is imported when a file is read or written.
 """
@@ -98,7 +98,7 @@ def _parse(path: Path, sha256: str) -> Vectors:
         )
     return Vectors(
         soft=_soft_pair(tensors, model) if soft else None,
-        gate=_gate(tensors, model) if gate else None,
+        gate=_gate(tensors, _layers(texts.get("layers", "")), model) if gate else None,
     )
 
 
@@ -107,11 +107,15 @@ def _soft_pair(tensors: Mapping[str, NDArray[Any]], model: Mapping[str, Any]) ->
     return SoftPair(_named("safe", SoftPrompt, safe), _named("adversarial", AdversarialRows, adversarial), **model)
 
 
-def _gate(tensors: Mapping[str, NDArray[Any]], model: Mapping[str, Any]) -> Gate:
+def _layers(text: str) -> tuple[int, ...]:
+    return tuple(_count("layers", part) for part in text.split(","))
+
+
+def _gate(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], model: Mapping[str, Any]) -> Gate:
     request = _named("gate.request", probe_of, *(tensors[key] for key in _REQUEST))
     read = _ANSWER[0] in tensors
     answer = _named("gate.answer", probe_of, *(tensors[key] for key in _ANSWER)) if read else None
-    return Gate(request, answer, **model)
+    return Gate(layers, request, answer, **model)
 
 
 def _read(path: Path) -> bytes:
@@ -190,7 +194,8 @@ def _texts_of(vectors: Vectors) -> dict[str, str]:
         raise PairError("soft prompts and gate belong to different models" if models else "there are no vectors")
     architecture, tokenizer, n_embd, n_layer, name = models.pop()
     values = {"format": FORMAT, "version": VERSION, "architecture": architecture, "tokenizer": tokenizer}
-    return values | {"n_embd": str(n_embd), "n_layer": str(n_layer), "name": name}
+    values |= {"n_embd": str(n_embd), "n_layer": str(n_layer), "name": name}
+    return values if vectors.gate is None else values | {"layers": ",".join(map(str, vectors.gate.layers))}
 
 
 def _in_order(data: bytes) -> bytes:

@@ -130,7 +130,9 @@ def _vectors_lines(pair: PromptPair) -> dict[str, str]:
         lines["soft prompts"] = one_line(f"{path}: {sizes}, alpha {numbers.alpha:g}, beta {numbers.beta:g}")
     if (gate := found.gate) is not None:
         settings = f"threshold {pair.gate.threshold:g}" if pair.gate else f"not used: {pair.name}.toml has no [gate]"
-        lines["gate"] = one_line(f"{path}: {gate.request.n_states} states of {gate.n_embd}, {settings}")
+        lines["gate"] = one_line(
+            f"{path}: reads layers {', '.join(map(str, gate.layers))} of {gate.n_layer}, {settings}"
+        )
     return lines
 
 

@@ -33,10 +33,12 @@ from acd_local.runtime.rows import RowTable
 from acd_local.runtime.threads import openmp_settings
 
 with openmp_settings():
+    import llama_cpp._ggml
     from llama_cpp import llama_cpp as C
 
 Logits = NDArray[np.float32]
 TokenIds = NDArray[np.int32]
+States = NDArray[np.float32]
 Row: TypeAlias = Sequence[int] | NDArray[Any]
 
 ATTR_UNKNOWN = C.LLAMA_TOKEN_ATTR_UNKNOWN
@@ -55,6 +57,15 @@ QUANTIZATIONS = {
 
 # Rope types that turn by four positions (GGML_ROPE_TYPE_MROPE, _IMROPE): llama.cpp makes a token's, we make a row's.
 _SEVERAL_POSITIONS = (8, 40)
+
+# What the binding does not declare, from the library that it loaded.
+_ggml = llama_cpp._ggml.libggml
+_ggml.ggml_get_name.argtypes = [ctypes.c_void_p]
+_ggml.ggml_get_name.restype = ctypes.c_char_p
+_ggml.ggml_nbytes.argtypes = [ctypes.c_void_p]
+_ggml.ggml_nbytes.restype = ctypes.c_size_t
+_ggml.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+_ggml.ggml_backend_tensor_get.restype = None
 
 # Rows per llama_decode call. Also the granularity of cancellation on backends without an abort callback.
 BATCH_ROWS = 512
@@ -364,6 +375,8 @@ class Context:
         threads: CPU threads.
         outputs: logits rows that one sequence may ask for per decode.
         together: whether several sequences may ask for as many in one decode: memory for n_seq x outputs x n_vocab.
+        capture: layers whose output `captured` gives after a decode. Python is then called for every graph node, about
+            a millisecond a decode: not for a context that writes answers.
         lock: held while llama.cpp uses the context, and while it is freed. Threads that share contexts give one of
             their own and hold it from a decode until they have read its logits.
 
@@ -382,6 +395,7 @@ class Context:
         threads: int = 1,
         outputs: int = 1,
         together: bool = True,
+        capture: Sequence[int] = (),
         lock: Any = None,
     ) -> None:
         if kv_type not in KV_TYPES:
@@ -405,6 +419,9 @@ class Context:
         params.kv_unified = False
         params.swa_full = False  # windows take what they need; Cache.rewind checks what a rollback left
         params.no_perf = True
+        self._capture = _Capture(capture, model.n_embd) if capture else None
+        if self._capture is not None:
+            params.cb_eval = self._capture.callback
         self._flag = flag = ctypes.create_string_buffer(2)
         self.owned = Owned(self, partial(_free_context, model), lock=lock, stop=partial(_raise_flag, flag))
         _log_sink.problems.clear()
@@ -429,11 +446,13 @@ class Context:
         self._view_of = (0, 0)
         self.seconds = 0.0  # spent inside llama.cpp by decode() and logits(), for the benchmark
 
-    def decode(self, tokens: Row, seqs: Row, positions: Row, outputs: Row) -> None:
+    def decode(self, tokens: Row, seqs: Row, positions: Row, outputs: Row, *, captured_alone: bool = False) -> None:
         """Run one batch of rows, all arguments of shape (rows,), rows <= n_batch (llama_decode).
 
         Args:
             tokens: token ids, or the negative ids of embedding rows (`Model.rows`), not both in one batch.
+            captured_alone: stop behind the last captured layer. The logits are then none, and of later layers the
+                cache holds nothing for these rows: what follows them may be captured, and no more.
 
         Raises:
             DecodeAborted: `cancel()` was called, or the process is ending; rows of unfinished batches are not in the
@@ -445,10 +464,14 @@ class Context:
             raise DecodeAborted
         with self.owned as pointer:
             batch = self._rows.fill(tokens, seqs, positions, outputs)
+            if self._capture is not None:
+                self._capture.begin(stop=captured_alone)
             lifetime.note_use()
             started = time.perf_counter()
             result = int(C.llama_decode(pointer, batch))
             self.seconds += time.perf_counter() - started
+        if self._capture is not None:
+            self._capture.check()
         if result == 0:
             return
         if result == 2:
@@ -481,6 +504,15 @@ class Context:
             flat: Logits = np.frombuffer((ctypes.c_float * size).from_address(address), np.float32)  # type: ignore[call-overload]
             self._view, self._view_of = flat.reshape(n_outputs, self.model.n_vocab), (address, n_outputs)
         return self._view
+
+    def captured(self) -> States:
+        """The captured layers' output for the rows of the last decode, float32, shape (layers, rows, n_embd).
+
+        Raises:
+            ModelError: llama.cpp names no such layer in this architecture.
+        """
+        assert self._capture is not None
+        return self._capture.states()
 
     def truncate(self, seq: int, length: int) -> bool:
         """Drop positions >= length from a sequence; False where the memory cannot (llama_memory_seq_rm)."""
@@ -541,6 +573,53 @@ def _free_context(_model: Model, pointer: Any) -> None:
 
 def _raise_flag(flag: Any) -> None:
     flag[0] = b"x"
+
+
+class _Capture:
+    """ggml's evaluation callback: copies the output of some layers while a graph runs.
+
+    llama.cpp's models call it "l_out-LAYER" (llm_graph_context::cb); the callback is asked for every node, then told of
+    those that it wants (ggml_backend_sched_eval_callback).
+    """
+
+    def __init__(self, layers: Sequence[int], n_embd: int) -> None:
+        self._names = [b"l_out-%d" % layer for layer in layers]
+        self._last = self._names[int(np.argmax(layers))]
+        self._wanted = frozenset(self._names)
+        self._n_embd = n_embd
+        self._found: dict[bytes, list[NDArray[np.float32]]] = {}
+        self._stop = False
+        self._raised: BaseException | None = None
+        self.callback = C.ggml_backend_sched_eval_callback(self._visit)
+
+    def begin(self, *, stop: bool) -> None:
+        self._found.clear()
+        self._stop, self._raised = stop, None
+
+    def check(self) -> None:
+        """Raise what went wrong inside the callback: C cannot pass it on."""
+        if self._raised is not None:
+            raise self._raised
+
+    def states(self) -> States:
+        if not self._found.keys() >= self._wanted:
+            raise ModelError("llama.cpp does not name the layers of this architecture: its states cannot be read")
+        return np.stack([np.concatenate(self._found[name]) for name in self._names])
+
+    def _visit(self, tensor: int, ask: bool, _user_data: object) -> bool:
+        try:
+            name = bytes(_ggml.ggml_get_name(tensor))
+            if name not in self._wanted:
+                return False
+            if not ask:
+                values = np.empty(_ggml.ggml_nbytes(tensor) // 4, np.float32)
+                _ggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
+                self._found.setdefault(name, []).append(values.reshape(-1, self._n_embd))
+                return not (self._stop and name == self._last)
+        except BaseException as error:
+            self._raised = error
+            return False
+        return True
 
 
 class _BatchRows:
