@@ -172,7 +172,7 @@ def prepare(request: Request) -> Job:
     from acd_local.optimize import texts
 
     manual = pairs.find("default")
-    digest = _digest(info.path)
+    digest = digest_of(info.path)
     if request.repeat is not None and request.repeat.model_sha256 != digest:
         raise UsageError(f"--repeat: that result was made from another file than {info.path.name}")
     if request.repeat is not None and request.repeat.anchors_sha256 != anchors.digest(instructions):
@@ -211,7 +211,8 @@ def check_architecture(info: GGUFInfo) -> None:
         raise ModelError(f"{name}: soft prompts do not work with {info.architecture} models: {reason}")
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Hex SHA-256 of a file; raises ModelError."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -251,14 +252,15 @@ def run(job: Job, *, stop: CancelToken, listener: Listener) -> None:
     Raises:
         Stopped: `stop` was set; the same job goes on from where it was.
     """
-    with _locked(job.folder):
+    with locked(job.folder, "acd optimize"):
         from acd_local.optimize.work import Optimization
 
         Optimization(job, stop, listener).run()
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, command: str) -> Iterator[None]:
+    """Holds a model's folder for this command alone; raises UsageError where another process has it."""
     private_lines(folder / "lock")
     with (folder / "lock").open("ab") as file:
         try:
@@ -268,7 +270,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except ImportError:  # Windows
             pass
         except BlockingIOError:
-            raise UsageError("another acd optimize works on this model: wait for it, or stop it") from None
+            raise UsageError(f"another {command} works on this model: wait for it, or stop it") from None
         yield
 
 

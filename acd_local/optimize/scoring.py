@@ -94,8 +94,12 @@ class OpeningScorer:
         self._kept: dict[str, Logits] = {}
         self._scorer = Scorer(model, n_streams=2, n_ctx=n_ctx, threads=threads)
 
-    def alone(self, prompt: str | SoftPrompt, most: int | None = None) -> dict[str, float]:
-        """Mean chance of a refusal under one prompt, by group, over at most `most` instructions of each."""
+    def alone(self, prompt: str | SoftPrompt | None, most: int | None = None) -> dict[str, float]:
+        """Mean chance of a refusal under one prompt, by group, over at most `most` instructions of each.
+
+        Args:
+            prompt: None: the template's own.
+        """
         found = {}
         for group, everything in self._groups.items():
             users = everything[:most]
@@ -133,7 +137,7 @@ class OpeningScorer:
         for user, (logits,) in zip(users, self._logits([other], users), strict=True):
             yield np.stack([self._kept[user], logits])
 
-    def _logits(self, prompts: Sequence[str | SoftPrompt], users: Sequence[str]) -> Iterator[Logits]:
+    def _logits(self, prompts: Sequence[str | SoftPrompt | None], users: Sequence[str]) -> Iterator[Logits]:
         """For each user's text the logits that `Openings.probability` asks for, shape (prompts, rows, n_vocab)."""
         for user in users:
             go_on(self._stop)
@@ -144,7 +148,9 @@ class OpeningScorer:
                 pieces += [logits.copy() for _, logits in self._scorer.logits(begun, spine.continuation)]
             yield np.concatenate(pieces, axis=1)
 
-    def _encode(self, prompt: str | SoftPrompt, user: str) -> list[int]:
+    def _encode(self, prompt: str | SoftPrompt | None, user: str) -> list[int]:
+        if prompt is None:
+            return self._template.encode([Message("user", user)])
         if isinstance(prompt, SoftPrompt):
             return self._template.encode([Message("user", user)], rows=self._model.rows.add(prompt.rows, prompt.digest))
         return self._template.encode([Message("system", prompt), Message("user", user)])
