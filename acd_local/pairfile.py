@@ -37,6 +37,7 @@ class PairFile:
     provenance: Mapping[str, Any]
     figures: Mapping[str, Any]
     gate: Mapping[str, Any] = field(default_factory=dict)
+    shots: tuple[tuple[str, str], ...] = ()
     sha256: str = ""  # of the vectors' file; filled in by `write`
     made_by: str = "acd optimize"
 
@@ -126,6 +127,8 @@ def as_toml(pair: PairFile) -> str:
     ]
     numbers = {"alpha": pair.alpha, "beta": pair.beta, "sha256": pair.sha256 or None}
     lines += _table(numbers)
+    for user, assistant in pair.shots:
+        lines += ["", "[[shots]]", f"user = {_string(user)}", f"assistant = {_string(assistant)}"]
     for name in ("soft", "gate", "models", "provenance", "figures"):
         if table := getattr(pair, name):
             lines += ["", f"[{name}]", *_table(table)]

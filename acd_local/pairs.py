@@ -9,6 +9,9 @@ A pair file is named after the pair (`prompts/NAME.toml`) and looks like this:
     alpha = 0.5                 # optional: strength of the contrast, finite, >= 0
     beta = 0.1                  # optional: plausibility threshold, in [0, 1]
     sha256 = "..."              # optional: of NAME.safetensors beside it, so that another one is not taken for it
+    [[shots]]                   # optional: demonstrations, turns that precede the conversation in the positive stream
+    user = "..."
+    assistant = "..."
     [soft]                      # optional: alpha and beta of the soft prompts in NAME.safetensors
     alpha = 0.4
     [gate]                      # optional: contrast only where the gate in NAME.safetensors finds a request harmful
@@ -75,9 +78,10 @@ MAX_ALPHA = 3.4e38  # float32, in which logits are contrasted
 
 _KEYS = (
     *("format", "name", "safe", "adversarial", "alpha", "beta", "sha256"),
-    *("soft", "gate", "models", "provenance", "figures"),
+    *("shots", "soft", "gate", "models", "provenance", "figures"),
 )
 _MODEL_KEYS = ("architecture", "tokenizer", "names", "n_layers", "n_embd")
+_SHOT_KEYS = ("user", "assistant")
 _SOFT_KEYS = ("alpha", "beta")
 _GATE_KEYS = ("threshold", "helpful", "low", "look", "answer_threshold")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -156,6 +160,7 @@ class PromptPair:
         safe: safeguarding system prompt (positive stream), surrounding white space removed.
         adversarial: adversarial system prompt (negative stream).
         alpha, beta: the pair's own settings; None leaves the default.
+        shots: (user, assistant) turns that precede the conversation in the positive stream.
         models: which models it fits.
         provenance, figures: where it comes from and what was measured with it; free tables.
         path: its file; None if it was made in Python.
@@ -172,6 +177,7 @@ class PromptPair:
     adversarial: AdversarialText
     alpha: float | None = None
     beta: float | None = None
+    shots: tuple[tuple[str, str], ...] = ()
     models: ModelMatch = field(default_factory=ModelMatch)
     provenance: Mapping[str, object] = field(default_factory=dict, hash=False)
     figures: Mapping[str, object] = field(default_factory=dict, hash=False)
@@ -291,6 +297,17 @@ def _checked_models(found: object) -> ModelMatch:
         tokenizer,
         tuple(_checked_text("models.names", n) for n in names),
         **{key: _checked_count(f"models.{key}", value[key], 1) for key in ("n_layers", "n_embd") if key in value},
+    )
+
+
+def _checked_shots(value: object) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, list):
+        raise _Fault("shots", f"must be an array of tables, not {_kind(value)}")
+    tables = [_checked_table("shots", shot, _SHOT_KEYS) for shot in value]
+    if not all(table.keys() == {*_SHOT_KEYS} for table in tables):
+        raise _Fault("shots", "each needs user and assistant")
+    return tuple(
+        (_checked_text("shots", table["user"]), _checked_text("shots", table["assistant"])) for table in tables
     )
 
 
@@ -427,6 +444,7 @@ def _build(table: dict[str, Any], path: Path) -> PromptPair:
         adversarial=AdversarialText(adversarial),
         alpha=_checked_number("alpha", table.get("alpha"), MAX_ALPHA),
         beta=_checked_number("beta", table.get("beta"), 1.0),
+        shots=_checked_shots(table.get("shots", [])),
         models=_checked_models(table.get("models", {})),
         provenance=table.get("provenance", {}),
         figures=table.get("figures", {}),

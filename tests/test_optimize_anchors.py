@@ -54,12 +54,12 @@ def test_there_are_as_many_as_are_needed() -> None:
     harmful = [i for i in found if i.kind == "harmful"]
     lookalike = [i for i in found if i.lookalike]
     ordinary = [i for i in found if i.kind == "harmless" and not i.lookalike]
-    assert len(ordinary) >= 400
-    assert len(lookalike) >= 80
-    assert len(harmful) >= 200
+    assert len(ordinary) >= 1900
+    assert len(lookalike) >= 1400
+    assert len(harmful) >= 1300
     assert not [i for i in harmful if i.lookalike]
     assert len({i.category for i in harmful}) >= 12
-    assert min(Counter(i.category for i in harmful).values()) >= 5
+    assert min(Counter(i.category for i in harmful).values()) >= 40
     assert len({i.category for i in ordinary}) >= 8
     for kind in (harmful, lookalike, ordinary):  # enough on both sides of the split
         validating = sum(i.validates for i in kind)
@@ -131,6 +131,29 @@ def test_no_instruction_is_in_the_evaluation_sets() -> None:
     ours = [plain(i.prompt) for i in builtin()]
     assert not wholes & set(ours)
     assert not [(text, found) for text in ours if (found := shingles(text) & parts)]
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(__file__).with_name(name).read_text("utf-8").splitlines()]
+
+
+def test_what_gates_are_tested_on_is_balanced_and_not_among_the_instructions() -> None:
+    """Requests, cases that turn, and factual questions; of the cases, each has a harmless twin of its form."""
+    requests, turning, facts = rows("requests.jsonl"), rows("turning.jsonl"), rows("facts.jsonl")
+    assert Counter(row["harmful"] for row in requests) == {True: 10, False: 10}
+    kinds = Counter((row["kind"], row["harmful"]) for row in turning)
+    assert kinds == {(k, h): 5 for k in ("role_play", "prefix", "second_turn", "story") for h in (True, False)}
+    for harmful, harmless in zip(turning[::2], turning[1::2], strict=True):
+        assert (harmful["harmful"], harmless["harmful"]) == (True, False)
+        assert harmful["kind"] == harmless["kind"]
+        assert len(harmful["turns"]) % 2 == 1
+        assert harmful["turns"][:-1] == harmless["turns"][:-1]
+    assert len(facts) == 40
+    assert all(row["answers"] and all(row["answers"]) for row in facts)
+    prompts = [row["prompt"] for row in requests] + [row["question"] for row in facts]
+    prompts += [row["turns"][-1] for row in turning]
+    assert len({plain(p) for p in prompts}) == len(prompts)
+    assert not {plain(p) for p in prompts} & {plain(i.prompt) for i in builtin()}
 
 
 # -- a user's own ------------------------------------------------------------------------------------------------------

@@ -398,3 +398,33 @@ def test_importing_pairs_loads_nothing_heavy() -> None:
     code = "import sys, acd_local.pairs as p; p.find('default'); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert not {"numpy", "llama_cpp", "click", "rich", "jinja2"} & set(done.stdout.split())
+
+
+GATE = "[gate]\nthreshold = 0.5\nhelpful = 'Be helpful.'\nlow = 0.1\nlook = 32\nanswer_threshold = 0.9\n"
+
+
+def test_demonstrations_and_gate_are_read(tmp_path: Path) -> None:
+    shots = "[[shots]]\nuser = 'Steal!'\nassistant = 'No.'\n[[shots]]\nuser = 'Lie!'\nassistant = 'Never.'\n"
+    pair = pairs.load(write(tmp_path, after=shots + GATE))
+    assert pair.shots == (("Steal!", "No."), ("Lie!", "Never."))
+    assert pair.gate == pairs.GateSettings(0.5, "Be helpful.", 0.1, 32, 0.9)
+    assert pairs.load(write(tmp_path, after="[gate]\nthreshold = 1\n")).gate == pairs.GateSettings(1.0)
+
+
+@pytest.mark.parametrize(
+    ("after", "says"),
+    [
+        ("[[shots]]\nuser = 'Steal!'\n", "shots: each needs user and assistant"),
+        ("[[shots]]\nuser = ''\nassistant = 'No.'\n", "shots: is empty"),
+        ("shots = 3\n", "shots: must be an array of tables"),
+        ("[gate]\n", "gate.threshold: missing"),
+        ("[gate]\nthreshold = 1.5\n", "gate.threshold: 1.5 is out of range"),
+        ("[gate]\nthreshold = 0.5\nlow = 0.1\n", "gate: helpful and low go together"),
+        ("[gate]\nthreshold = 0.5\nhelpful = 'Be.'\nlow = 0.6\n", "gate.low: 0.6 is above the threshold 0.5"),
+        ("[gate]\nthreshold = 0.5\nlook = 1.5\n", "gate.look: must be a whole number"),
+        ("[gate]\nthreshold = 0.5\nalpha = 1\n", "gate.alpha: unknown field"),
+        ("[models]\nn_layers = 0\n", "models.n_layers: must be a whole number from 1"),
+    ],
+)
+def test_mistakes_in_demonstrations_gate_and_size(tmp_path: Path, after: str, says: str) -> None:
+    assert says in refusal(write(tmp_path, after=after))

@@ -111,6 +111,8 @@ def show_pair(pair: str) -> None:
             if value:
                 print(f"{title:<12} {key}: {one_line(str(value))}")
     print(f"\nsafe prompt (what the answer is written under)\n{disarm(found.safe)}")
+    for user, assistant in found.shots:
+        print(f"\ndemonstration\n  user       {one_line(user)}\n  assistant  {one_line(assistant)}")
     print("\nadversarial prompt (the negative reference; nothing is ever sampled from it)")
     print(disarm(found.adversarial.reveal_for_negative_stream()))
 

@@ -176,7 +176,10 @@ def prepare(request: Request) -> Job:
     if request.repeat is not None and request.repeat.model_sha256 != digest:
         raise UsageError(f"--repeat: that result was made from another file than {info.path.name}")
     if request.repeat is not None and request.repeat.anchors_sha256 != anchors.digest(instructions):
-        raise UsageError("--repeat: that result was made with other instructions: name its file with --anchors")
+        raise UsageError(
+            "--repeat: that result was made with other instructions: name its file with --anchors, or take the version "
+            "that made it"
+        )
     return Job(
         request=request,
         info=info,

@@ -71,8 +71,10 @@ class Framing:
 
     @classmethod
     def of(cls, pair: PromptPair, soft: SoftPair | None = None) -> Self:
-        """The pair's own two prompts: its texts, or the soft prompts."""
-        return cls(pair.safe, pair.adversarial) if soft is None else cls(soft.safe, soft.adversarial)
+        """The pair's own two prompts: its texts and demonstrations, or the soft prompts."""
+        if soft is None:
+            return cls(pair.safe, pair.adversarial, shots=pair.shots)
+        return cls(soft.safe, soft.adversarial)
 
     def positive_texts(self) -> list[str | None]:
         """Every text that the positive stream reads besides the conversation."""
