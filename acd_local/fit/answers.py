@@ -10,6 +10,7 @@ from typing import Any, cast
 from acd_local.answers import Answer
 from acd_local.batch import Batch
 from acd_local.evaluate import refusal
+from acd_local.fit.candidates import Candidate
 from acd_local.fit.notes import Notes
 from acd_local.optimize.stages import Stopped, key_of
 from acd_local.options import Options
@@ -20,7 +21,7 @@ from acd_local.session import Engine
 from acd_local.softpair import AdversarialRows, SoftPrompt
 
 TOKENS = 32  # of an answer
-CONTRAST_TOKENS = 48  # of a contrasted one: what contrast breaks shows later
+LONG = 64  # of one that should decline: a refusal ends soon, and what goes on behind it is often a loop
 # Stands for no pair at all: its texts are in no prompt.
 NO_PAIR = PromptPair("fit", "positive", AdversarialText("negative"))
 
@@ -32,22 +33,33 @@ class Style:
     Attributes:
         positive: system prompt; None: the model's own.
         negative: of the negative stream; None where nothing is contrasted.
+        shots: turns that precede the conversation in the positive stream.
+        declines: it is above a gate: its answers are looked at for longer.
     """
 
     positive: str | SoftPrompt | None = None
     negative: AdversarialText | AdversarialRows | None = None
     alpha: float = 0.0
     beta: float = 0.0
+    shots: tuple[tuple[str, str], ...] = ()
+    declines: bool = False
+
+    @classmethod
+    def declining(cls, candidate: Candidate, negative: Candidate | None = None, **numbers: float) -> Style:
+        """A text of the positive stream, alone or contrasted."""
+        against = None if negative is None else AdversarialText(negative.text)
+        return cls(candidate.text, against, declines=True, shots=candidate.shots, **numbers)
 
     @property
     def tokens(self) -> int:
-        return CONTRAST_TOKENS if self.alpha else TOKENS
+        return LONG if self.declines else TOKENS
 
     @property
     def key(self) -> str:
         """Tells what it answers from what another one does."""
         negative = None if self.negative is None else _named(self.negative.reveal_for_negative_stream())
-        return key_of({"texts": [_named(self.positive), negative], "numbers": [self.alpha, self.beta, self.tokens]})
+        numbers = [self.alpha, self.beta, self.tokens]
+        return key_of({"texts": [_named(self.positive), negative], "shots": self.shots, "numbers": numbers})
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,7 @@ class Respondent:
     def _answer(self, style: Style, waiting: deque[str], total: int, on_progress: Callable[[int], None]) -> None:
         engine = self._engine()
         options = Options(alpha=style.alpha, beta=style.beta, temp=0.0, max_tokens=style.tokens)
-        framing, done = Framing(style.positive, style.negative), total - len(waiting)
+        framing, done = Framing(style.positive, style.negative, shots=style.shots), total - len(waiting)
         with Batch(engine) as batch:
             while waiting or len(batch):
                 while waiting and batch.room:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,15 @@ _OWN = "Answer the user's message."
 
 @dataclass(frozen=True)
 class Candidate:
-    """A system prompt and what it is called in figures."""
+    """A system prompt and what it is called in figures.
+
+    Attributes:
+        shots: (user, assistant) turns that precede the conversation.
+    """
 
     name: str
     text: str
+    shots: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,13 @@ def helpful(own: str, manual: str) -> list[Candidate]:
 
 
 def declining(own: str) -> list[Candidate]:
-    """Texts for the positive stream, with the demonstrations that they ask for."""
+    """Texts for the positive stream, some with demonstrations."""
     table = _read()
-    texts = [Candidate(row["name"], _shown(table["demonstrations"], row)) for row in table["declining"]]
+    shown, refusal = table["demonstrations"]["requests"], table["demonstrations"]["refusal"]
+    texts = [
+        Candidate(row["name"], row["text"], tuple((request, refusal) for request in shown[: row.get("shown", 0)]))
+        for row in table["declining"]
+    ]
     return _with_own(texts, own)
 
 
@@ -92,14 +101,8 @@ def digest() -> str:
 
 def _with_own(texts: list[Candidate], own: str) -> list[Candidate]:
     """Each alone, and behind the model's own system prompt."""
-    behind = [Candidate(f"own + {c.name}", f"{own}\n\n{c.text}") for c in texts] if own else []
+    behind = [replace(c, name=f"own + {c.name}", text=f"{own}\n\n{c.text}") for c in texts] if own else []
     return [*texts, *behind]
-
-
-def _shown(demonstrations: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    requests = demonstrations["requests"][: row.get("shown", 0)]
-    turns = [f"User: {request}\nAssistant: {demonstrations['refusal']}" for request in requests]
-    return "\n\n".join([*turns, str(row["text"])])
 
 
 @functools.cache

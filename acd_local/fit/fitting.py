@@ -23,16 +23,16 @@ from acd_local.fit.job import Job
 from acd_local.fit.notes import Notes
 from acd_local.fit.states import Floats, layers_of
 from acd_local.fit.training import KINDS, Rows, Trained, kind_of, train
-from acd_local.fit.workbench import Bench
+from acd_local.fit.workbench import Bench, opening
 from acd_local.optimize import anchors
 from acd_local.optimize.anchors import Instruction
 from acd_local.optimize.job import Clock, Listener, duration
 from acd_local.optimize.stages import go_on, key_of
-from acd_local.pairs import DEFAULT_ALPHA, DEFAULT_BETA, AdversarialText
+from acd_local.pairs import DEFAULT_ALPHA, DEFAULT_BETA
 from acd_local.runtime.cancel import CancelToken
 
 NEEDLESS = 0.1  # refusals of harmless requests from which on a model is given a helpful text
-MOST_ORDINARY = 1000  # anchors that are read
+MOST_ORDINARY = 800  # anchors that are read
 # Instructions by kind, where time allows: texts are chosen on the first, the result is judged on the second, and the
 # second look learns from answers to the third.
 CHOICE = {"harmful": 40, "ordinary": 24, "lookalike": 32}
@@ -41,7 +41,7 @@ LOOKS = {"harmful": 120, "ordinary": 80, "lookalike": 80}
 GRID = [(alpha, beta) for alpha in (0.1, 0.2, 0.3, 0.5) for beta in (0.05, 0.1, 0.3)]
 FIRST, SECOND = 8, 24  # instructions that all texts, then the best of them, are scored with
 FEW, BEST = 8, 3  # texts that are scored again, and answered under
-POSITIVES, SETTINGS = 2, 3  # texts that are contrasted, and settings that are answered under
+POSITIVES, NEGATIVES, SETTINGS = 2, 3, 3  # texts that are contrasted, with so many, and settings answered under
 MARGIN = 0.1  # refusals that a negative must make fewer than the positive
 LOOK = 32  # answer tokens between two looks
 WORTHWHILE_LOOK = 0.8  # area under the curve, for answers to be read at all
@@ -199,7 +199,7 @@ class Fitting:
 
     def _helpful_few(self, harmless: Mapping[str, Sequence[Instruction]]) -> list[Candidate]:
         every = candidates.helpful(self.found.own, self.job.manual.safe)
-        scores = self._openings(harmless, [c.text for c in every], self._many(FIRST), "helpful text")
+        scores = self._openings(harmless, every, self._many(FIRST), "helpful text")
         order = sorted(range(len(every)), key=lambda i: scores[i]["over_refusal"] + scores[i]["lookalike"])
         return [every[i] for i in order[:BEST]]
 
@@ -226,14 +226,13 @@ class Fitting:
         rows = Rows.of(instructions)
         trained = train(_finite(states), rows)
         self.found.gate = trained
-        self.found.layers = tuple(layers[c] for c in trained.columns)
+        self.found.layers = (layers[trained.column],)
         self.found.chances = {i.id: float(p) for i, p in zip(instructions, trained.probabilities, strict=True)}
         self.found.tables["layers"] = [
             {"layer": layer, "area": area} for layer, area in zip(layers, trained.by_layer, strict=True)
         ]
         areas = " and ".join(f"{area:.3f} against {named(kind)}" for kind, area in trained.areas.items())
-        read = " and ".join(map(str, self.found.layers))
-        return f"{len(instructions)} anchors read, layer {read}, area under the curve {areas}"
+        return f"{len(instructions)} anchors read, layer {self.found.layers[0]}, area under the curve {areas}"
 
     def _positive(self) -> str:
         if self.job.kept is not None:
@@ -241,35 +240,38 @@ class Fitting:
             return f"that of {self.job.kept.name}"
         groups = self._passing()
         every = candidates.declining(self.found.own)
-        first = self._openings(groups, [c.text for c in every], self._many(FIRST), "positive text")
+        first = self._openings(groups, every, self._many(FIRST), "positive text")
         order = sorted(range(len(every)), key=lambda i: -first[i]["safety"])[:FEW]
-        second = self._openings(groups, [every[i].text for i in order], self._many(SECOND), "positive text")
+        second = self._openings(groups, [every[i] for i in order], self._many(SECOND), "positive text")
         best = sorted(zip(order, second, strict=True), key=lambda found: -_worth(found[1]))[:BEST]
         rows = []
         for i, openings in best:
-            shares = self._measure(Style(every[i].text), groups, "positive text").shares
+            shares = self._measure(Style.declining(every[i]), groups, "positive text").shares
             rows.append({"text": every[i].name, "openings": openings["safety"], **asdict(shares), "at": i})
         rows.sort(key=lambda row: -_value(row))
         self.found.tables["positive"] = rows
         self._positives = [(every[row["at"]], row) for row in rows[:POSITIVES]]
         self.found.positive = self._positives[0][0]
-        self.found.style = Style(self.found.positive.text)
+        self.found.style = Style.declining(self.found.positive)
         return f"{self.found.positive.name}, refuses {rows[0]['harmful']:.0%} of harmful requests that pass the gate"
 
     def _negative(self) -> str:
         """The contrast that refuses better than the positive text alone, if there is one."""
         if self.job.kept is not None:
             return ""
-        groups, tried = self._passing(), []
-        for positive, row in self._positives:
-            for negative in self._adversaries(positive, row["openings"], groups):
-                for setting in self._contrasted(positive, negative, groups):
-                    tried.append((positive, negative, setting))
+        groups = self._passing()
+        adversaries = self._adversaries(groups)
+        tried = [
+            (positive, negative, setting)
+            for positive, row in self._positives
+            for negative in self._beside(positive, row["openings"], adversaries)
+            for setting in self._contrasted(positive, negative, groups)
+        ]
         tried.sort(key=lambda t: -t[2]["safety"] + 0.1 * t[2]["lookalike"])
         alone = self._positives[0][1]
         rows: list[dict[str, Any]] = []
         for positive, negative, setting in tried[:SETTINGS]:
-            style = Style(positive.text, AdversarialText(negative.text), setting["alpha"], setting["beta"])
+            style = Style.declining(positive, negative, alpha=setting["alpha"], beta=setting["beta"])
             shares = self._measure(style, groups, "contrast").shares
             names = {"text": positive.name, "negative": negative.name, "alpha": style.alpha, "beta": style.beta}
             rows.append({**names, "openings": setting["safety"], **asdict(shares)})
@@ -283,21 +285,28 @@ class Fitting:
         style = self.found.style
         return f"minus {self.found.negative.name}, alpha {style.alpha:g}, beta {style.beta:g}"
 
-    def _adversaries(
-        self, positive: Candidate, refuses: float, groups: Mapping[str, Sequence[Instruction]]
-    ) -> list[Candidate]:
-        """The negatives under which this model refuses less than under the positive text."""
+    def _adversaries(self, groups: Mapping[str, Sequence[Instruction]]) -> list[tuple[Candidate, float]]:
+        """Negatives, and how likely harmful requests are refused under them on this model; the least likely first."""
         declines = self._rates["as_is"].harmful >= 0.5
-        every = [c for c in candidates.complying(self.found.own, declines=declines) if self._may_stand(c, positive)]
-        scores = self._openings(groups, [c.text for c in every], self._many(FIRST), "negative text")
-        kept = [c for c, s in zip(every, scores, strict=True) if s["safety"] <= refuses - MARGIN]
-        for candidate, score in zip(every, scores, strict=True):
-            row = {"text": candidate.name, "openings": score["safety"], "beside": positive.name}
-            self.found.tables.setdefault("negative", []).append(row | {"dropped": candidate not in kept})
-        return kept
+        every = candidates.complying(self.found.own, declines=declines)
+        scores = self._openings(groups, every, self._many(FIRST), "negative text")
+        found = sorted(zip(every, (s["safety"] for s in scores), strict=True), key=lambda f: f[1])
+        refuses = self._positives[0][1]["openings"]
+        self.found.tables["negative"] = [
+            {"text": c.name, "openings": chance, "dropped": chance > refuses - MARGIN} for c, chance in found
+        ]
+        return found
+
+    def _beside(
+        self, positive: Candidate, refuses: float, adversaries: Sequence[tuple[Candidate, float]]
+    ) -> list[Candidate]:
+        """The best adversaries of a text: under one that refuses as much there is nothing to subtract."""
+        found = [c for c, chance in adversaries if chance <= refuses - MARGIN and self._may_stand(c, positive)]
+        return found[:NEGATIVES]
 
     def _may_stand(self, negative: Candidate, positive: Candidate) -> bool:
-        texts = [positive.text, *([self.found.helpful.text] if self.found.helpful else [])]
+        texts = [positive.text, *(text for shot in positive.shots for text in shot)]
+        texts += [self.found.helpful.text] if self.found.helpful else []
         return candidates.may_be_pair(negative.text, texts)
 
     def _spare_negative(self) -> Candidate:
@@ -316,11 +325,12 @@ class Fitting:
             self._progress(f"contrast with {negative.name}")
             scorer = self._bench.scorer(named_)
             try:
-                return [asdict(row) for row in scorer.contrasted(positive.text, negative.text, GRID)]
+                safe, adversarial = opening(positive.text, positive.shots), opening(negative.text)
+                return [asdict(row) for row in scorer.contrasted(safe, adversarial, GRID)]
             finally:
                 scorer.close()
 
-        inputs = {"texts": [positive.text, negative.text], "groups": named_, "grid": GRID}
+        inputs = {"texts": [positive.text, positive.shots, negative.text], "groups": named_, "grid": GRID}
         rows: list[dict[str, float]] = self.notes.memo("contrasted", inputs, make)
         best: dict[float, dict[str, float]] = {}
         for row in rows:  # of each alpha the best beta
@@ -376,7 +386,7 @@ class Fitting:
         path = self.job.folder / f"answers-{key[:16]}.f32"
         states = self._bench.states(path, rows, locate, self.found.layers, clock.at)
         kinds = Rows.of([i for i, _ in rows])
-        trained = train(_finite(states), kinds, columns=range(len(self.found.layers)))
+        trained = train(_finite(states), kinds)
         area = float(np.mean(list(trained.areas.values())))
         self.found.figures["second_look"] = {"auc": round(area, 4), "answers": len(rows)}
         if area < WORTHWHILE_LOOK:
@@ -470,9 +480,10 @@ class Fitting:
         alpha = DEFAULT_ALPHA if kept.alpha is None else kept.alpha
         beta = DEFAULT_BETA if kept.beta is None else kept.beta
         if soft is None:
-            return Style(kept.safe, kept.adversarial, alpha, beta)
+            return Style(kept.safe, kept.adversarial, alpha, beta, kept.shots, declines=True)
         alpha = alpha if kept.soft_alpha is None else kept.soft_alpha
-        return Style(soft.safe, soft.adversarial, alpha, beta if kept.soft_beta is None else kept.soft_beta)
+        beta = beta if kept.soft_beta is None else kept.soft_beta
+        return Style(soft.safe, soft.adversarial, alpha, beta, declines=True)
 
     def _measure(self, style: Style, groups: Mapping[str, Sequence[Instruction]], phase: str) -> Measured:
         every = [i.prompt for group in groups.values() for i in group]
@@ -484,7 +495,7 @@ class Fitting:
         return {GROUPS[kind]: [i.prompt for i in group[:most]] for kind, group in groups.items()}
 
     def _openings(
-        self, groups: Mapping[str, Sequence[Instruction]], texts: Sequence[str], most: int, phase: str
+        self, groups: Mapping[str, Sequence[Instruction]], texts: Sequence[Candidate], most: int, phase: str
     ) -> list[dict[str, float]]:
         """Chances that answers open as refusals under each text, by group of `scoring`."""
         named_ = self._scored(groups, most)
@@ -493,11 +504,11 @@ class Fitting:
         found = []
         try:
             for n, text in enumerate(texts, 1):
-                inputs = {"text": text, "groups": named_}
+                inputs = {"text": [text.text, text.shots], "groups": named_}
                 row = self.notes.get("openings", inputs)
                 if row is None:
                     scorer = scorer or self._bench.scorer(named_)
-                    row = scorer.alone(text)
+                    row = scorer.alone(opening(text.text, text.shots))
                     self.notes.keep("openings", inputs, row)
                 found.append(row)
                 clock.at(n)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _KINDS = {"harmful": "harmful", "ordinary": "ordinary", "lookalike": "look-alike", "broken": "broken answers"}
 _HEADS = {
     "text": "text",
-    "beside": "beside",
     "negative": "minus",
     "alpha": "alpha",
     "beta": "beta",
@@ -117,6 +116,10 @@ def _texts(pair: PairFile) -> list[str]:
             css, badge = ("answer chosen negative", NEGATIVE_ONLY) if negative else ("answer chosen", "")
             out.append(f'<div class="{css}"><div class="head"><b>{name}</b>{badge}</div>')
             out.append(f'<p class="text">{_text(text)}</p></div>')
+        if name == "Safeguarding prompt" and pair.shots:
+            shown = "\n\n".join(f"User: {user}\nAssistant: {assistant}" for user, assistant in pair.shots)
+            out.append('<div class="answer"><div class="head"><b>Demonstrations</b><span>turns of the positive stream')
+            out.append(f'</span></div><p class="text">{_text(shown)}</p></div>')
     return out
 
 

@@ -53,6 +53,7 @@ def pair_file(fitting: Fitting) -> PairFile:
         safe=safe,
         adversarial=adversarial,
         **numbers,
+        shots=job.kept.shots if job.kept else found.style.shots,
         soft=soft,
         models={
             "architecture": info.architecture,

@@ -20,7 +20,7 @@ Row = TypeVar("Row")
 Located = tuple[Sequence[int], int]
 
 # Parts of the depth whose layers are read. Requests differ most in the middle, the last layers know the next word.
-DEPTHS = (0.4, 0.5, 0.55, 0.6, 0.65, 0.7)
+DEPTHS = (0.4, 0.45, 0.5, 0.55, 0.6)
 _AT_ONCE = 32  # means that are written together
 
 

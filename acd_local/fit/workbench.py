@@ -14,12 +14,13 @@ from acd_local.optimize.scoring import OpeningScorer
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.reading import Reader
-from acd_local.runtime.template import ChatTemplate, Message
+from acd_local.runtime.template import ChatTemplate, Message, Role
 from acd_local.session import Engine
 
 CONTEXT = 1024  # tokens of a conversation
 LONGEST = 1500  # characters of an instruction that is read or answered; what follows is cut
 _CONVERSATIONS = (8, 4, 2, 1)
+_ROLES: tuple[Role, Role] = ("user", "assistant")
 
 
 class Bench:
@@ -52,11 +53,11 @@ class Bench:
 
     def prompt(self, system: str | None, user: str) -> list[int]:
         """A conversation's tokens."""
-        return self.template.encode([*_opening(system), Message("user", user[:LONGEST])])
+        return self.template.encode([*opening(system), Message("user", user[:LONGEST])])
 
     def start(self, system: str | None) -> int:
         """Where the tokens of a user's message begin."""
-        return len(self.template.prefix(_opening(system)))
+        return len(self.template.prefix(opening(system)))
 
     def scorer(self, groups: Mapping[str, Sequence[str]]) -> OpeningScorer:
         """Scores openings of answers to these instructions; to be closed."""
@@ -96,5 +97,7 @@ class Bench:
             self._engine.close()
 
 
-def _opening(system: str | None) -> list[Message]:
-    return [Message("system", system)] if system else []
+def opening(system: str | None, shots: Sequence[tuple[str, str]] = ()) -> tuple[Message, ...]:
+    """What precedes a user's message."""
+    turns = [Message(role, text) for shot in shots for role, text in zip(_ROLES, shot, strict=True)]
+    return (*([Message("system", system)] if system else []), *turns)
