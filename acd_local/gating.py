@@ -102,8 +102,8 @@ def read_prompt(
     reader.forget_parts()
     held = common_prefix(slot.safe.tokens, tokens)
     if held > len(prefix) and not engine._prefixes.exact:
-        if len(slot.safe.tokens) > reader.n_ctx:
-            slot.safe.rewind(held)  # it will hold this prompt, whoever answers
+        if not slot.safe.context.model.keeps_state:
+            slot.safe.rewind(min(held, start))  # it will hold another prompt; a saved window could not go back
         reader.adopt(slot.safe, tokens, start)
     engine._prefixes.prepare([(reader.cache, tokens[: start + 1], prefix)], counted)
     rows = [Feed(reader.cache, tokens[len(reader.cache.tokens) :])]

@@ -418,7 +418,7 @@ def run_curves(
             for number in range(1, rounds + 1):
                 progress(f"round {number} of {rounds}")
                 for name, temp in (("greedy", 0.0), ("sampled", 0.8)):
-                    options = Options(temp=temp, max_tokens=tokens, seed=number)
+                    options = Options(gate=False, temp=temp, max_tokens=tokens, seed=number)
                     _run_lengths(engine, bare, found[name], options, number)
         return Curves(engine.info.name or engine.info.path.name, engine.threads, tokens, rounds, costs, found)
 

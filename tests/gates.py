@@ -61,7 +61,7 @@ def between(
 ) -> Gate:
     """A gate whose plane lies in the middle between two requests, log odds 4 from each."""
     info = probe.verify(model)
-    layer = info.n_layers // 2 if layer is None else layer
+    layer = (info.n_layers - 1) // 2 if layer is None else layer
     means = [states(model, layer, text).mean(axis=1) for text in (harmful, harmless)]
     weight = means[0] - means[1]
     weight *= 8 / float(np.vdot(weight, weight))
