@@ -244,7 +244,8 @@ class Engine:
         self._check_open()
         turns, own_system = _turns(messages)
         system = system if own_system is None else own_system
-        gating = self._gating(self.pair if pair is None else self._resolve_pair(pair), Options(gate=True))
+        chosen = self.pair if pair is None else self._resolve_pair(pair)
+        gating = self._gating(chosen, Options(gate=True))
         assert gating is not None
         prompt = self._builder.build(gating.base, system, turns, contrast=False, max_tokens=1, overflow="drop")
         with self._reading(gating.gate, CancelToken()) as reader:
@@ -382,13 +383,15 @@ class Engine:
             except ModelError as error:
                 raise ModelError(f"{error}; --gate off (gate=False) does without") from None
 
-    def _gating(self, pair: PromptPair, options: Options) -> Gating | None:
-        if options.gate is False or (pair.gate is None and not options.gate):
+    def _gating(self, pair: PromptPair | None, options: Options) -> Gating | None:
+        settings = None if pair is None else pair.gate
+        if options.gate is False or (settings is None and not options.gate):
             return None
-        if pair.gate is None:
-            raise PairError(f"pair {pair.name!r} has no gate: leave --gate on out, or make one with acd fit")
-        threshold = pair.gate.threshold if options.gate_threshold is None else options.gate_threshold
-        return Gating(self._read_gate(pair), pair.gate, threshold)
+        if pair is None or settings is None:
+            name = "no pair is in use" if pair is None else f"pair {pair.name!r} has no gate"
+            raise PairError(f"{name}: leave --gate on out, or make a gate with acd fit")
+        threshold = settings.threshold if options.gate_threshold is None else options.gate_threshold
+        return Gating(self._read_gate(pair), settings, threshold)
 
     def _timed(self, work: Rows, meter: PromptMeter | None) -> list[Logits]:
         contexts = self._streams.contexts

@@ -56,9 +56,7 @@ def write_pair(
     return pairs.load(folder / f"{name}.toml")
 
 
-def between(
-    model: Path, harmful: str, harmless: str, *, layer: int | None = None, answer: Probe | None = None
-) -> Gate:
+def between(model: Path, harmful: str, harmless: str, *, layer: int | None = None, answer: Probe | None = None) -> Gate:
     """A gate whose plane lies in the middle between two requests, log odds 4 from each."""
     info = probe.verify(model)
     layer = (info.n_layers - 1) // 2 if layer is None else layer
