@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from acd_local.session import Engine
 
 EXCERPT, EXCERPTS = 256, 4  # tokens of a message too long to be read whole that are read, and at how many places
+# Latest tokens of an answer that are read at a look, since a row costs a third of a token's time; and tokens in all
+# that are decoded for it, behind the system prompt, where an answer is too long for the reader.
+LOOKED_AT, BEFORE = 8, 32
 SINK = 4  # first tokens, on which models rest their attention: they stay where what follows is cut
 
 AS_IS = Framing(None, None)
@@ -126,7 +129,7 @@ def read_parts(
 
 
 class Watch:
-    """Reads an answer again, every so many tokens, while it is not contrasted.
+    """Reads an answer's latest tokens, every so many, while it is not contrasted; what precedes them is copied.
 
     Attributes:
         looks: (answer token, probability) of what was read; the tokens before it were seen.
@@ -135,7 +138,6 @@ class Watch:
     def __init__(self, engine: Engine, gating: Gating, prompt: Prompt, slot: Slot, cancel: CancelToken) -> None:
         self._engine, self._gating, self._cancel = engine, gating, cancel
         self._prompt, self._slot = prompt, slot
-        self._cut = 0  # tokens behind the system prompt that are left out, since there are too many
         self.looks: list[tuple[int, float]] = []
 
     def due(self, said: int) -> bool:
@@ -143,7 +145,7 @@ class Watch:
         return 0 < self._gating.look <= said - self._seen
 
     def look(self, said: Sequence[int]) -> bool:
-        """Read what came since the last time; whether the answer is to go on contrasted.
+        """Read the latest tokens; whether the answer is to go on contrasted.
 
         Raises:
             llama.DecodeAborted: cancelled.
@@ -161,16 +163,15 @@ class Watch:
         return self.looks[-1][0] if self.looks else 0
 
     def _read(self, reader: Reader, said: Sequence[int]) -> States:
-        tokens, start = [*self._prompt.safe, *said], len(self._prompt.safe) + self._seen
-        head = _shortened(self._prompt.safe_prefix, READ_TOKENS // 4)
-        most = min(READ_TOKENS, reader.n_ctx)
-        if not self._cut and len(tokens) <= most:
-            reader.adopt(self._slot.safe, tokens, start)
-            return reader.read(tokens, start)
-        if len(head) + len(tokens) - self._cut > most:
-            self._cut = len(tokens) - most // 2
-        first = max(self._cut, start)
-        return reader.read([*head, *tokens[self._cut :]], len(head) + first - self._cut)
+        tokens, cache = [*self._prompt.safe, *said], self._slot.safe
+        model = cache.context.model
+        goes_back = not model.keeps_state and model.n_swa == 0
+        start = len(tokens) - (min(LOOKED_AT, len(said) - self._seen) if goes_back else 1)
+        if not _fits(reader, tokens):
+            head, first = _shortened(self._prompt.safe_prefix, reader.n_ctx // 4), len(tokens) - BEFORE
+            return reader.read([*head, *tokens[first:]], len(head) + start - first)
+        reader.adopt(cache, tokens, start)
+        return reader.read(tokens, start)
 
 
 def _fits(reader: Reader, tokens: Sequence[int]) -> bool:

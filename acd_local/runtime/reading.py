@@ -110,8 +110,10 @@ class Reader:
     def adopt(self, source: Cache, tokens: Sequence[int], most: int) -> None:
         """Take over what another cache holds of tokens[:most], where that is more than this one does."""
         held, mine = (min(most, common_prefix(cache.tokens, tokens)) for cache in (source, self.cache))
-        length = len(source.tokens)
-        if held <= mine or length > self.n_ctx or (held < length and source.context.model.keeps_state):
+        length, model = len(source.tokens), source.context.model
+        if mine < len(self.cache.tokens) and model.n_swa:
+            mine -= 1  # a window that was adopted cannot go back
+        if held <= mine or length > self.n_ctx or (held < length and model.keeps_state):
             return
         self.cache.restore(source.save())
         self._whole = None
