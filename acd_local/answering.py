@@ -253,14 +253,15 @@ class Answering:
         except DecodeAborted as aborted:
             return abort(routine, aborted)
 
-    def routine(self, *, beside_others: bool = False) -> Routine:
+    def routine(self, *, beside: Callable[[], Sequence[CancelToken]] | None = None) -> Routine:
         """Yields text, and rows to be decoded; is sent their logits, or DecodeAborted.
 
         The logits are read before the next item comes, never after. Started outside the engine's lock (it may wait for
         a slot), sent logits inside.
 
         Args:
-            beside_others: the rows are decoded together with other answers' rows: one token per stream at a time.
+            beside: the rows are decoded together with other answers' rows, one token per stream at a time; tells what
+                cancels one of these. No rows at all are asked for where such a cancel is to be seen to first.
         """
         started = first_logits = time.perf_counter()
         prompt: Prompt | None = None
@@ -270,11 +271,11 @@ class Answering:
             guard = self._check_request()
             prompt = self._build(self._framing if self._gating is None else self._gating.base)
             with self._engine._slot(prompt, self.cancel) as slot:
-                prompt, first = yield from self._begin(slot, prompt)
+                prompt, first = yield from self._begin(slot, prompt, beside or tuple)
                 first_logits = time.perf_counter()
                 chooser = self._chooser(prompt, guard)
                 watch = self._watch(prompt, slot)
-                strategy = self._strategy(chooser, prompt, first, deferring=not beside_others)
+                strategy = self._strategy(chooser, prompt, first, deferring=beside is None)
                 item = next(strategy, None)
                 while item is not None:
                     if not isinstance(item, Step):
@@ -286,7 +287,7 @@ class Answering:
                                 break  # there is no room for the pair's prompt
                             prompt, first = turned
                             chooser.settings = self._in_force
-                            strategy = self._strategy(chooser, prompt, first, deferring=not beside_others)
+                            strategy = self._strategy(chooser, prompt, first, deferring=beside is None)
                             item = next(strategy, None)
                             continue
                         item = advance(strategy, (yield [_feed(need, slot, prompt) for need in item]))
@@ -319,11 +320,13 @@ class Answering:
         self.result = self._finish("cancelled", None, (0.0, 0.0, 0.0))
         return self.result
 
-    def _begin(self, slot: Slot, prompt: Prompt) -> Generator[Item, list[Logits], tuple[Prompt, StreamLogits]]:
+    def _begin(
+        self, slot: Slot, prompt: Prompt, beside: Callable[[], Sequence[CancelToken]]
+    ) -> Generator[Item, list[Logits], tuple[Prompt, StreamLogits]]:
         """The prompt that answers, decoded, and the logits behind it. Where there is a gate, `prompt` is its base's."""
         gating = self._gating
         if gating is not None:
-            probability, logits = self._read(gating, slot, prompt)
+            probability, logits = yield from self._read(gating, slot, prompt, beside)
             decision = gating.decide(probability)
             self._decided = GateRecord(probability, decision, 0 if decision == "contrast" else None)
             self._tell(GateDecision(probability, decision))
@@ -338,14 +341,24 @@ class Answering:
         self._tell_dropped(prompt)
         return prompt, (yield from self._decode_prompt(slot, prompt))
 
-    def _read(self, gating: Gating, slot: Slot, prompt: Prompt) -> tuple[float, Logits | None]:
+    def _read(
+        self, gating: Gating, slot: Slot, prompt: Prompt, beside: Callable[[], Sequence[CancelToken]]
+    ) -> Generator[Item, list[Logits], tuple[float, Logits | None]]:
+        """See `read_prompt`; another answer's cancel makes it begin again, once that was seen to."""
         asked = Conversation(self._system, self._turns, prompt)
-        with self._engine._reading(gating.gate, self.cancel) as reader:
-            meter = PromptMeter([(reader.cache, prompt.safe)], self._on_event)
+        while True:
+            others = beside()
             try:
-                return read_prompt(self._engine, reader, gating, asked, slot, meter, self._go_on)
-            finally:
-                self._prompt_decoded += meter.decoded
+                with self._engine._reading(gating.gate, [self.cancel, *others]) as reader:
+                    meter = PromptMeter([(reader.cache, prompt.safe)], self._on_event)
+                    try:
+                        return read_prompt(self._engine, reader, gating, asked, slot, meter, self._go_on)
+                    finally:
+                        self._prompt_decoded += meter.decoded
+            except DecodeAborted:
+                if self.cancel.is_set or not any(cancel.is_set for cancel in others):
+                    raise
+            yield []
 
     def _decode_prompt(
         self, slot: Slot, prompt: Prompt, said: Sequence[int] = ()

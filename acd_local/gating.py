@@ -152,7 +152,7 @@ class Watch:
         """
         probe = self._gating.gate.answer
         assert probe is not None
-        with self._engine._reading(self._gating.gate, self._cancel) as reader:
+        with self._engine._reading(self._gating.gate, [self._cancel]) as reader:
             states = self._read(reader, said)
         probability = probe.probability(states.mean(axis=1))
         self.looks.append((len(said), probability))

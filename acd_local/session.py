@@ -248,7 +248,7 @@ class Engine:
         gating = self._gating(chosen, Options(gate=True))
         assert gating is not None
         prompt = self._builder.build(gating.base, system, turns, contrast=False, max_tokens=1, overflow="drop")
-        with self._reading(gating.gate, CancelToken()) as reader:
+        with self._reading(gating.gate, []) as reader:
             return read_parts(self, reader, gating, Conversation(system, turns, prompt))
 
     def chat(
@@ -362,9 +362,9 @@ class Engine:
             reader.cancel()
 
     @contextmanager
-    def _reading(self, gate: Gate, cancel: CancelToken) -> Iterator[Reader]:
+    def _reading(self, gate: Gate, cancels: Sequence[CancelToken]) -> Iterator[Reader]:
         """The engine, held open as by `_decoding`, and what reads its states; that is made when it is first needed."""
-        with self._decoding([cancel]):
+        with self._decoding(cancels):
             if self._reader is None or self._reader.layers != gate.layers:
                 if self._reader is not None:
                     self._reader.close()

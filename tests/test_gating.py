@@ -460,6 +460,29 @@ def test_cancel_and_close_while_reading(tmp_path: Path, slow_model: Path) -> Non
         assert time.perf_counter() - started < 30
 
 
+def test_another_answers_cancel_does_not_wait_for_a_reading(tmp_path: Path, slow_model: Path) -> None:
+    pair = gates.write_pair(tmp_path, slow_model)
+    with Engine(slow_model, pair=pair, ctx_size=1024, threads=1, conversations=2) as engine, Batch(engine) as batch:
+        cancel, seen = CancelToken(), []
+
+        def stop_the_other(event: Any) -> None:
+            if isinstance(event, PromptProgress):
+                seen.append(event.done)
+                cancel.set()
+
+        batch.add("short", engine.generate(HARMLESS, GREEDY.replace({"max_tokens": 400}), cancel=cancel))
+        batch.step()
+        text = "Bread is baked at home. " * 30
+        batch.add("long", engine.generate(text, GREEDY, on_event=stop_the_other))
+        ended: list[Any] = []
+        while len(batch):
+            ended += [(event.key, event.what) for event in batch.step() if isinstance(event.what, Answer)]
+        assert [(key, answer.finish_reason) for key, answer in ended] == [("short", "cancelled"), ("long", "length")]
+        assert seen.count(seen[0]) == 2  # it began again
+        alone = engine.generate(text, GREEDY.replace({"strategy": "stepwise"})).run()
+        assert tokens(ended[1][1]) == tokens(alone)
+
+
 def test_progress_is_told_of_what_is_read(model: Path, pair: PromptPair) -> None:
     with Engine(model, pair=pair, ctx_size=1024, threads=1) as engine:
         events: list[Any] = []
