@@ -333,7 +333,7 @@ class Answering:
             if decision == "contrast":
                 self._in_force = self.settings
                 prompt = self._build(self._framing)
-            elif decision == "as-is" and gating.base != AS_IS:
+            elif not gating.is_base(decision):
                 prompt = self._build(AS_IS)
             elif logits is not None:
                 self._tell_dropped(prompt)

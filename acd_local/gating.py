@@ -59,6 +59,10 @@ class Gating:
         helped = self.settings.helpful is not None and probability < self.settings.low
         return "helpful" if helped else "as-is"
 
+    def is_base(self, decision: Decision) -> bool:
+        """Whether that is answered under `base`."""
+        return decision == ("as-is" if self.settings.helpful is None else "helpful")
+
     @property
     def look(self) -> int:
         """Answer tokens between two readings of an answer; 0: it is not read again."""
@@ -82,7 +86,9 @@ def read_prompt(
     meter: PromptMeter,
     check: Callable[[], None],
 ) -> tuple[float, Logits | None]:
-    """The chance of harm; and where the prompt fits the reader, the logits behind it: it is in the slot then.
+    """The chance of harm; and where this very prompt is to be answered, and fits the reader, the logits behind it.
+
+    In that case the slot holds the prompt.
 
     Args:
         reader: `Engine._reading` gave it.
@@ -112,8 +118,11 @@ def read_prompt(
     rows = [Feed(reader.cache, tokens[len(reader.cache.tokens) :])]
     states, logits = reader.decode(tokens, start, meter)
     meter.settle(rows)
+    probability = gating.gate.request.highest(states)
+    if not gating.is_base(gating.decide(probability)):
+        return probability, None  # the slot may hold what the others said so far
     slot.safe.restore(reader.cache.save())
-    return gating.gate.request.highest(states), logits.copy()
+    return probability, logits.copy()
 
 
 def read_parts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import pytest
 import tiny_gguf
 from gates import HARMFUL, HARMLESS
 
-from acd_local import CancelToken, Engine, Options, gating, session
+from acd_local import CancelToken, Engine, Options, aio, gating, session
 from acd_local.answers import Answer, GateDecision, GateRecord, PromptProgress
 from acd_local.batch import Batch
 from acd_local.cli.run import command
@@ -645,3 +646,50 @@ def test_the_worker_tells_and_takes_what_the_gate_does(
     assert ends[2]["gate"] is None
     assert ends[3]["gate"]["decision"] == "contrast"
     assert ends[4]["event"] == "error" and ends[4]["message"] == "gate must be true or false, not 'on'"
+
+
+def test_a_chat_reads_every_turn_and_regenerates(engine: Engine) -> None:
+    chat = engine.chat(options=SEEDED)
+    chat.ask(HARMLESS)
+    answer = chat.ask(HARMFUL)
+    again = chat.regenerate().run()
+    read = engine.gate_probability([*chat.messages][:-1])
+    for gate in (answer.gate, again.gate):
+        assert gate is not None and gate.probability == pytest.approx(read, abs=1e-4)
+
+
+def test_a_conversation_under_the_pair_is_decoded_once(model: Path, pair: PromptPair) -> None:
+    """Every turn is read under the model's own prompt, and both streams keep what they hold."""
+    options = GREEDY.replace({"gate_threshold": 0.0})
+    with Engine(model, pair=pair, ctx_size=1024, threads=1) as gated, Engine(model, pair=pair, ctx_size=1024) as other:
+        talk, beyond = [Message("user", HARMFUL)], []
+        for text in ("And then?", "And then?", "More."):
+            answer = gated.generate(talk, options).run()
+            paper = other.generate(talk, options.replace({"gate": False})).run()
+            beyond.append(answer.prompt_decoded - paper.prompt_decoded)
+            talk += [Message("assistant", "First this."), Message("user", text)]
+    assert max(beyond[1:]) < 40  # rows of the last turn, which are read
+
+
+def test_under_asyncio_the_decision_is_an_event(engine: Engine) -> None:
+    async def ask() -> tuple[list[Any], Answer]:
+        events: list[Any] = []
+        stream = aio.AsyncEngine(engine).generate(HARMFUL, GREEDY, on_event=events.append)
+        return events, await stream.run()
+
+    events, answer = asyncio.run(ask())
+    assert answer.gate is not None
+    assert GateDecision(answer.gate.probability, "contrast", 0) in events
+
+
+def test_what_reads_is_freed_with_the_engine(model: Path, pair: PromptPair) -> None:
+    engine = Engine(model, pair=pair, ctx_size=512, threads=1)
+    assert engine._reader is None
+    engine.gate_probability(HARMLESS)
+    reader = engine._reader
+    assert reader is not None
+    engine.close()
+    with pytest.raises(EngineClosedError):
+        reader.read([1, 2, 3], 0)
+    with pytest.raises(EngineClosedError):
+        engine.gate_probability(HARMLESS)
