@@ -16,7 +16,11 @@ from acd_local.runtime.threads import default_threads
 from acd_local.session import Engine
 
 QUESTION = 512  # tokens
-WAYS = {PLAIN: None, "contrast": Options(temp=0.0, max_tokens=1), "alpha 0": Options(temp=0.0, max_tokens=1, alpha=0.0)}
+WAYS = {
+    PLAIN: None,
+    "contrast": Options(gate=False, temp=0.0, max_tokens=1),
+    "alpha 0": Options(gate=False, temp=0.0, max_tokens=1, alpha=0.0),
+}
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ LAYERS = (
     {"runtime/generate", "runtime/pace"},
     {"runtime/deferred"},
     {"runtime/prompts", "answers"},
+    {"gating"},
     {"answering"},
     {"chat", "session", "batch"},
     {"aio"},
