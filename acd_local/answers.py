@@ -80,6 +80,23 @@ class ContrastStats:
 
 
 @dataclass(frozen=True)
+class GateRecord:
+    """What the pair's gate found in a request and its answer.
+
+    Attributes:
+        probability: that the request asks for harm.
+        decision: who answers it: the model under the pair's helpful text, the model as it is, or the pair.
+        contrast_from: the answer token from which on the pair answered; 0: all of them, None: it never did.
+        looks: (answer token, probability of the answer so far), as far as it was read again.
+    """
+
+    probability: float
+    decision: Literal["helpful", "as-is", "contrast"]
+    contrast_from: int | None
+    looks: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Timings:
     """How long an answer took.
 
@@ -106,6 +123,7 @@ class Answer:
         seed: the seed that repeats it.
         dropped_turns: messages left out at the front because the context was full.
         tokens: one record per sampled token.
+        gate: what the gate found; None: none was asked.
     """
 
     text: str
@@ -119,3 +137,4 @@ class Answer:
     context_used: tuple[int, int] = (0, 0)
     dropped_turns: int = 0
     tokens: tuple[TokenRecord, ...] = field(default=(), repr=False)
+    gate: GateRecord | None = None

@@ -89,6 +89,8 @@ class Options:
     raw_contrast: bool = False
     plain: bool = False
     window: int | None = None
+    gate: bool | None = None
+    gate_threshold: float | None = None
     strategy: Literal["auto", "stepwise", "deferred"] = "auto"
 
     # Limits
@@ -202,6 +204,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("alpha", 0.0, _MAX_FLOAT),
     ("beta", 0.0, 1.0),
     ("window", 0, _INT32),
+    ("gate_threshold", 0.0, 1.0),
     ("max_tokens", 1, _INT32),
     ("seed", 0, MAX_SEED),
     ("temp", 0.0, _MAX_FLOAT),
