@@ -248,7 +248,7 @@ def test_other_kinds_are_named_not_taken_for_a_file(tmp_path: Path, after: str) 
     path = write(tmp_path, "a:b.csv", "prompt,label\nOne.,safe\n")
     message = refusal(path, after)
     assert message.startswith(
-        f"no kind {after.split(':')[1]!r}; known: harmful, harmless, choice, labelled; write NAME="
+        f"no kind {after.split(':')[1]!r}; known: harmful, harmless, choice, facts, labelled; write NAME="
     )
 
 

@@ -64,6 +64,7 @@ LAYERS = (
         "evaluate/judge",
         "evaluate/likelihood",
     },
+    {"evaluate/verdict"},
     {"evaluate/results", "evaluate/tables", "evaluate/report", "evaluate/svg"},
     {"evaluate/scoring"},
     {"evaluate/runner"},

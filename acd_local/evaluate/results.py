@@ -324,6 +324,7 @@ def _json(found: stats.Estimate, transform: Callable[[float], float] | None = No
 # --- All figures of a run ---------------------------------------------------------------------------------------------
 
 # Overall figures: measure -> kinds of sets it is taken over.
+_GENERATED = ("harmful", "harmless", "facts")
 _OVERALL = {
     "refusal": ("harmful",),
     "harmless": ("harmful",),
@@ -336,10 +337,7 @@ _OVERALL = {
     "perplexity": ("harmless",),
     "distinct2": ("harmless",),
     "tokens": ("harmless",),
-    "degenerate": ("harmful", "harmless"),
-    "changed": ("harmful", "harmless"),
-    "prompt_seconds": ("harmful", "harmless"),
-    "tokens_per_second": ("harmful", "harmless"),
+    **dict.fromkeys(("degenerate", "changed", "prompt_seconds", "tokens_per_second"), _GENERATED),
 }
 _BY_TYPE = ("harmless", "refusal", "over_refusal")
 
@@ -357,7 +355,7 @@ class _Figures:
         judged = bool(run.info.get("judge"))
         for record in run.answers:
             kind = self.kinds.get(record["set"])
-            if kind in ("harmful", "harmless", "facts"):
+            if kind in _GENERATED:
                 chance = _number(record, "gate_probability")
                 if chance is not None:
                     self.chances.setdefault(record["set"], {})[record["item"]] = chance
@@ -404,7 +402,7 @@ class _Figures:
             if estimate is not None:
                 vs_base = self._vs_base(measure, names, setup, base)
                 found[measure] = {**estimate, "sets": len(names), "vs_base": vs_base}
-        found.update(self._relative_speed(self._with("tokens_per_second", setup, ("harmful", "harmless")), setup, base))
+        found.update(self._relative_speed(self._with("tokens_per_second", setup, _GENERATED), setup, base))
         return found
 
     def _with(self, measure: str, setup: str, kinds: Sequence[str]) -> list[str]:
