@@ -305,11 +305,9 @@ def _build(name: str, table: object, pair: PromptPair, manual: PromptPair, soft:
     for key in table:
         if key not in _KEYS:
             raise UsageError(f"{key}: unknown field; a method has {', '.join(_KEYS)}")
-    safe: dict[str, Positive] = {"none": None, "safe": manual.safe, "sp": pair.safe if soft is None else soft.safe}
-    others: dict[str, Negative] = {
-        "opposite": manual.adversarial,
-        "ap": pair.adversarial if soft is None else soft.adversarial,
-    }
+    both = Framing.of(pair, soft)
+    safe: dict[str, Positive] = {"none": None, "safe": manual.safe, "sp": both.positive}
+    others: dict[str, Negative] = {"opposite": manual.adversarial, "ap": both.negative}
     positive = _positive(table, safe)
     numbers, negative = _numbers(table, pair, soft is not None), None
     if _has_negative(table):
@@ -321,7 +319,7 @@ def _build(name: str, table: object, pair: PromptPair, manual: PromptPair, soft:
         positive=positive,
         negative=negative,
         user=_text("user", table.get("user", _SLOT)),
-        shots=_shots(table.get("shots", [])),
+        shots=(both.shots if table.get("positive") == "sp" else ()) + _shots(table.get("shots", [])),
         gate=_flag("gate", table.get("gate", False)),
         **numbers,
     )

@@ -70,7 +70,7 @@ def _refusals(harmful: Sequence[Counts], harmless: Sequence[Counts]) -> list[str
         groups += [(f"{kind if i == 0 else ''} in {c.name}".lstrip(), [c]) for i, c in enumerate(harmless)]
     elif harmless:
         groups.append((kind, harmless))
-    parts = []
+    parts: list[str] = []
     for what, sets in groups:
         ours, theirs, n = _sums(sets)
         where = "where it" if parts else "are refused where the model alone"
