@@ -89,9 +89,10 @@ class Options:
     raw_contrast: bool = False
     plain: bool = False
     window: int | None = None
+    strategy: Literal["auto", "stepwise", "deferred"] = "auto"
+    # None: contrast only what the pair's gate finds harmful, where the pair has one. False: at every step.
     gate: bool | None = None
     gate_threshold: float | None = None
-    strategy: Literal["auto", "stepwise", "deferred"] = "auto"
 
     # Limits
     max_tokens: int | None = None

@@ -4,8 +4,8 @@
 
 Requests of about 12, 100 and 1,000 tokens are answered greedily by llama_decode and argmax alone, by the engine as it
 is (no pair, gate off) and with the gate, in turns, every second round backwards; system prompts are decoded before.
-Ratios are to plain llama.cpp in the same round, their medians are printed. Rounds in which the gate gives the request to
-the pair do not count: it is no ordinary one to it. Run it where nothing else runs.
+Ratios are to plain llama.cpp in the same round, their medians are printed. Rounds in which the gate gives the request
+to the pair do not count: it is no ordinary one to it. Run it where nothing else runs.
 """
 
 from __future__ import annotations
