@@ -216,6 +216,26 @@ def test_a_method_made_in_python_is_checked(known: dict[str, Method], change: di
 # --- Choosing and sweeping --------------------------------------------------------------------------------------------
 
 
+def test_gated_methods(known: dict[str, Method], manual: PromptPair, tmp_path: Path) -> None:
+    assert [name for name, method in known.items() if method.gate] == ["gate-sp", "gate-acd"]
+    for gated, alone in (("gate-sp", "sp"), ("gate-acd", "acd")):
+        assert known[gated].framing() == known[alone].framing() and numbers(known[gated]) == numbers(known[alone])
+        assert known[gated].setup() != known[alone].setup()
+    path = tmp_path / "m.toml"
+    path.write_text('[methods.mine]\npositive = "safe"\ngate = true\n')
+    mine = methods.load(path, PAIR)["mine"]
+    assert mine.gate and mine.positive == manual.safe
+    path.write_text('[methods.mine]\npositive = "safe"\ngate = 1\n')
+    with pytest.raises(UsageError, match="line 1: method mine: gate: must be true or false, not an integer"):
+        methods.load(path, PAIR)
+
+
+def test_the_former_name_of_the_model_as_it_is(known: dict[str, Method]) -> None:
+    assert [m.name for m in methods.select(["null", "acd"], known)] == ["as-is", "acd"]
+    other = dataclasses.replace(known["sp"], name="null")
+    assert methods.select(["null"], known | {"null": other}) == [other]
+
+
 def test_select(known: dict[str, Method]) -> None:
     assert [m.name for m in methods.select(["acd", "base", "acd"], known)] == ["acd", "base"]
     with pytest.raises(UsageError, match="unknown method 'adc'; known methods: as-is, base, self-reminder, icd"):
