@@ -135,6 +135,8 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
         directory = given["out"] or Path(f"eval-{_slug(model)}")
         interrupts.cancels(stop := CancelToken())
         with Journal(directory, info) as journal:
+            if given["pair"] is None and pair.name == DEFAULT_PAIR:
+                say(f"{PROGRAM}: no pair was made for this model: measuring {DEFAULT_PAIR!r}; acd fit makes one")
             measured = {item.id for s in drawn for item in sets.sample(s, MARGIN_PROMPTS, given["seed"]).items}
             plan = Plan(pair, methods, chosen, given["temp"], given["max_tokens"], given["seed"], frozenset(measured))
             evaluation = Evaluation(engine, plan, journal, judge=judge, stop=stop, on_progress=progress.show)
@@ -223,10 +225,7 @@ def _pair(model: str, given: dict[str, Any]) -> PromptPair:
 
     if given["pair"] is not None:
         return pairs.find(given["pair"])
-    found = pairs.best_for(probe.verify(models.resolve(model)))
-    if found is None:
-        say(f"{PROGRAM}: no pair was made for this model: measuring {DEFAULT_PAIR!r}; acd fit makes one")
-    return found or pairs.find(DEFAULT_PAIR)
+    return pairs.best_for(probe.verify(models.resolve(model))) or pairs.find(DEFAULT_PAIR)
 
 
 def _engine(model: str, pair: PromptPair, given: dict[str, Any]) -> Engine:
