@@ -402,11 +402,17 @@ class Plain:
         return Measured(steps, self.seconds(steps), self.outside, self.first)
 
 
-def decode_plain(context: llama.Context, prompt: Sequence[int], tokens: int) -> Plain:
-    """llama_decode and argmax, nothing else; an end of the answer is no reason to stop."""
+def decode_plain(context: llama.Context, prompt: Sequence[int], tokens: int, *, held: int = 0) -> Plain:
+    """llama_decode and argmax, nothing else; an end of the answer is no reason to stop.
+
+    Args:
+        held: tokens at the prompt's beginning that are decoded before the clock is started.
+    """
     context.truncate(0, 0)
+    if held:
+        decode_rows(context, prompt[:held], 0)
     started = time.perf_counter()
-    token = int(decode_rows(context, prompt, 0).argmax())
+    token = int(decode_rows(context, prompt[held:], held).argmax())
     first, inside, each = time.perf_counter() - started, context.seconds, []
     for position in range(len(prompt), len(prompt) + tokens - 1):
         started = time.perf_counter()

@@ -65,6 +65,7 @@ LAYERS = (
         "evaluate/judge",
         "evaluate/likelihood",
     },
+    {"evaluate/verdict"},
     {"evaluate/results", "evaluate/tables", "evaluate/report", "evaluate/svg"},
     {"evaluate/scoring"},
     {"evaluate/runner"},
