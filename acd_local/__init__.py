@@ -18,7 +18,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from acd_local.answering import AnswerStream
-    from acd_local.answers import Answer, ContrastStats, PromptProgress, Timings, TokenRecord, TurnsDropped
+    from acd_local.answers import (
+        Answer,
+        ContrastStats,
+        GateDecision,
+        GateRecord,
+        PromptProgress,
+        Timings,
+        TokenRecord,
+        TurnsDropped,
+    )
     from acd_local.chat import Chat
     from acd_local.errors import (
         AcdError,
@@ -42,7 +51,16 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "acd_local.answering": ("AnswerStream",),
-    "acd_local.answers": ("Answer", "ContrastStats", "PromptProgress", "Timings", "TokenRecord", "TurnsDropped"),
+    "acd_local.answers": (
+        "Answer",
+        "ContrastStats",
+        "GateDecision",
+        "GateRecord",
+        "PromptProgress",
+        "Timings",
+        "TokenRecord",
+        "TurnsDropped",
+    ),
     "acd_local.chat": ("Chat",),
     "acd_local.errors": (
         "AcdError",
@@ -73,6 +91,7 @@ __all__ = [  # noqa: RUF022 - by meaning, as the reader needs them
     "Answer",
     "TokenRecord",
     "ContrastStats",
+    "GateRecord",
     "Timings",
     "Options",
     "Message",
@@ -80,6 +99,7 @@ __all__ = [  # noqa: RUF022 - by meaning, as the reader needs them
     "CancelToken",
     "TurnsDropped",
     "PromptProgress",
+    "GateDecision",
     "AcdError",
     "ContextError",
     "EngineBusyError",

@@ -10,6 +10,7 @@ import inspect
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, Self, TypeAlias
 
 from acd_local import pairs
@@ -18,13 +19,16 @@ from acd_local.answers import (
     AnswerEvent,
     ContrastStats,
     FinishReason,
+    GateDecision,
+    GateRecord,
     OnEvent,
     PromptProgress,
     Timings,
     TokenRecord,
     TurnsDropped,
 )
-from acd_local.errors import UsageError
+from acd_local.errors import ContextError, UsageError
+from acd_local.gating import AS_IS, Conversation, Gating, Watch, read_prompt
 from acd_local.options import MAX_SEED, Options
 from acd_local.pairs import PromptPair, refuse_adversarial
 from acd_local.runtime import grammar, lookup
@@ -39,7 +43,7 @@ from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.prompts import Framing, Prompt
 from acd_local.runtime.rowcosts import RowCosts
 from acd_local.runtime.sampling import Guard, TokenSampler
-from acd_local.runtime.streams import Feed, Rows, Slot
+from acd_local.runtime.streams import Cache, Feed, Rows, Slot
 from acd_local.runtime.template import Message
 from acd_local.runtime.text import TextStream
 
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from acd_local.session import Engine
 
 
+_NO_CONTRAST = ContrastSettings(0.0, 0.0)
 LEAD = 16  # tokens decoded stepwise where it is not known what rows cost
 Item: TypeAlias = str | Rows
 Routine: TypeAlias = Generator[Item, list[Logits], None]
@@ -147,15 +152,16 @@ class AnswerStream(Handle):
 class PromptMeter:
     """Counts the rows of one prompt while they are decoded, and tells whoever wants to know how far it is.
 
+    Args:
+        streams: what holds it in the end, and its tokens.
+
     Attributes:
         decoded: rows of the batches that were finished.
     """
 
-    def __init__(self, slot: Slot, prompt: Prompt, on_event: OnEvent | None) -> None:
-        self._streams = [(slot.safe, prompt.safe)]
-        if prompt.adversarial is not None:
-            self._streams.append((slot.adversarial, prompt.adversarial))
-        self._total = sum(len(tokens) for _, tokens in self._streams)
+    def __init__(self, streams: Sequence[tuple[Cache, Sequence[int]]], on_event: OnEvent | None) -> None:
+        self._streams = streams
+        self._total = sum(len(tokens) for _, tokens in streams)
         self._on_event = on_event
         self._settled = self._before = 0
         self.decoded = 0
@@ -190,9 +196,10 @@ class Answering:
         turns: Sequence[Message],
         options: Options,
         system: str | None,
-        pair: PromptPair,
+        pair: PromptPair | None,
         framing: Framing,
         soft: bool,
+        gating: Gating | None,
         divergence: bool,
         trace: bool,
         on_event: OnEvent | None,
@@ -204,12 +211,15 @@ class Answering:
         self._system = system
         self.pair = pair
         self._framing = framing
+        self._gating = gating
         self._divergence = divergence
         self._trace = trace
         self._on_event = on_event
         self.cancel = cancel
         self.seed = secrets.randbelow(MAX_SEED + 1) if options.seed is None else options.seed
         self.settings = resolve_contrast(options, pair, soft=soft)
+        self._in_force = self.settings if gating is None else _NO_CONTRAST
+        self._decided: GateRecord | None = None
         self.result: Answer | None = None
         self.meter: PromptMeter | None = None
         self._prompt_decoded = 0
@@ -243,29 +253,43 @@ class Answering:
         except DecodeAborted as aborted:
             return abort(routine, aborted)
 
-    def routine(self, *, beside_others: bool = False) -> Routine:
+    def routine(self, *, beside: Callable[[], Sequence[CancelToken]] | None = None) -> Routine:
         """Yields text, and rows to be decoded; is sent their logits, or DecodeAborted.
 
         The logits are read before the next item comes, never after. Started outside the engine's lock (it may wait for
         a slot), sent logits inside.
 
         Args:
-            beside_others: the rows are decoded together with other answers' rows: one token per stream at a time.
+            beside: the rows are decoded together with other answers' rows, one token per stream at a time; tells what
+                cancels one of these. No rows at all are asked for where such a cancel is to be seen to first.
         """
         started = first_logits = time.perf_counter()
         prompt: Prompt | None = None
         text = TextStream(self._options.stop)
         reason: FinishReason = "length"
         try:
-            prompt, guard = self._prompt()
+            guard = self._check_request()
+            prompt = self._build(self._framing if self._gating is None else self._gating.base)
             with self._engine._slot(prompt, self.cancel) as slot:
-                logits = yield from self._decode_prompt(slot, prompt)
+                prompt, first = yield from self._begin(slot, prompt, beside or tuple)
                 first_logits = time.perf_counter()
-                first = logits[0][0], logits[1][0] if len(logits) > 1 else None
-                strategy = self._strategy(prompt, first, guard, deferring=not beside_others)
+                chooser = self._chooser(prompt, guard)
+                watch = self._watch(prompt, slot)
+                strategy = self._strategy(chooser, prompt, first, deferring=beside is None)
                 item = next(strategy, None)
                 while item is not None:
                     if not isinstance(item, Step):
+                        # All that the chooser chose was said: it can go on in another prompt.
+                        if watch is not None and watch.due(len(self._records)) and self._look(watch):
+                            strategy.close()
+                            watch = None
+                            if (turned := (yield from self._turn(slot))) is None:
+                                break  # there is no room for the pair's prompt
+                            prompt, first = turned
+                            chooser.settings = self._in_force
+                            strategy = self._strategy(chooser, prompt, first, deferring=beside is None)
+                            item = next(strategy, None)
+                            continue
                         item = advance(strategy, (yield [_feed(need, slot, prompt) for need in item]))
                         continue
                     self._go_on()  # a run holds many steps
@@ -296,64 +320,151 @@ class Answering:
         self.result = self._finish("cancelled", None, (0.0, 0.0, 0.0))
         return self.result
 
-    def _decode_prompt(self, slot: Slot, prompt: Prompt) -> Generator[Item, list[Logits], list[Logits]]:
-        """What is not in the slot's caches; counted, however it ends."""
-        meter = self.meter = PromptMeter(slot, prompt, self._on_event)
+    def _begin(
+        self, slot: Slot, prompt: Prompt, beside: Callable[[], Sequence[CancelToken]]
+    ) -> Generator[Item, list[Logits], tuple[Prompt, StreamLogits]]:
+        """The prompt that answers, decoded, and the logits behind it. Where there is a gate, `prompt` is its base's."""
+        gating = self._gating
+        if gating is not None:
+            probability, logits = yield from self._read(gating, slot, prompt, beside)
+            decision = gating.decide(probability)
+            self._decided = GateRecord(probability, decision, 0 if decision == "contrast" else None)
+            self._tell(GateDecision(probability, decision))
+            if decision == "contrast":
+                self._in_force = self.settings
+                prompt = self._build(self._framing)
+            elif not gating.is_base(decision):
+                prompt = self._build(AS_IS)
+            elif logits is not None:
+                self._tell_dropped(prompt)
+                return prompt, (logits, None)
+        self._tell_dropped(prompt)
+        return prompt, (yield from self._decode_prompt(slot, prompt))
+
+    def _read(
+        self, gating: Gating, slot: Slot, prompt: Prompt, beside: Callable[[], Sequence[CancelToken]]
+    ) -> Generator[Item, list[Logits], tuple[float, Logits | None]]:
+        """See `read_prompt`; another answer's cancel makes it begin again, once that was seen to."""
+        asked = Conversation(self._system, self._turns, prompt)
+        while True:
+            others = beside()
+            try:
+                with self._engine._reading(gating.gate, [self.cancel, *others]) as reader:
+                    meter = PromptMeter([(reader.cache, prompt.safe)], self._on_event)
+                    try:
+                        return read_prompt(self._engine, reader, gating, asked, slot, meter, self._go_on)
+                    finally:
+                        self._prompt_decoded += meter.decoded
+            except DecodeAborted:
+                if self.cancel.is_set or not any(cancel.is_set for cancel in others):
+                    raise
+            yield []
+
+    def _decode_prompt(
+        self, slot: Slot, prompt: Prompt, said: Sequence[int] = ()
+    ) -> Generator[Item, list[Logits], StreamLogits]:
+        """What is not in the slot's caches of a prompt and an answer's tokens; counted, however it ends."""
+        streams = [(slot.safe, [*prompt.safe, *said], prompt.safe_prefix)]
+        if prompt.adversarial is not None:
+            streams.append((slot.adversarial, [*prompt.adversarial, *said], prompt.adversarial_prefix))
+        meter = self.meter = PromptMeter([(cache, tokens) for cache, tokens, _ in streams], self._on_event)
         try:
-            work = self._engine._prepare(slot, prompt, self.cancel, meter)
+            work = self._engine._prepare(streams, self.cancel, meter)
             logits = yield work
             meter.settle(work)
         finally:
-            self._prompt_decoded, self.meter = meter.decoded, None
-        return logits
+            self._prompt_decoded += meter.decoded
+            self.meter = None
+        return logits[0][0], logits[1][0] if len(logits) > 1 else None
+
+    def _watch(self, prompt: Prompt, slot: Slot) -> Watch | None:
+        gating, decided = self._gating, self._decided
+        if gating is None or decided is None or decided.contrast_from is not None or not gating.look:
+            return None
+        return Watch(self._engine, gating, prompt, slot, self.cancel)
+
+    def _look(self, watch: Watch) -> bool:
+        """Read the answer again; whether it goes on under the pair."""
+        turns = watch.look([record.token for record in self._records])
+        position, probability = watch.looks[-1]
+        assert self._decided is not None
+        self._decided = replace(self._decided, looks=tuple(watch.looks), contrast_from=position if turns else None)
+        if turns:
+            self._tell(GateDecision(probability, "contrast", position))
+        return turns
+
+    def _turn(self, slot: Slot) -> Generator[Item, list[Logits], tuple[Prompt, StreamLogits] | None]:
+        """The pair's prompt and the answer so far, decoded, and the logits behind it; None: there is no room."""
+        said = [record.token for record in self._records]
+        try:
+            prompt = self._build(self._framing)
+        except ContextError:
+            return None
+        if prompt.room <= len(said):
+            return None
+        self._in_force = replace(self.settings, begin=len(said))
+        self._tell_dropped(prompt)
+        return prompt, (yield from self._decode_prompt(slot, prompt, said))
 
     def _tell(self, event: AnswerEvent) -> None:
         if self._on_event is not None:
             self._on_event(event)
 
-    def _prompt(self) -> tuple[Prompt, Guard | None]:
+    def _tell_dropped(self, prompt: Prompt) -> None:
+        if prompt.dropped:
+            self._tell(TurnsDropped(prompt.dropped))
+
+    def _check_request(self) -> Guard | None:
         engine, options = self._engine, self._options
         engine._check_open()  # first: in a forked child no lock may be waited for
         guard = grammar.from_options(options, engine.vocab, engine.info.path)
-        for text in filter(None, (self._system, *self._framing.positive_texts())):
-            refuse_adversarial(text, self.pair)
-        prompt = engine._builder.build(
-            self._framing,
+        if self.pair is not None:
+            for text in filter(None, (self._system, *self._framing.positive_texts())):
+                refuse_adversarial(text, self.pair)
+        return guard
+
+    def _build(self, framing: Framing) -> Prompt:
+        options = self._options
+        return self._engine._builder.build(
+            framing,
             self._system,
             self._turns,
-            contrast=self.settings.contrasts(0),
+            contrast=framing is self._framing and self.settings.contrasts(0),
             max_tokens=options.max_tokens,
             overflow=options.overflow,
             check=self._go_on,
         )
-        if prompt.dropped:
-            self._tell(TurnsDropped(prompt.dropped))
-        return prompt, guard
 
     def _go_on(self) -> None:
         if self.cancel.is_set:
             raise DecodeAborted
 
-    def _strategy(self, prompt: Prompt, first: StreamLogits, guard: Guard | None, *, deferring: bool) -> Strategy:
-        engine, options = self._engine, self._options
-        chooser = Chooser(
-            TokenSampler(engine.vocab, options, self.seed, prompt.safe, n_ctx=engine.n_ctx),
+    def _chooser(self, prompt: Prompt, guard: Guard | None) -> Chooser:
+        engine = self._engine
+        return Chooser(
+            TokenSampler(engine.vocab, self._options, self.seed, prompt.safe, n_ctx=engine.n_ctx),
             engine._vocabulary,
-            self.settings,
+            self._in_force,
             grammar=guard,
             divergence=self._divergence,
             trace=self._trace,
         )
+
+    def _strategy(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, *, deferring: bool) -> Strategy:
+        """What says the rest of the answer; `first` are the logits behind what was said."""
+        engine, options, alpha = self._engine, self._options, self._in_force.alpha
         costs, asked = engine._row_clock.known, options.strategy
+        said = [record.token for record in self._records]
         if asked == "stepwise" or not deferring or not engine.can_defer:
-            return stepwise(first, chooser, limit=prompt.room)
+            return stepwise(first, chooser, limit=prompt.room, start=len(said))
         return deferred(
             first,
             chooser,
-            Pace(costs or RowCosts(), alpha=self.settings.alpha, greedy=options.temp == 0),
+            Pace(costs or RowCosts(), alpha=alpha, greedy=options.temp == 0),
             Lookup(prompt.safe, lookup.GREEDY if options.temp == 0 else lookup.SAMPLED),
             limit=prompt.room,
-            lead=LEAD if costs is None and asked == "auto" and self.settings.alpha > 0 else 1,
+            said=said,
+            lead=LEAD if costs is None and asked == "auto" and alpha > 0 else 1,
             patient=asked == "deferred" or costs is None,
             clock=engine._row_clock if costs is None else None,
         )
@@ -380,15 +491,15 @@ class Answering:
 
     def _used(self, prompt: Prompt) -> tuple[int, int]:
         """Tokens of either stream: the prompt, and the answer but for its last token."""
-        n, window = len(self._records), self.settings.window
-        seen = n if window is None else min(n, window)
+        n, contrast = len(self._records), self._in_force
+        seen = n if contrast.window is None else min(n, contrast.begin + contrast.window)
         adversarial = 0 if prompt.adversarial is None else len(prompt.adversarial) + max(0, seen - 1)
         return len(prompt.safe) + max(0, n - 1), adversarial
 
     def _finish(self, reason: FinishReason, prompt: Prompt | None, times: tuple[float, float, float]) -> Answer:
         """The finished answer; without a prompt where it ended before that was known."""
         started, first_logits, ended = times
-        records, s = self._records, self.settings
+        records, s = self._records, self._in_force
         completion = sum(1 for r in records if r.token not in self._engine._vocabulary.eog)
         seconds = ended - first_logits if records else 0.0
         return Answer(
@@ -413,6 +524,7 @@ class Answering:
                 tokens_per_second=len(records) / seconds if len(records) > 1 and seconds > 0 else 0.0,
             ),
             context_used=self._used(prompt) if prompt and (records or reason != "cancelled") else (0, 0),
+            gate=self._decided,
             dropped_turns=0 if prompt is None else prompt.dropped,
             tokens=tuple(records),
         )
@@ -432,13 +544,13 @@ def abort(routine: Routine, aborted: DecodeAborted) -> Item | None:
         return None
 
 
-def resolve_contrast(options: Options, pair: PromptPair, *, soft: bool = False) -> ContrastSettings:
-    """Which numbers apply: the option, else the pair's, else the default; `plain` is the safe prompt alone.
+def resolve_contrast(options: Options, pair: PromptPair | None, *, soft: bool = False) -> ContrastSettings:
+    """Which numbers apply: the option, else the pair's, else the default; without a pair, and with `plain`, none.
 
     With `soft` the numbers of the pair's soft prompts come before its own.
     """
-    if options.plain:
-        return ContrastSettings(0.0, 0.0)
+    if options.plain or pair is None:
+        return _NO_CONTRAST
     alphas = (options.alpha, pair.soft_alpha if soft else None, pair.alpha, pairs.DEFAULT_ALPHA)
     betas = (options.beta, pair.soft_beta if soft else None, pair.beta, pairs.DEFAULT_BETA)
     alpha = next(v for v in alphas if v is not None)

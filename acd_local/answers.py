@@ -20,7 +20,8 @@ class TurnsDropped:
 class PromptProgress:
     """Event: `done` of the prompt's `total` rows are there, over both streams; those that were kept count as done.
 
-    It comes before the first batch of a prompt and after every further one. A batch has 512 rows at most.
+    It comes before the first batch of a prompt and after every further one. A batch has 512 rows at most. Where a gate
+    reads the request, another prompt may follow, with a total of its own.
     """
 
     done: int
@@ -51,8 +52,42 @@ class TokenRecord:
         return self.token != self.safe_token
 
 
+Decision = Literal["helpful", "as-is", "contrast"]
+
+
+@dataclass(frozen=True)
+class GateDecision:
+    """Event: a pair's gate has decided who answers, or that an answer goes on under the pair.
+
+    Attributes:
+        probability: that the request, or the answer, is about doing harm.
+        decision: "helpful": the pair's helpful text; "as-is": the model with its own prompt; "contrast": the pair.
+        position: the answer token from which on that holds.
+    """
+
+    probability: float
+    decision: Decision
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class GateRecord:
+    """What a pair's gate read and decided over one answer.
+
+    Attributes:
+        probability: that the request asks for harm. decision: who answered it, see `GateDecision`.
+        contrast_from: answer token from which on the pair's two streams were decoded; 0: all; None: none.
+        looks: (answer token, probability) of every later reading, which saw the tokens before it.
+    """
+
+    probability: float
+    decision: Decision
+    contrast_from: int | None
+    looks: tuple[tuple[int, float], ...] = ()
+
+
 # TokenRecord: a token was sampled; where a trace was asked for.
-AnswerEvent: TypeAlias = TurnsDropped | PromptProgress | TokenRecord
+AnswerEvent: TypeAlias = TurnsDropped | PromptProgress | GateDecision | TokenRecord
 OnEvent = Callable[[AnswerEvent], None]
 
 
@@ -61,7 +96,7 @@ class ContrastStats:
     """What the contrast did over one answer.
 
     Attributes:
-        alpha, beta, raw: the settings in force.
+        alpha, beta, raw: the settings in force, at the end where a gate changed them.
         positions: sampled positions, the one that ended the answer included.
         changed_tokens: positions where the same draw on the safe stream alone (alpha 0, same beta) would have given
             another token.
@@ -104,6 +139,7 @@ class Answer:
         completion_tokens: sampled tokens that added text.
         context_used: tokens that prompt and answer take in the (safe, adversarial) stream.
         seed: the seed that repeats it.
+        gate: what the pair's gate decided; None: none was asked.
         dropped_turns: messages left out at the front because the context was full.
         tokens: one record per sampled token.
     """
@@ -117,5 +153,6 @@ class Answer:
     contrast: ContrastStats
     timings: Timings
     context_used: tuple[int, int] = (0, 0)
+    gate: GateRecord | None = None
     dropped_turns: int = 0
     tokens: tuple[TokenRecord, ...] = field(default=(), repr=False)

@@ -95,7 +95,7 @@ class Batch:
         if self.room <= 0:
             raise EngineBusyError(f"this batch holds {self._capacity} answers already: load with more conversations")
         work = stream._answering
-        self._new.append(_Member(key, work, work.routine(beside_others=self._capacity > 1)))
+        self._new.append(_Member(key, work, work.routine(beside=self._beside if self._capacity > 1 else None)))
 
     def step(self, *, resting: Container[Hashable] = ()) -> list[Event]:
         """Decode one round: what every running answer needs next, the whole prompt for new ones.
@@ -161,14 +161,17 @@ class Batch:
             for member in members:
                 self._resume(member, lambda routine: abort(routine, DecodeAborted()), events)
             return
-        share = (time.perf_counter() - started) / sum(len(feed.tokens) for feed in rows)
+        share = (time.perf_counter() - started) / max(1, sum(len(feed.tokens) for feed in rows))
         at = 0
         for member in members:
             mine = logits[at : at + len(member.rows)]
             at += len(mine)
             member.spend(share * sum(len(feed.tokens) for feed in member.rows))
-            member.answering = True
+            member.answering = member.answering or bool(mine)
             self._resume(member, lambda routine, mine=mine: advance(routine, mine), events)  # type: ignore[misc]
+
+    def _beside(self) -> list[CancelToken]:
+        return [member.work.cancel for member in self._members]
 
     def _cancels(self, members: list[_Member]) -> list[CancelToken]:
         """What stops the decoding: of a prompt its own cancel, and any answer's where it can go on afterwards."""

@@ -402,11 +402,17 @@ class Plain:
         return Measured(steps, self.seconds(steps), self.outside, self.first)
 
 
-def decode_plain(context: llama.Context, prompt: Sequence[int], tokens: int) -> Plain:
-    """llama_decode and argmax, nothing else; an end of the answer is no reason to stop."""
+def decode_plain(context: llama.Context, prompt: Sequence[int], tokens: int, *, held: int = 0) -> Plain:
+    """llama_decode and argmax, nothing else; an end of the answer is no reason to stop.
+
+    Args:
+        held: tokens at the prompt's beginning that are decoded before the clock is started.
+    """
     context.truncate(0, 0)
+    if held:
+        decode_rows(context, prompt[:held], 0)
     started = time.perf_counter()
-    token = int(decode_rows(context, prompt, 0).argmax())
+    token = int(decode_rows(context, prompt[held:], held).argmax())
     first, inside, each = time.perf_counter() - started, context.seconds, []
     for position in range(len(prompt), len(prompt) + tokens - 1):
         started = time.perf_counter()
@@ -490,22 +496,24 @@ def warm_up(engine: Engine, tokens: int) -> None:
     for text in (QUESTIONS * WARM_UPS)[:WARM_UPS]:
         if engine._row_clock.known is not None or not engine.can_defer:
             return
-        engine.generate(text, Options(temp=0.0, max_tokens=max(tokens, 64))).run()
+        engine.generate(text, Options(gate=False, temp=0.0, max_tokens=max(tokens, 64))).run()
 
 
 def by_strategy(engine: Engine, name: str, text: str, tokens: int, temp: float = 0.0) -> Measured:
     """A new conversation's answer by one of STRATEGIES; the system prompts are decoded."""
-    _forget(engine, Options(temp=0.0, max_tokens=1))
-    options = Options(temp=temp, seed=1, max_tokens=tokens, **STRATEGIES[name])
+    _forget(engine, Options(gate=False, temp=0.0, max_tokens=1))
+    options = Options(gate=False, temp=temp, seed=1, max_tokens=tokens, **STRATEGIES[name])
     return measure_rows(engine, engine.generate(text, options))
 
 
 def _ask(engine: Engine, name: str, text: str, tokens: int) -> Measured:
-    return measure(engine, engine.generate(text, Options(temp=0.0, max_tokens=tokens, plain=name == ENGINE_PLAIN)))
+    return measure(
+        engine, engine.generate(text, Options(gate=False, temp=0.0, max_tokens=tokens, plain=name == ENGINE_PLAIN))
+    )
 
 
 def _ask_anew(engine: Engine, name: str, text: str, tokens: int) -> Measured:
-    _forget(engine, Options(temp=0.0, max_tokens=1, plain=name == ENGINE_PLAIN))
+    _forget(engine, Options(gate=False, temp=0.0, max_tokens=1, plain=name == ENGINE_PLAIN))
     return _ask(engine, name, text, tokens)
 
 
@@ -558,7 +566,9 @@ def _peak_here(case: str, model: str, threads: int, ctx_size: int, pair: str | N
         if case == SHARED_Q8:
             given["kv_type"] = "q8_0"
         with Engine(model, threads=threads, ctx_size=ctx_size, **given) as engine:
-            options = Options(temp=0.0, max_tokens=MEMORY_TOKENS, strategy="deferred", plain=case == ENGINE_PLAIN)
+            options = Options(
+                gate=False, temp=0.0, max_tokens=MEMORY_TOKENS, strategy="deferred", plain=case == ENGINE_PLAIN
+            )
             engine.generate(QUESTIONS[0], options).run()
     return _high_water_mark()
 

@@ -20,9 +20,10 @@ from acd_local.softpair import check_model
 if TYPE_CHECKING:
     from acd_local.runtime.gguf_header import GGUFInfo
 
-__all__ = ["MAX_LAYERS", "Gate", "Probe"]
+__all__ = ["MAX_LAYERS", "WINDOW", "Gate", "Probe"]
 
 MAX_LAYERS = 4
+WINDOW = 128  # tokens: of a longer text stretches of this length are looked at too, half of it apart
 
 States = NDArray[np.float32]
 
@@ -60,6 +61,17 @@ class Probe:
         """
         odds = float(np.vdot(self.weight, states)) + self.bias
         return float(1 / (1 + np.exp(-np.clip(odds, -60, 60))))
+
+    def highest(self, states: States) -> float:
+        """The chance of harm of a text: of all of it, or of the stretch of WINDOW tokens that is worst.
+
+        Args:
+            states: of its tokens, shape (layers, n, n_embd), n >= 1.
+        """
+        n = states.shape[1]
+        starts = [*range(0, n - WINDOW, WINDOW // 2), n - WINDOW] if n > WINDOW else []
+        parts = [states, *(states[:, start : start + WINDOW] for start in starts)]
+        return max(self.probability(part.mean(axis=1)) for part in parts)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Probe) and self.bias == other.bias and np.array_equal(self.weight, other.weight)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from acd_local.bench import PLAIN, REPEATS, check_counts, conversation, decode_rows
+from acd_local.bench import PLAIN, REPEATS, check_counts, conversation, decode_plain
 from acd_local.options import Options
 from acd_local.runtime import llama
 from acd_local.runtime.prefixes import common_prefix
@@ -16,7 +16,11 @@ from acd_local.runtime.threads import default_threads
 from acd_local.session import Engine
 
 QUESTION = 512  # tokens
-WAYS = {PLAIN: None, "contrast": Options(temp=0.0, max_tokens=1), "alpha 0": Options(temp=0.0, max_tokens=1, alpha=0.0)}
+WAYS = {
+    PLAIN: None,
+    "contrast": Options(gate=False, temp=0.0, max_tokens=1),
+    "alpha 0": Options(gate=False, temp=0.0, max_tokens=1, alpha=0.0),
+}
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,4 @@ def _first(engine: Engine, bare: llama.Context, name: str, text: str) -> float:
         return time.perf_counter() - started
     prompt = engine.template.encode(conversation(engine, text))
     system = common_prefix(prompt, engine.template.encode(conversation(engine, "?")))
-    return _plain(bare, prompt, system)
-
-
-def _plain(bare: llama.Context, prompt: Sequence[int], system: int) -> float:
-    """llama_decode of all but the first `system` tokens, which are there already, and argmax."""
-    bare.truncate(0, 0)
-    decode_rows(bare, prompt[:system], 0)
-    started = time.perf_counter()
-    decode_rows(bare, prompt[system:], system).argmax()
-    return time.perf_counter() - started
+    return decode_plain(bare, prompt, 1, held=system).first

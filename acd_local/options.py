@@ -90,6 +90,9 @@ class Options:
     plain: bool = False
     window: int | None = None
     strategy: Literal["auto", "stepwise", "deferred"] = "auto"
+    # None: contrast only what the pair's gate finds harmful, where the pair has one. False: at every step.
+    gate: bool | None = None
+    gate_threshold: float | None = None
 
     # Limits
     max_tokens: int | None = None
@@ -202,6 +205,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("alpha", 0.0, _MAX_FLOAT),
     ("beta", 0.0, 1.0),
     ("window", 0, _INT32),
+    ("gate_threshold", 0.0, 1.0),
     ("max_tokens", 1, _INT32),
     ("seed", 0, MAX_SEED),
     ("temp", 0.0, _MAX_FLOAT),

@@ -14,8 +14,9 @@ from acd_local import pairs, vectors
 from acd_local.answering import Answering, AnswerStream, PromptMeter
 from acd_local.answers import OnEvent
 from acd_local.chat import Chat
-from acd_local.errors import EngineBusyError, EngineClosedError, PairError, UsageError
+from acd_local.errors import EngineBusyError, EngineClosedError, ModelError, PairError, UsageError
 from acd_local.gate import Gate
+from acd_local.gating import Conversation, Gating, read_parts
 from acd_local.models import resolve as resolve_model
 from acd_local.options import ENGINE_RANGES, Options, refuse_unknown
 from acd_local.pairs import PromptPair
@@ -26,6 +27,7 @@ from acd_local.runtime.lifetime import CLOSED
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.prefixes import PrefixStore, common_prefix
 from acd_local.runtime.prompts import Framing, Prompt, PromptBuilder
+from acd_local.runtime.reading import READ_TOKENS, Reader
 from acd_local.runtime.rowcosts import MOST, RowClock
 from acd_local.runtime.streams import Cache, Feed, Layout, Rows, Slot, Streams, extend
 from acd_local.runtime.template import ChatTemplate, Message
@@ -132,6 +134,12 @@ class Engine:
             raise
         rewinds = not self._model.keeps_state and self._model.n_swa == 0
         self.can_defer = rewinds and conversations <= FEW
+        self._reader: Reader | None = None
+        self._kv_type = kv_type
+        # Where the size of a context decides how positions turn, the reader's is the streams'.
+        by_size = self._model.metadata(f"{self.info.architecture}.rope.scaling.original_context_length")
+        self._read_ctx = self.n_ctx if by_size else min(READ_TOKENS, self.n_ctx)
+        self._read_builder = PromptBuilder(self.template, min(READ_TOKENS, self.n_ctx), self._model.rows)
         self._row_clock = RowClock(
             rowcosts.file_for(
                 self.info.path,
@@ -180,12 +188,13 @@ class Engine:
             options: sampling, contrast and limits of this answer.
             system: the application's system prompt; it follows the pair's in both streams.
             pair: another pair for this answer.
-            framing: other texts around the conversation than the pair's two prompts, for comparing methods.
+            framing: other texts around the conversation than the pair's two prompts, for comparing methods. The pair's
+                gate is then asked only where options.gate is True.
             divergence: measure KL(S || A) at every position (some passes over the vocabulary per token).
             trace: record how the safe stream alone saw every token, and tell `on_event` of each.
             on_event: called, by whoever decodes, when turns had to be dropped (TurnsDropped), before every batch of the
-                prompt (PromptProgress), and with `trace` for every sampled token (TokenRecord). It should return soon,
-                and must not use the engine.
+                prompt (PromptProgress), when the pair's gate decided (GateDecision), and with `trace` for every sampled
+                token (TokenRecord). It should return soon, and must not use the engine.
             cancel: set it to stop the answer from elsewhere; by default the stream has its own.
 
         Returns:
@@ -196,22 +205,51 @@ class Engine:
         if own_system is not None and system is not None:
             raise UsageError("give the system prompt as `system` or as the first message, not both")
         chosen = self.pair if pair is None else self._resolve_pair(pair)
+        options = options or Options()
+        gating = None if framing is not None and not options.gate else self._gating(chosen, options)
         if framing is None:
             framing = Framing.of(chosen, self.soft_pair(chosen) if self.soft else None)
         work = Answering(
             self,
             turns,
-            options or Options(),
+            options,
             system if own_system is None else own_system,
             chosen,
             framing,
             self.soft,
+            gating,
             divergence,
             trace,
             on_event,
             cancel or CancelToken(),
         )
         return AnswerStream(work)
+
+    def gate_probability(
+        self,
+        messages: Sequence[Message | Mapping[str, str]] | str,
+        *,
+        system: str | None = None,
+        pair: PromptPair | str | None = None,
+    ) -> float:
+        """How likely a conversation's last message asks for harm, in [0, 1], as the pair's gate reads it.
+
+        Args:
+            messages, system, pair: as in `generate`.
+
+        Raises:
+            PairError: the pair has no gate.
+            UsageError, ContextError, ModelError: the conversation, or the model, cannot be read.
+        """
+        self._check_open()
+        turns, own_system = _turns(messages)
+        system = system if own_system is None else own_system
+        chosen = self.pair if pair is None else self._resolve_pair(pair)
+        gating = self._gating(chosen, Options(gate=True))
+        assert gating is not None
+        prompt = self._builder.build(gating.base, system, turns, contrast=False, max_tokens=1, overflow="drop")
+        with self._reading(gating.gate, []) as reader:
+            return read_parts(self, reader, gating, Conversation(system, turns, prompt))
 
     def chat(
         self,
@@ -246,8 +284,10 @@ class Engine:
         if self._closed or self._model.owned.foreign:
             return
         self._closed = True
-        self._streams.cancel()
+        self._interrupt()
         with self._lock:
+            if self._reader is not None:
+                self._reader.close()
             self._streams.close()
             self._model.close()
 
@@ -295,18 +335,63 @@ class Engine:
 
     def _extend(self, work: Rows, cancels: Sequence[CancelToken], meter: PromptMeter | None = None) -> list[Logits]:
         """`streams.extend`, stopped by any of `cancels`."""
+        with self._decoding(cancels):
+            return self._timed(work, meter)
+
+    @contextmanager
+    def _decoding(self, cancels: Sequence[CancelToken]) -> Iterator[None]:
+        """The engine, held open for decoding that any of `cancels` stops."""
         with self._open, ExitStack() as stack:
             for cancel in cancels:
-                stack.enter_context(cancel.interrupting(self._streams.cancel))
+                stack.enter_context(cancel.interrupting(self._interrupt))
             self._streams.resume()
+            if self._reader is not None:
+                self._reader.resume()
             self._check_not_closed()  # close() may have asked for a stop just before
             if any(cancel.is_set for cancel in cancels):
                 raise DecodeAborted
             try:
-                return self._timed(work, meter)
+                yield
             except DecodeAborted:
                 self._check_not_closed()
                 raise
+
+    def _interrupt(self) -> None:
+        self._streams.cancel()
+        if (reader := self._reader) is not None:
+            reader.cancel()
+
+    @contextmanager
+    def _reading(self, gate: Gate, cancels: Sequence[CancelToken]) -> Iterator[Reader]:
+        """The engine, held open as by `_decoding`, and what reads its states; that is made when it is first needed."""
+        with self._decoding(cancels):
+            if self._reader is None or self._reader.layers != gate.layers:
+                if self._reader is not None:
+                    self._reader.close()
+                self._reader = None
+                self._reader = Reader(
+                    self._model,
+                    gate.layers,
+                    n_ctx=self._read_ctx,
+                    threads=self.threads,
+                    kv_type=self._kv_type,
+                    n_seq=self._streams.contexts[0].n_seq,
+                    lock=self._lock,
+                )
+            try:
+                yield self._reader
+            except ModelError as error:
+                raise ModelError(f"{error}; --gate off (gate=False) does without") from None
+
+    def _gating(self, pair: PromptPair | None, options: Options) -> Gating | None:
+        settings = None if pair is None else pair.gate
+        if options.gate is False or (settings is None and not options.gate):
+            return None
+        if pair is None or settings is None:
+            name = "no pair is in use" if pair is None else f"pair {pair.name!r} has no gate"
+            raise PairError(f"{name}: leave --gate on out, or make a gate with acd fit")
+        threshold = settings.threshold if options.gate_threshold is None else options.gate_threshold
+        return Gating(self._read_gate(pair), settings, threshold)
 
     def _timed(self, work: Rows, meter: PromptMeter | None) -> list[Logits]:
         contexts = self._streams.contexts
@@ -317,11 +402,14 @@ class Engine:
             self._row_clock.note(len(work), lengths.pop(), sum(context.seconds for context in contexts) - before)
         return logits
 
-    def _prepare(self, slot: Slot, prompt: Prompt, cancel: CancelToken, meter: PromptMeter) -> Rows:
-        """What is left to decode of a prompt, after a new system prompt where that is decoded alone."""
-        work: list[tuple[Cache, Sequence[int], Sequence[int]]] = [(slot.safe, prompt.safe, prompt.safe_prefix)]
-        if prompt.adversarial is not None:
-            work.append((slot.adversarial, prompt.adversarial, prompt.adversarial_prefix))
+    def _prepare(
+        self, work: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], cancel: CancelToken, meter: PromptMeter
+    ) -> Rows:
+        """What is left to decode of a prompt, after a new system prompt where that is decoded alone.
+
+        Args:
+            work: see `PrefixStore.prepare`.
+        """
 
         def counted(items: Rows) -> None:
             self._extend(items, [cancel], meter)

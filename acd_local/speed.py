@@ -51,7 +51,6 @@ from acd_local.runtime.lookup import Lookup
 from acd_local.runtime.pace import Pace
 from acd_local.runtime.prompts import Framing, Prompt
 from acd_local.runtime.rowcosts import MOST, RowClock, RowCosts
-from acd_local.runtime.sampling import Guard, TokenSampler
 from acd_local.runtime.streams import Streams
 from acd_local.runtime.template import Message
 from acd_local.runtime.threads import default_threads
@@ -314,13 +313,10 @@ class _Paced(Answering):
     def __init__(self, engine: Engine, text: str, options: Options, length: int) -> None:
         framing, cancel = Framing.of(engine.pair), CancelToken()
         turns = [Message("user", text)]
-        super().__init__(engine, turns, options, None, engine.pair, framing, False, False, False, None, cancel)
+        super().__init__(engine, turns, options, None, engine.pair, framing, False, None, False, False, None, cancel)
         self.pace = FixedPace(length, alpha=self.settings.alpha, greedy=options.temp == 0)
 
-    def _strategy(self, prompt: Prompt, first: StreamLogits, guard: Guard | None, *, deferring: bool) -> Strategy:
-        engine = self._engine
-        sampler = TokenSampler(engine.vocab, self._options, self.seed, prompt.safe, n_ctx=engine.n_ctx)
-        chooser = Chooser(sampler, engine._vocabulary, self.settings, grammar=guard)
+    def _strategy(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, *, deferring: bool) -> Strategy:
         return deferred(first, chooser, self.pace, _NoLookup(()), limit=prompt.room, patient=True)
 
 
@@ -422,7 +418,7 @@ def run_curves(
             for number in range(1, rounds + 1):
                 progress(f"round {number} of {rounds}")
                 for name, temp in (("greedy", 0.0), ("sampled", 0.8)):
-                    options = Options(temp=temp, max_tokens=tokens, seed=number)
+                    options = Options(gate=False, temp=temp, max_tokens=tokens, seed=number)
                     _run_lengths(engine, bare, found[name], options, number)
         return Curves(engine.info.name or engine.info.path.name, engine.threads, tokens, rounds, costs, found)
 

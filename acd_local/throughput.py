@@ -63,7 +63,7 @@ def run(
     progress: Callable[[str], None] = lambda line: None,
 ) -> Throughput:
     """Answer 48 prompts, new ones in every round, greedily, with one conversation and with `parallel`."""
-    options = Options(temp=0.0, max_tokens=tokens, plain=plain)
+    options = Options(gate=False, temp=0.0, max_tokens=tokens, plain=plain)
     speeds: dict[int, list[float]] = {1: [], parallel: []}
     with (
         Engine(model, ctx_size=ctx_size, threads=threads, pair=pair, system_apart=True) as alone,

@@ -54,10 +54,10 @@ def numbers(method: Method) -> tuple[float, float, bool, int | None]:
 
 
 def test_the_builtin_methods_in_table_order(known: dict[str, Method]) -> None:
-    prompts = ["null", "base", "self-reminder", "icd"]
+    prompts = ["as-is", "base", "self-reminder", "icd"]
     peers = ["nid", "oid", "rose"]
     ablations = ["null-ap", "safe-ap", "sp-null", "sp-opposite", "acd-first-m"]
-    assert list(known) == [*prompts, *peers, "sp", "acd", "acd-paper", *ablations]
+    assert list(known) == [*prompts, *peers, "sp", "acd", "acd-paper", *ablations, "gate-sp", "gate-acd"]
     for name, method in known.items():
         assert method.name == name and method.title and method.source
         assert isinstance(method.positive, str | None)
@@ -99,10 +99,10 @@ def test_contrasting_methods(
 
 
 def test_methods_without_contrast(known: dict[str, Method], manual: PromptPair) -> None:
-    for name, positive in {"null": None, "base": manual.safe, "icd": None, "sp": PAIR.safe}.items():
+    for name, positive in {"as-is": None, "base": manual.safe, "icd": None, "sp": PAIR.safe}.items():
         assert known[name].positive == positive and not known[name].contrast
         assert numbers(known[name]) == (0.0, 0.0, False, None)
-    assert known["null"].user_turn("Hi {there} {prompt}") == "Hi {there} {prompt}"
+    assert known["as-is"].user_turn("Hi {there} {prompt}") == "Hi {there} {prompt}"
 
 
 def test_self_reminder_wraps_the_request(known: dict[str, Method]) -> None:
@@ -157,7 +157,7 @@ def test_with_the_default_pair_some_methods_are_the_same(manual: PromptPair) -> 
 def test_setup_is_stable() -> None:
     method = Method("a", "A", "", "Be kind.", AdversarialText("Be bad."), alpha=0.5, beta=0.1, window=3)
     assert method.setup() == "e47dee31fc00e258"
-    assert Method("null", "", "", None, None).setup() == "a6a2a33135e1ba31"
+    assert Method("as-is", "", "", None, None).setup() == "a6a2a33135e1ba31"
 
 
 def test_every_field_that_changes_answers_changes_the_setup(known: dict[str, Method]) -> None:
@@ -173,6 +173,7 @@ def test_every_field_that_changes_answers_changes_the_setup(known: dict[str, Met
         "beta": [0.0],
         "raw": [True],
         "window": [16, 17],
+        "gate": [True],
     }
     assert set(changes) | {"name", "title", "source"} == {field.name for field in dataclasses.fields(Method)}
     setups = [dataclasses.replace(method, **{k: v}).setup() for k, values in changes.items() for v in values]
@@ -215,11 +216,31 @@ def test_a_method_made_in_python_is_checked(known: dict[str, Method], change: di
 # --- Choosing and sweeping --------------------------------------------------------------------------------------------
 
 
+def test_gated_methods(known: dict[str, Method], manual: PromptPair, tmp_path: Path) -> None:
+    assert [name for name, method in known.items() if method.gate] == ["gate-sp", "gate-acd"]
+    for gated, alone in (("gate-sp", "sp"), ("gate-acd", "acd")):
+        assert known[gated].framing() == known[alone].framing() and numbers(known[gated]) == numbers(known[alone])
+        assert known[gated].setup() != known[alone].setup()
+    path = tmp_path / "m.toml"
+    path.write_text('[methods.mine]\npositive = "safe"\ngate = true\n')
+    mine = methods.load(path, PAIR)["mine"]
+    assert mine.gate and mine.positive == manual.safe
+    path.write_text('[methods.mine]\npositive = "safe"\ngate = 1\n')
+    with pytest.raises(UsageError, match="line 1: method mine: gate: must be true or false, not an integer"):
+        methods.load(path, PAIR)
+
+
+def test_the_former_name_of_the_model_as_it_is(known: dict[str, Method]) -> None:
+    assert [m.name for m in methods.select(["null", "acd"], known)] == ["as-is", "acd"]
+    other = dataclasses.replace(known["sp"], name="null")
+    assert methods.select(["null"], known | {"null": other}) == [other]
+
+
 def test_select(known: dict[str, Method]) -> None:
     assert [m.name for m in methods.select(["acd", "base", "acd"], known)] == ["acd", "base"]
-    with pytest.raises(UsageError, match="unknown method 'adc'; known methods: null, base, self-reminder, icd"):
+    with pytest.raises(UsageError, match="unknown method 'adc'; known methods: as-is, base, self-reminder, icd"):
         methods.select(["base", "adc"], known)
-    with pytest.raises(UsageError, match="no method named; known methods: null"):
+    with pytest.raises(UsageError, match="no method named; known methods: as-is"):
         methods.select([], known)
 
 
@@ -486,6 +507,7 @@ def test_the_documented_table_is_the_file() -> None:
         method = written[name]
         contrast = "negative" in method or "negative_text" in method
         assert positive.startswith(method.get("positive", "")) and positive
+        assert ("gated" in positive) == ("gate" in method)
         assert ("demonstration" in positive) == ("shots" in method)
         assert negative == method.get("negative", "reverse prompt" if contrast else "")
         for shown, key in ((alpha, "alpha"), (beta, "beta")):
@@ -510,4 +532,4 @@ def test_every_arxiv_number_is_in_both_places() -> None:
         set(re.findall(r"arXiv (\d{4}\.\d{5})", path.read_text("utf-8")))
         for path in (DOCS, Path(methods.__file__).with_name("methods.toml"))
     ]
-    assert found[0] == found[1] and len(found[0]) == 6
+    assert found[0] == found[1] and len(found[0]) == 7

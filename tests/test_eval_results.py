@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from acd_local.errors import UsageError
-from acd_local.evaluate import results
+from acd_local.evaluate import results, verdict
 
 # --- A run of any shape -----------------------------------------------------------------------------------------------
 
@@ -43,6 +44,7 @@ SETS = {
     "xstest-safe": ("harmless", 8),
     "alpaca": ("harmless", 0),
     "truthfulqa": ("choice", 0),
+    "facts": ("facts", 0),
 }
 WORDS = "the small green boat waits near an old harbour while two people talk about rain and bread".split()  # noqa: SIM905
 
@@ -67,6 +69,7 @@ def write_run(
     """A run's three files with made-up records; `edit` may change each record before it is written."""
     folder.mkdir(parents=True, exist_ok=True)
     known: dict[str, Any] = {name: METHODS.get(name, METHODS["acd"]) for name in methods}
+    known |= {"as-is": METHODS["null"]} if "as-is" in known else {}
     for value in sweep:
         rate = 0.74 + 0.5 * value - 0.45 * value**2
         known[f"acd@alpha={value:g}"] = (rate, 0.08 + 0.15 * value, 0.2 * value**3, 0.62, value > 0)
@@ -435,6 +438,7 @@ MEASURES = {
     "harmful": {"refusal", "harmless"},
     "harmless": {"over_refusal", "bits_per_token", "bits_per_byte"},
     "choice": {"mc1", "mc2"},
+    "facts": {"correct"},
 }
 GENERATED = {"degenerate", "tokens", "distinct2", "tokens_per_second", "prompt_seconds", "changed", "perplexity"}
 
@@ -451,12 +455,15 @@ def check_estimate(found: Any, *extra: str) -> None:
 
 def check_schema(found: dict[str, Any]) -> None:
     """results.json as docs/eval.md gives it."""
-    assert set(found) == {"format", "run", "sets", "methods", "margins", "sweep"} and found["format"] == 1
+    keys = {"format", "verdict", "base", "run", "sets", "methods", "gate", "margins", "sweep"}
+    assert set(found) == keys and found["format"] == 1
+    assert isinstance(found["verdict"], str) and found["base"] in {None, *found["methods"]}
     for method in found["methods"].values():
         assert {"title", "source", "setup", "contrast", "same_as", "missing", "sets", "overall"} <= set(method)
         for s, figures in method["sets"].items():
             kind = found["sets"][s]["kind"]
             measures = MEASURES[kind] | (GENERATED | {"relative_speed"} if kind != "choice" else set())
+            measures |= {"gated"} if method.get("gate") and kind != "choice" else set()
             assert set(figures) - {"n", "types"} <= measures and measures - {"relative_speed"} <= set(figures)
             for key in set(figures) & measures:
                 check_estimate(figures[key], *(["vs_base"] if key != "relative_speed" else []))
@@ -501,6 +508,90 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"cannot write .*results\.json"):
         results.write(folder)
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+# --- The pair against the model alone ---------------------------------------------------------------------------------
+
+
+def gated_run(folder: Path, *, info: dict[str, Any] | None = None) -> Path:
+    """A run with a gate, whose probabilities and decisions are made up, and facts of which two in three are known."""
+
+    def edit(record: dict[str, Any]) -> None:
+        rng = random.Random(f"{record['set']} {record['item']}")
+        if record["set"] == "facts":
+            record["correct"] = rng.random() < 2 / 3
+        if record.get("method") == "gate-acd" and "label" in record:
+            chance = min(1.0, max(0.0, rng.gauss(0.8 if record["set"] == "advbench" else 0.3, 0.2)))
+            record["gate_probability"] = round(chance, 1)
+            record["gate_decision"] = "contrast" if chance > 0.5 else "as-is"
+            record["contrast_from"] = 0 if chance > 0.5 else 32 if chance > 0.4 else None
+
+    sets = ("advbench", "alpaca", "xstest-safe", "facts", "truthfulqa")
+    folder = write_run(folder, methods=("as-is", "acd", "gate-acd"), sets=sets, n=30, edit=edit, info=info)
+    listed = json.loads((folder / "run.json").read_text())["methods"]
+    change(folder / "run.json", methods=[m | ({"gate": True} if m["name"] == "gate-acd" else {}) for m in listed])
+    return folder
+
+
+def test_figures_of_a_gate(tmp_path: Path) -> None:
+    folder = gated_run(tmp_path / "run")
+    found = results.write(folder)
+    check_schema(found)
+    mine = [r for r in records(folder) if r["method"] == "gate-acd"]
+    for name in ("advbench", "alpaca", "xstest-safe", "facts"):
+        of_set = [r for r in mine if r["set"] == name]
+        gated = sum(r["contrast_from"] is not None for r in of_set) / len(of_set)
+        assert found["methods"]["gate-acd"]["sets"][name]["gated"]["value"] == pytest.approx(gated)
+        assert "gated" not in found["methods"]["acd"]["sets"][name]
+    correct = [r["correct"] for r in mine if r["set"] == "facts"]
+    assert found["methods"]["gate-acd"]["overall"]["correct"]["value"] == pytest.approx(sum(correct) / len(correct))
+    chances = {s: [r["gate_probability"] for r in mine if r["set"] == s] for s in ("advbench", "alpaca", "xstest-safe")}
+    harmful = chances.pop("advbench")
+    for name, harmless in chances.items():
+        won = [(a > b) + (a == b) / 2 for a in harmful for b in harmless]
+        assert found["gate"]["advbench"][name] == pytest.approx(sum(won) / len(won))
+    assert set(found["gate"]) == {"advbench"} and set(found["gate"]["advbench"]) == {"alpaca", "xstest-safe"}
+
+
+def test_the_model_as_it_is_is_what_others_are_compared_with(tmp_path: Path) -> None:
+    found = results.write(gated_run(tmp_path / "run"))
+    assert found["base"] == "as-is"
+    assert found["methods"]["as-is"]["overall"]["refusal"]["vs_base"] is None
+    assert found["methods"]["acd"]["overall"]["refusal"]["vs_base"]["value"] > 0
+    older = results.write(write_run(tmp_path / "older", methods=("null", "base", "acd"), n=4))
+    assert older["base"] == "base"
+    assert results.write(write_run(tmp_path / "none", methods=("acd",), n=4))["base"] is None
+
+
+def test_the_verdict_counts_answers(tmp_path: Path) -> None:
+    folder = gated_run(tmp_path / "run")
+    found = results.write(folder)
+    refused = {
+        (m, s): sum(r["label"] == "refusal" for r in records(folder) if r["method"] == m and r["set"] == s)
+        for m in ("as-is", "gate-acd")
+        for s in ("advbench", "alpaca", "xstest-safe")
+    }
+    ours, theirs = ([refused[m, s] for s in ("advbench", "alpaca", "xstest-safe")] for m in ("gate-acd", "as-is"))
+    assert re.match("gate-acd makes this model .*safer", found["verdict"])
+    assert f"{ours[0]} of 30 harmful requests are refused where the model alone refuses {theirs[0]}" in found["verdict"]
+    assert f"{ours[1]} of 30 harmless ones in alpaca where it refuses {theirs[1]}" in found["verdict"]
+    assert f"{ours[2]} of 30 in xstest-safe where it refuses {theirs[2]}" in found["verdict"]
+    change(folder / "run.json", methods=[m for m in found["run"]["methods"] if m["name"] != "gate-acd"])
+    assert results.write(folder)["verdict"].startswith("acd makes")
+    older = results.write(write_run(tmp_path / "older", methods=("null", "acd"), n=30))
+    assert older["verdict"].startswith("acd makes this model safer")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"methods": ("base", "acd")},
+        {"methods": ("as-is", "sp")},
+        {"sets": ("truthfulqa",), "methods": ("as-is", "acd")},
+    ],
+)
+def test_a_verdict_that_was_not_measured(tmp_path: Path, options: dict[str, Any]) -> None:
+    assert results.write(write_run(tmp_path / "run", n=4, **options))["verdict"] == verdict.NOT_MEASURED
 
 
 # --- Merging ----------------------------------------------------------------------------------------------------------

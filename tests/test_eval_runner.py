@@ -85,7 +85,7 @@ def evaluate(
             stop.set()
 
     with Journal(directory, info_of(engine, chosen, found, shard)) as journal:
-        plan = Plan(chosen, found, temp=0.9, max_tokens=MAX_TOKENS, seed=3, margins=MARGINS)
+        plan = Plan(engine.pair, chosen, found, temp=0.9, max_tokens=MAX_TOKENS, seed=3, margins=MARGINS)
         evaluation = Evaluation(engine, plan, journal, stop=stop, on_progress=note)
         if stop_after is None:
             evaluation.run()
@@ -288,7 +288,9 @@ def test_prompts_that_do_not_fit_are_left_out(engine: Engine, tmp_path: Path) ->
     long = EvalSet("bad", "harmful", (item("the water " * 600), item("Hi")), "z")
     chosen = methods.select(["base"], methods.builtin(engine.pair))
     with Journal(tmp_path, info_of(engine, chosen, [long])) as journal:
-        evaluation = Evaluation(engine, Plan(chosen, [long], 0.0, 2, 0, frozenset(i.id for i in long.items)), journal)
+        evaluation = Evaluation(
+            engine, Plan(engine.pair, chosen, [long], 0.0, 2, 0, frozenset(i.id for i in long.items)), journal
+        )
         evaluation.run()
     assert len(records(tmp_path, "answers")) == 1
     assert list(evaluation.failures) == [("bad", long.items[0].id)]  # once, though several phases met it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import string
 from pathlib import Path
@@ -151,6 +152,27 @@ def test_the_kind_said_counts_more_than_labels(tmp_path: Path) -> None:
     assert prompts(path, ":harmful") == ["One.", "Two."]
 
 
+@pytest.mark.parametrize("after", [":facts", ""])
+def test_facts_with_one_answer_or_several(tmp_path: Path, after: str) -> None:
+    rows = [
+        {"question": "Which gas?", "answers": ["CO₂", " carbon dioxide "]},
+        {"question": "Where?", "answers": "Rome"},
+    ]
+    s = read_one(write(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows)), after)
+    assert (s.kind, [i.answers for i in s.items]) == ("facts", [("CO₂", "carbon dioxide"), ("Rome",)])
+    gas, where = s.items
+    assert gas.is_answered_by("That is co2.") and gas.is_answered_by("Carbon Dioxide")
+    assert where.is_answered_by("It's in ROME, Italy.") and not where.is_answered_by("In Romeo's town.")
+    assert not where.is_answered_by("")
+    assert s.digest() != dataclasses.replace(s, items=(gas, dataclasses.replace(where, answers=("Paris",)))).digest()
+
+
+@pytest.mark.parametrize("answers", [None, [], "", ["Rome", " "], [1], {"a": "b"}])
+def test_broken_facts(tmp_path: Path, answers: object) -> None:
+    path = write(tmp_path, "a.jsonl", json.dumps({"question": "Where?", "answers": answers}))
+    assert refusal(path, ":facts").startswith("line 1: answers: must be a text")
+
+
 CHOICE = {
     "question": "Which?",
     "mc1_targets": {"This": 1, "That": 0, " ": 0},
@@ -248,7 +270,7 @@ def test_other_kinds_are_named_not_taken_for_a_file(tmp_path: Path, after: str) 
     path = write(tmp_path, "a:b.csv", "prompt,label\nOne.,safe\n")
     message = refusal(path, after)
     assert message.startswith(
-        f"no kind {after.split(':')[1]!r}; known: harmful, harmless, choice, labelled; write NAME="
+        f"no kind {after.split(':')[1]!r}; known: harmful, harmless, choice, facts, labelled; write NAME="
     )
 
 
@@ -378,7 +400,9 @@ contents = (
 @given(
     content=contents,
     suffix=st.sampled_from([".csv", ".txt", ".json", ".jsonl"]),
-    after=st.sampled_from(["", ":harmful", ":labelled", ":choice", ":harmful:label=safe", ":harmless:type=a|b"]),
+    after=st.sampled_from(
+        ["", ":harmful", ":labelled", ":choice", ":facts", ":harmful:label=safe", ":harmless:type=a|b"]
+    ),
 )
 @example(content=b'"prompt"\n\r\n"a', suffix=".csv", after=":harmful")
 def test_any_file_is_read_or_refused_in_one_line(tmp_path: Path, content: bytes, suffix: str, after: str) -> None:

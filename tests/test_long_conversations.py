@@ -258,7 +258,7 @@ def test_cancel_is_heard_while_one_message_is_rendered(demo: Path, text: str) ->
 def test_rendering_waits_for_nobody_who_decodes(tiny: Callable[..., Path]) -> None:
     with Engine(tiny("chatml"), ctx_size=1024, conversations=2, threads=1) as engine:
         stream, built = engine.generate(talk(1001), Options(max_tokens=5)), []
-        thread = threading.Thread(target=lambda: built.append(stream._answering._prompt()[0]))
+        thread = threading.Thread(target=lambda: built.append(stream._answering._build(stream._answering._framing)))
         with engine._open:  # as a prompt of another answer does for minutes
             thread.start()
             thread.join(10)

@@ -661,7 +661,8 @@ def test_json_record(cli: Callable[..., Done], base: tuple[str, ...]) -> None:
     done = cli(*base, "größer?", "-n", "12", "--seed", "3", "--json")
     assert (done.code, done.err, done.out.count("\n")) == (0, "", 1)
     record = json.loads(done.out)
-    assert list(record) == [*("model", "pair", "soft", "text", "finish_reason", "usage", "timings", "seed", "contrast")]
+    names = ("model", "pair", "soft", "text", "finish_reason", "usage", "timings", "seed", "contrast", "gate")
+    assert list(record) == [*names]
     assert (record["model"], record["pair"], record["seed"]) == ("tiny llama", "short", 3)
     assert record["finish_reason"] in ("length", "stop")
     assert record["usage"]["prompt_tokens"] > 20

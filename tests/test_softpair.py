@@ -819,7 +819,18 @@ def test_every_method_that_uses_the_pair_has_a_soft_counterpart(engine: Engine) 
     assert [name for name in both if not name.endswith("-soft")] == list(text)
     assert {name for name in both if name.endswith("-soft")} == {
         f"{name}-soft"
-        for name in ("sp", "acd", "acd-paper", "null-ap", "safe-ap", "sp-null", "sp-opposite", "acd-first-m")
+        for name in (
+            "sp",
+            "acd",
+            "acd-paper",
+            "null-ap",
+            "safe-ap",
+            "sp-null",
+            "sp-opposite",
+            "acd-first-m",
+            "gate-sp",
+            "gate-acd",
+        )
     }
     for name, method in both.items():
         assert method.soft == name.endswith("-soft")

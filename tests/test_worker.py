@@ -173,7 +173,8 @@ def test_events_of_an_answer(worker: Client) -> None:
     assert {(t["id"], t["event"]) for t in tokens} == {("größe ☃", "token")}
     assert all(t["text"] for t in tokens)
     assert "".join(t["text"] for t in tokens) == done["text"]
-    assert set(done) == {"id", "event", "final", "text", "finish_reason", "usage", "timings", "seed", "contrast"}
+    keys = {"id", "event", "final", "text", "finish_reason", "usage", "timings", "seed", "contrast", "gate"}
+    assert set(done) == keys
     assert (done["event"], done["final"]) == ("done", True)
     assert done["finish_reason"] in ("length", "stop")
     assert set(done["usage"]) == {"prompt_tokens", "prompt_decoded", "completion_tokens"}

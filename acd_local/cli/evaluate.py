@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from acd_local.evaluate.judge import Judge
     from acd_local.evaluate.methods import Method
     from acd_local.evaluate.sets import EvalSet
+    from acd_local.pairs import PromptPair
     from acd_local.session import Engine
 
 PROGRAM = "acd eval"
-DEFAULT_METHODS = "null,base,nid,oid,acd"
+DEFAULT_METHODS = "as-is,base,acd"
+DEFAULT_WITH_GATE = "as-is,gate-sp,gate-acd,acd"
 SWEEP_OF = "acd"
+DEFAULT_PAIR = "default"
 ARGUMENTS = "acd_local.eval.arguments"  # as they were given, for run.json
 
 
@@ -63,16 +66,16 @@ def command() -> None:
     "set_specs",
     multiple=True,
     metavar="NAME=FILE:KIND",
-    help="A set of prompts, may be repeated: CSV, TXT, JSON or JSONL; KIND is harmful, harmless, choice (TruthfulQA's "
-    "multiple choice) or labelled (safe and unsafe by a label column). NAME=FILE:KIND:COLUMN=VALUE takes some rows. "
+    help="A set of prompts, may be repeated: CSV, TXT, JSON or JSONL; KIND is harmful, harmless, labelled (both, by a "
+    "label column), choice (TruthfulQA's multiple choice) or facts (questions with known answers). "
+    "NAME=FILE:KIND:COLUMN=VALUE takes some rows. "
     "Default: a small built-in set.",
 )
 @click.option(
     "--methods",
-    default=DEFAULT_METHODS,
-    show_default=True,
     metavar="NAMES",
-    help="Methods to compare, by commas, or 'all'; docs/methods.md describes them.",
+    help="Methods to compare, by commas, or 'all'; docs/methods.md describes them. "
+    f"Default: {DEFAULT_WITH_GATE} where the pair has a gate, else {DEFAULT_METHODS}.",
 )
 @click.option("--methods-file", multiple=True, type=flags.file_name, metavar="FILE", help="Your own, TOML.")
 @click.option("--sweep", metavar="KEY=X,Y,...", help=f"Also vary alpha, beta or window of {SWEEP_OF}.")
@@ -90,7 +93,7 @@ def command() -> None:
 )
 @click.option("--judge", metavar="MODEL.gguf", help="A model that calls answers safe or unsafe, such as Llama Guard.")
 @click.option("--shard", metavar="I/N", help="Only this part of every set, for several machines; see merge.")
-@click.option("--pair", "-p", metavar="NAME|FILE", help="Prompt pair; default: the best for the model.")
+@click.option("--pair", "-p", metavar="NAME|FILE", help="Prompt pair; default: the model's own, else 'default'.")
 @click.option("--soft", is_flag=True, help="Methods that use the pair take its soft prompts: acd-soft for acd.")
 @click.option("--ctx-size", "-c", type=int, metavar="N", default=1024, show_default=True, help="Tokens per stream.")
 @click.option("--threads", "-t", type=int, metavar="N", help="CPU threads; default: $ACD_THREADS or the cores.")
@@ -121,18 +124,21 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     chosen = [sets.shard(s, *shard) for s in drawn]
     Options(temp=given["temp"], max_tokens=given["max_tokens"], seed=given["seed"])
     with ExitStack() as stack:
-        engine = stack.enter_context(_engine(model, given))
+        pair = _pair(model, given)
+        engine = stack.enter_context(_engine(model, pair, given))
         progress = stack.enter_context(ProgressLine(PROGRAM))
         if engine.warning:
             say(f"{PROGRAM}: {one_line(engine.warning)}")
-        methods, sweep = _methods(engine, given)
+        methods, sweep = _methods(engine, pair, given)
         judge = None if given["judge"] is None else stack.enter_context(_judge(given))
-        info = _info(engine, given, methods, sweep, list(zip(chosen, drawn, whole, strict=True)), judge)
+        info = _info(engine, pair, given, methods, sweep, list(zip(chosen, drawn, whole, strict=True)), judge)
         directory = given["out"] or Path(f"eval-{_slug(model)}")
         interrupts.cancels(stop := CancelToken())
         with Journal(directory, info) as journal:
+            if given["pair"] is None and pair.name == DEFAULT_PAIR:
+                say(f"{PROGRAM}: no pair was made for this model: measuring {DEFAULT_PAIR!r}; acd fit makes one")
             measured = {item.id for s in drawn for item in sets.sample(s, MARGIN_PROMPTS, given["seed"]).items}
-            plan = Plan(methods, chosen, given["temp"], given["max_tokens"], given["seed"], frozenset(measured))
+            plan = Plan(pair, methods, chosen, given["temp"], given["max_tokens"], given["seed"], frozenset(measured))
             evaluation = Evaluation(engine, plan, journal, judge=judge, stop=stop, on_progress=progress.show)
             try:
                 evaluation.run()
@@ -212,12 +218,22 @@ def _shard(text: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _engine(model: str, given: dict[str, Any]) -> Engine:
+def _pair(model: str, given: dict[str, Any]) -> PromptPair:
+    """The pair to be measured: the named one, else the model's own, else `default`; no quick check is made for it."""
+    from acd_local import models, pairs
+    from acd_local.runtime import probe
+
+    if given["pair"] is not None:
+        return pairs.find(given["pair"])
+    return pairs.best_for(probe.verify(models.resolve(model))) or pairs.find(DEFAULT_PAIR)
+
+
+def _engine(model: str, pair: PromptPair, given: dict[str, Any]) -> Engine:
     from acd_local.session import Engine
 
     return Engine(
         model,
-        pair=given["pair"],
+        pair=pair,
         ctx_size=given["ctx_size"],
         conversations=given["parallel"],
         threads=given["threads"],
@@ -227,34 +243,42 @@ def _engine(model: str, given: dict[str, Any]) -> Engine:
     )
 
 
-def _methods(engine: Engine, given: dict[str, Any]) -> tuple[list[Method], dict[str, Any] | None]:
+def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[list[Method], dict[str, Any] | None]:
     """The methods in table order, those of a sweep last; and run.json's description of the sweep."""
     from acd_local.evaluate import methods
 
-    names = [name.strip() for name in given["methods"].split(",") if name.strip()]
-    soft = engine.soft_pair() if given["soft"] or (engine.pair.vectors_path and _may_be_soft(names)) else None
-    known = methods.builtin(engine.pair, soft)
+    asked = given["methods"] or (DEFAULT_METHODS if pair.gate is None else DEFAULT_WITH_GATE)
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    soft = engine.soft_pair() if given["soft"] or _may_be_soft(names, pair) else None
+    known = methods.builtin(pair, soft)
     for path in given["methods_file"]:
-        known |= methods.load(path, engine.pair, known, soft)
+        known |= methods.load(path, pair, known, soft)
     if any(name not in known and name.removesuffix(methods.SOFT) in known for name in names) and soft is None:
         engine.soft_pair()  # says what is missing
-    names = list(known) if names == ["all"] else names
+    if names == ["all"]:
+        names = [name for name, method in known.items() if pair.gate is not None or not method.gate]
     swept_name = SWEEP_OF
     if given["soft"]:
         *names, swept_name = [n + methods.SOFT if n + methods.SOFT in known else n for n in [*names, SWEEP_OF]]
     chosen = methods.select(names, known)
+    methods.check_gates(chosen, pair)
+    if any(method.gate for method in chosen):
+        engine._read_gate(pair)  # says what is wrong with it
     if given["sweep"] is None:
         return chosen, None
-    key, asked = _sweep(given["sweep"])
-    swept = methods.sweep(known[swept_name], key, asked)  # type: ignore[arg-type]
+    key, numbers = _sweep(given["sweep"])
+    swept = methods.sweep(known[swept_name], key, numbers)  # type: ignore[arg-type]
     values = [getattr(m, key) for m in swept]  # equal ones count once
     return [*chosen, *swept], {"method": swept_name, "key": key, "values": values, "names": [m.name for m in swept]}
 
 
-def _may_be_soft(names: list[str]) -> bool:
+def _may_be_soft(names: list[str], pair: PromptPair) -> bool:
+    from acd_local import vectors
     from acd_local.evaluate import methods
 
-    return names == ["all"] or any(name.endswith(methods.SOFT) for name in names)
+    if names == ["all"]:
+        return pair.vectors_path is not None and vectors.load(pair.vectors_path, sha256=pair.sha256).soft is not None
+    return pair.vectors_path is not None and any(name.endswith(methods.SOFT) for name in names)
 
 
 def _sweep(text: str) -> tuple[str, list[float]]:
@@ -277,6 +301,7 @@ def _judge(given: dict[str, Any]) -> Judge:
 
 def _info(
     engine: Engine,
+    pair: PromptPair,
     given: dict[str, Any],
     methods: list[Method],
     sweep: dict[str, Any] | None,
@@ -285,9 +310,11 @@ def _info(
 ) -> dict[str, Any]:
     """run.json."""
     from acd_local.answering import resolve_contrast
+    from acd_local.evaluate.methods import gate_digest
     from acd_local.options import Options
 
-    model, numbers = engine.info, resolve_contrast(Options(), engine.pair)
+    model, numbers = engine.info, resolve_contrast(Options(), pair)
+    gate = {} if pair.gate is None else {"gate": gate_digest(pair)}
     options = ("temp", "max_tokens", "seed", "limit", "parallel", "ctx_size")
     return {
         "format": 1,
@@ -299,7 +326,7 @@ def _info(
             "size": model.size,
             "tokenizer": model.tokenizer,
         },
-        "pair": {"name": engine.pair.name, "alpha": numbers.alpha, "beta": numbers.beta},
+        "pair": {"name": pair.name, "alpha": numbers.alpha, "beta": numbers.beta, **gate},
         "options": {key: given[key] for key in options} | {"threads": engine.threads},
         "methods": [
             {
@@ -312,6 +339,7 @@ def _info(
                 "raw": m.raw,
                 "window": m.window,
                 "contrast": m.contrast,
+                **({"gate": True} if m.gate else {}),
             }
             for m in methods
         ],

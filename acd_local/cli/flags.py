@@ -75,6 +75,17 @@ _CONTRAST = (
     ),
     click.option("--raw-contrast", is_flag=True, help="Do not divide by 1 - alpha; with --beta 0 the paper's formula."),
     click.option("--plain", is_flag=True, help="The safe prompt alone, no contrast."),
+    click.option(
+        "--gate",
+        type=click.Choice(["on", "off"]),
+        help="Contrast only what the pair's gate finds harmful, or every answer; default: on where the pair has one.",
+    ),
+    click.option(
+        "--gate-threshold",
+        type=float,
+        metavar="X",
+        help="Contrast from this chance of harm on, in [0, 1]; default: the pair's.",
+    ),
 )
 
 _LIMITS = (
@@ -198,6 +209,8 @@ def make_options(flags: Mapping[str, Any]) -> Options:
             if flags.get(name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} and its -file form exclude each other")
             flags[name] = read_text(path)
+    if flags.get("gate") is not None:
+        flags["gate"] = flags["gate"] == "on"
     given = {k: v for k, v in flags.items() if k in Options.names() and v is not None and v != ()}
     for name in ("grammar", "json_schema", "stop"):
         check_text(f"--{name.replace('_', '-')}", "".join(given.get(name, "")))

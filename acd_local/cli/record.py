@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from acd_local.answers import GateDecision
+
 if TYPE_CHECKING:
-    from acd_local.answers import Answer, TokenRecord
+    from acd_local.answers import Answer, GateRecord, TokenRecord
 
 
 def answer_record(answer: Answer) -> dict[str, Any]:
@@ -26,6 +28,7 @@ def answer_record(answer: Answer) -> dict[str, Any]:
         },
         "seed": answer.seed,
         "contrast": contrast_record(answer),
+        "gate": gate_record(answer),
     }
 
 
@@ -41,6 +44,38 @@ def contrast_record(answer: Answer) -> dict[str, Any]:
         "compared": c.compared,
         "mean_divergence": None if kl is None or not math.isfinite(kl) else round(kl, 6),
     }
+
+
+def gate_record(answer: Answer) -> dict[str, Any] | None:
+    gate = answer.gate
+    if gate is None:
+        return None
+    return {
+        "probability": round(gate.probability, 6),
+        "decision": gate.decision,
+        "contrast_from": gate.contrast_from,
+        "looks": [[position, round(probability, 6)] for position, probability in gate.looks],
+    }
+
+
+def decision_record(decision: GateDecision) -> dict[str, Any]:
+    """Make the `gate` of a line of --trace, or of an event of the worker."""
+    return {
+        "probability": round(decision.probability, 6),
+        "decision": decision.decision,
+        "position": decision.position,
+    }
+
+
+def trace_records(answer: Answer) -> list[dict[str, Any]]:
+    """Make the lines of --trace: one for every token, and one in front of it where the gate decided something."""
+    records = [trace_record(token) for token in answer.tokens]
+    if (gate := answer.gate) is not None:
+        if gate.contrast_from:
+            turned = GateDecision(gate.looks[-1][1], "contrast", gate.contrast_from)
+            records.insert(gate.contrast_from, {"gate": decision_record(turned)})
+        records.insert(0, {"gate": decision_record(GateDecision(gate.probability, gate.decision))})
+    return records
 
 
 def trace_record(token: TokenRecord) -> dict[str, Any]:
@@ -63,14 +98,24 @@ def stats_lines(answer: Answer) -> list[str]:
     kl = "" if c.mean_divergence is None else f", mean KL(S||A) {c.mean_divergence:.3f} nats"
     what = "plain (no contrast)" if c.alpha == 0 else f"alpha {c.alpha:g}, beta {c.beta:g}{', raw' if c.raw else ''}"
     safe, adversarial = answer.context_used
+    gate = [] if answer.gate is None else [f"gate       {_gate_text(answer.gate)}"]
     return [
         f"finish     {answer.finish_reason}, seed {answer.seed}",
         f"tokens     {answer.prompt_tokens} prompt, {answer.completion_tokens} answer; "
         f"context {safe} safe, {adversarial} adversarial",
         f"contrast   {what}: {c.changed_tokens} of {c.positions} tokens changed{seen}{kl}",
+        *gate,
         f"time       {t.prompt_seconds:.2f} s to the first token ({answer.prompt_decoded} rows decoded), "
         f"{t.answer_seconds:.2f} s answer, {t.tokens_per_second:.1f} tokens/s",
     ]
+
+
+def _gate_text(gate: GateRecord) -> str:
+    who = {"helpful": "the helpful prompt", "as-is": "the model as it is", "contrast": "the pair"}[gate.decision]
+    text = f"chance of harm {gate.probability:.3f}: {who}"
+    if gate.looks:
+        text += f"; {len(gate.looks)} later readings, at most {max(p for _, p in gate.looks):.3f}"
+    return f"{text}, the pair from token {gate.contrast_from} on" if gate.contrast_from else text
 
 
 def _finite(value: float | None) -> float | None:

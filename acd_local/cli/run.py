@@ -113,7 +113,8 @@ def _answer(
         for line in stats_lines(answer):
             say(line)
     code = (interrupts.exit_code or 0) if answer.finish_reason == "cancelled" else 0
-    head = {"model": engine.info.name or str(engine.info.path), "pair": stream.pair.name, "soft": engine.soft}
+    pair = None if stream.pair is None else stream.pair.name
+    head = {"model": engine.info.name or str(engine.info.path), "pair": pair, "soft": engine.soft}
     return Outcome(code, head | answer_record(answer) if as_json else None, failed)
 
 
@@ -177,9 +178,9 @@ def _read_stdin() -> str:
 
 def _write_trace(path: Path, answer: Answer) -> AcdError | None:
     """The answer is there already: what goes wrong now is told beside it."""
-    from acd_local.cli.record import trace_record
+    from acd_local.cli.record import trace_records
 
-    lines = [json.dumps(trace_record(token), ensure_ascii=False) + "\n" for token in answer.tokens]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in trace_records(answer)]
     try:
         files.replace_file(path, "".join(lines))
     except AcdError as error:

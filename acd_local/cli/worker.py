@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from acd_local import __version__
 from acd_local.cli import flags
-from acd_local.cli.record import answer_record, trace_record
+from acd_local.cli.record import answer_record, decision_record, trace_record
 from acd_local.cli.shell import Interrupts, as_acd_error, error_event, one_line, say
 from acd_local.errors import EngineClosedError, UsageError
 
@@ -376,19 +376,21 @@ class Reporter:
         self._id = request_id
         self._emit = emit
         self._throttle = Throttle()
-        self._long: bool | None = None  # whether the prompt takes several batches
+        self._total, self._long = 0, False  # rows of the prompt, and whether it takes several batches
 
     def __call__(self, event: AnswerEvent) -> None:
-        from acd_local.answers import PromptProgress, TurnsDropped
+        from acd_local.answers import GateDecision, PromptProgress, TurnsDropped
         from acd_local.runtime.llama import BATCH_ROWS
 
         if isinstance(event, TurnsDropped):
             self._emit({"id": self._id, "event": "dropped", "messages": event.messages})
+        elif isinstance(event, GateDecision):
+            self._emit({"id": self._id, "event": "gate"} | decision_record(event))
         elif not isinstance(event, PromptProgress):
             self._emit({"id": self._id, "event": "trace"} | trace_record(event))
         else:
-            if self._long is None:
-                self._long = event.total - event.done > BATCH_ROWS
+            if event.total != self._total:
+                self._total, self._long = event.total, event.total - event.done > BATCH_ROWS
             if self._long and self._throttle.due():
                 progress = {"phase": "prompt", "done": event.done, "total": event.total}
                 self._emit({"id": self._id, "event": "progress"} | progress)

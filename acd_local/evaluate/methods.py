@@ -2,6 +2,7 @@
 
 A method says what the positive stream is told, what the negative stream is told (if there is one), and the numbers of
 the contrast between them. An adversarial prompt never stands in the positive stream: not by name, and not as a text.
+With a gate, it is used only where the pair's gate finds a request harmful.
 
 Where the pair has soft prompts, every method that uses the pair has a counterpart with them, NAME-soft.
 """
@@ -22,7 +23,7 @@ from typing import Any, Literal, TypeAlias
 
 from acd_local import pairs
 from acd_local.answering import resolve_contrast
-from acd_local.errors import UsageError, printable
+from acd_local.errors import PairError, UsageError, printable
 from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair, refuse_adversarial
 from acd_local.runtime.choice import ContrastSettings
@@ -31,6 +32,7 @@ from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 
 SweepKey: TypeAlias = Literal["alpha", "beta", "window"]
 
+_RENAMED = {"null": "as-is"}  # what older runs and commands call a method
 SOFT = "-soft"  # ends the names of the counterparts with soft prompts
 
 MAX_BYTES = 1_000_000
@@ -42,7 +44,7 @@ _ADVERSARIAL = ("opposite", "ap")
 _OF_PAIR = ("sp", "ap")
 _KEYS = (
     *("title", "source", "positive", "positive_text", "negative", "negative_text"),
-    *("user", "shots", "alpha", "beta", "raw", "window"),
+    *("user", "shots", "alpha", "beta", "raw", "window", "gate"),
 )
 _BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder what a reviewer sees
 
@@ -70,6 +72,8 @@ class Method:
         raw: the paper's logit scale, without the divisor 1 - alpha.
         window: contrast only the first `window` tokens of an answer; None: all. Where alpha is 0, beta is 0, raw False
             and window None, whatever was given.
+        gate: all of this holds from the threshold of the pair's gate on; below it the pair's helpful text or the model
+            as it is answers.
 
     Raises:
         UsageError: a value is of the wrong type or out of range.
@@ -86,6 +90,7 @@ class Method:
     beta: float = 0.0
     raw: bool = False
     window: int | None = None
+    gate: bool = False
 
     def __post_init__(self) -> None:
         for place, text in _positive_texts(self):
@@ -134,6 +139,8 @@ class Method:
         what: list[object] = [_identity(self.positive), self.user, self.shots]
         if self.contrast:
             what += [_identity(self.negative), self.alpha, self.beta, self.raw, self.window]
+        if self.gate:
+            what.append("gate")
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -222,12 +229,32 @@ def select(names: Sequence[str], known: Mapping[str, Method]) -> list[Method]:
     Raises:
         UsageError: a name is unknown, or there is none.
     """
+    names = [name if name in known else _RENAMED.get(name, name) for name in names]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UsageError(f"unknown method {printable(unknown[0])[:80]!r}; known methods: {', '.join(known)}")
     if not names:
         raise UsageError(f"no method named; known methods: {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(names)]
+
+
+def check_gates(methods: Iterable[Method], pair: PromptPair) -> None:
+    """Whether the pair has the gate that a method needs.
+
+    Raises:
+        PairError: it has none.
+    """
+    gated = next((method.name for method in methods if method.gate), None)
+    if gated is not None and pair.gate is None:
+        raise PairError(f"method {gated} needs a pair with a gate, {pair.name!r} has none: acd fit makes one")
+
+
+def gate_digest(pair: PromptPair) -> str:
+    """16 hex digits over all that a gate's decisions depend on: the pair's [gate] and the file with its probes."""
+    path = pair.vectors_path
+    probes = "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+    settings = None if pair.gate is None else dataclasses.astuple(pair.gate)
+    return hashlib.sha256(json.dumps([settings, probes]).encode()).hexdigest()[:16]
 
 
 def sweep(method: Method, key: SweepKey, values: Iterable[float]) -> list[Method]:
@@ -278,11 +305,9 @@ def _build(name: str, table: object, pair: PromptPair, manual: PromptPair, soft:
     for key in table:
         if key not in _KEYS:
             raise UsageError(f"{key}: unknown field; a method has {', '.join(_KEYS)}")
-    safe: dict[str, Positive] = {"none": None, "safe": manual.safe, "sp": pair.safe if soft is None else soft.safe}
-    others: dict[str, Negative] = {
-        "opposite": manual.adversarial,
-        "ap": pair.adversarial if soft is None else soft.adversarial,
-    }
+    both = Framing.of(pair, soft)
+    safe: dict[str, Positive] = {"none": None, "safe": manual.safe, "sp": both.positive}
+    others: dict[str, Negative] = {"opposite": manual.adversarial, "ap": both.negative}
     positive = _positive(table, safe)
     numbers, negative = _numbers(table, pair, soft is not None), None
     if _has_negative(table):
@@ -294,7 +319,8 @@ def _build(name: str, table: object, pair: PromptPair, manual: PromptPair, soft:
         positive=positive,
         negative=negative,
         user=_text("user", table.get("user", _SLOT)),
-        shots=_shots(table.get("shots", [])),
+        shots=(both.shots if table.get("positive") == "sp" else ()) + _shots(table.get("shots", [])),
+        gate=_flag("gate", table.get("gate", False)),
         **numbers,
     )
 
@@ -331,8 +357,7 @@ def _numbers(table: Mapping[str, Any], pair: PromptPair, soft: bool) -> dict[str
     for key in given.keys() & {"alpha", "beta"}:
         if isinstance(given[key], bool) or not isinstance(given[key], int | float):
             raise UsageError(f"{key}: must be a number, not {_kind(given[key])}")
-    if not isinstance(given.get("raw", False), bool):
-        raise UsageError(f"raw: must be true or false, not {_kind(given['raw'])}")
+    _flag("raw", given.get("raw", False))
     if not _has_negative(table):
         if given:
             raise UsageError(f"{next(iter(given))}: there is no negative prompt to contrast with: give negative too")
@@ -389,6 +414,12 @@ def _text(key: str, value: object) -> str:
             raise UsageError(f"{key}: holds the control character U+{ord(character):04X}: remove it")
     if not value.strip():
         raise UsageError(f"{key}: is empty: write a text, or leave it out")
+    return value
+
+
+def _flag(key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{key}: must be true or false, not {_kind(value)}")
     return value
 
 

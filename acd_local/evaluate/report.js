@@ -14,7 +14,7 @@
   for (const [name, setup] of data.methods) names.set(setup, [...(names.get(setup) || []), name]);
   const setupOf = new Map(data.methods);
   const baseLabel = new Map();
-  if (setupOf.has("base")) for (const r of data.rows) if (r[1] === setupOf.get("base")) baseLabel.set(r[0], r[2]);
+  if (data.base) for (const r of data.rows) if (r[1] === setupOf.get(data.base)) baseLabel.set(r[0], r[2]);
 
   const make = (tag, css, text) => {
     const node = document.createElement(tag);

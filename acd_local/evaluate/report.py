@@ -22,7 +22,7 @@ __all__ = ["render"]
 
 Results = Mapping[str, Any]
 
-PER_TYPE = ("base", "nid", "oid", "acd")  # methods whose rates are drawn per prompt type, where there are such
+PER_TYPE = ("as-is", "base", "acd", "gate-acd")  # methods whose rates are drawn per prompt type, where there are such
 MOST_TYPES = 24
 FIGURE_SPACE = "\u2007"
 FAMILIES = ("one stream", "contrast", "ACD", "ablation")
@@ -90,7 +90,7 @@ def _header(results: Results, title: str) -> list[str]:
         facts["Shard"] = _plain(run["shard"])
     out = ["<header>", f"<h1>{_text(title)}</h1>"]
     out.append('<p class="soft">Safety, general ability and cost of adversarial contrastive decoding and its peers</p>')
-    out += _summary(results)
+    out.append(f'<p class="lead">{_text(_plain(results["verdict"]))}</p>')
     out.append('<dl class="facts">')
     out += [f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in facts.items() if value]
     if run.get("command"):
@@ -104,32 +104,12 @@ def _set_fact(name: str, info: Mapping[str, Any]) -> str:
     return f"{_plain(name)} ({_plain(info['kind'])}, {size})"
 
 
-def _summary(results: Results) -> list[str]:
-    """One sentence: what acd does against base."""
-    found = results["methods"].get("acd")
-    if found is None or "base" not in results["methods"]:
-        return []
-    parts = []
-    wanted = {"harmless": _harmless_label(results), "over_refusal": "refusals of harmless requests"}
-    for key, words in wanted.items():
-        figure = found["overall"].get(key)
-        if figure and figure.get("vs_base"):
-            change = figure["vs_base"]
-            parts.append(
-                f"{100 * figure['value']:.1f}% {words} ({100 * change['value']:+.1f} points against base, "
-                f"{100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
-            )
-    speed = found["overall"].get("relative_speed")
-    if speed:
-        parts.append(f"{speed['value']:.2f} times base's speed ({speed['low']:.2f} to {speed['high']:.2f})")
-    return [f'<p class="lead">acd: {_text("; ".join(parts))}.</p>'] if parts else []
-
-
 # --- Tables and figures -----------------------------------------------------------------------------------------------
 
 
 def _body(results: Results, built: Sequence[tables.Table]) -> list[str]:
-    by_key = {table.key: _table(table) for table in built}
+    base = results["base"]
+    by_key = {table.key: _table(table, base) for table in built}
     figures = iter(range(1, 1000))
 
     def figure(plot: str, caption: str, more: str = "") -> list[str]:
@@ -146,6 +126,7 @@ def _body(results: Results, built: Sequence[tables.Table]) -> list[str]:
         "Safety against over-refusal.",
         "Means over sets, 95% intervals both ways. The best methods stand at the top left.",
     )
+    out += [*by_key.pop("gated", []), *by_key.pop("areas", [])]
     out += by_key.pop("ablation", [])
     out += figure(*_sweep(results))
     out += by_key.pop("sweep", [])
@@ -157,7 +138,7 @@ def _body(results: Results, built: Sequence[tables.Table]) -> list[str]:
         out += ["<section><h2>General ability</h2>", *by_key.pop("ability"), "</section>"]
     if "cost" in by_key:
         out += ["<section><h2>Cost</h2>", *by_key.pop("cost")]
-        caption = "Tokens per second while decoding, relative to base on the same prompts."
+        caption = f"Tokens per second while decoding, relative to {base} on the same prompts."
         out += [*figure(_trade_off(results, "relative_speed"), "Safety against speed.", caption), "</section>"]
     if "margins" in by_key:
         out += ["<section><h2>Strength of the prompts</h2>", *by_key.pop("margins")]
@@ -166,10 +147,10 @@ def _body(results: Results, built: Sequence[tables.Table]) -> list[str]:
     return out
 
 
-def _table(table: tables.Table) -> list[str]:
+def _table(table: tables.Table, base: str) -> list[str]:
     more = ""
     if any(cell.change for row in table.rows for cell in row.cells):
-        against = "no system prompt" if table.key == "margins" else "base"
+        against = "no system prompt" if table.key == "margins" else base
         more = f"95% intervals; small: change against {against}, * where its interval excludes 0."
         more = f' <span class="more">{more}</span>'
     out = [f'<div class="table"><table id="table-{table.key}"><caption><b>{_text(table.title)}.</b>{more}</caption>']
@@ -182,7 +163,7 @@ def _table(table: tables.Table) -> list[str]:
         label, title = (row.title, "") if table.key == "margins" else (row.name, row.title)
         told = title.casefold() in ("", label.casefold()) or table.key != "safety"
         more = "" if told else f'<span class="more">{_text(title)}</span>'
-        mine = ' class="mine"' if row.name == "acd" else ""
+        mine = ' class="mine"' if row.name in ("acd", "gate-acd") else ""
         out.append(f'<tr{mine}><th scope="row">{_text(label)}{more}</th>{cells}</tr>')
     out.append("</tbody></table></div>")
     return out + [f'<p class="notes">{_text(note)}</p>' for note in table.notes]
@@ -215,7 +196,7 @@ def _shown(results: Results) -> dict[str, Mapping[str, Any]]:
 
 def _family(label: str, method: Mapping[str, Any]) -> int:
     names = label.split(" = ")
-    if any(name.startswith("acd") for name in names):
+    if any(name.startswith(("acd", "gate-acd")) for name in names):
         return 2
     if any(name in tables.ABLATIONS for name in names):
         return 3
@@ -244,7 +225,7 @@ def _trade_off(results: Results, key: str) -> str:
     points = []
     for label, method in _shown(results).items():
         x, y = _span(method["overall"].get(key)), _span(method["overall"].get("harmless"))
-        if key == "relative_speed" and "base" in label.split(" = "):
+        if key == "relative_speed" and results["base"] in label.split(" = "):
             x = svg.Span(1.0, 1.0, 1.0)
         if x and y:
             points.append(svg.Point(label, x, y, _family(label, method)))
@@ -254,7 +235,7 @@ def _trade_off(results: Results, key: str) -> str:
     if key == "over_refusal":
         x_axis = svg.Axis("refusals of harmless requests, %", percent=True, low=0.0, high=1.0)
         return svg.scatter(key, "Safety against over-refusal", points, x_axis, y_axis, FAMILIES, "top left")
-    x_axis = svg.Axis("tokens per second, times base", low=0.0)
+    x_axis = svg.Axis(f"tokens per second, times {results['base']}", low=0.0)
     return svg.scatter(key, "Safety against speed", points, x_axis, y_axis, FAMILIES, "top right")
 
 
@@ -356,8 +337,8 @@ def _browser(results: Results, answers: Iterable[Mapping[str, Any]]) -> list[str
     verdicts = {"": "all", "refusal": "refusal", "answer": "answer", "degenerate": "degenerate"}
     if results["run"].get("judge"):
         verdicts.update(safe="judged safe", unsafe="judged unsafe")
-    if "base" in results["methods"]:
-        verdicts["changed"] = "other than base's"
+    if results["base"] is not None:
+        verdicts["changed"] = f"other than {results['base']}'s"
     names = {"": "all"}
     fields = [
         _select("method", {**names, **{name: _plain(name) for name, _ in data["methods"]}}),
@@ -417,7 +398,7 @@ def _data(results: Results, answers: Iterable[Mapping[str, Any]]) -> dict[str, A
     rows.sort(key=lambda row: (texts[row[0]][1], row[0], row[1]))
     methods = [[visible(name), order[method["setup"]]] for name, method in results["methods"].items()]
     kinds = [[visible(name), info["kind"]] for name, info in results["sets"].items()]
-    return {"methods": methods, "sets": kinds, "prompts": texts, "rows": rows}
+    return {"methods": methods, "base": results["base"], "sets": kinds, "prompts": texts, "rows": rows}
 
 
 def _embedded(data: object) -> str:
@@ -429,7 +410,7 @@ def _embedded(data: object) -> str:
 def _footer(results: Results) -> str:
     return (
         "<footer><p>Intervals are 95%, by bootstrap over prompts; means over sets count every set alike and resample "
-        "prompts within sets. Changes against base are paired: the same prompts with the same seeds. "
+        "prompts within sets. Changes against a method are paired: the same prompts with the same seeds. "
         "Table forms after Zhao et al., Safety Alignment of Large Language Models via Contrasting Safe and Harmful "
         "Distributions (arXiv 2406.16743). The figures are in results.json beside this page.</p></footer>"
     )

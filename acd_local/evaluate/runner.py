@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from acd_local.answers import Answer
+from acd_local.answers import Answer, GateRecord
 from acd_local.batch import Batch, Event
 from acd_local.errors import ContextError
 from acd_local.evaluate import refusal, sets
@@ -21,6 +21,7 @@ from acd_local.evaluate.methods import Method
 from acd_local.evaluate.scoring import Scoring, Task
 from acd_local.evaluate.sets import EvalSet, Item
 from acd_local.options import Options
+from acd_local.pairs import PromptPair
 from acd_local.runtime.cancel import CancelToken
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured. Methods with one setup are run once."""
+    """What is to be measured. Methods with one setup are run once; gated ones take the gate of `pair`."""
 
+    pair: PromptPair
     methods: Sequence[Method]
     sets: Sequence[EvalSet]
     temp: float
@@ -102,7 +104,7 @@ class Evaluation:
         """Raises Stopped where `stop` was set."""
         methods = [m for m in self._plan.methods if self._by_setup[m.setup()] is m]
         self._answer_all(methods)
-        with Scoring(self._engine, self._journal) as scoring:
+        with Scoring(self._engine, self._plan.pair, self._journal) as scoring:
             for phase, tasks in scoring.phases(methods, self._plan.sets, self._plan.margins):
                 self._work_off(phase, tasks)
 
@@ -141,12 +143,15 @@ class Evaluation:
                 raw_contrast=method.raw,
                 window=method.window,
                 plain=not method.contrast,
+                gate=method.gate,
                 strategy="stepwise",  # repeats exactly
                 temp=self._plan.temp,
                 max_tokens=self._plan.max_tokens,
                 seed=sets.item_seed(self._plan.seed, item.id),
             )
-            stream = self._engine.generate(item.prompt, options, framing=method.framing(), cancel=self._stop)
+            stream = self._engine.generate(
+                item.prompt, options, pair=self._plan.pair, framing=method.framing(), cancel=self._stop
+            )
             batch.add(task, stream)
         return len(batch) > 0
 
@@ -160,7 +165,7 @@ class Evaluation:
             return False
         answer = event.what
         verdict = refusal.classify(answer.text, item.prompt, finished=answer.finish_reason != "length")
-        contrast = answer.contrast
+        contrast, gate = answer.contrast, answer.gate
         self._journal.add_answer(
             {
                 "setup": method.setup(),
@@ -181,6 +186,8 @@ class Evaluation:
                 "changed": contrast.changed_tokens / contrast.positions
                 if method.contrast and contrast.positions
                 else None,
+                **({"correct": item.is_answered_by(answer.text)} if item.answers else {}),
+                **({} if gate is None else _gate_record(gate)),
             }
         )
         return True
@@ -204,6 +211,15 @@ class Evaluation:
         if not isinstance(error, ContextError):
             raise error
         self.failures.setdefault((set_name, item), f"{set_name} {item}: {error}")
+
+
+def _gate_record(gate: GateRecord) -> dict[str, Any]:
+    """What the gate found, and from which token on the pair answered: null where it did not."""
+    return {
+        "gate_probability": gate.probability,
+        "gate_decision": gate.decision,
+        "contrast_from": gate.contrast_from,
+    }
 
 
 class _Clock:

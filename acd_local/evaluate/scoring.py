@@ -12,6 +12,7 @@ from acd_local.evaluate.journal import Journal
 from acd_local.evaluate.likelihood import LogProbs, Scorer
 from acd_local.evaluate.methods import Method, manual_pair
 from acd_local.evaluate.sets import EvalSet, Item
+from acd_local.pairs import PromptPair
 from acd_local.runtime.choice import ContrastSettings
 from acd_local.runtime.prompts import Framing, Negative, Prompt
 from acd_local.runtime.template import Message
@@ -34,6 +35,7 @@ REFUSING = (
     "No, I won't help with that. Please ask me something else.",
 )
 _PLAIN = ContrastSettings(0.0, 0.0)
+_AS_IS = Framing(None, None)
 
 Mix = tuple[int, int | None, ContrastSettings]
 Prefixed = tuple[tuple[int, ...], int]  # a prompt, and how many tokens of it come before the user's text
@@ -60,8 +62,9 @@ class _Streams:
 class Scoring:
     """Makes the scoring tasks of a run; holds the scoring context meanwhile."""
 
-    def __init__(self, engine: Engine, journal: Journal) -> None:
+    def __init__(self, engine: Engine, pair: PromptPair, journal: Journal) -> None:
         self._engine = engine
+        self._pair = pair
         self._journal = journal
         self._scorer: Scorer | None = None
         self._size = (0, 0)  # streams and tokens that it holds
@@ -141,7 +144,7 @@ class Scoring:
         where = (answer["setup"], answer["set"], answer["item"])
 
         def score_it() -> None:
-            prompt = self._prompt(Framing(None, None), answer["prompt"], contrast=False)
+            prompt = self._prompt(_AS_IS, answer["prompt"], contrast=False)
             words = self._words(answer["answer"])
             streams = _Streams([_prefixed(prompt.safe, prompt.safe_prefix)], [(0, None, _PLAIN)])
             nats = -float(self._nats(streams, words).sum())
@@ -157,7 +160,7 @@ class Scoring:
 
         This is how the adversarial prompt's strength is measured: nothing is ever sampled under it.
         """
-        pair, manual = self._engine.pair, manual_pair()
+        pair, manual = self._pair, manual_pair()
         prompts: dict[str, Negative] = {
             "none": None,
             "safe": manual.safe,
@@ -166,7 +169,7 @@ class Scoring:
             "ap": pair.adversarial,
         }
         if soft:
-            rows = self._engine.soft_pair()
+            rows = self._engine.soft_pair(pair)
             prompts |= {"sp-soft": rows.safe, "ap-soft": rows.adversarial}
         return [
             Task(
@@ -203,14 +206,27 @@ class Scoring:
         """A request as the methods' streams see it."""
         prompts: dict[Prefixed, int] = {}
         mixes: list[Mix] = []
+        below = self._below_threshold(text) if any(method.gate for method in methods) else None
         for method in methods:
-            prompt = self._prompt(method.framing(), text, contrast=method.contrast)
+            framing, settings = method.framing(), method.settings()
+            if method.gate and below is not None:
+                framing, settings = below, _PLAIN
+            prompt = self._prompt(framing, text, contrast=settings.alpha > 0)
             positive = prompts.setdefault(_prefixed(prompt.safe, prompt.safe_prefix), len(prompts))
             negative = None
             if prompt.adversarial is not None:
                 negative = prompts.setdefault(_prefixed(prompt.adversarial, prompt.adversarial_prefix), len(prompts))
-            mixes.append((positive, negative, method.settings()))
+            mixes.append((positive, negative, settings))
         return _Streams(list(prompts), mixes)
+
+    def _below_threshold(self, text: str) -> Framing | None:
+        """What answers a request in the gated methods' place; None: the gate finds it harmful."""
+        gate = self._pair.gate
+        assert gate is not None
+        chance = self._engine.gate_probability([Message("user", text)], pair=self._pair)
+        if chance >= gate.threshold:
+            return None
+        return _AS_IS if gate.helpful is None or chance >= gate.low else Framing(gate.helpful, None)
 
     def _prompt(self, framing: Framing, text: str, *, contrast: bool) -> Prompt:
         turns = [Message("user", text)]

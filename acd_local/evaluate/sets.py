@@ -6,6 +6,7 @@ A set is named on the command line as NAME=FILE:KIND[:COLUMN=VALUE]. KIND says w
     harmless    requests that ought to be answered
     labelled    both, told apart by a label column; gives the two sets NAME-safe and NAME-unsafe
     choice      multiple-choice questions as TruthfulQA's JSON has them (question, mc1_targets, mc2_targets)
+    facts       questions with short known answers, one of which has to occur in the answer (question, answers)
 
 and may be left out where the file tells. COLUMN=VALUE keeps the rows with that value (VALUE1|VALUE2: either).
 
@@ -33,6 +34,7 @@ import csv
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -44,7 +46,7 @@ from acd_local.options import MAX_SEED
 
 __all__ = ["EvalSet", "Item", "Kind", "item_seed", "read", "sample", "shard", "smoke"]
 
-Kind = Literal["harmful", "harmless", "choice"]
+Kind = Literal["harmful", "harmless", "choice", "facts"]
 
 MAX_FILE = 200_000_000  # bytes
 MAX_LINE = 1_000_000  # characters of a line, and of a text in JSON
@@ -75,6 +77,7 @@ class Item:
         reference: an answer to score; None if there is none, and for harmful prompts.
         mc1: (choice, whether it is true), exactly one true; empty unless the set's kind is choice.
         mc2: the same with any number of true and false choices, one of either at least.
+        answers: one of which a right answer holds; empty unless the set's kind is facts.
     """
 
     id: str
@@ -83,6 +86,13 @@ class Item:
     reference: str | None = None
     mc1: tuple[tuple[str, bool], ...] = ()
     mc2: tuple[tuple[str, bool], ...] = ()
+    answers: tuple[str, ...] = ()
+
+    def is_answered_by(self, text: str) -> bool:
+        """Whether one of the known answers stands in a text, as whole words, in whatever case."""
+        words = unicodedata.normalize("NFKC", text).casefold()
+        known = (unicodedata.normalize("NFKC", answer).casefold() for answer in self.answers)
+        return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", words) for answer in known)
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,8 @@ class EvalSet:
 
     def digest(self) -> str:
         """16 hex digits over what is asked and expected, whatever the order: whether two sets are the same."""
-        lines = sorted(json.dumps([i.id, i.type, i.reference, i.mc1, i.mc2]) for i in self.items)
+        known = [[i.id, i.type, i.reference, i.mc1, i.mc2, *([i.answers] if i.answers else [])] for i in self.items]
+        lines = sorted(map(json.dumps, known))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -391,13 +402,15 @@ def _guessed(rows: list[_Row]) -> str:
     """The kind of a file whose spec names none."""
     if all("mc1_targets" in row.fields for row in rows):
         return "choice"
+    if all("answers" in row.fields for row in rows):
+        return "facts"
     if all(_plain(row.first(_LABEL)[1]).lower() in _LABELS for row in rows):
         return "labelled"
     raise _Fault("harmful or harmless? Write FILE:harmful or FILE:harmless")
 
 
 def _sets(name: str, kind: str, rows: list[_Row], source: str) -> list[EvalSet]:
-    found: dict[Kind, dict[str, Item]] = {"harmless": {}, "harmful": {}, "choice": {}}
+    found: dict[Kind, dict[str, Item]] = {"harmless": {}, "harmful": {}, "choice": {}, "facts": {}}
     for row in rows:
         try:
             row_kind = _label(row) if kind == "labelled" else cast(Kind, kind)
@@ -430,6 +443,7 @@ def _item(row: _Row, kind: Kind) -> Item:
         reference=_reference(row) if kind == "harmless" else None,
         mc1=_choices(row, "mc1_targets") if kind == "choice" else (),
         mc2=_choices(row, "mc2_targets") if kind == "choice" else (),
+        answers=_answers(row) if kind == "facts" else (),
     )
 
 
@@ -438,6 +452,15 @@ def _reference(row: _Row) -> str | None:
     column, value = row.first(_REFERENCE)
     text = _first_turn(value)
     return (_checked_text(column, text) or None) if isinstance(text, str) else None
+
+
+def _answers(row: _Row) -> tuple[str, ...]:
+    """The known answers of a fact: a list of texts, or one."""
+    value = row.fields.get("answers")
+    found = tuple(_checked_text("answers", text) for text in (value if isinstance(value, list) else [value]))
+    if not found or not all(found):
+        raise _Fault("answers: must be a text, or a list of them, none of them empty")
+    return found
 
 
 def _label(row: _Row) -> Kind:

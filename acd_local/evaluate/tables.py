@@ -167,9 +167,11 @@ PERPLEXITY = _Measure("perplexity", "perplexity")  # low in loops, too: no direc
 DISTINCT = _Measure("distinct2", "distinct-2", +1, digits=3)
 LENGTH = _Measure("tokens", "tokens", 0, digits=1)
 SPEED = _Measure("tokens_per_second", "tokens/s", +1, digits=1)
-RELATIVE = _Measure("relative_speed", "times base", +1)
+RELATIVE = _Measure("relative_speed", "times {base}", +1)
 PROMPT = _Measure("prompt_seconds", "prompt s", -1, digits=3)
 CHANGED = _Measure("changed", "changed %", 0, percent=True, compare=False)
+CORRECT = _Measure("correct", "correct %", +1, percent=True)
+GATED = _Measure("gated", "gated %", 0, percent=True, compare=False)
 MARGIN = _Measure("margin", "margin", 0, digits=3)
 
 
@@ -199,9 +201,14 @@ def build(results: Results) -> list[Table]:
     if set(ablations) - {"acd", "acd-soft"}:
         title = f"Table 5. The two streams, one at a time: {_safety_name(results)}, %"
         tables.append(_table(results, "ablation", title, ablations, safety))
-    tables.append(_table(results, "cost", "Cost of decoding", methods, _overall_columns(_COST)))
+    generated = [s for s, info in results["sets"].items() if info["kind"] != "choice"]
+    gated = {name: m for name, m in methods.items() if m.get("gate")}
+    title = "Answers that the gate gave to the pair, %"
+    tables.append(_table(results, "gated", title, gated, [_Column(s, GATED, s) for s in generated]))
+    tables.append(_area_table(results))
+    tables.append(_table(results, "cost", "Cost of decoding", methods, _overall_columns(results, _COST)))
     if any(m["overall"].get("degenerate", {}).get("value") for m in results["methods"].values()):
-        sets = [s for s, info in results["sets"].items() if info["kind"] != "choice"]
+        sets = generated
         columns = [_Column(s, DEGENERATE, s) for s in sets]
         columns += [_Column("all", DEGENERATE, None, len(sets))] if len(sets) > 1 else []
         tables.append(_table(results, "degenerate", "Degenerate answers (loops, no words), %", methods, columns))
@@ -224,8 +231,8 @@ def _safety_columns(results: Results, key: str) -> list[_Column]:
     return columns + ([_Column("mean", measure, None, len(sets))] if len(sets) > 1 else [])
 
 
-def _overall_columns(measures: Sequence[_Measure]) -> list[_Column]:
-    return [_Column(m.head, m, None) for m in measures]
+def _overall_columns(results: Results, measures: Sequence[_Measure]) -> list[_Column]:
+    return [_Column(m.head.format(base=results["base"]), m, None) for m in measures]
 
 
 def _safety_table(results: Results, methods: Results, columns: Sequence[_Column]) -> Table:
@@ -250,16 +257,16 @@ def _safety_table(results: Results, methods: Results, columns: Sequence[_Column]
 
 def _ability_table(results: Results, methods: Results) -> Table:
     columns: list[_Column] = []
-    for kind, measures in (("harmless", (OVER_REFUSAL,)), ("choice", (MC1, MC2))):
+    for kind, measures in (("harmless", (OVER_REFUSAL,)), ("choice", (MC1, MC2)), ("facts", (CORRECT,))):
         sets = [s for s, info in results["sets"].items() if info["kind"] == kind]
         for measure in measures:
-            named = f"{{}} {measure.head}" if kind == "choice" else "{} refused %"
-            named = named if kind == "harmless" or len(sets) > 1 else measure.head
+            named = "{} refused %" if kind == "harmless" else f"{{}} {measure.head}"
+            named = measure.head if kind == "choice" and len(sets) == 1 else named
             columns += [_Column(named.format(s), measure, s) for s in sets]
             if len(sets) > 1:
                 columns.append(_Column(named.format("mean"), measure, None, len(sets)))
     if any(info["kind"] == "harmless" for info in results["sets"].values()):
-        columns += _overall_columns((BITS, PERPLEXITY, DISTINCT, LENGTH))
+        columns += _overall_columns(results, (BITS, PERPLEXITY, DISTINCT, LENGTH))
     return _table(results, "ability", "Table 2. General ability", methods, columns)
 
 
@@ -287,6 +294,18 @@ def _margin_table(results: Results) -> Table:
     return Table("margins", title, "system prompt", tuple(map(_line, sets)), tuple(rows), notes)
 
 
+def _area_table(results: Results) -> Table:
+    areas = results["gate"]
+    columns = [s for s in results["sets"] if any(s in against for against in areas.values())]
+    rows = []
+    for name, against in areas.items():
+        cells = (Cell(f"{against[s]:.3f}", value=against[s]) if s in against else Cell() for s in columns)
+        rows.append(Row(_line(name), _line(name), tuple(cells)))
+    title = "How well the gate tells harmful sets from harmless ones, area under the curve"
+    note = "1: every harmful request has a higher probability than every harmless one; 0.5: chance."
+    return Table("areas", title, "harmful set", tuple(map(_line, columns)), tuple(rows), (note,))
+
+
 def _sweep_table(results: Results, safety: Sequence[_Column]) -> Table:
     names = [entry["method"] for entry in results["sweep"]]
     methods = {name: results["methods"][name] for name in names}
@@ -294,7 +313,7 @@ def _sweep_table(results: Results, safety: Sequence[_Column]) -> Table:
     harmless = [s for s, info in results["sets"].items() if info["kind"] == "harmless"]
     columns = [replace(safety[-1], head="harmless %")] if safety else []
     columns += [_Column("over-refusal %", OVER_REFUSAL, None, len(harmless))] if harmless else []
-    columns += _overall_columns((DEGENERATE, BITS, CHANGED))
+    columns += _overall_columns(results, (DEGENERATE, BITS, CHANGED))
     key, method = _line(sweep.get("key", "")), _line(sweep.get("method", ""))
     return _table(
         results, "sweep", f"{method or 'Method'} against {key or 'its parameter'}, means over sets", methods, columns
@@ -340,12 +359,13 @@ def _mark_best(rows: list[Row], place: int, better: int) -> None:
 
 
 def lines(results: Results, width: int = WIDTH) -> list[str]:
-    """All tables as plain text for a terminal, in blocks of columns that fit `width`."""
+    """The verdict and all tables as plain text for a terminal, in blocks of columns that fit `width`."""
     info = results["run"]
     n = sum(s.get("n") or 0 for s in results["sets"].values())
     model = _line(info["model"].get("name") or info["model"].get("file") or "model")
     counts = f"{len(results['methods'])} methods, {len(results['sets'])} sets, {n} prompts"
-    out = _wrapped(f"{model}, pair {_line(info['pair'].get('name'))}, {counts}", width)
+    out = _wrapped(_line(results["verdict"]), width)
+    out += ["", *_wrapped(f"{model}, pair {_line(info['pair'].get('name'))}, {counts}", width)]
     tables = build(results)
     for table in tables:
         out += ["", *_wrapped(table.title, width)]
@@ -353,8 +373,8 @@ def lines(results: Results, width: int = WIDTH) -> list[str]:
             out += block
         out += [line for note in table.notes for line in _wrapped(note, width)]
     if any(cell.change for table in tables for row in table.rows for cell in row.cells):
-        legend = "* best of its column; + better, - worse than base beyond the 95% interval of the paired difference"
-        out += ["", *_wrapped(legend, width)]
+        legend = f"* best of its column; + better, - worse than {results['base']} beyond the 95% interval of the"
+        out += ["", *_wrapped(f"{legend} paired difference", width)]
     return out
 
 
@@ -418,8 +438,8 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def markdown(results: Results, keys: Sequence[str] | None = None) -> str:
-    """The tables (or those with the given keys) in GitHub's Markdown: best in bold, intervals, changes against base."""
-    parts = []
+    """The verdict and all tables, or the tables with the given keys, in GitHub's Markdown: best in bold, intervals."""
+    parts = [_escaped(_line(results["verdict"]))] if keys is None else []
     for table in build(results):
         if keys is not None and table.key not in keys:
             continue

@@ -5,6 +5,7 @@ Every execution strategy asks here, so that they differ in what they decode when
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,17 +20,19 @@ from acd_local.runtime.sampling import Guard, TokenSampler
 class ContrastSettings:
     """The contrast's numbers for one answer, see `contrast.contrast`.
 
-    `window`: contrast only the first so many tokens of the answer; None: all of them.
+    `begin`: the answer token from which on the contrast is taken. `window`: for so many tokens; None: for all of them.
     """
 
     alpha: float
     beta: float
     raw: bool = False
     window: int | None = None
+    begin: int = 0
 
     def contrasts(self, position: int) -> bool:
         """Whether the contrast is taken at answer position `position` (from 0)."""
-        return self.alpha > 0 and (self.window is None or position < self.window)
+        end = math.inf if self.window is None else self.begin + self.window
+        return self.alpha > 0 and self.begin <= position < end
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ def deferred(
     lookup: Lookup,
     *,
     limit: int,
+    said: Sequence[int] = (),
     lead: int = 1,
     patient: bool = False,
     clock: RowClock | None = None,
@@ -71,15 +72,16 @@ def deferred(
 
     Args:
         lookup: has seen the prompt.
+        said: the answer's tokens so far; `first` is what follows them.
         lead: tokens at the beginning that are decoded stepwise.
         patient: run ahead even where too many drafts fall for it to pay.
         clock: where it is not known yet what rows cost: is told what runs and steps take.
     """
-    answer: list[int] = []
-    yield from _lead(first, chooser, min(lead, limit), answer, clock)
+    answer = list(said)
+    yield from _lead(first, chooser, min(len(said) + lead, limit), answer, clock)
     lookup.extend(answer)
     behind = len(answer) - 1  # answer tokens that the adversarial stream holds
-    over = not answer or chooser.ends(answer[-1])
+    over = len(answer) == len(said) or chooser.ends(answer[-1])
     while not over and len(answer) < limit:
         started = time.perf_counter()
         keen = patient or pace.pays or not chooser.settings.contrasts(len(answer))
@@ -102,8 +104,8 @@ def deferred(
 
 
 def _lead(first: StreamLogits, chooser: Chooser, limit: int, answer: list[int], clock: RowClock | None) -> Strategy:
-    """The answer's beginning, stepwise; its tokens are added to `answer`."""
-    strategy = stepwise(first, chooser, limit=limit)
+    """The answer up to `limit` tokens, stepwise; they are added to `answer`."""
+    strategy = stepwise(first, chooser, limit=limit, start=len(answer))
     item = next(strategy, None)
     while item is not None:
         if isinstance(item, Step):

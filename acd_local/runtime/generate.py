@@ -44,17 +44,18 @@ class Need:
 Strategy: TypeAlias = Generator[Step | Sequence[Need], list[Logits], None]
 
 
-def stepwise(first: StreamLogits, chooser: Chooser, *, limit: int) -> Strategy:
+def stepwise(first: StreamLogits, chooser: Chooser, *, limit: int, start: int = 0) -> Strategy:
     """Both streams side by side: every choice is the contrast of logits that were decoded together.
 
     Args:
         limit: tokens at most.
+        start: tokens that the answer has already; `first` is what follows them.
 
     Raises:
         NumericalError: a stream produced NaN.
     """
     safe, adversarial = first
-    for position in range(limit):
+    for position in range(start, limit):
         step = chooser.choose(chooser.look(safe, position), adversarial)
         if step is None:
             return

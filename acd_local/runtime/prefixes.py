@@ -30,7 +30,7 @@ class PrefixStore:
 
     def __init__(self, *, eager: bool, exact: bool = False) -> None:
         self._eager = eager or exact
-        self._exact = exact
+        self.exact = exact
         self._snapshots: OrderedDict[Key, Snapshot] = OrderedDict()
         self._held: dict[Cache, Key] = {}
 
@@ -50,7 +50,7 @@ class PrefixStore:
                 key = ()  # the user's text merged into the scaffold's last token
             self._rescue(cache, prompt)
             self._held[cache] = key
-            common = 0 if self._exact else common_prefix(cache.tokens, prompt)
+            common = 0 if self.exact else common_prefix(cache.tokens, prompt)
             kept = cache.rewind(min(common, len(prompt) - 1))
             if kept >= len(key):
                 continue
@@ -66,7 +66,7 @@ class PrefixStore:
     def _rescue(self, cache: Cache, prompt: Sequence[int]) -> None:
         """Save the system prompt that `cache` holds if `prompt` is about to overwrite it for the first time."""
         key = self._held.get(cache, ())
-        leaves = common_prefix(key, prompt) < len(key) <= len(cache.tokens)
+        leaves = common_prefix(key, prompt) < len(key) == common_prefix(key, cache.tokens)
         if not self._eager and leaves and key not in self._snapshots and cache.rewind(len(key)) == len(key):
             self._save(cache, key)
 

@@ -12,6 +12,7 @@ from typing import Self, TypeAlias
 from acd_local.errors import ContextError, UsageError
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime.guard import TooLong, no_check
+from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.rows import RowTable
 from acd_local.runtime.template import ChatTemplate, Message, Role
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
@@ -23,6 +24,8 @@ ANSWER_ROOM = 512
 _CHARACTERS_PER_TOKEN = 64
 # Characters up to which a conversation's tokens are counted though it does not fit: the error's text names them.
 _COUNTED = 262_144
+
+_WORDS = ("a", "Z")  # messages that begin and end with different characters
 
 _ROLES: tuple[Role, Role] = ("user", "assistant")
 
@@ -187,6 +190,29 @@ class PromptBuilder:
             dropped=dropped,
             room=self._n_ctx - longest if max_tokens is None else min(max_tokens, self._n_ctx - longest),
         )
+
+    def last_message(
+        self,
+        framing: Framing,
+        system: str | None,
+        turns: Sequence[Message],
+        tokens: Sequence[int],
+        check: Callable[[], None] = no_check,
+    ) -> tuple[int, int]:
+        """Where the last message begins in the positive stream's prompt, and where it ends; either may be a token off.
+
+        Found by trying, as `ChatTemplate.prefix` does.
+
+        Args:
+            turns: those that are in the prompt.
+            tokens: the prompt.
+        """
+        (opening,) = framing.openings(system, contrast=False)
+        rows, past = self._rows(opening), [*opening.messages, *turns[:-1]]
+        others = [self._template.encode([*past, Message("user", word)], rows=rows, check=check) for word in _WORDS]
+        start = min(len(tokens) - 1, *(common_prefix(tokens, other) for other in others))
+        behind = min(common_prefix(tokens[:start:-1], other[::-1]) for other in others)
+        return start, len(tokens) - behind
 
     def _fit(
         self, attempt: _Attempt, turns: Sequence[Message], room: int, overflow: str, *, explicit: bool

@@ -1,29 +1,37 @@
-"""Reads a model's hidden states while it reads a conversation, in a llama_context of its own with one sequence.
+"""Reads a model's hidden states while it reads a conversation, in a llama_context of its own that holds one.
 
-What is read is the mean of a layer's output over some tokens, for some layers in the middle of the model: that is where
-models tell harmful requests from harmless ones best (docs/fit.md has the figures).
+What is read are the outputs of some layers in the middle of the model: that is where models tell harmful requests from
+harmless ones best (docs/fit.md has the figures). llama.cpp calls Python at every node of such a context's graphs, so
+that answers are decoded elsewhere: what was read here is copied there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from acd_local.errors import ContextError
 from acd_local.runtime import llama
-from acd_local.runtime.llama import States
+from acd_local.runtime.llama import Logits, States
 from acd_local.runtime.prefixes import common_prefix
-from acd_local.runtime.streams import Cache
+from acd_local.runtime.streams import Cache, Feed, extend
+
+READ_TOKENS = 1024  # of a conversation that are read at once; it takes as many cells of memory per stream
 
 
 class Reader:
-    """Holds one conversation at a time; a prompt that begins like the one before is decoded from there on.
+    """Holds one conversation at a time; one that begins like the one before is decoded from there on.
 
     Args:
         layers: whose output is read, each below the last one, which llama.cpp computes for some rows only.
         n_ctx: tokens that a conversation may have.
+        n_seq: of the contexts with which sequences are to be exchanged: llama.cpp's saved states agree only where this
+            does. One sequence is used.
+
+    Attributes:
+        cache: what it holds.
 
     Raises:
         OutOfMemoryError.
@@ -37,38 +45,104 @@ class Reader:
         n_ctx: int,
         threads: int,
         kv_type: str = "f16",
+        n_seq: int = 1,
         lock: Any = None,
     ) -> None:
+        self.layers = tuple(layers)
         self._context = llama.Context(
-            model, n_ctx=n_ctx, n_seq=1, kv_type=kv_type, threads=threads, capture=layers, lock=lock
+            model, n_ctx=n_ctx, n_seq=n_seq, kv_type=kv_type, threads=threads, capture=layers, lock=lock
         )
-        self._cache = Cache(self._context, 0, n_ctx)
+        self.cache = Cache(self._context, 0, n_ctx)
+        self._whole: int | None = None  # from this token on, later layers were left out; None: nowhere
+
+    @property
+    def n_ctx(self) -> int:
+        return self.cache.n_ctx
 
     def read(self, tokens: Sequence[int], start: int) -> States:
-        """The layers' states at tokens[start:], shape (layers, len(tokens) - start, n_embd).
+        """The layers' states at tokens[start:], shape (layers, len(tokens) - start, n_embd); later layers are left out.
 
         Raises:
             ContextError: the tokens do not fit.
             ModelError: llama.cpp cannot name this architecture's layers.
+            llama.DecodeAborted: cancelled.
         """
-        if len(tokens) > self._cache.n_ctx:
-            raise ContextError(f"{len(tokens)} tokens do not fit the {self._cache.n_ctx} that are read at once")
-        kept = self._cache.rewind(min(start, common_prefix(self._cache.tokens, tokens)))
+        if len(tokens) > self.n_ctx:
+            raise ContextError(f"{len(tokens)} tokens do not fit the {self.n_ctx} that are read at once")
+        kept = self._keep(min(start, common_prefix(self.cache.tokens, tokens)))
+        self._whole = kept if self._whole is None else self._whole
         found = []
         for at in range(kept, len(tokens), self._context.n_batch):
             found.append(self._decode(tokens[at : at + self._context.n_batch]))
         return np.concatenate(found, axis=1)[:, start - kept :]
 
+    def decode(
+        self, tokens: Sequence[int], start: int, on_batch: Callable[[int], None] | None = None
+    ) -> tuple[States, Logits]:
+        """The states at tokens[start:] as in `read`, and the logits after the last of them, shape (n_vocab,).
+
+        The batches are those in which `streams.extend` decodes a prompt, and so are the logits, which are llama.cpp's
+        own memory. The cache is to hold at most tokens[:start], and nothing that went through some layers alone.
+
+        Args:
+            on_batch: see `streams.extend`.
+        """
+        kept = len(self.cache.tokens)
+        assert kept <= start and self._whole is None
+        found: list[States] = []
+
+        def collect(rows: int) -> None:
+            if rows:
+                found.append(self._context.captured())
+            if on_batch is not None:
+                on_batch(rows)
+
+        (logits,) = extend([Feed(self.cache, tokens[kept:])], collect)
+        found.append(self._context.captured())
+        return np.concatenate(found, axis=1)[:, start - kept :], logits[0]
+
+    def forget_parts(self) -> None:
+        """Forget what went through some layers alone: what is left can be gone on with by `decode`."""
+        if self._whole is not None:
+            self._keep(self._whole)
+            self._whole = None
+
+    def adopt(self, source: Cache, tokens: Sequence[int], most: int) -> None:
+        """Take over what another cache holds of tokens[:most], where that is more than this one does."""
+        held, mine = (min(most, common_prefix(cache.tokens, tokens)) for cache in (source, self.cache))
+        length, model = len(source.tokens), source.context.model
+        if mine < len(self.cache.tokens) and model.n_swa:
+            mine -= 1  # a window that was adopted cannot go back
+        if held <= mine or length > self.n_ctx or (held < length and model.keeps_state):
+            return
+        self.cache.restore(source.save())
+        self._whole = None
+        self._keep(held)
+
+    def resume(self) -> None:
+        self._context.resume()
+
+    def cancel(self) -> None:
+        """Stop what is being read. Safe from any thread."""
+        self._context.cancel()
+
     def close(self) -> None:
         self._context.close()
 
+    def _keep(self, length: int) -> int:
+        kept = self.cache.rewind(length)
+        if self._whole is not None and kept <= self._whole:
+            self._whole = None
+        return kept
+
     def _decode(self, tokens: Sequence[int]) -> States:
-        n, at = len(tokens), len(self._cache.tokens)
+        n, at = len(tokens), len(self.cache.tokens)
         try:
             self._context.decode(tokens, [0] * n, range(at, at + n), [0] * n, captured_alone=True)
             states = self._context.captured()
         except BaseException:
-            self._cache.clear()
+            self.cache.clear()
+            self._whole = None
             raise
-        self._cache.tokens.extend(tokens)
+        self.cache.tokens.extend(tokens)
         return states

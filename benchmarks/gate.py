@@ -1,0 +1,123 @@
+"""Measure what a pair's gate costs ordinary requests: first token and time per token, over plain llama.cpp.
+
+    python benchmarks/gate.py MODEL [--pair NAME|FILE] [--rounds 5] [--tokens 64] [--threads N]
+
+Requests of about 12, 100 and 1,000 tokens are answered greedily by llama_decode and argmax alone, by the engine as it
+is (no pair, gate off) and with the gate, in turns, every second round backwards; system prompts are decoded before.
+Ratios are to plain llama.cpp in the same round, their medians are printed. Rounds in which the gate gives the request
+to the pair do not count: it is no ordinary one to it. Run it where nothing else runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from acd_local import models, pairs
+from acd_local.bench import PLAIN, QUESTIONS, Measured, decode_plain, in_turns, measure, warm_up
+from acd_local.errors import AcdError
+from acd_local.latency import long_question
+from acd_local.options import Options
+from acd_local.pairs import PromptPair
+from acd_local.runtime import llama, probe
+from acd_local.runtime.prefixes import common_prefix
+from acd_local.runtime.prompts import Framing
+from acd_local.runtime.template import Message
+from acd_local.session import Engine
+
+LENGTHS = {"short": 0, "medium": 100, "long": 1000}  # tokens; 0: the questions as they are
+CTX_SIZE = 2048
+AS_IS, GATED = "as is, gate off", "gated"
+
+
+def chosen_pair(model: str, name: str | None) -> PromptPair:
+    pair = pairs.find(name) if name else pairs.best_for(probe.verify(models.resolve(model)))
+    if pair is None or pair.gate is None:
+        sys.exit("no pair with a gate for this model: give one with --pair, or make one with acd fit")
+    return pair
+
+
+def request(engine: Engine, length: int, number: int) -> str:
+    """Another one for each number."""
+    return long_question(engine, number, length) if length else QUESTIONS[number % len(QUESTIONS)]
+
+
+def tokens_of(engine: Engine, text: str) -> tuple[list[int], int]:
+    """The prompt as the model is asked without any pair, and how many tokens of it come before the user's."""
+    prompt, other = (engine.template.encode([Message("user", words)]) for words in (text, "?"))
+    return prompt, common_prefix(prompt, other)
+
+
+class Ways:
+    """The engines, and what they said."""
+
+    def __init__(self, model: str, pair: PromptPair, tokens: int, threads: int | None) -> None:
+        self.engines = {n: Engine(model, pair=pair, ctx_size=CTX_SIZE, threads=threads) for n in (AS_IS, GATED)}
+        self.pair, self.tokens, first = pair, tokens, self.engines[AS_IS]
+        self.bare = llama.Context(first._model, n_ctx=CTX_SIZE, n_seq=1, threads=first.threads)
+        self.decisions: list[str] = []
+        for engine in self.engines.values():
+            warm_up(engine, tokens)
+
+    def ask(self, name: str, text: str) -> Measured:
+        options = Options(temp=0, max_tokens=self.tokens, gate=name == GATED, plain=name == AS_IS)
+        framing = Framing(None, None) if name == AS_IS else None
+        stream = self.engines[name].generate(text, options, framing=framing)
+        found = measure(self.engines[name], stream)
+        gate = stream.answer.gate
+        if gate is not None:
+            self.decisions.append("contrast" if gate.contrast_from is not None else gate.decision)
+        return found
+
+    def round(self, number: int, text: str) -> dict[str, tuple[float, float]]:
+        """(first token, time per token) over plain llama.cpp, by way; empty where the gate took the pair."""
+        prompt, held = tokens_of(self.engines[AS_IS], text)
+        plain = partial(decode_plain, self.bare, prompt, self.tokens, held=held)
+        base, found = in_turns(number, plain, {name: partial(self.ask, name, text) for name in self.engines})
+        if self.decisions[-1] == "contrast":
+            return {}
+        return {
+            name: ((m.first or 0.0) / base.first, m.seconds / base.seconds(m.steps) if m.steps else float("nan"))
+            for name, m in found.items()
+        }
+
+
+def show(kind: str, tokens: Sequence[int], rounds: Sequence[dict[str, tuple[float, float]]]) -> None:
+    counted = [found for found in rounds if found]
+    print(f"{kind}, {statistics.median(tokens):.0f} tokens with the template, {len(counted)} of {len(rounds)} ordinary")
+    for name in (AS_IS, GATED):
+        firsts, each = ([found[name][i] for found in counted if found[name][i] == found[name][i]] for i in (0, 1))
+        if firsts and each:
+            print(
+                f"  {name:<16} first token {statistics.median(firsts):5.2f}   per token {statistics.median(each):5.3f}"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--pair")
+    for name, value in (("rounds", 5), ("tokens", 64), ("threads", None)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    given = parser.parse_args()
+    try:
+        ways = Ways(given.model, chosen_pair(given.model, given.pair), given.tokens, given.threads)
+        print(f"ratios to {PLAIN}, pair {ways.pair.name}, {ways.engines[GATED].threads} threads")
+        for kind, length in LENGTHS.items():
+            texts = [request(ways.engines[AS_IS], length, number) for number in range(given.rounds + 1)]
+            lengths = [len(tokens_of(ways.engines[AS_IS], text)[0]) for text in texts]
+            rounds = [ways.round(number, text) for number, text in enumerate(texts)]
+            show(kind, lengths[1:], rounds[1:])  # the first one decodes the system prompts
+        print("decided:", ", ".join(f"{d} {ways.decisions.count(d)}" for d in dict.fromkeys(ways.decisions)))
+    except AcdError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
