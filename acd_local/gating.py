@@ -19,7 +19,7 @@ from acd_local.runtime.guard import no_check
 from acd_local.runtime.llama import Logits, States
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.prompts import Framing, Prompt
-from acd_local.runtime.reading import READ_TOKENS, Reader
+from acd_local.runtime.reading import Reader
 from acd_local.runtime.streams import Feed, Rows, Slot, extend
 from acd_local.runtime.template import Message
 
@@ -184,7 +184,7 @@ class Watch:
 
 
 def _fits(reader: Reader, tokens: Sequence[int]) -> bool:
-    return len(tokens) <= min(READ_TOKENS, reader.n_ctx)
+    return len(tokens) <= reader.at_once
 
 
 def _last_message(engine: Engine, gating: Gating, asked: Conversation, check: Callable[[], None]) -> tuple[int, int]:
@@ -207,7 +207,7 @@ def _parts(
         )
         return [(short.safe, _last_message(engine, gating, asked._replace(turns=turns, prompt=short), check)[0])]
     except ContextError:
-        return _excerpts(tokens, asked.prompt.safe_prefix, start, end, min(READ_TOKENS, reader.n_ctx))
+        return _excerpts(tokens, asked.prompt.safe_prefix, start, end, reader.at_once)
 
 
 def _excerpts(

@@ -27,7 +27,7 @@ from acd_local.runtime.lifetime import CLOSED
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.prefixes import PrefixStore, common_prefix
 from acd_local.runtime.prompts import Framing, Prompt, PromptBuilder
-from acd_local.runtime.reading import READ_TOKENS, Reader
+from acd_local.runtime.reading import Reader, read_at_once
 from acd_local.runtime.rowcosts import MOST, RowClock
 from acd_local.runtime.streams import Cache, Feed, Layout, Rows, Slot, Streams, extend
 from acd_local.runtime.template import ChatTemplate, Message
@@ -138,8 +138,9 @@ class Engine:
         self._kv_type = kv_type
         # Where the size of a context decides how positions turn, the reader's is the streams'.
         by_size = self._model.metadata(f"{self.info.architecture}.rope.scaling.original_context_length")
-        self._read_ctx = self.n_ctx if by_size else min(READ_TOKENS, self.n_ctx)
-        self._read_builder = PromptBuilder(self.template, min(READ_TOKENS, self.n_ctx), self._model.rows)
+        self._read_tokens = min(read_at_once(self._streams.contexts[0].n_seq), self.n_ctx)
+        self._read_ctx = self.n_ctx if by_size else self._read_tokens
+        self._read_builder = PromptBuilder(self.template, self._read_tokens, self._model.rows)
         self._row_clock = RowClock(
             rowcosts.file_for(
                 self.info.path,
@@ -373,6 +374,7 @@ class Engine:
                     self._model,
                     gate.layers,
                     n_ctx=self._read_ctx,
+                    at_once=self._read_tokens,
                     threads=self.threads,
                     kv_type=self._kv_type,
                     n_seq=self._streams.contexts[0].n_seq,

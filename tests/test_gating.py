@@ -21,7 +21,7 @@ import pytest
 import tiny_gguf
 from gates import HARMFUL, HARMLESS
 
-from acd_local import CancelToken, Engine, Options, aio, gating, session
+from acd_local import CancelToken, Engine, Options, aio, gating
 from acd_local.answers import Answer, GateDecision, GateRecord, PromptProgress
 from acd_local.batch import Batch
 from acd_local.cli.run import command
@@ -29,7 +29,7 @@ from acd_local.cli.shell import run_cli
 from acd_local.errors import EngineClosedError, ModelError, PairError, UsageError
 from acd_local.gate import WINDOW, Probe
 from acd_local.pairs import GateSettings, PromptPair
-from acd_local.runtime import llama
+from acd_local.runtime import llama, reading
 from acd_local.runtime.choice import Chooser, ContrastSettings
 from acd_local.runtime.prompts import Framing
 from acd_local.runtime.sampling import TokenSampler
@@ -132,8 +132,8 @@ def test_a_message_too_long_to_be_read_whole_is_read_in_places() -> None:
 @pytest.fixture
 def short_sight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers of 128 tokens."""
-    for module in (gating, session):
-        monkeypatch.setattr(module, "READ_TOKENS", 128)
+    for name in ("READ_TOKENS", "LEAST_TOKENS"):
+        monkeypatch.setattr(reading, name, 128)
 
 
 @pytest.mark.usefixtures("short_sight")

@@ -921,16 +921,12 @@ def test_all_methods_are_those_that_the_pair_allows(engine: Engine, folder: Path
     from acd_local.cli.evaluate import _methods
 
     given = {"soft": False, "methods": "all", "methods_file": [], "sweep": None}
-    assert "acd-soft" in [m.name for m in _methods(engine, given)[0]]
-    soft = [m.name for m in _methods(engine, given | {"soft": True})[0]]
+    assert "acd-soft" in [m.name for m in _methods(engine, engine.pair, given)[0]]
+    soft = [m.name for m in _methods(engine, engine.pair, given | {"soft": True})[0]]
     assert "acd-soft" in soft
     assert "acd" not in soft
     assert "base" in soft
-    engine.pair, kept = pairs.load(folder / "bare.toml"), engine.pair
-    try:
-        assert not [m.name for m in _methods(engine, given)[0] if m.soft]
-    finally:
-        engine.pair = kept
+    assert not [m.name for m in _methods(engine, pairs.load(folder / "bare.toml"), given)[0] if m.soft]
 
 
 # -- the chat and the list of pairs ------------------------------------------------------------------------------------

@@ -249,12 +249,12 @@ def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[l
 
     asked = given["methods"] or (DEFAULT_METHODS if pair.gate is None else DEFAULT_WITH_GATE)
     names = [name.strip() for name in asked.split(",") if name.strip()]
-    soft = engine.soft_pair() if given["soft"] or _may_be_soft(names, pair) else None
+    soft = engine.soft_pair(pair) if given["soft"] or _may_be_soft(names, pair) else None
     known = methods.builtin(pair, soft)
     for path in given["methods_file"]:
         known |= methods.load(path, pair, known, soft)
     if any(name not in known and name.removesuffix(methods.SOFT) in known for name in names) and soft is None:
-        engine.soft_pair()  # says what is missing
+        engine.soft_pair(pair)  # says what is missing
     if names == ["all"]:
         names = [name for name, method in known.items() if pair.gate is not None or not method.gate]
     swept_name = SWEEP_OF

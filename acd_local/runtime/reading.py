@@ -18,7 +18,14 @@ from acd_local.runtime.llama import Logits, States
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.streams import Cache, Feed, extend
 
-READ_TOKENS = 1024  # of a conversation that are read at once; it takes as many cells of memory per stream
+READ_TOKENS = 1024  # of a conversation that are read at once, at most
+LEAST_TOKENS = 256
+CELLS = 2048  # of KV memory that a reader may take: as many for each stream of the contexts it copies to
+
+
+def read_at_once(n_seq: int) -> int:
+    """How many tokens of a conversation are read at once, beside contexts of `n_seq` sequences."""
+    return min(READ_TOKENS, max(LEAST_TOKENS, CELLS // n_seq))
 
 
 class Reader:
@@ -27,11 +34,12 @@ class Reader:
     Args:
         layers: whose output is read, each below the last one, which llama.cpp computes for some rows only.
         n_ctx: tokens that a conversation may have.
+        at_once: of these, how many are read at once at most; None: all.
         n_seq: of the contexts with which sequences are to be exchanged: llama.cpp's saved states agree only where this
             does. One sequence is used.
 
     Attributes:
-        cache: what it holds.
+        cache: what it holds. at_once: how many tokens are read at once at most.
 
     Raises:
         OutOfMemoryError.
@@ -45,10 +53,12 @@ class Reader:
         n_ctx: int,
         threads: int,
         kv_type: str = "f16",
+        at_once: int | None = None,
         n_seq: int = 1,
         lock: Any = None,
     ) -> None:
         self.layers = tuple(layers)
+        self.at_once = min(at_once or n_ctx, n_ctx)
         self._context = llama.Context(
             model, n_ctx=n_ctx, n_seq=n_seq, kv_type=kv_type, threads=threads, capture=layers, lock=lock
         )
