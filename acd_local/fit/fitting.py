@@ -24,6 +24,7 @@ from acd_local.fit.notes import Notes
 from acd_local.fit.states import Floats, layers_of
 from acd_local.fit.training import KINDS, Rows, Trained, kind_of, train
 from acd_local.fit.workbench import Bench, opening
+from acd_local.gating import LOOKED_AT
 from acd_local.optimize import anchors
 from acd_local.optimize.anchors import Instruction
 from acd_local.optimize.job import Clock, Listener, duration
@@ -239,7 +240,7 @@ class Fitting:
             self.found.style = self._kept_style()
             return f"that of {self.job.kept.name}"
         groups = self._passing()
-        every = candidates.declining(self.found.own)
+        every = [c for c in candidates.declining(self.found.own) if self._bench.takes(c)]
         first = self._openings(groups, every, self._many(FIRST), "positive text")
         order = sorted(range(len(every)), key=lambda i: -first[i]["safety"])[:FEW]
         second = self._openings(groups, [every[i] for i in order], self._many(SECOND), "positive text")
@@ -371,16 +372,17 @@ class Fitting:
             (i, reply.tokens[:LOOK])
             for kind in KINDS
             for i, reply in zip(groups[kind], measured.replies[kind], strict=True)
-            if reply.label == "answer" and len(reply.tokens) >= LOOK // 4
+            if reply.label == "answer" and len(reply.tokens) >= LOOKED_AT
         ]
         if sum(i.kind == "harmful" for i, _ in rows) < 10 or sum(i.kind == "harmless" for i, _ in rows) < 10:
             return "too few answers to learn from: answers are not read"
         base = self._base
-        key = key_of({"base": base, "layers": self.found.layers, "rows": [[i.id, list(t)] for i, t in rows]})
+        what = {"base": base, "layers": self.found.layers, "tokens": LOOKED_AT}
+        key = key_of(what | {"rows": [[i.id, list(t)] for i, t in rows]})
 
         def locate(row: tuple[Instruction, tuple[int, ...]]) -> tuple[list[int], int]:
             prompt = self._bench.prompt(base, row[0].prompt)
-            return [*prompt, *row[1]], len(prompt)
+            return [*prompt, *row[1]], len(prompt) + len(row[1]) - LOOKED_AT
 
         clock = Clock("reading answers", 0, len(rows), self._listener.progress)
         path = self.job.folder / f"answers-{key[:16]}.f32"
@@ -395,7 +397,7 @@ class Fitting:
         self.found.answer_threshold = choose.answer_threshold(trained.probabilities[~kinds.harmful])
         caught = float((trained.probabilities[kinds.harmful] >= self.found.answer_threshold).mean())
         self.found.figures["second_look"] |= {"caught": round(caught, 4)}
-        return f"area under the curve {area:.3f}, {caught:.0%} of answers to harmful requests turn within {LOOK} tokens"
+        return f"area under the curve {area:.3f}, {caught:.0%} of answers to harmful requests turn at {LOOK} tokens"
 
     def _judge(self) -> str:
         """The model as it is and with the pair, on instructions that nothing was chosen on."""

@@ -81,8 +81,8 @@ def prepare(request: Request) -> Job:
     pairfile.check_target(out, force=request.force)
     instructions = anchors.builtin() if request.anchors is None else anchors.read(request.anchors)
     info = probe.verify(path)
-    if info.n_layers < 3:
-        raise ModelError(f"{path.name}: acd fit needs a model of 3 layers or more: a gate reads one in the middle")
+    if info.n_layers < 2:
+        raise ModelError(f"{path.name}: acd fit needs a model of 2 layers or more: a gate reads one before the last")
     digest = digest_of(path)
     return Job(
         request=request,

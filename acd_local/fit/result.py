@@ -43,7 +43,8 @@ def pair_file(fitting: Fitting) -> PairFile:
     if job.kept is not None:
         safe, adversarial = job.kept.safe, job.kept.adversarial.reveal_for_negative_stream()
         numbers = {"alpha": job.kept.alpha, "beta": job.kept.beta}
-        soft = {"alpha": job.kept.soft_alpha, "beta": job.kept.soft_beta} if job.soft else {}
+        preferred = getattr(job.kept, "soft_preferred", False) or None
+        soft = {"alpha": job.kept.soft_alpha, "beta": job.kept.soft_beta, "preferred": preferred} if job.soft else {}
     else:
         assert found.positive is not None
         assert found.negative is not None

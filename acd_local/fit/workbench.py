@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from acd_local.errors import UsageError
 from acd_local.fit.answers import NO_PAIR
+from acd_local.fit.candidates import Candidate
 from acd_local.fit.states import Floats, Located, Row, read_all
 from acd_local.optimize import memory
 from acd_local.optimize.openings import Openings, answer_tokens
@@ -54,6 +56,14 @@ class Bench:
     def prompt(self, system: str | None, user: str) -> list[int]:
         """A conversation's tokens."""
         return self.template.encode([*opening(system), Message("user", user[:LONGEST])])
+
+    def takes(self, candidate: Candidate) -> bool:
+        """Whether the template takes the candidate's demonstrations; some take one turn alone."""
+        try:
+            self.template.encode([*opening(candidate.text, candidate.shots), Message("user", "a")])
+        except UsageError:
+            return False
+        return True
 
     def start(self, system: str | None) -> int:
         """Where the tokens of a user's message begin."""
