@@ -29,7 +29,13 @@ PROGRAM = "acd fit"
 @click.option(
     "--budget", default="30m", show_default=True, metavar="TIME", help="Time for everything: 90s, 30m, 2h; 30 is 30m."
 )
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Noted in the result.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Which instructions texts are chosen on, and judged on.",
+)
 @click.option(
     "--anchors",
     type=flags.file_name,

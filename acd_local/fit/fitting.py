@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from acd_local.errors import ModelError
+from acd_local.evaluate.sets import item_seed
 from acd_local.evaluate.stats import Estimate, mean
 from acd_local.fit import candidates, choose, result
 from acd_local.fit.answers import Reply, Respondent, Style
@@ -447,9 +448,9 @@ class Fitting:
         return max(4, round(count * min(1.0, 2 * self._share)))
 
     def _read_instructions(self) -> list[Instruction]:
-        """The anchors that are read, by what their texts hash to; of ordinary ones no more than of the others."""
+        """The anchors that are read, in an order that the seed decides; of the many ordinary ones a part."""
         by_kind: dict[str, list[Instruction]] = {kind: [] for kind in KINDS}
-        for i in sorted(self.job.instructions, key=lambda i: i.id):
+        for i in sorted(self.job.instructions, key=lambda i: item_seed(self.job.request.seed, i.id)):
             by_kind[kind_of(i)].append(i)
         if not by_kind["harmful"] or not by_kind["ordinary"]:
             raise ModelError("anchors of both kinds are needed")

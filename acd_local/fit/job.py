@@ -32,6 +32,7 @@ class Request:
         keep: name or file of a pair whose texts, soft prompts and settings are kept: it is given a gate alone.
         anchors: the user's own instructions; None: the built-in ones.
         budget: seconds.
+        seed: decides which instructions texts are chosen on and the result is judged on; nothing else is drawn.
         threads: None: $ACD_THREADS, or the physical cores.
         force: replace files of an earlier result.
         command: as it was typed, for the report.
