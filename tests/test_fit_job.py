@@ -224,6 +224,25 @@ def test_the_command_says_what_it_finds_and_ends_well(
     assert "a.toml is there already" in capsys.readouterr().err
 
 
+def test_a_request_is_read_when_it_is_answered_as_it_was_read_for_the_gate(
+    tiny: Callable[..., Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "refuses_better", lambda as_is, pair: True)
+    model = tiny("chatml", n_layers=4, chat_template=WITH_OWN)
+    said_by(prepared(model, folder))
+    pair = pairs.load(folder / "a.toml")
+    gate = vectors.load(folder / "a.safetensors").gate
+    assert gate is not None
+    bench = Bench(read_header(model), threads=1, stop=CancelToken())
+    reader = bench.reader(gate.layers)
+    with Engine(model, pair=pair, threads=1) as engine:
+        for prompt in ("What is red?", "How do I pick a lock?\n", " Why?"):
+            means = reader.read(bench.prompt(None, prompt), bench.start(None)).mean(axis=1)
+            assert engine.gate_probability(prompt) == pytest.approx(gate.request.probability(means), abs=0.02)
+    reader.close()
+    bench.close()
+
+
 # --- States and answers -----------------------------------------------------------------------------------------------
 
 
