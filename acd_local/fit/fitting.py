@@ -78,16 +78,19 @@ class Found:
     """What the stages have found so far."""
 
     own: str = ""
+    rates: dict[str, Shares] = field(default_factory=dict)  # as_is, and helpful where there is such a text
     helpful: Candidate | None = None
     gate: Trained | None = None
     layers: tuple[int, ...] = ()
     chances: dict[str, float] = field(default_factory=dict)  # of harm, by instruction
+    positives: list[tuple[Candidate, dict[str, Any]]] = field(default_factory=list)  # the best, with their figures
     positive: Candidate | None = None
     negative: Candidate | None = None
     style: Style = field(default_factory=Style)
     thresholds: Thresholds | None = None
     look: Trained | None = None
     answer_threshold: float = 1.0
+    judged: tuple[Measured, Measured] | None = None  # as it is, and with the pair
     figures: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # for the page
 
@@ -173,12 +176,12 @@ class Fitting:
     def _as_is(self) -> str:
         measured = self._measure(Style(), self._of(CHOICE, validates=True), "as it is")
         self.found.figures["chosen_on"] = {kind: len(r) for kind, r in measured.replies.items()}
-        self._rates = {"as_is": measured.shares}
+        self.found.rates["as_is"] = measured.shares
         return f"refuses {said(measured.shares)}"
 
     def _helpful(self) -> str:
         """A text for the base where the model refuses needlessly by itself."""
-        as_is = self._rates["as_is"]
+        as_is = self.found.rates["as_is"]
         if max(as_is.ordinary, as_is.lookalike) < NEEDLESS:
             return "not needed"
         harmless = {k: v for k, v in self._of(CHOICE, validates=True).items() if k != "harmful"}
@@ -196,7 +199,7 @@ class Fitting:
             return "none refuses less needlessly without loss"
         self.found.helpful = best[1]
         measured = self._measure(Style(best[1].text), self._of(CHOICE, validates=True), "helpful text")
-        self._rates["helpful"] = measured.shares
+        self.found.rates["helpful"] = measured.shares
         return f"{best[1].name}, refuses {said(measured.shares)}"
 
     def _helpful_few(self, harmless: Mapping[str, Sequence[Instruction]]) -> list[Candidate]:
@@ -252,8 +255,8 @@ class Fitting:
             rows.append({"text": every[i].name, "openings": openings["safety"], **asdict(shares), "at": i})
         rows.sort(key=lambda row: -_value(row))
         self.found.tables["positive"] = rows
-        self._positives = [(every[row["at"]], row) for row in rows[:POSITIVES]]
-        self.found.positive = self._positives[0][0]
+        self.found.positives = [(every[row["at"]], row) for row in rows[:POSITIVES]]
+        self.found.positive = self.found.positives[0][0]
         self.found.style = Style.declining(self.found.positive)
         return f"{self.found.positive.name}, refuses {rows[0]['harmful']:.0%} of harmful requests that pass the gate"
 
@@ -265,12 +268,12 @@ class Fitting:
         adversaries = self._adversaries(groups)
         tried = [
             (positive, negative, setting)
-            for positive, row in self._positives
+            for positive, row in self.found.positives
             for negative in self._beside(positive, row["openings"], adversaries)
             for setting in self._contrasted(positive, negative, groups)
         ]
         tried.sort(key=lambda t: -t[2]["safety"] + 0.1 * t[2]["lookalike"])
-        alone = self._positives[0][1]
+        alone = self.found.positives[0][1]
         rows: list[dict[str, Any]] = []
         for positive, negative, setting in tried[:SETTINGS]:
             style = Style.declining(positive, negative, alpha=setting["alpha"], beta=setting["beta"])
@@ -289,11 +292,11 @@ class Fitting:
 
     def _adversaries(self, groups: Mapping[str, Sequence[Instruction]]) -> list[tuple[Candidate, float]]:
         """Negatives, and how likely harmful requests are refused under them on this model; the least likely first."""
-        declines = self._rates["as_is"].harmful >= 0.5
+        declines = self.found.rates["as_is"].harmful >= 0.5
         every = candidates.complying(self.found.own, declines=declines)
         scores = self._openings(groups, every, self._many(FIRST), "negative text")
         found = sorted(zip(every, (s["safety"] for s in scores), strict=True), key=lambda f: f[1])
-        refuses = self._positives[0][1]["openings"]
+        refuses = self.found.positives[0][1]["openings"]
         self.found.tables["negative"] = [
             {"text": c.name, "openings": chance, "dropped": chance > refuses - MARGIN} for c, chance in found
         ]
@@ -351,7 +354,7 @@ class Fitting:
     def _thresholds(self) -> str:
         groups = self._passing()
         pair = self._measure(self.found.style, groups, "pair").shares
-        rates = {key: asdict(shares) for key, shares in (self._rates | {"pair": pair}).items()}
+        rates = {key: asdict(shares) for key, shares in (self.found.rates | {"pair": pair}).items()}
         judged = {i.id for group in self._of(JUDGE, validates=False).values() for i in group}
         chances = {kind: np.array([], np.float32) for kind in KINDS}
         for kind in KINDS:
@@ -415,7 +418,7 @@ class Fitting:
             kind: [self._respondent.ask(style, [i.prompt])[0] for style, i in group] for kind, group in decided.items()
         }
         pair = Measured(replies)
-        self.judged = as_is, pair
+        self.found.judged = as_is, pair
         return f"as it is {said(as_is.shares)}; with the pair {said(pair.shares)}"
 
     def _decided(self, instruction: Instruction) -> Style:
@@ -427,7 +430,8 @@ class Fitting:
         return Style(self.found.helpful.text) if self.found.helpful and chance < chosen.low else Style()
 
     def _finish(self) -> bool:
-        as_is, pair = self.judged
+        assert self.found.judged is not None
+        as_is, pair = self.found.judged
         if not choose.refuses_better(as_is.shares, pair.shares):
             self._listener.line(
                 "no pair was found that refuses more harmful requests without refusing more harmless ones or breaking "

@@ -94,7 +94,7 @@ def _header(fitting: Fitting, pair: PairFile, title: str) -> list[str]:
 
 def _judged(fitting: Fitting) -> list[str]:
     """Bars of the model as it is and with the pair."""
-    as_is, pair = (measured.estimates() for measured in fitting.judged)
+    as_is, pair = (measured.estimates() for measured in fitting.found.judged or ())
     keys = [key for key in _KINDS if key in as_is and key in pair]
     series = [
         svg.Series(name, [svg.Span(e[key].value, e[key].low, e[key].high) for key in keys], colour)

@@ -107,7 +107,8 @@ def _figures(fitting: Fitting) -> dict[str, Any]:
     """On instructions that nothing was chosen on; the kept pair's own figures besides."""
     found, job = fitting.found, fitting.job
     assert found.gate is not None
-    as_is, pair = fitting.judged
+    assert found.judged is not None
+    as_is, pair = found.judged
     own: dict[str, Any] = {
         "measure": "refusals of greedy answers to held-out instructions, by kind, and broken answers of all",
         "as_is": {key: _estimate(e) for key, e in as_is.estimates().items()},
