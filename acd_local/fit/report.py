@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from acd_local import __version__
 from acd_local.evaluate import svg
+from acd_local.fit.found import Found
+from acd_local.fit.lab import Lab
 from acd_local.optimize.report import NEGATIVE_ONLY, _Column, _decimal, _duration, _Numbers, _section, _table, _text
-
-if TYPE_CHECKING:
-    from acd_local.fit.fitting import Fitting
-    from acd_local.pairfile import PairFile
+from acd_local.pairfile import PairFile
 
 _KINDS = {"harmful": "harmful", "ordinary": "ordinary", "lookalike": "look-alike", "broken": "broken answers"}
 _HEADS = {
@@ -37,14 +36,14 @@ _HEADS = {
 _PERCENT = {"openings", "harmful", "ordinary", "lookalike", "broken"}
 
 
-def render(fitting: Fitting, pair: PairFile) -> str:
+def render(lab: Lab, found: Found, pair: PairFile) -> str:
     """The whole page."""
-    job = fitting.job
+    job = lab.job
     title = f"Pair fitted to {job.info.name or job.info.path.name}"
     css = resources.files("acd_local.evaluate").joinpath("report.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     counts = _Numbers("Table")
-    tables = fitting.found.tables
+    tables = found.tables
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -52,8 +51,8 @@ def render(fitting: Fitting, pair: PairFile) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta name="referrer" content="no-referrer">',
         f"<title>{_text(title)}</title><style>{css}</style></head><body><main>",
-        *_header(fitting, pair, title),
-        *_section("Result", [*_judged(fitting), *_texts(pair)]),
+        *_header(lab, found, pair, title),
+        *_section("Result", [*_judged(found), *_texts(pair)]),
         *_section("Gate", _tried("layers", "Layers alone, categories held out.", tables, counts)),
         *_section("Helpful text", _tried("helpful", "Texts for the base, greedy answers.", tables, counts)),
         *_section("Positive text", _tried("positive", "The best texts, greedy answers.", tables, counts)),
@@ -64,7 +63,7 @@ def render(fitting: Fitting, pair: PairFile) -> str:
                 *_tried("contrast", "The best settings, greedy answers.", tables, counts),
             ],
         ),
-        *_section("Time", _times(fitting, counts)),
+        *_section("Time", _times(lab, counts)),
         "<footer><p>Figures of texts and settings are of instructions that they were chosen on, those of the result "
         "of others. The adversarial prompt is never answered from. This page holds no anchors and no answers.</p>"
         "</footer>",
@@ -73,8 +72,8 @@ def render(fitting: Fitting, pair: PairFile) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _header(fitting: Fitting, pair: PairFile, title: str) -> list[str]:
-    job, found = fitting.job, fitting.found
+def _header(lab: Lab, found: Found, pair: PairFile, title: str) -> list[str]:
+    job = lab.job
     info, gate = job.info, pair.gate
     areas = found.gate.areas if found.gate else {}
     facts = {
@@ -92,9 +91,9 @@ def _header(fitting: Fitting, pair: PairFile, title: str) -> list[str]:
     return [*out, "</dl></header>"]
 
 
-def _judged(fitting: Fitting) -> list[str]:
+def _judged(found: Found) -> list[str]:
     """Bars of the model as it is and with the pair."""
-    as_is, pair = (measured.estimates() for measured in fitting.found.judged or ())
+    as_is, pair = (measured.estimates() for measured in found.judged or ())
     keys = [key for key in _KINDS if key in as_is and key in pair]
     series = [
         svg.Series(name, [svg.Span(e[key].value, e[key].low, e[key].high) for key in keys], colour)
@@ -140,7 +139,7 @@ def _shown(name: str, value: Any) -> str:
     return f"{value:.4f}" if name == "area" else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _times(fitting: Fitting, counts: _Numbers) -> list[str]:
-    seconds = {name: s for name, s in fitting.notes.seconds.items() if s}
+def _times(lab: Lab, counts: _Numbers) -> list[str]:
+    seconds = {name: s for name, s in lab.notes.seconds.items() if s}
     texts = [_duration(s) for s in (*seconds.values(), sum(seconds.values()))]
     return _table("stages", counts.caption("Stages."), "stage", [*seconds, "all"], [_Column("time", texts)])

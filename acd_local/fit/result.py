@@ -4,40 +4,40 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from acd_local import __version__, pairfile
 from acd_local.evaluate.stats import Estimate
+from acd_local.fit.found import Found
+from acd_local.fit.lab import Lab
+from acd_local.fit.probes import LOOK
 from acd_local.fit.report import render
 from acd_local.gate import Gate
 from acd_local.optimize import anchors
 from acd_local.pairfile import PairFile
 from acd_local.vectors import Vectors
 
-if TYPE_CHECKING:
-    from acd_local.fit.fitting import Fitting
 
-
-def write(fitting: Fitting) -> None:
+def write(lab: Lab, found: Found) -> None:
     """NAME.toml, NAME.safetensors and NAME.report.html.
 
     Raises:
         UsageError, StorageError: they cannot be written.
     """
-    pair = pair_file(fitting)
-    pairfile.write(fitting.job.out, pair, Vectors(fitting.job.soft, gate(fitting)), render(fitting, pair))
+    pair = pair_file(lab, found)
+    pairfile.write(lab.job.out, pair, Vectors(lab.job.soft, gate(lab, found)), render(lab, found, pair))
 
 
-def gate(fitting: Fitting) -> Gate:
-    info, found = fitting.job.info, fitting.found
+def gate(lab: Lab, found: Found) -> Gate:
+    info = lab.job.info
     assert found.gate is not None
     answer = None if found.look is None else found.look.probe
     model = info.architecture, info.tokenizer, info.n_embd, info.n_layers, info.name
     return Gate(found.layers, found.gate.probe, answer, *model)
 
 
-def pair_file(fitting: Fitting) -> PairFile:
-    job, found, info = fitting.job, fitting.found, fitting.job.info
+def pair_file(lab: Lab, found: Found) -> PairFile:
+    job, info = lab.job, lab.job.info
     numbers: dict[str, Any] = {"alpha": found.style.alpha, "beta": found.style.beta}
     soft: dict[str, Any] = {}
     if job.kept is not None:
@@ -63,28 +63,25 @@ def pair_file(fitting: Fitting) -> PairFile:
             "n_layers": info.n_layers,
             "n_embd": info.n_embd,
         },
-        provenance=_provenance(fitting),
-        figures=_figures(fitting),
-        gate=_gate_table(fitting),
+        provenance=_provenance(lab, found),
+        figures=_figures(lab, found),
+        gate=_gate_table(found),
         made_by="acd fit",
     )
 
 
-def _gate_table(fitting: Fitting) -> dict[str, Any]:
-    found = fitting.found
+def _gate_table(found: Found) -> dict[str, Any]:
     assert found.thresholds is not None
     table: dict[str, Any] = {"threshold": found.thresholds.threshold}
     if found.helpful is not None and found.thresholds.low > 0:
         table |= {"helpful": found.helpful.text, "low": found.thresholds.low}
     if found.look is not None:
-        from acd_local.fit.fitting import LOOK
-
         table |= {"look": LOOK, "answer_threshold": round(found.answer_threshold, 4)}
     return table
 
 
-def _provenance(fitting: Fitting) -> dict[str, Any]:
-    job, found = fitting.job, fitting.found
+def _provenance(lab: Lab, found: Found) -> dict[str, Any]:
+    job = lab.job
     own: dict[str, Any] = {
         "method": "acd fit",
         "date": datetime.now(UTC).date(),
@@ -95,7 +92,7 @@ def _provenance(fitting: Fitting) -> dict[str, Any]:
         "seed": job.request.seed,
         "budget_seconds": job.request.budget,
         "anchors_sha256": anchors.digest(job.instructions),
-        "stage_seconds": {name: round(seconds, 1) for name, seconds in fitting.notes.seconds.items() if seconds},
+        "stage_seconds": {name: round(seconds, 1) for name, seconds in lab.notes.seconds.items() if seconds},
     }
     if job.kept is not None:
         return {**job.kept.provenance, "gate": own}
@@ -103,9 +100,9 @@ def _provenance(fitting: Fitting) -> dict[str, Any]:
     return own | {"texts": {key: c.name for key, c in names.items() if c is not None}}
 
 
-def _figures(fitting: Fitting) -> dict[str, Any]:
+def _figures(lab: Lab, found: Found) -> dict[str, Any]:
     """On instructions that nothing was chosen on; the kept pair's own figures besides."""
-    found, job = fitting.found, fitting.job
+    job = lab.job
     assert found.gate is not None
     assert found.judged is not None
     as_is, pair = found.judged
