@@ -128,7 +128,8 @@ class AnswerStream(Handle):
     """An answer of `Engine.generate`.
 
     Attributes:
-        seed: the seed in use. settings: the contrast's numbers in use. pair: the prompt pair in use.
+        seed: the seed in use. settings: the contrast's numbers in use. pair: the prompt pair in use, None: none.
+        soft: whether its soft prompts are.
     """
 
     def __init__(self, work: Answering) -> None:
@@ -137,6 +138,7 @@ class AnswerStream(Handle):
         self.seed = work.seed
         self.settings = work.settings
         self.pair = work.pair
+        self.soft = work.soft
 
     def skip(self) -> Answer:
         """Return the cancelled answer that it becomes if nobody begins to read it; nothing is decoded."""
@@ -190,7 +192,7 @@ class Answering:
         turns: Sequence[Message],
         options: Options,
         system: str | None,
-        pair: PromptPair,
+        pair: PromptPair | None,
         framing: Framing,
         soft: bool,
         divergence: bool,
@@ -203,6 +205,7 @@ class Answering:
         self._options = options
         self._system = system
         self.pair = pair
+        self.soft = soft
         self._framing = framing
         self._divergence = divergence
         self._trace = trace
@@ -432,12 +435,13 @@ def abort(routine: Routine, aborted: DecodeAborted) -> Item | None:
         return None
 
 
-def resolve_contrast(options: Options, pair: PromptPair, *, soft: bool = False) -> ContrastSettings:
+def resolve_contrast(options: Options, pair: PromptPair | None, *, soft: bool = False) -> ContrastSettings:
     """Which numbers apply: the option, else the pair's, else the default; `plain` is the safe prompt alone.
 
-    With `soft` the numbers of the pair's soft prompts come before its own.
+    Without a pair nothing is contrasted, whatever the options say. With `soft` the numbers of the pair's soft prompts
+    come before its own.
     """
-    if options.plain:
+    if options.plain or pair is None:
         return ContrastSettings(0.0, 0.0)
     alphas = (options.alpha, pair.soft_alpha if soft else None, pair.alpha, pairs.DEFAULT_ALPHA)
     betas = (options.beta, pair.soft_beta if soft else None, pair.beta, pairs.DEFAULT_BETA)

@@ -213,11 +213,11 @@ def _shard(text: str | None) -> tuple[int, int]:
 
 
 def _engine(model: str, given: dict[str, Any]) -> Engine:
-    from acd_local.session import Engine
+    from acd_local.session import Engine, measured_pair
 
     return Engine(
         model,
-        pair=given["pair"],
+        pair=measured_pair(model, given["pair"]),
         ctx_size=given["ctx_size"],
         conversations=given["parallel"],
         threads=given["threads"],
@@ -231,6 +231,7 @@ def _methods(engine: Engine, given: dict[str, Any]) -> tuple[list[Method], dict[
     """The methods in table order, those of a sweep last; and run.json's description of the sweep."""
     from acd_local.evaluate import methods
 
+    assert engine.pair is not None  # see _engine
     names = [name.strip() for name in given["methods"].split(",") if name.strip()]
     soft = engine.soft_pair() if given["soft"] or (engine.pair.vectors_path and _may_be_soft(names)) else None
     known = methods.builtin(engine.pair, soft)
@@ -287,7 +288,9 @@ def _info(
     from acd_local.answering import resolve_contrast
     from acd_local.options import Options
 
-    model, numbers = engine.info, resolve_contrast(Options(), engine.pair)
+    model, pair = engine.info, engine.pair
+    assert pair is not None  # see _engine
+    numbers = resolve_contrast(Options(), pair)
     options = ("temp", "max_tokens", "seed", "limit", "parallel", "ctx_size")
     return {
         "format": 1,
@@ -299,7 +302,7 @@ def _info(
             "size": model.size,
             "tokenizer": model.tokenizer,
         },
-        "pair": {"name": engine.pair.name, "alpha": numbers.alpha, "beta": numbers.beta},
+        "pair": {"name": pair.name, "alpha": numbers.alpha, "beta": numbers.beta},
         "options": {key: given[key] for key in options} | {"threads": engine.threads},
         "methods": [
             {

@@ -157,7 +157,8 @@ class Scoring:
 
         This is how the adversarial prompt's strength is measured: nothing is ever sampled under it.
         """
-        pair, manual = self._engine.pair, manual_pair()
+        manual = manual_pair()
+        pair = self._engine.pair or manual
         prompts: dict[str, Negative] = {
             "none": None,
             "safe": manual.safe,

@@ -70,8 +70,10 @@ class Framing:
             raise UsageError("a wrapper must hold {prompt} exactly once")
 
     @classmethod
-    def of(cls, pair: PromptPair, soft: SoftPair | None = None) -> Self:
-        """The pair's own two prompts: its texts, or the soft prompts."""
+    def of(cls, pair: PromptPair | None, soft: SoftPair | None = None) -> Self:
+        """The pair's own two prompts: its texts, or the soft prompts. Without a pair, the conversation as it is."""
+        if pair is None:
+            return cls(None, None)
         return cls(pair.safe, pair.adversarial) if soft is None else cls(soft.safe, soft.adversarial)
 
     def positive_texts(self) -> list[str | None]:
