@@ -388,7 +388,7 @@ class Engine:
             if pairs.fitted(self.pair, self.info):
                 return None
             verdict = quickcheck.check(self.info, self.pair, **given)
-            return f"the pair {self.pair.name!r} does harm here: {verdict}" if verdict.harms else None
+            return f"the pair {self.pair.name!r} does harm to this model ({verdict})" if verdict.harms else None
         lead = f"no prompt pair was made for {_model_name(self.info)}"
         default = next((pair for pair in pairs.available() if pair.name == _DEFAULT_PAIR), None)
         if default is None:

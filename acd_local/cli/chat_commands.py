@@ -135,7 +135,7 @@ def _switch_pair(app: ChatApp, pair: PromptPair | None) -> None:
         app.view.notice(f"pair {pair.name} was made for another model")
     verdict = quickcheck.kept(app.engine.info, pair, soft=app.engine.soft)
     if verdict is not None and verdict.harms:
-        app.view.notice(f"the pair {pair.name} does harm here: {verdict}")
+        app.view.notice(f"pair {pair.name} does harm to this model ({verdict})")
 
 
 def _set_number(option: str) -> Callable[[ChatApp, str], None]:
