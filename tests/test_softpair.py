@@ -678,7 +678,7 @@ def test_rows_of_another_run_are_refused(engine: Engine, folder: Path, tmp_path:
 
 
 def test_a_pair_without_soft_prompts_is_refused(engine: Engine, model: Path, folder: Path) -> None:
-    words = r"pair 'bare' has no soft prompts \(bare.safetensors beside it\): leave --soft out"
+    words = r"pair 'bare' has no soft prompts \(bare.safetensors beside it\): take --no-soft"
     with pytest.raises(PairError, match=words):
         Engine(model, pair=str(folder / "bare.toml"), soft=True)
     with pytest.raises(PairError, match=words):
@@ -934,14 +934,14 @@ def test_a_chat_shows_that_soft_prompts_are_in_use(
     desk = Desk(engine, capsys)
     out, _ = desk.type("/pair")
     assert f"soft prompts in use: {folder / 'one.safetensors'}" in out
-    assert "pair one (soft)" in desk.app.toolbar(200)
+    assert "pair one (not fitted, soft)" in desk.app.toolbar(200)
     assert "alpha 0.3" in desk.app.toolbar(200)
     out, _ = desk.type("What is red?")
     assert out.strip()
     assert "changed by the contrast" in desk.type("/why")[0]
     assert "has no soft prompts" in desk.type("/pair bare")[1]
     assert desk.app.chat.pair.name == "one"
-    assert "pair two (soft): alpha 0.5" in desk.type("/pair two")[1]
+    assert "pair two (not fitted, soft): alpha 0.5" in desk.type("/pair two")[1]
     saved = tmp_path / "chat.json"
     desk.type(f"/save {saved}")
     record = json.loads(saved.read_text())
