@@ -166,7 +166,7 @@ class _Counting:
     def count(self, kind: Kind, under: bool) -> Counts:
         try:
             found = self.kept(kind, under)
-            self._tick(len(_prompts()[kind]))
+            self._done += found.n
         except LookupError:
             found = self._count(kind, under)
             if self._model is not None:

@@ -24,7 +24,7 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from rich.console import Console
 
-from acd_local import Engine, Options, pairs
+from acd_local import Engine, Options, pairs, quickcheck
 from acd_local.answers import TokenRecord
 from acd_local.cli import chat as chat_cli
 from acd_local.cli import main as main_cli
@@ -418,6 +418,28 @@ def test_an_answer_stopped_before_its_first_word_leaves_no_trace(
     assert desk.app.chat.messages == before and desk.app.draft == "And red?"
     desk.type("/regen")
     assert desk.app.chat.messages == before
+
+
+def test_a_chat_without_a_pair(desk: Desk, tmp_path: Path) -> None:
+    assert desk.type("/pair as-is")[1] == "acd-chat: pair as-is: no contrast\n"
+    assert desk.app.toolbar(200) == "tiny llama · pair as-is · no contrast"
+    assert desk.type("/pair")[0].startswith("as-is: no pair, the model answers as it is\nothers: ")
+    assert desk.type("What is blue?")[0].strip() and desk.app.last_answer().contrast.alpha == 0
+    assert "without contrast" in desk.type("/why")[1]
+    assert desk.type("/stats")[0].startswith("\npair       as-is\n")
+    assert "no contrast" in desk.type("/alpha 0.7")[1] and desk.app.last_answer().contrast.alpha == 0
+    assert "/pair NAME takes one" in desk.type("/compare What is red?")[1]
+    desk.type(f"/save {tmp_path / 'chat.json'}")
+    assert "pair default (not fitted)" in desk.type("/pair default")[1]
+    assert "pair as-is" in desk.type(f"/load {tmp_path / 'chat.json'}")[1] and desk.app.chat.pair is None
+
+
+def test_a_pair_that_is_known_to_do_harm_is_told_when_it_is_switched_to(desk: Desk, tmp_path: Path) -> None:
+    soup = tmp_path / "soup.toml"
+    soup.write_text(PAIR.format(name="soup", safe="be kind " * 2000))  # nothing fits beside it
+    assert desk.type(f"/pair {soup}")[1].count("\n") == 1, "nothing is known yet"
+    quickcheck.check(desk.app.engine.info, pairs.load(soup), threads=1)
+    assert "acd-chat: pair soup does harm to this model (alone" in desk.type(f"/pair {soup}")[1]
 
 
 def test_toolbar_fits_its_width(desk: Desk) -> None:

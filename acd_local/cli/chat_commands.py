@@ -108,7 +108,7 @@ def _pair(app: ChatApp, name: str) -> None:
     if not name:
         pair = app.chat.pair
         others = [other for other in _pair_names() if other != pair_name(pair)]
-        where = "none: the model answers as it is" if pair is None else pair.path or "made in Python"
+        where = "no pair, the model answers as it is" if pair is None else pair.path or "made in Python"
         soft = f"\nsoft prompts in use: {pair.vectors_path}" if pair and app.engine.takes_soft(pair) else ""
         app.view.output(f"{app.pair_label}: {where}{soft}\nothers: {', '.join(others)}")
         return
