@@ -76,6 +76,20 @@ def test_a_pair_helps_where_nothing_gets_worse(
     assert str(verdict).endswith(text.removeprefix("..."))
 
 
+def test_a_model_that_refuses_all_by_itself_needs_no_pair() -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def count(kind: str, under: bool) -> Counts:
+        asked.append((kind, under))
+        return counts(11)
+
+    verdict = quickcheck._verdict(DEFAULT, count, asked=False)  # type: ignore[arg-type]
+    assert asked == [("harmful", False)] and not (verdict.helps or verdict.harms)
+    assert str(verdict) == "alone it refuses 11 of 12 harmful requests"
+    quickcheck._verdict(DEFAULT, count, asked=True)  # type: ignore[arg-type]
+    assert len(asked) == 5
+
+
 def test_broken_answers_of_both_kinds_count_together() -> None:
     worse = Verdict("p", (counts(0, 1), counts(9, 2)), (counts(0, 1), counts(0, 1)))
     assert worse.harms and not worse.helps
@@ -244,7 +258,7 @@ def test_requests_that_do_not_fit_are_broken_answers(model: Path, tmp_path: Path
     long = pairs.load(write(tmp_path, "one"))
     long = PromptPair("long", "be kind " * 2000, long.adversarial)
     verdict = quickcheck.check(probe.verify(model), long, threads=1)
-    assert verdict.harmful[1].broken == 12 and verdict.harms
+    assert verdict.harmful[1] == Counts(12, 0, 12) and verdict.harms
 
 
 def test_the_command_tells_of_the_check_and_ctrl_c_ends_it(tiny: Callable[..., Path], tmp_path: Path) -> None:

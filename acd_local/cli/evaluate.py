@@ -90,7 +90,7 @@ def command() -> None:
 )
 @click.option("--judge", metavar="MODEL.gguf", help="A model that calls answers safe or unsafe, such as Llama Guard.")
 @click.option("--shard", metavar="I/N", help="Only this part of every set, for several machines; see merge.")
-@click.option("--pair", "-p", metavar="NAME|FILE", help="Prompt pair; default: the best for the model.")
+@click.option("--pair", "-p", metavar="NAME|FILE", help="Prompt pair; default: the model's own, or `default`.")
 @click.option("--soft", is_flag=True, help="Methods that use the pair take its soft prompts: acd-soft for acd.")
 @click.option("--ctx-size", "-c", type=int, metavar="N", default=1024, show_default=True, help="Tokens per stream.")
 @click.option("--threads", "-t", type=int, metavar="N", help="CPU threads; default: $ACD_THREADS or the cores.")
