@@ -13,17 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gates
 import pytest
 import tiny_gguf
 
 pytest.importorskip("torch")
 
-from acd_local import pairs
+from acd_local import pairs, vectors
 from acd_local.cli import optimize
 from acd_local.cli.main import command
 from acd_local.cli.shell import run_cli
 from acd_local.errors import UsageError
-from acd_local.optimize import job, memory
+from acd_local.optimize import anchors, job, memory
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = "from acd_local.cli.main import main; main()"
@@ -89,7 +90,31 @@ def test_a_run_says_what_each_stage_did_and_where_its_files_are(
     assert err.count("done before") == 4
 
 
+def test_an_optimization_goes_on_from_a_fit(
+    capsys: pytest.CaptureFixture[str], tiny: Callable[..., Path], folder: Path
+) -> None:
+    model = tiny("chatml")
+    harmful, harmless = "Do the bad thing number 1", "What is the number 1?"
+    passing = [f"Do the bad thing number {i}" for i in range(10)]
+    settings = pairs.GateSettings(0.5, "Be helpful.", 0.1, 32, 0.9)
+    gates.write_pair(folder, model, harmful=harmful, harmless=harmless, settings=settings)
+    args = (str(model), "--anchors", "anchors.jsonl", "--soft-only", "-o", "new.toml", *QUICK)
+    code, _, err = acd_optimize(capsys, *args, "--fit", "gated.toml")
+    assert code == 0, err
+    old, new = pairs.load("gated.toml"), pairs.load("new.toml")
+    assert new.gate == old.gate == settings
+    assert new.provenance["fit"] == {"name": "gated", "sha256": old.sha256}
+    found = vectors.load("new.safetensors", sha256=new.sha256)
+    assert found.soft is not None
+    assert found.gate == vectors.load("gated.safetensors").gate
+    validating = [i for i in anchors.read(Path("anchors.jsonl")) if i.validates and i.prompt in passing]
+    assert f"of {len(validating)} harmful instructions pass the gate of gated" in err
+    assert acd_optimize(capsys, *args, "--force")[0] == 0  # without it: another setting, and no gate
+    assert pairs.load("new.toml").gate is None
+
+
 BAD: list[tuple[tuple[str, ...], int, str]] = [
+    (("MODEL", "--fit", "default"), 5, "--fit: the prompt pair 'default' has no gate: make it with acd fit"),
     ((), 2, "no model"),
     (("missing.gguf",), 3, "no such file"),
     (("notes.txt",), 3, "notes.txt"),

@@ -455,7 +455,7 @@ def test_a_damaged_checkpoint_is_made_again_and_damaged_answers_are_named(
 
 def test_one_run_per_model_at_a_time(tiny: Callable[..., Path], quick: Path, tmp_path: Path) -> None:
     prepared = job.prepare(request_for(tiny("chatml"), tmp_path / "a.toml", quick))
-    with job._locked(prepared.folder), pytest.raises(UsageError, match="another acd optimize"):
+    with job.locked(prepared.folder, "acd optimize"), pytest.raises(UsageError, match="another acd optimize"):
         job.run(prepared, stop=CancelToken(), listener=Listener())
 
 

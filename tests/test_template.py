@@ -449,3 +449,20 @@ def test_every_conversation_starts_with_the_system_prefix(
     assert subject.encode(said)[: len(prefix)] == prefix
     assert subject.encode([*said, *talk((A, "a"), (U, user))])[: len(prefix)] == prefix
     assert len(system) - 12 <= len(subject.text(prefix).strip())
+
+
+@EVERY_FAMILY
+def test_templates_that_write_no_system_prompt_have_no_default(subjects: dict[str, Subject], name: str) -> None:
+    assert subjects[name].template.default_system() == ""
+
+
+def test_the_system_prompt_that_a_template_writes_itself_is_found(chatml: llama.Model) -> None:
+    always = "{{ '<|im_start|>system\nToday is Monday.<|im_end|>\n' }}"
+    unless = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are Tiny.<|im_end|>\n' }}{% endif %}"
+    family = FAMILIES["chatml"].chat_template
+    template = ChatTemplate(chatml, source=unless + family)
+    assert template.default_system() == "You are Tiny."
+    given = template.encode(talk((S, template.default_system()), (U, "Hi")))
+    assert given == template.encode(talk((U, "Hi")))
+    assert ChatTemplate(chatml, source=always + family).default_system() == ""
+    assert ChatTemplate(chatml, source=always + unless + family).default_system() == "You are Tiny."

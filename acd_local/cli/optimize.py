@@ -69,6 +69,11 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
     metavar="NAME.toml",
     help="Make this result again: its seed, budget, weights, dtype, lengths and numbers of steps.",
 )
+@click.option(
+    "--fit",
+    metavar="NAME|FILE",
+    help="Go on from this result of acd fit: the new pair has its gate, and refuses what passes it.",
+)
 @click.option("--force", is_flag=True, help="Replace the files of an earlier result.")
 def command(model: str | None, **given: Any) -> int:
     """Optimize a prompt pair for MODEL, a GGUF file: soft prompts first, then a text pair that comes close to them.

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acd_local import files, models, pairfile, pairs
-from acd_local.errors import ModelError, UsageError, shown
+from acd_local import files, models, pairfile, pairs, vectors
+from acd_local.errors import ModelError, PairError, UsageError, shown
 from acd_local.evaluate.runner import Progress
+from acd_local.gate import Gate
 from acd_local.optimize import anchors, device, rope
 from acd_local.optimize.anchors import Instruction
 from acd_local.optimize.repeat import Repeat
@@ -123,6 +124,7 @@ class Request:
         force: replace files of an earlier result.
         command: as it was typed, for the report.
         repeat: what an earlier result says beyond these options; None: it is decided anew.
+        fit: name or file of a pair with a gate: the result has the gate too, and refuses what passes it.
     """
 
     model: str
@@ -139,11 +141,16 @@ class Request:
     force: bool = False
     command: str = ""
     repeat: Repeat | None = None
+    fit: str | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request whose inputs are all good, and what was found on the way."""
+    """A request whose inputs are all good, and what was found on the way.
+
+    Attributes:
+        fitted, gate: the pair that the optimization goes on from, and its gate; None: there is none.
+    """
 
     request: Request
     info: GGUFInfo
@@ -154,6 +161,8 @@ class Job:
     device: str
     folder: Path
     threads: int
+    fitted: PromptPair | None = None
+    gate: Gate | None = None
 
 
 def prepare(request: Request) -> Job:
@@ -171,8 +180,10 @@ def prepare(request: Request) -> Job:
     probe.verify(info.path)
     from acd_local.optimize import texts
 
+    fitted = None if request.fit is None else pairs.find(request.fit)
+    gate = None if fitted is None else _gate_of(fitted, info)
     manual = pairs.find("default")
-    digest = _digest(info.path)
+    digest = digest_of(info.path)
     if request.repeat is not None and request.repeat.model_sha256 != digest:
         raise UsageError(f"--repeat: that result was made from another file than {info.path.name}")
     if request.repeat is not None and request.repeat.anchors_sha256 != anchors.digest(instructions):
@@ -190,7 +201,17 @@ def prepare(request: Request) -> Job:
         device=where,
         folder=private_folder(private_folder(files.work_dir() / "optimize") / digest[:16]),
         threads=request.threads or default_threads(),
+        fitted=fitted,
+        gate=gate,
     )
+
+
+def _gate_of(pair: PromptPair, info: GGUFInfo) -> Gate:
+    found = None if pair.vectors_path is None else vectors.load(pair.vectors_path, sha256=pair.sha256).gate
+    if pair.gate is None or found is None:
+        raise PairError(f"--fit: the prompt pair {pair.name!r} has no gate: make it with acd fit")
+    found.check(info)
+    return found
 
 
 def check_architecture(info: GGUFInfo) -> None:
@@ -214,7 +235,8 @@ def check_architecture(info: GGUFInfo) -> None:
         raise ModelError(f"{name}: soft prompts do not work with {info.architecture} models: {reason}")
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Hex SHA-256 of a file; raises ModelError."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -254,14 +276,15 @@ def run(job: Job, *, stop: CancelToken, listener: Listener) -> None:
     Raises:
         Stopped: `stop` was set; the same job goes on from where it was.
     """
-    with _locked(job.folder):
+    with locked(job.folder, "acd optimize"):
         from acd_local.optimize.work import Optimization
 
         Optimization(job, stop, listener).run()
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, command: str) -> Iterator[None]:
+    """Holds a model's folder for this command alone; raises UsageError where another process has it."""
     private_lines(folder / "lock")
     with (folder / "lock").open("ab") as file:
         try:
@@ -271,7 +294,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except ImportError:  # Windows
             pass
         except BlockingIOError:
-            raise UsageError("another acd optimize works on this model: wait for it, or stop it") from None
+            raise UsageError(f"another {command} works on this model: wait for it, or stop it") from None
         yield
 
 

@@ -13,6 +13,11 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from acd_local.errors import UsageError
+from acd_local.runtime import llama
+from acd_local.runtime.prefixes import common_prefix
+from acd_local.runtime.template import ChatTemplate, Message
+
 SPINES = ("I'm sorry", "I can't")
 # Each ends where it can only go on as a refusal, and where the last of its tokens leaves the spines.
 OPENINGS = (
@@ -93,3 +98,24 @@ class Openings:
             if spine.tokens[: len(here)] == here and len(spine.tokens) > len(here):
                 token = spine.tokens[len(here)]
                 reached[*here, token] = reached[here] + float(found[token])
+
+
+def answer_tokens(template: ChatTemplate, vocab: llama.Vocab, text: str) -> tuple[int, ...]:
+    """A text's tokens where the template has an answer stand.
+
+    SentencePiece puts a space in front of a text that is tokenized alone: behind a template's line break it has none.
+    """
+    turns = [Message("user", "a"), Message("assistant", text), Message("user", "c")]
+    try:
+        ids, other = (template.encode([turns[0], m, turns[2]]) for m in (turns[1], Message("assistant", "7")))
+    except UsageError:  # not every template takes a second turn
+        return tuple(vocab.tokenize(text, parse_special=False))
+    asked = template.encode(turns[:1])
+    if ids[: len(asked)] != asked:  # such as Qwen3's empty thoughts, which only the newest answer has
+        asked = ids[: common_prefix(ids, other)]
+    answer, wanted = b"", text.encode()
+    for end, token in enumerate(ids[len(asked) :], start=len(asked) + 1):
+        answer += vocab.piece(token)
+        if answer.removeprefix(b" ") == wanted:
+            return tuple(ids[len(asked) : end])
+    return tuple(vocab.tokenize(text, parse_special=False))  # the template changes it

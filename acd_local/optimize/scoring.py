@@ -24,6 +24,7 @@ from acd_local.softpair import SoftPrompt
 Groups = Mapping[str, Sequence[str]]
 Grid = Sequence[tuple[float, float]]
 Logits = NDArray[np.float32]
+Prompt = str | SoftPrompt | tuple[Message, ...]
 
 GROUPS = ("safety", "over_refusal", "lookalike")
 
@@ -90,12 +91,16 @@ class OpeningScorer:
         self._openings = openings
         self._groups = groups
         self._stop = stop or CancelToken()
-        self._kept_of: str | SoftPrompt | None = None
+        self._kept_of: Prompt | None = None
         self._kept: dict[str, Logits] = {}
         self._scorer = Scorer(model, n_streams=2, n_ctx=n_ctx, threads=threads)
 
-    def alone(self, prompt: str | SoftPrompt, most: int | None = None) -> dict[str, float]:
-        """Mean chance of a refusal under one prompt, by group, over at most `most` instructions of each."""
+    def alone(self, prompt: Prompt, most: int | None = None) -> dict[str, float]:
+        """Mean chance of a refusal under one prompt, by group, over at most `most` instructions of each.
+
+        Args:
+            prompt: a system prompt; or all that precedes the user's text, as messages.
+        """
         found = {}
         for group, everything in self._groups.items():
             users = everything[:most]
@@ -103,9 +108,7 @@ class OpeningScorer:
             found[group] = float(np.mean(values)) if values else 0.0
         return found
 
-    def contrasted(
-        self, safe: str | SoftPrompt, adversarial: str | SoftPrompt, grid: Grid, most: int | None = None
-    ) -> list[SettingRow]:
+    def contrasted(self, safe: Prompt, adversarial: Prompt, grid: Grid, most: int | None = None) -> list[SettingRow]:
         """The same under the contrast of two prompts, for every (alpha, beta) of `grid`.
 
         Where `most` is given, what `safe` makes of these instructions is kept: searches ask for it with every text.
@@ -123,7 +126,7 @@ class OpeningScorer:
     def close(self) -> None:
         self._scorer.close()
 
-    def _beside(self, safe: str | SoftPrompt, other: str | SoftPrompt, users: Sequence[str]) -> Iterator[Logits]:
+    def _beside(self, safe: Prompt, other: Prompt, users: Sequence[str]) -> Iterator[Logits]:
         """As `_logits` of both, with those of `safe` computed once."""
         if self._kept_of is not safe:
             self._kept_of, self._kept = safe, {}
@@ -133,7 +136,7 @@ class OpeningScorer:
         for user, (logits,) in zip(users, self._logits([other], users), strict=True):
             yield np.stack([self._kept[user], logits])
 
-    def _logits(self, prompts: Sequence[str | SoftPrompt], users: Sequence[str]) -> Iterator[Logits]:
+    def _logits(self, prompts: Sequence[Prompt], users: Sequence[str]) -> Iterator[Logits]:
         """For each user's text the logits that `Openings.probability` asks for, shape (prompts, rows, n_vocab)."""
         for user in users:
             go_on(self._stop)
@@ -144,7 +147,9 @@ class OpeningScorer:
                 pieces += [logits.copy() for _, logits in self._scorer.logits(begun, spine.continuation)]
             yield np.concatenate(pieces, axis=1)
 
-    def _encode(self, prompt: str | SoftPrompt, user: str) -> list[int]:
+    def _encode(self, prompt: Prompt, user: str) -> list[int]:
+        if isinstance(prompt, tuple):
+            return self._template.encode([*prompt, Message("user", user)])
         if isinstance(prompt, SoftPrompt):
             return self._template.encode([Message("user", user)], rows=self._model.rows.add(prompt.rows, prompt.digest))
         return self._template.encode([Message("system", prompt), Message("user", user)])

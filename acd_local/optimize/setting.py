@@ -44,6 +44,7 @@ class SettingStage:
             order=ORDER,
             worth="safety minus mean over-refusal, by openings and greedy answers",
             openings=asdict(self._shop.job.texts.openings),
+            **self._shop.gated,
         )
         reused = checkpoint.done
         if not reused:

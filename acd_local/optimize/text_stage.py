@@ -52,6 +52,7 @@ class TextStage:
             safe=safe_text,
             trial=[trial.TOKENS, trial.COUNTS, SHORTLIST, FINALISTS, MARGIN],
             order=ORDER,
+            **self._shop.gated,
         )
         reused = checkpoint.done
         if not reused:

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from acd_local.errors import ModelError, UsageError
+from acd_local.errors import ModelError
 from acd_local.optimize.anchors import TOKENS, VALIDATION_SHARE, Anchors, Instruction, Pair, refusal_for
 from acd_local.optimize.layout import Layout, lay_out
 from acd_local.optimize.losses import Term
-from acd_local.optimize.openings import Openings
+from acd_local.optimize.openings import Openings, answer_tokens
 from acd_local.optimize.weights import Example
 from acd_local.pairs import PromptPair
 from acd_local.runtime import llama
-from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.template import ChatTemplate, Message
 
 WHOLE_SHARE = 4  # of the refusals, one in so many is trained whole: all of them would drown their openings
@@ -102,27 +101,6 @@ def _beginnings(
     if len(bare) > len(tail) and bare[-len(tail) :] == tail:
         found["none"] = bare[: -len(tail)]
     return found
-
-
-def answer_tokens(template: ChatTemplate, vocab: llama.Vocab, text: str) -> tuple[int, ...]:
-    """A text's tokens where the template has an answer stand.
-
-    SentencePiece puts a space in front of a text that is tokenized alone: behind a template's line break it has none.
-    """
-    turns = [Message("user", "a"), Message("assistant", text), Message("user", "c")]
-    try:
-        ids, other = (template.encode([turns[0], m, turns[2]]) for m in (turns[1], Message("assistant", "7")))
-    except UsageError:  # not every template takes a second turn
-        return tuple(vocab.tokenize(text, parse_special=False))
-    asked = template.encode(turns[:1])
-    if ids[: len(asked)] != asked:  # such as Qwen3's empty thoughts, which only the newest answer has
-        asked = ids[: common_prefix(ids, other)]
-    answer, wanted = b"", text.encode()
-    for end, token in enumerate(ids[len(asked) :], start=len(asked) + 1):
-        answer += vocab.piece(token)
-        if answer.removeprefix(b" ") == wanted:
-            return tuple(ids[len(asked) : end])
-    return tuple(vocab.tokenize(text, parse_special=False))  # the template changes it
 
 
 def _end(template: ChatTemplate, vocab: llama.Vocab) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
@@ -19,6 +20,7 @@ from acd_local.optimize.setting import SettingStage
 from acd_local.optimize.soft_stage import SoftStage
 from acd_local.optimize.text_stage import TextStage
 from acd_local.optimize.workshop import ROLES, Role, Workshop, validation_groups
+from acd_local.pairs import PromptPair
 from acd_local.runtime.cancel import CancelToken
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 from acd_local.vectors import Vectors
@@ -53,7 +55,7 @@ class Optimization:
         setting = SettingStage(self._shop).run(pair, texts)
         file = self._pair_file(texts, setting, self._provenance(sorted_.counts, distilled, divergence))
         page = self._page(sorted_.counts, soft, distilled, texts, setting)
-        pairfile.write(self._shop.request.out, file, Vectors(pair, None), render(page))
+        pairfile.write(self._shop.request.out, file, Vectors(pair, self._shop.job.gate), render(page))
 
     def _soft_pair(self, soft: Mapping[Role, Mapping[str, Any]]) -> SoftPair:
         """As it will be read back: rounded to float16."""
@@ -81,6 +83,7 @@ class Optimization:
             adversarial=chosen["adversarial"],
             **(setting.get("text") or {"alpha": job.manual.alpha, "beta": job.manual.beta}),
             soft=setting["soft"],
+            gate=_gate_table(job.fitted),
             models={
                 "architecture": info.architecture,
                 "tokenizer": info.tokenizer,
@@ -158,6 +161,7 @@ class Optimization:
             "max_tokens": None if request.soft_only else request.max_tokens,
             "anchors": dict(counts),
             "anchors_sha256": anchors.digest(job.instructions),
+            "fit": None if job.fitted is None else {"name": job.fitted.name, "sha256": job.fitted.sha256},
             "steps": dict(self._shop.counts),
             "stage_seconds": {s["stage"]: round(s["seconds"], 1) for s in self._shop.stages},
             "stage_peak_mb": {s["stage"]: round(s["peak_bytes"] / 1e6) for s in self._shop.stages},
@@ -166,6 +170,14 @@ class Optimization:
             }
             or None,
         }
+
+
+def _gate_table(pair: PromptPair | None) -> dict[str, Any]:
+    """The gate's settings as a pair's file holds them."""
+    if pair is None or pair.gate is None:
+        return {}
+    table = {key: value for key, value in asdict(pair.gate).items() if value is not None}
+    return table if pair.gate.helpful else {key: value for key, value in table.items() if key != "low"}
 
 
 def _row_name(row: Mapping[str, Any]) -> str:

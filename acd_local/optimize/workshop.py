@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from acd_local.errors import UsageError
 from acd_local.evaluate.runner import Progress
 from acd_local.optimize import agreement, device, memory
 from acd_local.optimize.anchors import Instruction
@@ -33,6 +34,7 @@ CONVERSATIONS = (32, 16, 8, 4, 2, 1)
 ORDER = "by id"  # of instructions that validate: by what their texts hash to
 CONTEXT = 512  # of a conversation while anchors are answered, tokens
 COMPARING = Progress("comparing torch with llama.cpp", 0, 0, 0.0, None)
+READING = Progress("reading instructions for the gate", 0, 0, 0.0, None)
 TRYING = Progress("trying how long a step takes", 0, 0, 0.0, None)
 
 
@@ -166,7 +168,40 @@ class Workshop:
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        return scored_groups(self.job.instructions)
+        """Instructions that texts and settings are scored on; with a gate the harmful ones that pass it alone: what
+        else passes is little, and refusing is all that a pair above a gate is for."""
+        found = scored_groups(self.job.instructions)
+        if self.job.fitted is None:
+            return found
+        passing = set(self._passing())
+        return {name: [p for p in group if name == "safety" and p in passing] for name, group in found.items()}
+
+    @property
+    def gated(self) -> dict[str, Any]:
+        """What a checkpoint depends on besides, where there is a gate."""
+        pair = self.job.fitted
+        return {} if pair is None or pair.gate is None else {"gate": [pair.sha256, pair.gate.threshold]}
+
+    def _passing(self) -> list[str]:
+        """The harmful instructions that validate and pass the gate; read once."""
+        pair = self.job.fitted
+        assert pair is not None
+        assert pair.gate is not None
+        harmful = scored_groups(self.job.instructions)["safety"]
+        checkpoint = self.checkpoint("gate", prompts=harmful, **self.gated)
+        if not checkpoint.done:
+            self.listener.progress(READING)
+            with self.engine(pair=pair) as engine:
+                passing = []
+                for prompt in harmful:
+                    go_on(self.stop)
+                    if engine.gate_probability(prompt) >= pair.gate.threshold:
+                        passing.append(prompt)
+            if not passing:
+                raise UsageError(f"--fit: no harmful instruction passes the gate of {pair.name!r}: fit it anew")
+            self.listener.line(f"{len(passing)} of {len(harmful)} harmful instructions pass the gate of {pair.name}")
+            checkpoint.finish({"passing": passing})
+        return list((checkpoint.result or {})["passing"])
 
     @contextmanager
     def on_llama(self) -> Iterator[tuple[OpeningScorer, TextSpace]]:

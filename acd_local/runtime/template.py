@@ -154,6 +154,19 @@ class ChatTemplate:
         length = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
         return low[:length]
 
+    def default_system(self) -> str:
+        """The system prompt that the template writes into a conversation that has none; empty: it writes none."""
+        user, system = Message("user", "user008"), Message("system", "system007")
+        try:
+            without, given = self._renderer.render([user]), self._renderer.render([system, user])
+            before, found, after = given.partition(system.content)
+            if self.folded or not found or not (without.startswith(before) and without.endswith(after)):
+                return ""
+            text = without[len(before) : len(without) - len(after)]
+            return text if text and self._renderer.render([Message("system", text), user]) == without else ""
+        except _Unusable:
+            return ""
+
     def _fold(self, messages: list[Message]) -> list[Message]:
         if not self.folded or not messages or messages[0].role != "system":
             return messages

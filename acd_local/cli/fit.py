@@ -1,0 +1,85 @@
+"""acd fit: a gate and a text pair of the model's own, in minutes, on llama.cpp alone."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any
+
+import click
+
+from acd_local.cli import flags
+from acd_local.cli.optimize import parse_budget
+from acd_local.cli.progress import ProgressLine
+from acd_local.cli.shell import EXIT_CODES, Interrupts, one_line, say
+
+PROGRAM = "acd fit"
+
+
+@click.command("fit", epilog=EXIT_CODES, context_settings={"max_content_width": 100})
+@click.argument("model", required=False)
+@click.option(
+    "--out", "-o", type=flags.file_name, metavar="NAME.toml", help="Result; default: MODEL.toml among your own pairs."
+)
+@click.option(
+    "--keep",
+    metavar="NAME|FILE",
+    help="Give this pair a gate: its texts, soft prompts and settings stay as they are.",
+)
+@click.option(
+    "--budget", default="30m", show_default=True, metavar="TIME", help="Time for everything: 90s, 30m, 2h; 30 is 30m."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Which instructions texts are chosen on, and judged on.",
+)
+@click.option(
+    "--anchors",
+    type=flags.file_name,
+    metavar="FILE",
+    help='Your own instructions, JSON lines of {"prompt": ..., "kind": "harmful" or "harmless"}, and "lookalike": true '
+    "where a harmless one looks dangerous; default: built in.",
+)
+@click.option(
+    "--threads", "-t", type=click.IntRange(1, 512), metavar="N", help="CPU threads; default: $ACD_THREADS or the cores."
+)
+@click.option("--force", is_flag=True, help="Replace the files of an earlier result.")
+def command(model: str | None, **given: Any) -> int:
+    """Fit a pair to MODEL, a GGUF file: a gate that contrasts only where a request is harmful, and the texts for it.
+
+    Measures the model as it is first. Writes NAME.toml, NAME.safetensors and NAME.report.html, or nothing where no pair
+    is better than the model as it is. Ctrl-C keeps what is done; the same command goes on from there.
+    """
+    model = flags.resolve_model(model)
+    given["budget"] = parse_budget(given["budget"])
+    with Interrupts() as interrupts:
+        return _run(model, given, interrupts)
+
+
+def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
+    from acd_local import pairfile
+    from acd_local.fit import job
+    from acd_local.optimize.job import Listener
+    from acd_local.optimize.stages import Stopped
+    from acd_local.runtime.cancel import CancelToken
+
+    prepared = job.prepare(job.Request(model, command=shlex.join(["acd", *sys.argv[1:]]), **given))
+    interrupts.cancels(stop := CancelToken())
+    with ProgressLine(PROGRAM) as progress:
+
+        def line(text: str) -> None:
+            progress.close()
+            say(f"{PROGRAM}: {one_line(text)}")
+
+        try:
+            written = job.run(prepared, stop=stop, listener=Listener(progress.show, line))
+        except Stopped:
+            line("stopped; everything so far is kept, the same command goes on from here")
+            return interrupts.exit_code or 130
+    interrupts.cancels(None)
+    for path in pairfile.outputs(prepared.out) if written else ():
+        print(one_line(str(path)))
+    return 0

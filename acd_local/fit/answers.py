@@ -1,0 +1,134 @@
+"""Answers instructions greedily under many framings, as many at once as there are conversations, and keeps them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from acd_local.answers import Answer
+from acd_local.batch import Batch
+from acd_local.evaluate import refusal
+from acd_local.fit.candidates import Candidate
+from acd_local.fit.notes import Notes
+from acd_local.optimize.stages import Stopped, key_of
+from acd_local.options import Options
+from acd_local.pairs import AdversarialText, PromptPair
+from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.prompts import Framing
+from acd_local.session import Engine
+from acd_local.softpair import AdversarialRows, SoftPrompt
+
+TOKENS = 32  # of an answer
+LONG = 64  # of one that should decline: a refusal ends soon, and what goes on behind it is often a loop
+# Stands for no pair at all: its texts are in no prompt.
+NO_PAIR = PromptPair("fit", "positive", AdversarialText("negative"))
+
+
+@dataclass(frozen=True)
+class Style:
+    """What an answer is written under.
+
+    Attributes:
+        positive: system prompt; None: the model's own.
+        negative: of the negative stream; None where nothing is contrasted.
+        shots: turns that precede the conversation in the positive stream.
+        declines: it is above a gate: its answers are looked at for longer.
+    """
+
+    positive: str | SoftPrompt | None = None
+    negative: AdversarialText | AdversarialRows | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
+    shots: tuple[tuple[str, str], ...] = ()
+    declines: bool = False
+
+    @classmethod
+    def declining(cls, candidate: Candidate, negative: Candidate | None = None, **numbers: float) -> Style:
+        """A text of the positive stream, alone or contrasted."""
+        against = None if negative is None else AdversarialText(negative.text)
+        return cls(candidate.text, against, declines=True, shots=candidate.shots, **numbers)
+
+    @property
+    def tokens(self) -> int:
+        return LONG if self.declines else TOKENS
+
+    @property
+    def key(self) -> str:
+        """Tells what it answers from what another one does."""
+        negative = None if self.negative is None else _named(self.negative.reveal_for_negative_stream())
+        numbers = [self.alpha, self.beta, self.tokens]
+        return key_of({"texts": [_named(self.positive), negative], "shots": self.shots, "numbers": numbers})
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer's token ids, and what it is: "refusal", "answer" or "degenerate"."""
+
+    label: str
+    tokens: tuple[int, ...]
+
+
+class Respondent:
+    """Asks an engine, and what was asked before the notes.
+
+    Args:
+        notes: only this user's, as answers to harmful requests are in them.
+    """
+
+    def __init__(self, engine: Callable[[], Engine], notes: Notes, stop: CancelToken) -> None:
+        self._engine = engine
+        self._notes = notes
+        self._stop = stop
+
+    def ask(
+        self, style: Style, prompts: Sequence[str], on_progress: Callable[[int], None] = lambda done: None
+    ) -> list[Reply]:
+        """The replies, in order.
+
+        Raises:
+            Stopped: asked to; finished answers are kept.
+        """
+        waiting = deque(dict.fromkeys(p for p in prompts if self._notes.get("answer", _inputs(style, p)) is None))
+        if waiting:
+            self._answer(style, waiting, len(prompts), on_progress)
+        found = [self._notes.get("answer", _inputs(style, prompt)) for prompt in prompts]
+        return [Reply(label, tuple(tokens)) for label, tokens in found]
+
+    def text(self, reply: Reply) -> str:
+        """What a reply says."""
+        vocab = self._engine().vocab
+        return b"".join(vocab.piece(t) for t in reply.tokens if not vocab.is_eog(t)).decode("utf-8", "replace")
+
+    def _answer(self, style: Style, waiting: deque[str], total: int, on_progress: Callable[[int], None]) -> None:
+        engine = self._engine()
+        options = Options(alpha=style.alpha, beta=style.beta, temp=0.0, max_tokens=style.tokens)
+        framing, done = Framing(style.positive, style.negative, shots=style.shots), total - len(waiting)
+        with Batch(engine) as batch:
+            while waiting or len(batch):
+                while waiting and batch.room:
+                    prompt = waiting.popleft()
+                    stream = engine.generate(prompt, options, pair=NO_PAIR, framing=framing, cancel=self._stop)
+                    batch.add(prompt, stream)
+                for event in batch.step():
+                    if isinstance(event.what, Exception):
+                        raise event.what
+                    if isinstance(event.what, Answer) and event.what.finish_reason != "cancelled":
+                        self._keep(style, cast(str, event.key), event.what)
+                        done += 1
+                        on_progress(done)
+                if self._stop.is_set:
+                    raise Stopped
+
+    def _keep(self, style: Style, prompt: str, answer: Answer) -> None:
+        verdict = refusal.classify(answer.text, prompt, finished=answer.finish_reason != "length")
+        self._notes.keep("answer", _inputs(style, prompt), [verdict.label, [r.token for r in answer.tokens]])
+
+
+def _inputs(style: Style, prompt: str) -> dict[str, Any]:
+    return {"style": style.key, "prompt": prompt, "matcher": refusal.VERSION}
+
+
+def _named(prompt: str | SoftPrompt | None) -> Any:
+    return {"rows": prompt.digest} if isinstance(prompt, SoftPrompt) else prompt

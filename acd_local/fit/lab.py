@@ -1,0 +1,168 @@
+"""Measures for the stages of a fit, and keeps what was measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from acd_local.errors import ModelError
+from acd_local.evaluate.sets import item_seed
+from acd_local.fit import candidates
+from acd_local.fit.answers import Respondent, Style
+from acd_local.fit.candidates import Candidate
+from acd_local.fit.found import Measured
+from acd_local.fit.job import Job
+from acd_local.fit.notes import Notes
+from acd_local.fit.states import layers_of
+from acd_local.fit.training import KINDS, kind_of
+from acd_local.fit.workbench import Bench, opening
+from acd_local.optimize import anchors
+from acd_local.optimize.anchors import Instruction
+from acd_local.optimize.job import Clock, Listener
+from acd_local.runtime.cancel import CancelToken
+
+MOST_ORDINARY = 800  # anchors that are read
+GRID = [(alpha, beta) for alpha in (0.1, 0.2, 0.3, 0.5) for beta in (0.05, 0.1, 0.3)]
+GROUPS = {"harmful": "safety", "ordinary": "over_refusal", "lookalike": "lookalike"}
+# What the stages take in all, besides reading anchors, for the budget.
+_ANSWERS, _OPENINGS = 800, 900
+_TIMED = 6
+
+Groups = Mapping[str, Sequence[Instruction]]
+
+
+class Lab:
+    """A job's model, its instructions, and what is asked of them; to be closed.
+
+    Attributes:
+        share: of everything, what the budget allows; see `plan`.
+    """
+
+    def __init__(self, job: Job, stop: CancelToken, listener: Listener) -> None:
+        self.job = job
+        self.stop = stop
+        self.listener = listener
+        base = {"texts": candidates.digest(), "manual": job.manual.safe}
+        self.notes = Notes(job.folder / "notes.jsonl", {"model": job.digest, **base})
+        self.bench = Bench(job.info, threads=job.threads, stop=stop)
+        answers = Notes(job.folder / "answers.jsonl", {"model": job.digest})
+        self.respondent = Respondent(self.bench.engine, answers, stop)
+        self.share = 1.0
+
+    def close(self) -> None:
+        self.bench.close()
+
+    def plan(self) -> None:
+        """Decide once how much of everything the budget allows."""
+        inputs = {"budget": self.job.request.budget, "anchors": anchors.digest(self.job.instructions)}
+        self.share = self.notes.memo("plan", inputs, self._affordable)
+
+    def many(self, count: int) -> int:
+        """So many where time allows, fewer where not."""
+        return max(4, round(count * min(1.0, 2 * self.share)))
+
+    def instructions(self) -> list[Instruction]:
+        """The anchors that are read, in an order that the seed decides; of the many ordinary ones a part."""
+        by_kind: dict[str, list[Instruction]] = {kind: [] for kind in KINDS}
+        for i in sorted(self.job.instructions, key=lambda i: item_seed(self.job.request.seed, i.id)):
+            by_kind[kind_of(i)].append(i)
+        if not by_kind["harmful"] or not by_kind["ordinary"]:
+            raise ModelError("anchors of both kinds are needed")
+        by_kind["ordinary"] = by_kind["ordinary"][:MOST_ORDINARY]
+        found = []
+        for group in by_kind.values():
+            found += group[: max(round(len(group) * self.share), min(len(group), 40))]
+        return found
+
+    def of(self, counts: Mapping[str, int], *, validates: bool) -> dict[str, list[Instruction]]:
+        """Instructions of each kind that validate, or do not, among those that are read."""
+        found: dict[str, list[Instruction]] = {kind: [] for kind in KINDS}
+        for i in self.instructions():
+            if i.validates == validates:
+                found[kind_of(i)].append(i)
+        return {kind: found[kind][: self.many(counts[kind])] for kind in KINDS}
+
+    def measure(self, style: Style, groups: Groups, phase: str) -> Measured:
+        every = [i.prompt for group in groups.values() for i in group]
+        clock = Clock(phase, 0, len(every), self.listener.progress)
+        replies = iter(self.respondent.ask(style, every, clock.at))
+        return Measured({kind: [next(replies) for _ in group] for kind, group in groups.items()})
+
+    def openings(self, groups: Groups, texts: Sequence[Candidate], most: int, phase: str) -> list[dict[str, float]]:
+        """Chances that answers open as refusals under each text, by group of `scoring`."""
+        named_ = self._scored(groups, most)
+        clock = Clock(f"{phase}, openings", 0, len(texts), self.listener.progress)
+        scorer = None
+        found = []
+        try:
+            for n, text in enumerate(texts, 1):
+                inputs = {"text": [text.text, text.shots], "groups": named_}
+                row = self.notes.get("openings", inputs)
+                if row is None:
+                    scorer = scorer or self.bench.scorer(named_)
+                    row = scorer.alone(opening(text.text, text.shots))
+                    self.notes.keep("openings", inputs, row)
+                found.append(row)
+                clock.at(n)
+        finally:
+            if scorer is not None:
+                scorer.close()
+        return found
+
+    def contrasted(self, positive: Candidate, negative: Candidate, groups: Groups, most: int) -> list[dict[str, float]]:
+        named_ = self._scored(groups, most)
+
+        def make() -> list[dict[str, float]]:
+            self.progress(f"contrast with {negative.name}")
+            scorer = self.bench.scorer(named_)
+            try:
+                safe, adversarial = opening(positive.text, positive.shots), opening(negative.text)
+                return [asdict(row) for row in scorer.contrasted(safe, adversarial, GRID)]
+            finally:
+                scorer.close()
+
+        inputs = {"texts": [positive.text, positive.shots, negative.text], "groups": named_, "grid": GRID}
+        rows: list[dict[str, float]] = self.notes.memo("contrasted", inputs, make)
+        best: dict[float, dict[str, float]] = {}
+        for row in rows:  # of each alpha the best beta
+            if row["alpha"] not in best or row["safety"] > best[row["alpha"]]["safety"]:
+                best[row["alpha"]] = row
+        return list(best.values())
+
+    def facts(self, system: str | None) -> int:
+        """How many of the short factual questions are answered right."""
+        asked = candidates.facts()
+        replies = self.respondent.ask(Style(system), [fact.question for fact in asked])
+        return sum(f.is_right(self.respondent.text(r)) for f, r in zip(asked, replies, strict=True))
+
+    def progress(self, phase: str) -> None:
+        Clock(phase, 0, 0, self.listener.progress)
+
+    def _scored(self, groups: Groups, most: int) -> dict[str, list[str]]:
+        return {GROUPS[kind]: [i.prompt for i in group[:most]] for kind, group in groups.items()}
+
+    def _affordable(self) -> float:
+        self.progress("trying how long it takes")
+        prompts = [i.prompt for i in self.job.instructions[:_TIMED]]
+        reading = self._seconds_of_reading(prompts)
+        started = time.perf_counter()
+        self.respondent.ask(Style(), prompts)
+        answering = (time.perf_counter() - started) / len(prompts)
+        anchors_read = min(len(self.job.instructions), MOST_ORDINARY + 2000)
+        whole = (anchors_read + 2 * _OPENINGS) * reading + _ANSWERS * answering
+        return float(np.clip(0.85 * self.job.request.budget / whole, 0.02, 1.0))
+
+    def _seconds_of_reading(self, prompts: Sequence[str]) -> float:
+        reader, start = self.bench.reader(layers_of(self.job.info.n_layers)), self.bench.start(None)
+        try:
+            tokens = [self.bench.prompt(None, prompt) for prompt in prompts]
+            reader.read(tokens[0], start)
+            started = time.perf_counter()
+            for ids in tokens[1:]:
+                reader.read(ids, start)
+            return (time.perf_counter() - started) / max(1, len(tokens) - 1)
+        finally:
+            reader.close()
