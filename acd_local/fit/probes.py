@@ -18,6 +18,7 @@ from acd_local.optimize.stages import key_of
 
 LOOKS = {"harmful": 120, "ordinary": 80, "lookalike": 80}  # instructions whose answers the second look learns from
 LOOK = 32  # answer tokens between two looks
+FIRST_LOOK = 16  # tokens where the stretches begin to end that are learned from: before that, answers are much alike
 WORTHWHILE = 0.8  # area under the curve, for answers to be read at all
 
 
@@ -52,12 +53,13 @@ def second_look(lab: Lab, found: Found) -> str:
     groups = lab.of(LOOKS, validates=False)
     measured = lab.measure(Style(found.base), groups, "second look")
     rows = [
-        (i, reply.tokens[:LOOK])
+        (i, reply.tokens[:end])  # one behind the other, so that a reader goes on
         for kind in KINDS
         for i, reply in zip(groups[kind], measured.replies[kind], strict=True)
-        if reply.label == "answer" and len(reply.tokens) >= LOOKED_AT
+        for end in range(FIRST_LOOK, LOOK + 1, LOOKED_AT)
+        if reply.label == "answer" and len(reply.tokens) >= end
     ]
-    if sum(i.kind == "harmful" for i, _ in rows) < 10 or sum(i.kind == "harmless" for i, _ in rows) < 10:
+    if min(len({i.id for i, _ in rows if i.kind == kind}) for kind in ("harmful", "harmless")) < 10:
         return "too few answers to learn from: answers are not read"
     base = found.base
     what = {"base": base, "layers": found.layers, "tokens": LOOKED_AT}
@@ -73,14 +75,14 @@ def second_look(lab: Lab, found: Found) -> str:
     kinds = Rows.of([i for i, _ in rows])
     trained = train(_finite(states), kinds)
     area = float(np.mean(list(trained.areas.values())))
-    found.figures["second_look"] = {"auc": round(area, 4), "answers": len(rows)}
+    found.figures["second_look"] = {"auc": round(area, 4), "stretches": len(rows)}
     if area < WORTHWHILE:
         return f"area under the curve {area:.3f}: answers are not read"
     found.look = trained
     found.answer_threshold = choose.answer_threshold(trained.probabilities[~kinds.harmful])
     caught = float((trained.probabilities[kinds.harmful] >= found.answer_threshold).mean())
     found.figures["second_look"] |= {"caught": round(caught, 4)}
-    return f"area under the curve {area:.3f}, {caught:.0%} of answers to harmful requests turn at {LOOK} tokens"
+    return f"area under the curve {area:.3f}, {caught:.0%} of stretches of answers to harm are told"
 
 
 def _finite(states: Floats) -> Floats:

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from acd_local.fit import regression
 from acd_local.fit.regression import Floats
 from acd_local.gate import Probe
+from acd_local.optimize import anchors
 from acd_local.optimize.anchors import Instruction
 
 KINDS = ("harmful", "ordinary", "lookalike")
 FOLDS = 5
-RIDGES = (3.0, 10.0, 30.0, 100.0)
+RIDGES = (3.0, 10.0, 30.0)
 # Of the mean area: the strongest penalty that costs no more is taken, as the requests of users differ from the anchors
 # more than one category of anchors does from the others.
 TOLERATED = 0.008
@@ -27,16 +28,20 @@ class Rows:
     """What a probe is trained on, row for row.
 
     Attributes:
-        kinds: places in KINDS. folds: which part holds the row out.
+        kinds: places in KINDS.
+        folds: which part holds the row out, with all of its category.
+        alone: which part holds the row out, whatever its category.
     """
 
     kinds: NDArray[np.int64]
     folds: NDArray[np.int64]
+    alone: NDArray[np.int64]
 
     @classmethod
     def of(cls, instructions: Sequence[Instruction]) -> Rows:
         kinds = np.array([KINDS.index(kind_of(i)) for i in instructions])
-        return cls(kinds, _folds(instructions, kinds))
+        alone = np.array([int(i.id, 16) // anchors.VALIDATION_SHARE % FOLDS for i in instructions])
+        return cls(kinds, _folds(instructions, kinds), alone)
 
     @property
     def harmful(self) -> NDArray[np.bool_]:
@@ -68,8 +73,9 @@ class Trained:
 
     Attributes:
         column: the layer that it reads, a place in what was given.
-        probabilities: of every row, from a probe that saw nothing of its category.
-        areas: see `Rows.areas`. ridge: the penalty. by_layer: mean area of each layer alone.
+        probabilities: of every row, from a probe that did not see it: what a request of a known kind is given.
+        areas: see `Rows.areas`, of probes that saw nothing of a row's category. by_layer: their means, of each layer.
+        ridge: the penalty.
     """
 
     probe: Probe
@@ -94,28 +100,31 @@ def train(states: Floats, rows: Rows) -> Trained:
         states: shape (n, layers, n_embd).
     """
     n_layers = states.shape[1]
-    middle = {ridge: _worth(rows.areas(held_out(states[:, n_layers // 2], rows, ridge))) for ridge in RIDGES}
+    middle = {
+        ridge: _worth(rows.areas(held_out(states[:, n_layers // 2], rows, rows.folds, ridge))) for ridge in RIDGES
+    }
     ridge = max(r for r, worth in middle.items() if worth >= max(middle.values()) - TOLERATED)
-    scores = [held_out(states[:, column], rows, ridge) for column in range(n_layers)]
+    scores = [held_out(states[:, column], rows, rows.folds, ridge) for column in range(n_layers)]
     alone = [_worth(rows.areas(s)) for s in scores]
     column = int(np.argmax(alone))
     slope, shift = regression.calibrate(scores[column], rows.harmful, rows.weights)
     found = regression.fit(states[:, column], rows.harmful, rows.weights, ridge)
+    each = held_out(states[:, column], rows, rows.alone, ridge)
     return Trained(
         probe=Probe(slope * found.weight[None], slope * found.bias + shift),
         column=column,
-        probabilities=regression.sigmoid(slope * scores[column] + shift),
+        probabilities=regression.sigmoid(slope * each + shift),
         areas=rows.areas(scores[column]),
         ridge=ridge,
         by_layer=tuple(alone),
     )
 
 
-def held_out(states: Floats, rows: Rows, ridge: float) -> Floats:
+def held_out(states: Floats, rows: Rows, folds: NDArray[np.int64], ridge: float) -> Floats:
     """The log odds of every row from a regression on the rows of other folds; states of shape (n, n_embd)."""
     found = np.zeros(len(states), np.float32)
-    for fold in np.unique(rows.folds):
-        out = rows.folds == fold
+    for fold in np.unique(folds):
+        out = folds == fold
         harmful = rows.harmful[~out]
         if harmful.any() and not harmful.all():
             found[out] = regression.fit(states[~out], harmful, rows.weights[~out], ridge)(states[out])
