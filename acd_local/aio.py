@@ -18,6 +18,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,19 +41,24 @@ class _LoadStopped(Exception):
 
 
 async def load(
-    model: str | Path, *, on_progress: Callable[[float], object] | None = None, **settings: Any
+    model: str | Path,
+    *,
+    on_progress: Callable[[float], object] | None = None,
+    on_check: Callable[[float], object] | None = None,
+    **settings: Any,
 ) -> AsyncEngine:
-    """Load a model in a thread, as `acd_local.load` does. Cancelled while it reads the file, it stops soon."""
+    """Load a model in a thread, as `acd_local.load` does. Cancelled while it checks or reads, it stops soon."""
     loop, stopped = asyncio.get_running_loop(), threading.Event()
 
-    def report(fraction: float) -> None:
+    def report(fraction: float, *, to: Callable[[float], object] | None) -> None:
         if stopped.is_set():
             raise _LoadStopped
-        if on_progress is not None:
-            loop.call_soon_threadsafe(on_progress, fraction)
+        if to is not None:
+            loop.call_soon_threadsafe(to, fraction)
 
     def build() -> Engine:
-        engine = Engine(model, on_progress=report, **settings)
+        loading, checking = (partial(report, to=to) for to in (on_progress, on_check))
+        engine = Engine(model, on_progress=loading, on_check=checking, **settings)
         if stopped.is_set():
             engine.close()
             raise _LoadStopped

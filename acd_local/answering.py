@@ -133,7 +133,8 @@ class AnswerStream(Handle):
     """An answer of `Engine.generate`.
 
     Attributes:
-        seed: the seed in use. settings: the contrast's numbers in use. pair: the prompt pair in use.
+        seed: the seed in use. settings: the contrast's numbers in use. pair: the prompt pair in use, None: none.
+        soft: whether its soft prompts are.
     """
 
     def __init__(self, work: Answering) -> None:
@@ -142,6 +143,7 @@ class AnswerStream(Handle):
         self.seed = work.seed
         self.settings = work.settings
         self.pair = work.pair
+        self.soft = work.soft
 
     def skip(self) -> Answer:
         """Return the cancelled answer that it becomes if nobody begins to read it; nothing is decoded."""
@@ -210,6 +212,7 @@ class Answering:
         self._options = options
         self._system = system
         self.pair = pair
+        self.soft = soft
         self._framing = framing
         self._gating = gating
         self._divergence = divergence
@@ -545,9 +548,10 @@ def abort(routine: Routine, aborted: DecodeAborted) -> Item | None:
 
 
 def resolve_contrast(options: Options, pair: PromptPair | None, *, soft: bool = False) -> ContrastSettings:
-    """Which numbers apply: the option, else the pair's, else the default; without a pair, and with `plain`, none.
+    """Which numbers apply: the option, else the pair's, else the default; `plain` is the safe prompt alone.
 
-    With `soft` the numbers of the pair's soft prompts come before its own.
+    Without a pair nothing is contrasted, whatever the options say. With `soft` the numbers of the pair's soft prompts
+    come before its own.
     """
     if options.plain or pair is None:
         return _NO_CONTRAST

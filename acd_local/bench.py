@@ -28,7 +28,7 @@ from acd_local.runtime.rowcosts import RowCosts
 from acd_local.runtime.streams import LAYOUTS
 from acd_local.runtime.template import Message
 from acd_local.runtime.threads import default_threads
-from acd_local.session import Engine
+from acd_local.session import Engine, measured_pair
 
 QUESTIONS = (
     "How do I get red wine out of a carpet?",
@@ -270,7 +270,8 @@ def run(
     """
     check_counts(tokens, rounds)
     threads = threads or default_threads()
-    settings: dict[str, Any] = {"threads": threads, "ctx_size": ctx_size, "pair": pair}
+    used = measured_pair(model, pair)
+    settings: dict[str, Any] = {"threads": threads, "ctx_size": ctx_size, "pair": used}
     with ExitStack() as stack:
         engines = {f"contrast, {layout}": Engine(model, layout=layout, **settings) for layout in LAYOUTS}
         engines = {ENGINE_PLAIN: Engine(model, **settings), **engines}
@@ -290,10 +291,10 @@ def run(
         for number in range(1, rounds + 1):
             progress(f"round {number} of {rounds}")
             _round(number, bare, engines, cases, groups, tokens)
-        contrast = resolve_contrast(Options(), first.pair)
+        contrast = resolve_contrast(Options(), used)
         report = Report(
             model=first.info.name or first.info.path.name,
-            pair=first.pair.name,
+            pair=used.name,
             alpha=contrast.alpha,
             beta=contrast.beta,
             n_vocab=first.info.n_vocab,
@@ -379,7 +380,7 @@ def note(cases: Mapping[str, Case], base: Plain, found: Mapping[str, Measured]) 
 
 def conversation(engine: Engine, text: str) -> list[Message]:
     """What the safe stream reads."""
-    return [Message("system", engine.pair.safe), Message("user", text)]
+    return [*([Message("system", engine.pair.safe)] if engine.pair else []), Message("user", text)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -562,7 +563,7 @@ def _peak_here(case: str, model: str, threads: int, ctx_size: int, pair: str | N
             for position in range(len(prompt), len(prompt) + MEMORY_TOKENS):
                 token = int(decode_rows(context, [token], position).argmax())
     else:
-        given: dict[str, Any] = {"layout": "split" if "split" in case else "shared", "pair": pair}
+        given: dict[str, Any] = {"layout": "split" if "split" in case else "shared", "pair": measured_pair(model, pair)}
         if case == SHARED_Q8:
             given["kv_type"] = "q8_0"
         with Engine(model, threads=threads, ctx_size=ctx_size, **given) as engine:

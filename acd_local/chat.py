@@ -12,7 +12,7 @@ from acd_local.answering import AnswerStream, Handle
 from acd_local.answers import Answer, AnswerEvent, OnEvent, TurnsDropped
 from acd_local.errors import EngineBusyError, UsageError, shown
 from acd_local.options import Options
-from acd_local.pairs import PromptPair, refuse_adversarial
+from acd_local.pairs import AS_IS, PromptPair, refuse_adversarial
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.template import Message
 
@@ -31,7 +31,7 @@ class Chat:
         messages: user and assistant turns so far.
         system: the application's system prompt, appended to the pair's.
         options: defaults of every answer.
-        pair: the prompt pair in use.
+        pair: the prompt pair in use; None: none, the model answers as it is.
         first_sent: index of the first message that is still sent.
         answering: what cancels the answer that is being made; None while there is none.
     """
@@ -45,7 +45,7 @@ class Chat:
         pair: PromptPair | None = None,
     ) -> None:
         self.engine = engine
-        self.pair = pair or engine.pair
+        self.pair = pair
         if system:
             refuse_adversarial(system, self.pair)
         self.system = system
@@ -137,8 +137,8 @@ class Chat:
         record = {
             "format": FILE_FORMAT,
             "model": {"name": self.engine.info.name, "tokenizer": self.engine.info.tokenizer},
-            "pair": str(self.pair.path or self.pair.name),
-            "pair_name": self.pair.name,
+            "pair": AS_IS if self.pair is None else str(self.pair.path or self.pair.name),
+            "pair_name": AS_IS if self.pair is None else self.pair.name,
             "system": self.system,
             "messages": [{"role": m.role, "content": m.content} for m in self.messages],
         }
@@ -231,7 +231,7 @@ class Turn:
             [*self._past[chat.first_sent :], self._asked],
             self._options,
             system=chat.system,
-            pair=chat.pair,
+            pair=chat.pair or AS_IS,
             on_event=self._note,
             cancel=self.cancel,
             divergence=self._divergence,

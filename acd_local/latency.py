@@ -13,7 +13,7 @@ from acd_local.options import Options
 from acd_local.runtime import llama
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.threads import default_threads
-from acd_local.session import Engine
+from acd_local.session import Engine, measured_pair
 
 QUESTION = 512  # tokens
 WAYS = {
@@ -58,7 +58,7 @@ def run(
     """
     check_counts(2, rounds)
     threads = threads or default_threads()
-    settings: dict[str, Any] = {"threads": threads, "ctx_size": ctx_size, "pair": pair}
+    settings: dict[str, Any] = {"threads": threads, "ctx_size": ctx_size, "pair": measured_pair(model, pair)}
     with Engine(model, **settings) as engine:
         question = min(QUESTION, ctx_size // 4)
         with llama.Context(engine._model, n_ctx=ctx_size, n_seq=1, threads=threads) as bare:

@@ -12,8 +12,9 @@ A pair file is named after the pair (`prompts/NAME.toml`) and looks like this:
     [[shots]]                   # optional: demonstrations, turns that precede the conversation in the positive stream
     user = "..."
     assistant = "..."
-    [soft]                      # optional: alpha and beta of the soft prompts in NAME.safetensors
-    alpha = 0.4
+    [soft]                      # optional: of the soft prompts in NAME.safetensors
+    alpha = 0.4                 # with beta: their own numbers
+    preferred = true            # taken instead of the texts where nobody says otherwise
     [gate]                      # optional: contrast only where the gate in NAME.safetensors finds a request harmful
     threshold = 0.5             # chance of harm from which on both streams are decoded
     helpful = '''...'''        # optional: system prompt of requests below `low`; without it, the model as it is
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from acd_local.runtime.gguf_header import GGUFInfo
 
 __all__ = [
+    "AS_IS",
     "DEFAULT_ALPHA",
     "DEFAULT_BETA",
     "FORMAT",
@@ -64,6 +66,7 @@ __all__ = [
     "check",
     "find",
     "fits",
+    "fitted",
     "load",
     "refuse_adversarial",
     "scan",
@@ -71,6 +74,7 @@ __all__ = [
 ]
 
 FORMAT = 1
+AS_IS = "as-is"  # in the place of a pair's name: the model answers under its template's own system prompt, uncontrasted
 DEFAULT_ALPHA = 0.5
 DEFAULT_BETA = 0.1
 MAX_BYTES = 1_000_000
@@ -82,7 +86,7 @@ _KEYS = (
 )
 _MODEL_KEYS = ("architecture", "tokenizer", "names", "n_layers", "n_embd")
 _SHOT_KEYS = ("user", "assistant")
-_SOFT_KEYS = ("alpha", "beta")
+_SOFT_KEYS = ("alpha", "beta", "preferred")
 _GATE_KEYS = ("threshold", "helpful", "low", "look", "answer_threshold")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -165,6 +169,7 @@ class PromptPair:
         provenance, figures: where it comes from and what was measured with it; free tables.
         path: its file; None if it was made in Python.
         soft_alpha, soft_beta: settings of the soft prompts; None leaves the pair's own.
+        soft_preferred: whether the soft prompts are taken where nobody says otherwise, on a model it is fitted to.
         gate: how its gate decides; None: it has none, and every answer is contrasted.
         sha256: of the file with soft prompts and gate; empty: any.
 
@@ -184,6 +189,7 @@ class PromptPair:
     path: Path | None = None
     soft_alpha: float | None = None
     soft_beta: float | None = None
+    soft_preferred: bool = False
     gate: GateSettings | None = None
     sha256: str = ""
 
@@ -213,17 +219,20 @@ class PromptPair:
         return path if path is not None and os.path.lexists(path) else None
 
 
-def refuse_adversarial(text: str, pair: PromptPair) -> None:
+def refuse_adversarial(text: str, pair: PromptPair | None) -> None:
     """Refuse a text meant for the positive stream (`--system`, `/system`) that holds the pair's adversarial prompt.
 
-    Compared without regard to case, white space and Unicode compatibility forms. An adversarial prompt shorter than 20
-    characters may be part of an innocent text, so there only equality counts.
+    Without a pair there is nothing to refuse. Compared without regard to case, white space and Unicode compatibility
+    forms. An adversarial prompt shorter than 20 characters may be part of an innocent text, so there only equality
+    counts.
 
     Raises:
         UsageError: it does, or `text` is no string.
     """
     if not isinstance(text, str):
         raise UsageError(f"a system prompt must be a string, not {type(text).__name__}")
+    if pair is None:
+        return
     given, forbidden = _fold(text), _fold(pair.adversarial.reveal_for_negative_stream())
     if given == forbidden or (len(forbidden) >= 20 and forbidden in given):
         raise UsageError(
@@ -268,6 +277,8 @@ def _checked_name(value: object) -> str:
     if not _NAME.fullmatch(value):
         shown = printable(value)[:80]
         raise _Fault("name", f"{shown!r} is no pair name: up to 64 of A-Z a-z 0-9 . _ -, letter or digit first")
+    if value == AS_IS:
+        raise _Fault("name", f"{AS_IS!r} means no pair at all: choose another name")
     return value
 
 
@@ -314,7 +325,10 @@ def _checked_shots(value: object) -> tuple[tuple[str, str], ...]:
 def _checked_soft(value: object) -> dict[str, Any]:
     table = _checked_table("soft", value, _SOFT_KEYS)
     alpha, beta = (_checked_number(f"soft.{k}", table.get(k), m) for k, m in (("alpha", MAX_ALPHA), ("beta", 1.0)))
-    return {"soft_alpha": alpha, "soft_beta": beta}
+    preferred = table.get("preferred", False)
+    if not isinstance(preferred, bool):
+        raise _Fault("soft.preferred", f"must be true or false, not {_kind(preferred)}")
+    return {"soft_alpha": alpha, "soft_beta": beta, "soft_preferred": preferred}
 
 
 def _checked_gate(value: object) -> GateSettings:
@@ -539,6 +553,12 @@ def scan() -> tuple[list[PromptPair], list[PairError]]:
 
     Of several valid pairs with the same name the first one along `search_path()` counts.
     """
+    pairs, errors = _scan_in_order()
+    return sorted(pairs, key=lambda pair: pair.name), errors
+
+
+def _scan_in_order() -> tuple[list[PromptPair], list[PairError]]:
+    """What `scan` gives, along the search path."""
     parsed, errors = _scan_unchecked()
     pairs: dict[str, PromptPair] = {}
     for pair in parsed:
@@ -548,7 +568,7 @@ def scan() -> tuple[list[PromptPair], list[PairError]]:
             errors.append(error)
         else:
             pairs.setdefault(pair.name, pair)
-    return [pairs[name] for name in sorted(pairs)], errors
+    return list(pairs.values()), errors
 
 
 def available() -> list[PromptPair]:
@@ -560,7 +580,7 @@ def find(name_or_path: str | os.PathLike[str]) -> PromptPair:
     """The pair that `--pair` means: a path if it holds a separator or ends in .toml, else a name.
 
     Raises:
-        PairError: there is none, or its file is broken.
+        PairError: there is none (AS_IS never is one), or its file is broken.
     """
     wanted = os.fspath(name_or_path)
     separators = {"/", os.sep, os.altsep or os.sep}
@@ -570,6 +590,8 @@ def find(name_or_path: str | os.PathLike[str]) -> PromptPair:
         for folder in search_path():
             if (path := folder / f"{wanted}.toml").is_file():
                 return load(path)
+    if wanted == AS_IS:
+        raise PairError(f"{AS_IS} means no prompt pair, and here one is needed; known pairs: {_known_names()}")
     shown = printable(wanted)[:80]
     raise PairError(f"no prompt pair {shown!r}; known pairs: {_known_names()}; a path must end in .toml")
 
@@ -588,25 +610,23 @@ def fits(pair: PromptPair, info: GGUFInfo) -> bool:
     return bool(not match.names or match.tokenizer or _names_model(match, info))
 
 
-def best_for(info: GGUFInfo) -> PromptPair:
-    """The best fitting known pair: tokenizer counts most, then name, then architecture; else the generic `default`.
+def fitted(pair: PromptPair, info: GGUFInfo) -> bool:
+    """Whether a pair was measured on a model: its name, architecture, tokenizer and size agree, and there are figures.
 
-    Broken files are passed over.
-
-    Raises:
-        PairError: no known pair fits, not even a generic one.
+    The file may be another quantization of it. A fine-tune under a name of its own is another model.
     """
-    pairs, errors = scan()
-    fitting = [pair for pair in pairs if fits(pair, info)]
-    if not fitting:
-        found = f": {errors[0]}" if errors else f" in {', '.join(printable(str(folder)) for folder in search_path())}"
-        raise PairError(f"no prompt pair for this model{found}")
-    return max(fitting, key=lambda pair: (_score(pair, info), pair.name == "default"))  # a tie: the first by name
-
-
-def _score(pair: PromptPair, info: GGUFInfo) -> int:
     match = pair.models
-    return 4 * bool(match.tokenizer) + 2 * _names_model(match, info) + bool(match.architecture)
+    same = (match.architecture, match.tokenizer, match.n_layers, match.n_embd)
+    its = (info.architecture, info.tokenizer, info.n_layers, info.n_embd)
+    return bool(pair.figures) and same == its and _names_model(match, info)
+
+
+def best_for(info: GGUFInfo) -> PromptPair | None:
+    """The pair that is used by itself: the first one along `search_path()`, then by name, that is fitted to the model.
+
+    None where there is none. Broken files are passed over.
+    """
+    return next((pair for pair in _scan_in_order()[0] if fitted(pair, info)), None)
 
 
 def _names_model(match: ModelMatch, info: GGUFInfo) -> bool:

@@ -25,7 +25,7 @@ from acd_local.runtime.choice import ContrastSettings
 from acd_local.runtime.contrast import MAX_DIVISOR_ALPHA, contrast
 from acd_local.runtime.prompts import Framing, Prompt
 from acd_local.runtime.template import Message
-from acd_local.session import Engine
+from acd_local.session import Engine, measured_pair
 
 OURS = "acd, auto"
 LLAMAS = "two llama_cpp.Llama"
@@ -72,7 +72,7 @@ def run(
     """Answer QUESTIONS greedily by each, with the engine's own prompts, alpha and beta."""
     check_counts(tokens, rounds)
     with ExitStack() as stack:
-        engine = stack.enter_context(Engine(model, threads=threads, ctx_size=ctx_size, pair=pair))
+        engine = stack.enter_context(Engine(model, threads=threads, ctx_size=ctx_size, pair=measured_pair(model, pair)))
         settings = resolve_contrast(Options(), engine.pair)
         peers: dict[str, Peer] = {}
         left_out: dict[str, str] = {}

@@ -14,7 +14,14 @@ from acd_local import pairs, vectors
 from acd_local.answering import Answering, AnswerStream, PromptMeter
 from acd_local.answers import OnEvent
 from acd_local.chat import Chat
-from acd_local.errors import EngineBusyError, EngineClosedError, ModelError, PairError, UsageError
+from acd_local.errors import (
+    EngineBusyError,
+    EngineClosedError,
+    ModelError,
+    PairError,
+    UsageError,
+    printable,
+)
 from acd_local.gate import Gate
 from acd_local.gating import Conversation, Gating, read_parts
 from acd_local.models import resolve as resolve_model
@@ -23,6 +30,7 @@ from acd_local.pairs import PromptPair
 from acd_local.runtime import llama, probe, rowcosts
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import Vocabulary
+from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.lifetime import CLOSED
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.prefixes import PrefixStore, common_prefix
@@ -36,6 +44,7 @@ from acd_local.softpair import SoftPair
 from acd_local.vectors import Vectors
 
 DEFAULT_CTX_SIZE = 4096
+_DEFAULT_PAIR = "default"
 FEW = 2  # conversations whose safe streams may run ahead; more are decoded together
 
 # Never sampled unless they end the answer.
@@ -47,7 +56,10 @@ class Engine:
 
     Args:
         model: path of a GGUF file, "demo", or "hf:owner/repo/file.gguf".
-        pair: a prompt pair or its name or path; None takes the best one for this model.
+        pair: a prompt pair or its name or path; "as-is": none, the model answers under its template's own system
+            prompt. None takes a pair that is fitted to this model; where there is none, a check of some seconds, once
+            per model, decides between the pair `default` and none. The check is made too, for a warning, where a pair
+            is named that is not fitted to the model; a `PromptPair` is taken as it comes.
         ctx_size: tokens that each stream holds; None means 4096, or the model's own limit if that is smaller.
         conversations: how many conversations may be decoded at once; each costs two streams of KV memory.
         layout: "shared" decodes both streams in one llama_context, "split" gives each stream its own.
@@ -59,11 +71,15 @@ class Engine:
             anew each time. False decodes a first prompt in one go, as llama.cpp does, and keeps what a prompt has in
             common with the last one. None: as False; where there are several conversations, system prompts are decoded
             alone.
-        soft: use the pairs' soft prompts (NAME.safetensors beside NAME.toml) instead of their texts, in every answer.
+        soft: use the pairs' soft prompts (NAME.safetensors beside NAME.toml) instead of their texts, in every answer;
+            False: their texts. None: what each pair prefers on a model that it is fitted to.
         on_progress: told how much of the model is loaded, from 0 to 1: 0 once it is found, which may stand for long
             where a file is new and is checked first. What it raises ends the loading.
+        on_check: told how far the check of the pair is, from 0 to 1, before the loading. What it raises ends both.
 
     Attributes:
+        pair: the prompt pair in use; None: the model answers as it is.
+        fitted: whether that pair is fitted to this model.
         soft: as given.
         info: what the model file's header says. n_params: how many weights it has.
         n_ctx: tokens that each stream holds.
@@ -92,8 +108,9 @@ class Engine:
         threads: int | None = None,
         gpu_layers: int | None = None,
         system_apart: bool | None = None,
-        soft: bool = False,
+        soft: bool | None = None,
         on_progress: Callable[[float], object] | None = None,
+        on_check: Callable[[float], object] | None = None,
     ) -> None:
         _check_counts(ctx_size=ctx_size, conversations=conversations, threads=threads)
         self.threads = threads or default_threads()
@@ -101,12 +118,12 @@ class Engine:
         if on_progress is not None:
             on_progress(0.0)
         self.info = probe.verify(path)
-        self.pair = self._resolve_pair(pair)
         self.soft = soft
         self._vectors: dict[tuple[object, ...], Vectors] = {}
         self._lock = threading.RLock()
-        if soft:
-            self._read_soft(self.pair)  # what is wrong with it is said before the model is loaded
+        self.pair = self._first_pair(pair)  # what is wrong with it is said before the model is loaded
+        self._found = self._check_pair(pair, on_check, threads=threads, gpu_layers=gpu_layers)
+        self.fitted = self.pair is not None and pairs.fitted(self.pair, self.info)
         self._model = llama.Model(self.info.path, gpu_layers=gpu_layers, on_progress=on_progress)
         try:
             self.n_params = self._model.n_params
@@ -116,8 +133,7 @@ class Engine:
             self.vocab = self._model.vocab
             self._vocabulary = Vocabulary(self.vocab, _NOT_TEXT)
             self._builder = PromptBuilder(self.template, self.n_ctx, self._model.rows)
-            if soft:
-                self.soft_pair()
+            self._soft_of(self.pair)
             self._streams = Streams(
                 self._model,
                 n_ctx=self.n_ctx,
@@ -165,8 +181,9 @@ class Engine:
         notes = [self.template.warning]
         if 0 < self._model.n_ctx_train < self.n_ctx:
             notes.append(f"the model was trained for {self._model.n_ctx_train} tokens, not {self.n_ctx}")
-        if not pairs.fits(self.pair, self.info):
+        if self.pair is not None and not pairs.fits(self.pair, self.info):
             notes.append(f"the prompt pair {self.pair.name!r} was made for another model")
+        notes.append(self._found)
         return "; ".join(filter(None, notes)) or None
 
     def generate(
@@ -188,7 +205,7 @@ class Engine:
             messages: user and assistant turns in order, optionally a system message first; or just the user's text.
             options: sampling, contrast and limits of this answer.
             system: the application's system prompt; it follows the pair's in both streams.
-            pair: another pair for this answer.
+            pair: another pair for this answer; "as-is": none.
             framing: other texts around the conversation than the pair's two prompts, for comparing methods. The pair's
                 gate is then asked only where options.gate is True.
             divergence: measure KL(S || A) at every position (some passes over the vocabulary per token).
@@ -205,11 +222,14 @@ class Engine:
         turns, own_system = _turns(messages)
         if own_system is not None and system is not None:
             raise UsageError("give the system prompt as `system` or as the first message, not both")
-        chosen = self.pair if pair is None else self._resolve_pair(pair)
+        chosen = self.pair if pair is None else _resolve_pair(pair)
         options = options or Options()
         gating = None if framing is not None and not options.gate else self._gating(chosen, options)
+        soft = self.takes_soft(chosen)
         if framing is None:
-            framing = Framing.of(chosen, self.soft_pair(chosen) if self.soft else None)
+            framing = Framing.of(chosen, self._soft_of(chosen))
+        elif framing.negative is not None and chosen is None:
+            raise UsageError("a framing with a negative prompt takes its numbers from a pair: give `pair`")
         work = Answering(
             self,
             turns,
@@ -217,7 +237,7 @@ class Engine:
             system if own_system is None else own_system,
             chosen,
             framing,
-            self.soft,
+            soft,
             gating,
             divergence,
             trace,
@@ -245,7 +265,7 @@ class Engine:
         self._check_open()
         turns, own_system = _turns(messages)
         system = system if own_system is None else own_system
-        chosen = self.pair if pair is None else self._resolve_pair(pair)
+        chosen = self.pair if pair is None else _resolve_pair(pair)
         gating = self._gating(chosen, Options(gate=True))
         assert gating is not None
         prompt = self._builder.build(gating.base, system, turns, contrast=False, max_tokens=1, overflow="drop")
@@ -260,7 +280,14 @@ class Engine:
         pair: PromptPair | str | None = None,
     ) -> Chat:
         """A conversation that remembers its turns; any number of them share the engine."""
-        return Chat(self, system=system, options=options, pair=None if pair is None else self._resolve_pair(pair))
+        chosen = self.pair if pair is None else _resolve_pair(pair)
+        return Chat(self, system=system, options=options, pair=chosen)
+
+    def takes_soft(self, pair: PromptPair | None) -> bool:
+        """Whether answers with a pair are made with its soft prompts."""
+        if pair is None or self.soft is not None:
+            return bool(pair and self.soft)
+        return pair.soft_preferred and pairs.fitted(pair, self.info)
 
     def soft_pair(self, pair: PromptPair | None = None) -> SoftPair:
         """The soft prompts beside a pair (None: the engine's), checked against the model; read once per file.
@@ -269,7 +296,10 @@ class Engine:
             PairError: the pair has none, or they are broken or made for another model.
         """
         self._model.owned.check()
-        found = self._read_soft(self.pair if pair is None else pair)
+        wanted = self.pair if pair is None else pair
+        if wanted is None:
+            raise PairError("no prompt pair is in use, so there are no soft prompts: name a pair that has some")
+        found = self._read_soft(wanted)
         self._builder.keep_negative(found.adversarial)
         return found
 
@@ -430,12 +460,51 @@ class Engine:
         if self._closed:
             raise EngineClosedError(CLOSED)
 
+    def _first_pair(self, pair: PromptPair | str | None) -> PromptPair | None:
+        """The pair that is asked for, its soft prompts read where they are taken; or the fitted one."""
+        found = pairs.best_for(self.info) if pair is None else _resolve_pair(pair)
+        if found is None and pair is None and self.soft:
+            raise PairError(
+                f"no prompt pair was made for {_model_name(self.info)}, so there are no soft prompts: leave --soft "
+                "out, or make a pair with acd optimize"
+            )
+        if found is not None and self.takes_soft(found):
+            self._read_soft(found)
+        return found
+
+    def _check_pair(
+        self, asked: PromptPair | str | None, on_check: Callable[[float], object] | None, **settings: Any
+    ) -> str | None:
+        """Choose between `default` and none where no pair is fitted; a line about what was found."""
+        from acd_local import quickcheck  # which uses engines itself
+
+        if asked == pairs.AS_IS or isinstance(asked, PromptPair):
+            return None
+        given: dict[str, Any] = {"soft": self.soft, "on_check": on_check, **settings}
+        if self.pair is not None:
+            if pairs.fitted(self.pair, self.info):
+                return None
+            verdict = quickcheck.check(self.info, self.pair, **given)
+            return f"the pair {self.pair.name!r} does harm to this model ({verdict})" if verdict.harms else None
+        lead = f"no prompt pair was made for {_model_name(self.info)}"
+        default = next((pair for pair in pairs.available() if pair.name == _DEFAULT_PAIR), None)
+        if default is None:
+            return f"{lead}: it answers as it is; acd fit makes a pair"
+        verdict = quickcheck.check(self.info, default, asked=False, **given)
+        if verdict.helps:
+            self.pair = default
+            return f"{lead}: the pair {default.name!r} is used ({verdict}); acd fit makes a better one"
+        return f"{lead}: it answers as it is ({verdict}); acd fit makes a pair"
+
+    def _soft_of(self, pair: PromptPair | None) -> SoftPair | None:
+        return self.soft_pair(pair) if self.takes_soft(pair) else None
+
     def _read_soft(self, pair: PromptPair) -> SoftPair:
         found = None if pair.vectors_path is None else self._read_vectors(pair, pair.vectors_path).soft
         if found is None:
             raise PairError(
-                f"pair {pair.name!r} has no soft prompts ({pair.name}.safetensors beside it): leave --soft out, or "
-                "make them with acd optimize"
+                f"pair {pair.name!r} has no soft prompts ({pair.name}.safetensors beside it): take --no-soft, or make "
+                "them with acd optimize"
             )
         return found
 
@@ -460,10 +529,26 @@ class Engine:
             self._vectors[key] = found
         return self._vectors[key]
 
-    def _resolve_pair(self, pair: PromptPair | str | None) -> PromptPair:
-        if pair is None:
-            return pairs.best_for(self.info)
-        return pairs.find(pair) if isinstance(pair, str) else pair
+
+def measured_pair(model: str | Path, name: str | None = None) -> PromptPair:
+    """The pair that a measurement takes: the named one, else the fitted one, else `default`, whatever it does.
+
+    Raises:
+        ModelError, PairError.
+    """
+    if name is not None:
+        return pairs.find(name)
+    return pairs.best_for(probe.verify(resolve_model(str(model)))) or pairs.find(_DEFAULT_PAIR)
+
+
+def _resolve_pair(pair: PromptPair | str) -> PromptPair | None:
+    if isinstance(pair, PromptPair):
+        return pair
+    return None if pair == pairs.AS_IS else pairs.find(pair)
+
+
+def _model_name(info: GGUFInfo) -> str:
+    return printable(info.name or info.path.name)[:80]
 
 
 def _gain(held: Sequence[int], prompt: Prompt) -> tuple[int, int]:

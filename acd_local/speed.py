@@ -54,7 +54,7 @@ from acd_local.runtime.rowcosts import MOST, RowClock, RowCosts
 from acd_local.runtime.streams import Streams
 from acd_local.runtime.template import Message
 from acd_local.runtime.threads import default_threads
-from acd_local.session import Engine
+from acd_local.session import Engine, measured_pair
 
 DEMO = "demo"
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # rows of a batch
@@ -213,7 +213,8 @@ def run_replay(
         progress("measuring batches")
         costs = batch_costs(both)
         progress(f"recording answers of {source}")
-        recorded = _record(source, costs, tokens, rounds, {"threads": threads, "ctx_size": ctx_size, "pair": pair})
+        settings = {"threads": threads, "ctx_size": ctx_size, "pair": measured_pair(source, pair)}
+        recorded = _record(source, costs, tokens, rounds, settings)
         groups: list[dict[str, Case]] = [{name: Case(name) for name in STRATEGIES} for _ in recorded]
         for number in range(1, rounds + 1):
             progress(f"round {number} of {rounds}")
@@ -406,7 +407,7 @@ def run_curves(
         UsageError: the model's caches cannot forget tokens.
     """
     check_counts(tokens, rounds)
-    with Engine(model, threads=threads, ctx_size=ctx_size, pair=pair) as engine:
+    with Engine(model, threads=threads, ctx_size=ctx_size, pair=measured_pair(model, pair)) as engine:
         if not engine.can_defer:
             raise UsageError("this model's caches cannot forget their last tokens: it is always decoded stepwise")
         with _pair_context(engine._model, ctx_size, engine.threads) as both:

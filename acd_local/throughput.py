@@ -11,7 +11,7 @@ from acd_local.answers import Answer
 from acd_local.batch import Batch
 from acd_local.bench import QUESTIONS
 from acd_local.options import Options
-from acd_local.session import Engine
+from acd_local.session import Engine, measured_pair
 
 # With the benchmark's questions: prompts of different lengths.
 ORDERS = (
@@ -65,9 +65,10 @@ def run(
     """Answer 48 prompts, new ones in every round, greedily, with one conversation and with `parallel`."""
     options = Options(gate=False, temp=0.0, max_tokens=tokens, plain=plain)
     speeds: dict[int, list[float]] = {1: [], parallel: []}
+    contrasted = measured_pair(model, pair)
     with (
-        Engine(model, ctx_size=ctx_size, threads=threads, pair=pair, system_apart=True) as alone,
-        Engine(model, ctx_size=ctx_size, threads=threads, pair=pair, conversations=parallel) as together,
+        Engine(model, ctx_size=ctx_size, threads=threads, pair=contrasted, system_apart=True) as alone,
+        Engine(model, ctx_size=ctx_size, threads=threads, pair=contrasted, conversations=parallel) as together,
     ):
         texts: dict[int, list[str]] = {}
         for number in range(rounds + 1):  # the first decodes the system prompts

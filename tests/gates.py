@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from manual import made_for
 
 from acd_local import pairs, vectors
 from acd_local.gate import Gate, Probe
@@ -52,7 +53,7 @@ def write_pair(
     ]
     if chosen.helpful is not None:
         lines += [f'helpful = "{chosen.helpful}"', f"low = {chosen.low}"]
-    (folder / f"{name}.toml").write_text("\n".join(lines) + "\n")
+    (folder / f"{name}.toml").write_text("\n".join([*lines, made_for(model)]))
     return pairs.load(folder / f"{name}.toml")
 
 

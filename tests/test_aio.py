@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from manual import DEFAULT
 
 from acd_local import Answer, Engine, Options, PromptProgress, aio
 from acd_local.answers import AnswerEvent
@@ -35,7 +36,7 @@ def slow_model(tiny: Callable[..., Path]) -> Path:
 
 def with_engine(model: Path, use: Callable[[aio.AsyncEngine], Coroutine[Any, Any, None]], **settings: Any) -> None:
     async def main() -> None:
-        async with await aio.load(model, **{"ctx_size": 1024, "threads": 1} | settings) as engine:
+        async with await aio.load(model, pair=DEFAULT, **{"ctx_size": 1024, "threads": 1} | settings) as engine:
             await use(engine)
 
     asyncio.run(main())
@@ -55,7 +56,7 @@ async def first(stream: aio.AsyncStream) -> str:
 
 
 def test_answers_are_those_of_the_plain_api(model: Path) -> None:
-    with Engine(model, ctx_size=1024, threads=1) as engine:
+    with Engine(model, pair=DEFAULT, ctx_size=1024, threads=1) as engine:
         chat = engine.chat(system="Be brief.", options=SHORT)
         expected = [chat.ask(q).text for q in QUESTIONS[:2]]
         again = chat.regenerate(seed=4, temp=1.0).run().text
@@ -83,7 +84,7 @@ def test_answers_are_those_of_the_plain_api(model: Path) -> None:
 @pytest.mark.parametrize("conversations", [1, 3])
 def test_many_at_once(model: Path, conversations: int) -> None:
     """Together, or in turns: each gets what it gets alone, and its callbacks run in the event loop."""
-    with Engine(model, ctx_size=1024, threads=1) as engine:
+    with Engine(model, pair=DEFAULT, ctx_size=1024, threads=1) as engine:
         expected = [engine.generate(q, SHORT).run().text for q in QUESTIONS]
 
     async def use(engine: aio.AsyncEngine) -> None:
@@ -122,7 +123,7 @@ def test_the_event_loop_runs_on(slow_model: Path) -> None:
 
         ticking = asyncio.create_task(tick())
         loading: list[float] = []
-        engine = await aio.load(slow_model, ctx_size=4096, threads=1, on_progress=loading.append)
+        engine = await aio.load(slow_model, pair=DEFAULT, ctx_size=4096, threads=1, on_progress=loading.append)
         began = time.perf_counter()
         answer = await engine.chat(options=SHORT).ask(LONG)
         took = time.perf_counter() - began
@@ -276,7 +277,7 @@ def test_errors_come_out(model: Path, tmp_path: Path) -> None:
 
 def test_closing_ends_what_runs_waits_and_rests(model: Path) -> None:
     async def main() -> None:
-        engine = await aio.load(model, ctx_size=1024, threads=1, conversations=2)
+        engine = await aio.load(model, pair=DEFAULT, ctx_size=1024, threads=1, conversations=2)
         resting = engine.generate("Hi", ENDLESS)
         await first(resting)
         await asyncio.sleep(0.3)
@@ -297,7 +298,7 @@ def test_a_cancelled_load_stops_and_leaves_nothing(slow_model: Path) -> None:
 
     async def main() -> None:
         before, begun = set(lifetime._owned), asyncio.Event()
-        task = asyncio.create_task(aio.load(slow_model, on_progress=lambda _: begun.set()))
+        task = asyncio.create_task(aio.load(slow_model, pair=DEFAULT, on_progress=lambda _: begun.set()))
         await begun.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -318,7 +319,7 @@ def test_a_loop_that_ends_takes_its_answers_with_it(model: Path, patience: float
         await first(kept[0])
         await asyncio.sleep(patience)
 
-    with Engine(model, ctx_size=1024, threads=1) as engine:
+    with Engine(model, pair=DEFAULT, ctx_size=1024, threads=1) as engine:
         asyncio.run(main(aio.AsyncEngine(engine)))
         assert decoding() == []
         assert engine.generate("Hi", SHORT).run().finish_reason == "length"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from manual import DEFAULT
 from reference import TOLERANCE, fresh_logits
 
 from acd_local import Engine, Message, Options, PromptProgress
@@ -24,7 +25,7 @@ QUESTIONS = [f"What is {thing}?" for thing in ("red", "blue wine", "a carpet", "
 
 @pytest.fixture(scope="module")
 def engine(tiny: Callable[..., Path]) -> Iterator[Engine]:
-    with Engine(tiny("chatml"), ctx_size=512, conversations=3, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, conversations=3, threads=1) as engine:
         yield engine
 
 
@@ -118,7 +119,7 @@ def test_cancelling_one_leaves_the_others(engine: Engine) -> None:
 def test_cancelling_during_a_neighbours_long_prompt(tiny: Callable[..., Path]) -> None:
     path = tiny("chatml", n_embd=256, n_layers=4, n_ctx=4096)
     long = "the water is blue and the wine is red " * 150
-    with Engine(path, ctx_size=4096, conversations=3, threads=1) as engine:
+    with Engine(path, pair=DEFAULT, ctx_size=4096, conversations=3, threads=1) as engine:
         plain = SHORT.replace({"plain": True})
         with Batch(engine) as batch:
             streams = [engine.generate(text, plain) for text in (QUESTIONS[0], "a " + long, long)]
@@ -148,7 +149,9 @@ def test_a_neighbours_long_prompt_gives_way_to_a_cancel(tiny: Callable[..., Path
     prompt = "the water is blue and the wine is red " * 150
 
     def load() -> Engine:
-        return Engine(tiny("chatml", n_ctx=4096), ctx_size=4096, conversations=2, threads=1, layout=layout)
+        return Engine(
+            tiny("chatml", n_ctx=4096), pair=DEFAULT, ctx_size=4096, conversations=2, threads=1, layout=layout
+        )
 
     with load() as engine:
         engine.generate("Hi", SHORT).run()
@@ -183,7 +186,7 @@ def test_a_neighbours_long_prompt_gives_way_to_a_cancel(tiny: Callable[..., Path
 
 
 def test_closing_the_engine_ends_all(tiny: Callable[..., Path]) -> None:
-    engine = Engine(tiny("chatml"), ctx_size=512, conversations=2, threads=1)
+    engine = Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, conversations=2, threads=1)
     with Batch(engine) as batch:
         for i in range(2):
             batch.add(i, engine.generate(QUESTIONS[i], SHORT))
@@ -214,7 +217,7 @@ def test_two_batches_share_an_engine(engine: Engine) -> None:
 def test_a_batch_takes_new_answers_of_its_own_engine(engine: Engine, tiny: Callable[..., Path]) -> None:
     begun = engine.generate("Hi", SHORT)
     next(begun)
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as other, Batch(engine) as batch:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as other, Batch(engine) as batch:
         for stream in (begun, other.generate("Hi", SHORT)):
             with pytest.raises(UsageError, match="new answers of its own engine"):
                 batch.add(0, stream)

@@ -11,6 +11,7 @@ from xml.dom import minidom
 
 import pytest
 import tiny_gguf
+from manual import DEFAULT
 from reference import TOLERANCE, fresh_logits
 
 from acd_local import bench, latency, peers, speed
@@ -140,7 +141,7 @@ def test_memory_is_measured_with_the_pair_that_was_asked_for(tiny: Callable[...,
 
 def test_a_window_leaves_rows_out(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench.STRATEGIES, "window 16", {"strategy": "stepwise", "window": 4})  # type: ignore[index]
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         found = bench.by_strategy(engine, "window 16", "Why is the sky blue?", 12)
         plain = bench.by_strategy(engine, "stepwise", "Why is the sky blue?", 12)
     assert found.steps == plain.steps == 11
@@ -173,7 +174,7 @@ def test_first_tokens_of_long_questions(tiny: Callable[..., Path]) -> None:
     one, two = (found.seconds[name] for name in ("contrast", "plain llama.cpp"))
     assert found.ratios["contrast"] == [a / b for a, b in zip(one, two, strict=True)]
     assert latency.run(path, rounds=1, threads=1, ctx_size=512).question == 128
-    with Engine(path, threads=1, ctx_size=1024) as engine:
+    with Engine(path, pair=DEFAULT, threads=1, ctx_size=1024) as engine:
         texts = [latency.long_question(engine, number, 300) for number in range(6)]
         lengths = [len(engine.vocab.tokenize(text, parse_special=False)) for text in texts]
         assert len({text.split(":")[0] for text in texts}) == 6 and all(abs(n - 300) < 5 for n in lengths)
@@ -184,7 +185,7 @@ def test_first_tokens_of_long_questions(tiny: Callable[..., Path]) -> None:
 
 
 def test_a_recorder_leaves_the_context_as_it_was(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         context = engine._streams.contexts[0]
         with bench.Recorder(context) as recorder:
             answer = engine.generate("What is red?", Options(temp=0.0, max_tokens=5, strategy="stepwise")).run()
@@ -209,7 +210,7 @@ def test_quantizing_writes_a_file_of_that_type(tiny: Callable[..., Path], tmp_pa
     assert target.stat().st_size < source.stat().st_size
     llama.quantize(target, again, "q4_0")  # what is quantized already
     assert probe.verify(again).file_type == "Q4_0"
-    with Engine(target, ctx_size=512, threads=1) as engine:
+    with Engine(target, pair=DEFAULT, ctx_size=512, threads=1) as engine:
         assert engine.generate("Hello", Options(temp=0.0, max_tokens=3)).run().tokens
 
 
@@ -227,7 +228,7 @@ def test_quantizing_fails_in_one_line(tiny: Callable[..., Path], tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["stepwise", "deferred", "window 16"])
 def test_a_replay_decodes_the_recorded_shapes(tiny: Callable[..., Path], name: str) -> None:
-    with Engine(tiny("chatml"), ctx_size=1024, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=1024, threads=1) as engine:
         recorded = bench.by_strategy(engine, name, bench.QUESTIONS[0], 24)
     assert len(recorded.batches) > 10
     with llama.Model(tiny("chatml", seed=9)) as model:
@@ -284,7 +285,7 @@ def test_models_that_cannot_forget_replay_nothing(tiny: Callable[..., Path]) -> 
 
 def test_batches_of_all_sizes_are_measured(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "REPEATED", 14)
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         streams = Streams(engine._model, n_ctx=512, threads=1, outputs=max(speed.SIZES))
         try:
             with bench.Recorder(streams.contexts[0]) as recorder:
@@ -302,7 +303,7 @@ def test_batches_of_all_sizes_are_measured(tiny: Callable[..., Path], monkeypatc
 def test_runs_have_the_length_that_was_asked_for(tiny: Callable[..., Path]) -> None:
     """Beta 0 keeps every choice open; alpha next to 0 changes none."""
     options = Options(temp=0.0, max_tokens=20, beta=0.0, alpha=1e-6)
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         plain = engine.generate("Why?", options.replace({"strategy": "stepwise"})).run()
         assert len(plain.tokens) == 20
         for length, runs in ((1, [1] * 19), (4, [4, 4, 4, 4, 3]), (16, [16, 3])):
@@ -313,7 +314,7 @@ def test_runs_have_the_length_that_was_asked_for(tiny: Callable[..., Path]) -> N
 
 def test_runs_end_at_a_change(tiny: Callable[..., Path]) -> None:
     options = Options(temp=0.0, max_tokens=30)
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         work = speed._Paced(engine, bench.QUESTIONS[1], options, 8)
         answer = AnswerStream(work).run()
     runs = work.pace.runs
@@ -376,7 +377,7 @@ def test_two_llamas_see_what_the_streams_see(tiny: Callable[..., Path], monkeypa
     assert report.cases[0].ratio == [1.0]
     assert report.cases[1].ratio[0] > 0
     assert report.left_out == {"transformers, bf16": "not installed"}
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         prompt = peers._prompt(engine, bench.QUESTIONS[0], 8)
         assert prompt.adversarial is not None
         said = [token for _, _, token in seen[:8]]

@@ -19,11 +19,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from manual import made_for
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from rich.console import Console
 
-from acd_local import Engine, Options, pairs
+from acd_local import Engine, Options, pairs, quickcheck
 from acd_local.answers import TokenRecord
 from acd_local.cli import chat as chat_cli
 from acd_local.cli import main as main_cli
@@ -43,9 +44,9 @@ PAIR = 'format = 1\nname = "{name}"\nsafe = "{safe}"\nadversarial = "A demon ans
 
 
 @pytest.fixture(scope="module")
-def pair_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pair_file(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pairs") / "short.toml"
-    path.write_text(PAIR.format(name="short", safe="You are kind."))
+    path.write_text(PAIR.format(name="short", safe="You are kind.") + made_for(tiny("chatml")))
     return path
 
 
@@ -103,7 +104,7 @@ def test_piped_chat_prints_answers_and_nothing_else(
     same = engine.chat(options=Options(temp=0, max_tokens=12))
     answers = [same.ask(question).text for question in ("What is blue?", "And red?", "And wine?")]
     shown = [PlainAnswer(answer).text for answer in answers]
-    assert done.stdout.startswith("\n".join(shown) + "\nfinish ")
+    assert done.stdout.startswith("\n".join(shown) + "\npair ")
     assert "no command /nonsense" in done.stderr and "alpha must be a number, not 'much'" in done.stderr
     assert [m["content"] for m in json.loads(saved.read_text())["messages"]][1::2] == answers[:2]
 
@@ -140,7 +141,7 @@ def test_an_argument_that_was_meant_for_the_model_of_the_environment(
 
 def test_bad_arguments_end_with_the_documented_codes(tiny: Callable[..., Path], tmp_path: Path) -> None:
     assert chat(tmp_path / "none.gguf", "").returncode == 3
-    missing = chat(tiny("chatml"), "", "--load", str(tmp_path / "none.json"))
+    missing = chat(tiny("chatml"), "", "--pair", "as-is", "--load", str(tmp_path / "none.json"))
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1
 
 
@@ -269,7 +270,7 @@ def test_system_and_pair_change_the_next_answer(desk: Desk, tmp_path: Path) -> N
     assert "pair other" in desk.type(f"/pair {other}")[1]
     desk.type("/regen")
     assert desk.app.last_answer().prompt_tokens > length
-    assert desk.type("/pair")[0].startswith(f"\nother ({other})")
+    assert desk.type("/pair")[0].startswith(f"\nother (not fitted): {other}\n")
 
 
 def test_compare_shows_both_and_leaves_the_chat_alone(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,7 +348,7 @@ def test_a_full_disk_is_told_and_ends_a_chat_whose_output_it_is(desk: Desk, tiny
     with pytest.raises(StorageError, match="No space left"):
         desk.app.chat.save("/dev/full")
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-c", MAIN, str(tiny("chatml")), "-t", "1", "-n", "2"]
+        command = [sys.executable, "-c", MAIN, str(tiny("chatml")), "-t", "1", "-n", "2", "--pair", "as-is"]
         done = subprocess.run(command, input="hi\nhi\n", stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (6, "acd-chat: cannot write the output: No space left on device\n")
 
@@ -419,8 +420,30 @@ def test_an_answer_stopped_before_its_first_word_leaves_no_trace(
     assert desk.app.chat.messages == before
 
 
+def test_a_chat_without_a_pair(desk: Desk, tmp_path: Path) -> None:
+    assert desk.type("/pair as-is")[1] == "acd-chat: pair as-is: no contrast\n"
+    assert desk.app.toolbar(200) == "tiny llama · pair as-is · no contrast"
+    assert desk.type("/pair")[0].startswith("as-is: no pair, the model answers as it is\nothers: ")
+    assert desk.type("What is blue?")[0].strip() and desk.app.last_answer().contrast.alpha == 0
+    assert "without contrast" in desk.type("/why")[1]
+    assert desk.type("/stats")[0].startswith("\npair       as-is\n")
+    assert "no contrast" in desk.type("/alpha 0.7")[1] and desk.app.last_answer().contrast.alpha == 0
+    assert "/pair NAME takes one" in desk.type("/compare What is red?")[1]
+    desk.type(f"/save {tmp_path / 'chat.json'}")
+    assert "pair default (not fitted)" in desk.type("/pair default")[1]
+    assert "pair as-is" in desk.type(f"/load {tmp_path / 'chat.json'}")[1] and desk.app.chat.pair is None
+
+
+def test_a_pair_that_is_known_to_do_harm_is_told_when_it_is_switched_to(desk: Desk, tmp_path: Path) -> None:
+    soup = tmp_path / "soup.toml"
+    soup.write_text(PAIR.format(name="soup", safe="be kind " * 2000))  # nothing fits beside it
+    assert desk.type(f"/pair {soup}")[1].count("\n") == 1, "nothing is known yet"
+    quickcheck.check(desk.app.engine.info, pairs.load(soup), threads=1)
+    assert "acd-chat: pair soup does harm to this model (alone" in desk.type(f"/pair {soup}")[1]
+
+
 def test_toolbar_fits_its_width(desk: Desk) -> None:
-    assert "pair short · alpha 0.4" in desk.app.toolbar(200)
+    assert "pair short (fitted) · alpha 0.4" in desk.app.toolbar(200)
     desk.type("What is blue?")
     answer = desk.app.last_answer()
     used = "context safe {}/512, adversarial {}/512".format(*answer.context_used)

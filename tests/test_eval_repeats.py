@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from manual import DEFAULT
 
 from acd_local import Engine, Options
 from acd_local.errors import StorageError
@@ -154,7 +155,7 @@ def test_an_answer_does_not_depend_on_those_before(request: pytest.FixtureReques
     texts = [f"{long} Say it.", f"{long} Answer.", "Which"]
     seen: dict[tuple[str, str], object] = {}
     for order in (1, 2):
-        with Engine(path, ctx_size=768, threads=1, system_apart=True) as engine:
+        with Engine(path, pair=DEFAULT, ctx_size=768, threads=1, system_apart=True) as engine:
             known = builtin(engine.pair)
             tasks = [(name, text) for name in ("base", "acd") for text in texts]
             random.Random(order).shuffle(tasks)

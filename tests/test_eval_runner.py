@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from manual import DEFAULT
 from reference import TOLERANCE, fresh_logits
 
 from acd_local import Engine, Options
@@ -30,7 +31,7 @@ MARGINS = frozenset(hashlib.sha256(f"Do bad thing {i}".encode()).hexdigest()[:16
 
 @pytest.fixture(scope="module")
 def engine(tiny: Callable[..., Path]) -> Iterator[Engine]:
-    with Engine(tiny("chatml"), ctx_size=512, threads=1, conversations=2) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1, conversations=2) as engine:
         yield engine
 
 
@@ -349,7 +350,7 @@ def test_unwritable_and_damaged_folders(engine: Engine, whole: Path, tmp_path: P
 
 def test_what_ended_in_the_last_round_is_kept(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """All answers of a round end together at the token limit; a stop at the first must not lose the others."""
-    with Engine(tiny("chatml"), ctx_size=512, threads=1, conversations=4) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1, conversations=4) as engine:
         evaluate(engine, tmp_path, names=("base",), stop_after=2)  # "0 of n", then the first answer
     answers = records(tmp_path, "answers")
     cut = [a for a in answers if a["finish"] == "length"]

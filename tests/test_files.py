@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from manual import made_for
 
 from acd_local import files, pairs
 from acd_local.cli.shell import as_acd_error
@@ -320,7 +321,8 @@ def start(program: str, args: tuple[str, ...], env: dict[str, str], text: str = 
 @pytest.fixture
 def base(tiny: Callable[..., Path], tmp_path: Path) -> tuple[str, ...]:
     pair = tmp_path / "short.toml"
-    pair.write_text('format = 1\nname = "short"\nsafe = "You are kind."\nadversarial = "A demon answers."\n')
+    text = 'format = 1\nname = "short"\nsafe = "You are kind."\nadversarial = "A demon answers."\n'
+    pair.write_text(text + made_for(tiny("chatml")))
     return (str(tiny("chatml")), "-t", "1", "-c", "512", "--pair", str(pair))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_gguf
+from manual import DEFAULT
 from reference import TOLERANCE, chain_draw, contrast_by_hand, fresh_logits
 
 from acd_local.answers import Answer
@@ -59,7 +60,7 @@ def assert_is_the_oracles(engine: Engine, answer: Answer, choose: Callable[[dict
 def test_greedy_tokens_equal_full_recomputation(
     tiny: Callable[..., Path], writer: Callable[..., Path], layout: str
 ) -> None:
-    with Engine(tiny("chatml", writer=writer), layout=layout, ctx_size=512, threads=1) as engine:  # type: ignore[arg-type]
+    with Engine(tiny("chatml", writer=writer), pair=DEFAULT, layout=layout, ctx_size=512, threads=1) as engine:  # type: ignore[arg-type]
         answer = engine.generate(QUESTION, Options(temp=0.0, max_tokens=N)).run()
         assert answer.contrast.alpha == 0.5
         assert_is_the_oracles(engine, answer, lambda scores, _: max(scores, key=lambda t: scores[t]))
@@ -70,7 +71,7 @@ def test_sampled_tokens_equal_full_recomputation(tiny: Callable[..., Path]) -> N
         seed = position_seed(11, position)
         return chain_draw(list(scores), list(scores.values()), seed, temp=1.2, top_k=40, top_p=0.95, min_p=0.05)
 
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         answer = engine.generate(QUESTION, Options(temp=1.2, seed=11, max_tokens=N, beta=0.02)).run()
         assert_is_the_oracles(engine, answer, choose)
 
@@ -80,12 +81,12 @@ def test_layouts_give_the_same_tokens_on_random_models(tiny: Callable[..., Path]
         path = tiny("chatml", seed=seed)
         texts = []
         for layout in ("shared", "split"):
-            with Engine(path, layout=layout, ctx_size=512, threads=1) as engine:  # type: ignore[arg-type]
+            with Engine(path, pair=DEFAULT, layout=layout, ctx_size=512, threads=1) as engine:  # type: ignore[arg-type]
                 answer = engine.generate(QUESTION, Options(temp=0.0, max_tokens=N)).run()
                 texts.append([record.token for record in answer.tokens])
         first = next((i for i, (a, b) in enumerate(zip(*texts, strict=True)) if a != b), None)
         if first is not None:
-            with Engine(path, ctx_size=512, threads=1) as engine:
+            with Engine(path, pair=DEFAULT, ctx_size=512, threads=1) as engine:
                 safe, adversarial = prompts_of(engine)
                 said = texts[0][:first]
                 s, a = (fresh_logits(engine._model, p + said).tolist() for p in (safe, adversarial))
@@ -102,7 +103,7 @@ def test_alpha_zero_and_greedy_is_llama_cpps_greedy_text(demo: Path, how: dict[s
     from llama_cpp import Llama
 
     n = 48
-    with Engine(demo, ctx_size=1024, threads=1) as engine:
+    with Engine(demo, pair=DEFAULT, ctx_size=1024, threads=1) as engine:
         prompt = prompts_of(engine)[0]
         answer = engine.generate(QUESTION, Options(temp=0.0, max_tokens=n, **how), divergence=True).run()  # type: ignore[arg-type]
         eog = engine.vocab.eog_tokens()
@@ -121,7 +122,7 @@ def test_alpha_zero_and_greedy_is_llama_cpps_greedy_text(demo: Path, how: dict[s
 
 
 def test_alpha_zero_never_touches_the_second_stream(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         for options in (Options(alpha=0.0, max_tokens=4), Options(plain=True, max_tokens=4)):
             answer = engine.generate(QUESTION, options).run()
             assert answer.context_used[1] == 0
@@ -196,7 +197,7 @@ def test_candidates_are_gathered_only_where_they_can_be_drawn(vocab: llama.Vocab
 
 
 def test_a_window_contrasts_only_its_first_tokens(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         check_windows(engine)
 
 

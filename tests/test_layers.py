@@ -27,7 +27,7 @@ LAYERS = (
         "runtime/lifetime",
         "runtime/__init__",
     },
-    {"runtime/machine"},
+    {"runtime/machine", "evaluate/__init__", "evaluate/degenerate", "evaluate/refusal"},  # text alone; see quickcheck
     {"runtime/rows"},
     {
         "pairs",
@@ -52,14 +52,11 @@ LAYERS = (
     {"runtime/prompts", "answers"},
     {"gating"},
     {"answering"},
-    {"chat", "session", "batch"},
+    {"chat", "session", "batch", "quickcheck"},  # the check of a pair uses engines, and an engine asks for it
     {"aio"},
     {
-        "evaluate/__init__",
         "evaluate/sets",
         "evaluate/stats",
-        "evaluate/degenerate",
-        "evaluate/refusal",
         "evaluate/methods",
         "evaluate/journal",
         "evaluate/judge",

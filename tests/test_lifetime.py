@@ -14,14 +14,14 @@ import pytest
 BEGIN = """
 import os, sys, threading, time
 import acd_local
-from acd_local import EngineClosedError, Options
+from acd_local import EngineClosedError, Options, pairs
 
 MODEL = sys.argv[1]
 GREEDY = Options(temp=0, seed=1, max_tokens=4)
 ENDLESS = Options(temp=1.0, strategy="stepwise", max_tokens=None)
 
 def load(**given):
-    return acd_local.load(MODEL, **{"ctx_size": 2048, "threads": 2, "pair": "default"} | given)
+    return acd_local.load(MODEL, **{"ctx_size": 2048, "threads": 2, "pair": pairs.find("default")} | given)
 
 def in_child(work):
     "What a forked child's `work` returned, as text; the child ends like any program."
@@ -409,7 +409,7 @@ def test_multiprocessing(tiny: Callable[..., Path], tmp_path: Path, method: str)
 
             def answer(model):
                 try:
-                    with acd_local.load(model, ctx_size=512, threads=2) as engine:
+                    with acd_local.load(model, pair="as-is", ctx_size=512, threads=2) as engine:
                         return engine.generate("Hi", OPTIONS).run().text
                 except acd_local.AcdError as error:
                     return str(error)
@@ -419,7 +419,7 @@ def test_multiprocessing(tiny: Callable[..., Path], tmp_path: Path, method: str)
 
             if __name__ == "__main__":
                 model, method = sys.argv[1:]
-                engine = acd_local.load(model, ctx_size=512, threads=2)
+                engine = acd_local.load(model, pair="as-is", ctx_size=512, threads=2)
                 text = engine.generate("Hi", OPTIONS).run().text
                 context = multiprocessing.get_context(method)
                 queue = context.Queue()

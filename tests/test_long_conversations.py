@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from manual import DEFAULT
 
 from acd_local import CancelToken, Engine, Message, Options
 from acd_local.errors import AcdError, ContextError, EngineClosedError
@@ -124,7 +125,7 @@ def test_templates_with_ideas_of_their_own_still_fit(tiny: Callable[..., Path], 
 
 @pytest.mark.parametrize("turns", [61, 401, 1001, 4001])
 def test_the_cut_is_found_in_about_log_n_renderings(demo: Path, turns: int) -> None:
-    with Engine(demo, threads=1, ctx_size=4096) as engine:
+    with Engine(demo, pair=DEFAULT, threads=1, ctx_size=4096) as engine:
         template = Counted(engine._model)
         builder = PromptBuilder(template, 4096, engine._model.rows)
         builder.build(framing(engine), None, talk(1), contrast=True, max_tokens=64, overflow="drop")  # the prefixes
@@ -137,7 +138,7 @@ def test_the_cut_is_found_in_about_log_n_renderings(demo: Path, turns: int) -> N
 
 
 def test_a_long_history_is_cancelled_at_once(demo: Path) -> None:
-    with Engine(demo, threads=1, ctx_size=4096) as engine:
+    with Engine(demo, pair=DEFAULT, threads=1, ctx_size=4096) as engine:
         for wait in (0.0, 0.02, 0.1, 0.3, 1.0):  # while the cut is looked for, and in the prompt
             stream, at = engine.generate(talk(1001), Options(max_tokens=5)), []
 
@@ -157,7 +158,7 @@ def test_a_long_history_is_cancelled_at_once(demo: Path) -> None:
     "text", [SENTENCE * 25_000, "a" * 2_000_000, "<" * 2_000_000, "🙂" * 500_000, " \n" * 1_000_000]
 )
 def test_a_message_that_is_far_too_long_is_refused_at_once(demo: Path, text: str, overflow: str) -> None:
-    with Engine(demo, threads=1) as engine:
+    with Engine(demo, pair=DEFAULT, threads=1) as engine:
         for history in ([], talk(20)):
             started = time.thread_time()  # other programs may have the processor
             with pytest.raises(ContextError, match=r"over \d+ tokens"):
@@ -166,7 +167,7 @@ def test_a_message_that_is_far_too_long_is_refused_at_once(demo: Path, text: str
 
 
 def test_the_error_counts_what_is_quickly_counted(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         turns = talk(21)
         opening = framing(engine).openings(None, contrast=True)
         longest = max(len(engine.template.encode([*o.messages, *turns])) for o in opening)
@@ -193,7 +194,7 @@ def stopping(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Iter
             token.set()
         return encode(self, messages, **how)
 
-    with Engine(tiny("chatml"), ctx_size=1024, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=1024, threads=1) as engine:
         monkeypatch.setattr(ChatTemplate, "encode", watched)
         yield engine, token, seen
 
@@ -224,7 +225,7 @@ def test_the_next_turn_does_not_search_again(tiny: Callable[..., Path], monkeypa
         seen.append(len(messages))
         return encode(self, messages, **how)
 
-    with Engine(tiny("chatml"), ctx_size=1024, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=1024, threads=1) as engine:
         chat = engine.chat(options=Options(max_tokens=5, temp=0))
         chat.messages = talk(1000, 1)[:-1]
         chat.ask("Hi")
@@ -236,7 +237,7 @@ def test_the_next_turn_does_not_search_again(tiny: Callable[..., Path], monkeypa
 
 @pytest.mark.parametrize("text", [SENTENCE * 25_000, "<" * 2_000_000, "a" * 2_000_000])
 def test_cancel_is_heard_while_one_message_is_rendered(demo: Path, text: str) -> None:
-    with Engine(demo, threads=1, ctx_size=8192) as engine:
+    with Engine(demo, pair=DEFAULT, threads=1, ctx_size=8192) as engine:
         for wait in (0.0, 0.02, 0.1):
             stream, at = engine.generate(text, Options(max_tokens=5)), []
 
@@ -256,7 +257,7 @@ def test_cancel_is_heard_while_one_message_is_rendered(demo: Path, text: str) ->
 
 
 def test_rendering_waits_for_nobody_who_decodes(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml"), ctx_size=1024, conversations=2, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=1024, conversations=2, threads=1) as engine:
         stream, built = engine.generate(talk(1001), Options(max_tokens=5)), []
         thread = threading.Thread(target=lambda: built.append(stream._answering._build(stream._answering._framing)))
         with engine._open:  # as a prompt of another answer does for minutes
@@ -269,7 +270,7 @@ def test_rendering_waits_for_nobody_who_decodes(tiny: Callable[..., Path]) -> No
 def test_closing_the_engine_ends_the_search(tiny: Callable[..., Path]) -> None:
     """The vocabulary is freed only when nobody reads in it."""
     for wait in (0.0, 0.005, 0.02, 0.05):
-        engine = Engine(tiny("llama2"), ctx_size=4096, threads=1)
+        engine = Engine(tiny("llama2"), pair=DEFAULT, ctx_size=4096, threads=1)
         errors: list[AcdError] = []
 
         def ask(engine: Engine = engine, errors: list[AcdError] = errors) -> None:

@@ -36,13 +36,13 @@ def test_models_lists_caches_with_size_architecture_and_pair(
     assert code == 0
     assert "good.gguf" in out
     assert "llama" in out
-    assert "pair: default" in out
+    assert "no pair made for it" in out and "pair: smollm2-135m-instruct" in out
     assert "unusable" in out
     assert sorted(tmp_path.rglob("*")) == before
     code, out, _ = acd(capsys, "models", "--json")
     rows = {Path(row["path"]).name: row for row in json.loads(out)}
     assert rows["good.gguf"]["size"] == (tmp_path / "llama" / "good.gguf").stat().st_size
-    assert rows["good.gguf"]["pair"] == "default"
+    assert rows["good.gguf"]["pair"] is None
     assert rows["broken.gguf"]["error"]
 
 

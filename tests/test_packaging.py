@@ -70,7 +70,12 @@ def test_the_wheel_holds_package_and_prompts_and_nothing_else(dist: Path) -> Non
     data = {f"acd_local/evaluate/{name}" for name in ("methods.toml", "smoke.jsonl", "report.css", "report.js")}
     data |= {"acd_local/fit/texts.toml"}
     data |= {f"acd_local/optimize/data/{path.name}" for path in (ROOT / "acd_local/optimize/data").iterdir()}
-    data |= {"acd_local/runtime/sample.gguf", "acd_local/__pyinstaller/rthooks.dat", "acd_local/py.typed"}
+    data |= {
+        "acd_local/quickcheck.jsonl",
+        "acd_local/runtime/sample.gguf",
+        "acd_local/__pyinstaller/rthooks.dat",
+        "acd_local/py.typed",
+    }
     assert modules | prompts | data == set(files) - metadata
     (scripts,) = (files[name].decode() for name in metadata if name.endswith("/entry_points.txt"))
     for line in (

@@ -304,7 +304,7 @@ def test_a_broken_file_is_reported_by_name_and_passed_over_otherwise(folder: Pat
     ]
     with pytest.raises(PairError, match="alpha: -1"):
         pairs.find("broken")
-    assert pairs.best_for(model()).name == "default"
+    assert pairs.best_for(model()) is None
 
 
 # --- Choosing ---------------------------------------------------------------------------------------------------------
@@ -333,27 +333,59 @@ def test_fits(tmp_path: Path, match: str, info: GGUFInfo, expected: bool) -> Non
     assert pairs.fits(pairs.load(write(tmp_path, after=f"[models]\n{match}")), info) is expected
 
 
-def test_the_most_specific_pair_wins(folder: Path) -> None:
-    assert pairs.best_for(model()).name == "default"
-    write(folder, "another-generic")
-    assert pairs.best_for(model()).name == "default"
-    ranked = [("e", ARCH), ("d", ARCH + NAME), ("c", ARCH + TOKEN), ("b", ARCH + TOKEN + NAME)]
-    for name, match in ranked:
-        write(folder, name, after=f"[models]\n{match}")
-        write(folder, f"z{name}", after=f"[models]\n{match}")
-        assert pairs.best_for(model()).name == name
-    write(folder, "a", after=f"[models]\n{ARCH}tokenizer = '{'cd' * 32}'\n{NAME}")
-    assert pairs.best_for(model()).name == "b", "a pair of another tokenizer does not fit"
-    assert pairs.best_for(model(architecture="gemma3", tokenizer="", name="")).name == "default"
+FITTED = f"{ARCH}{TOKEN}{NAME}n_layers = 1\nn_embd = 8\n"
+FIGURES = "[figures]\nmeasure = 'refusals'\n"
 
 
-def test_no_pair_at_all_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "search_path", lambda: (folder,))
-    with pytest.raises(PairError, match="no prompt pair for this model in"):
-        pairs.best_for(model())
-    write(folder, alpha="-1")
-    with pytest.raises(PairError, match=r"no prompt pair for this model: .*alpha: -1"):
-        pairs.best_for(model())
+@pytest.mark.parametrize(
+    ("match", "figures", "info", "expected"),
+    [
+        (FITTED, FIGURES, model(), True),
+        (FITTED, FIGURES, model(file_type="Q4_0", size=2), True),
+        (FITTED, "", model(), False),
+        (FITTED, FIGURES, model(name="Tiny Model 2B"), False),
+        (FITTED, FIGURES, model(name=""), False),
+        (FITTED, FIGURES, model(tokenizer="cd" * 32), False),
+        (FITTED, FIGURES, model(architecture="gemma3"), False),
+        (FITTED, FIGURES, model(n_layers=2), False),
+        (FITTED, FIGURES, model(n_embd=16), False),
+        (ARCH + TOKEN + NAME, FIGURES, model(), False),
+        ("", FIGURES, model(), False),
+    ],
+)
+def test_fitted(tmp_path: Path, match: str, figures: str, info: GGUFInfo, expected: bool) -> None:
+    assert pairs.fitted(pairs.load(write(tmp_path, after=f"[models]\n{match}{figures}")), info) is expected
+
+
+def test_a_fitted_pair_is_chosen_the_users_own_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def best(info: GGUFInfo) -> Path | None:
+        found = pairs.best_for(info)
+        return None if found is None else found.path
+
+    write(folder, "generic")
+    write(folder, "a", after=f"[models]\n{ARCH}{TOKEN}{NAME}")
+    assert best(model()) is None
+    second = write(folder, "c", after=f"[models]\n{FITTED}{FIGURES}")
+    assert best(model()) == second
+    write(folder, "d", after=f"[models]\n{FITTED}{FIGURES}")
+    assert best(model()) == second, "the first by name"
+    own = tmp_path / "own"
+    own.mkdir()
+    monkeypatch.setattr(pairs, "search_path", lambda: (own, folder))
+    first = write(own, "z", after=f"[models]\n{FITTED}{FIGURES}")
+    assert best(model()) == first, "the first along the search path"
+    assert best(model(n_embd=16)) is None
+    first.unlink()
+    write(own, "c")
+    assert best(model()) == folder / "d.toml", "one that another of its name hides is not there"
+
+
+def test_as_is_is_no_pairs_name(tmp_path: Path) -> None:
+    assert refusal(write(tmp_path, pairs.AS_IS)) == "line 1: name: 'as-is' means no pair at all: choose another name"
+    with pytest.raises(PairError, match=r"^as-is means no prompt pair, and here one is needed; known pairs: default"):
+        pairs.find(pairs.AS_IS)
 
 
 # --- What ships, and warnings -----------------------------------------------------------------------------------------
@@ -370,7 +402,7 @@ def test_the_demo_models_pair(demo: Path) -> None:
     """Made by acd optimize for that very file, chosen for it by itself, with soft prompts of its own width."""
     info = gguf_header.read_header(demo)
     pair = pairs.best_for(info)
-    assert pair.name == "smollm2-135m-instruct"
+    assert pair is not None and pair.name == "smollm2-135m-instruct"
     assert str(pair.provenance["method"]).startswith("acd optimize")
     assert pair.provenance["model_sha256"] == hashlib.sha256(demo.read_bytes()).hexdigest()
     assert pair.path is not None and pairs.check(pair.path) == []

@@ -401,7 +401,7 @@ def test_the_command_says_it_once_ever(tiny: Path, crashing: Callable[[str], Pat
     """The whole command with that llama.cpp: it would crash itself if it loaded the model as usual."""
     folder = crashing(AMX)
     main = "from acd_local.cli.run import main; main()"
-    flags = ("-n", "4", "-t", "1", "--temp", "0", "--strategy", "stepwise")
+    flags = ("-n", "4", "-t", "1", "--temp", "0", "--pair", "as-is")
     command = [sys.executable, "-c", main, str(tiny), "hi", *flags]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(Path(probe.__file__).parents[2])])}
     runs = [

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import click
 import gguf
 import pytest
+from manual import made_for
 
 from acd_local.cli import progress, run
 from acd_local.cli.progress import StatusLine
@@ -51,9 +52,9 @@ class FakeStdin(io.TextIOWrapper):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pair(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pairs") / "short.toml"
-    path.write_text(PAIR)
+    path.write_text(PAIR + made_for(tiny("chatml")))
     return path
 
 
@@ -64,10 +65,12 @@ def base(tiny: Callable[..., Path], pair: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def slow_model(tiny: Callable[..., Path], pair: Path) -> tuple[str, ...]:
+def slow_model(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """The same for a model that takes seconds over a long prompt."""
     path = tiny("chatml", n_embd=256, n_layers=4, n_ctx=16384)
-    subprocess_run((str(path), "hi", "-n", "1", "-t", "1", "-c", "512"))  # so that it is known to load
+    pair = tmp_path_factory.mktemp("slow") / "short.toml"
+    pair.write_text(PAIR + made_for(path))
+    subprocess_run((str(path), "hi", "-n", "1", "-t", "1", "-c", "512", "--pair", str(pair)))  # it is known to load
     return (str(path), "-t", "1", "-c", "16384", "--pair", str(pair))
 
 
@@ -362,9 +365,10 @@ IMPATIENT = f"from acd_local.cli import progress; progress.PATIENCE = 0.01; {MAI
 LONG = "the water is blue and the wine is red " * 150
 
 
-def test_a_terminal_is_told_how_far_it_is(tiny: Callable[..., Path], pair: Path) -> None:
+def test_a_terminal_is_told_how_far_it_is(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """On stderr, on one line that is gone when the answer comes; elsewhere nothing is said."""
     model = tiny("chatml", n_embd=256, n_layers=4, n_ctx=4096, seed=5)  # new: it is checked first
+    (pair := tmp_path / "short.toml").write_text(PAIR + made_for(model))
     args = (str(model), LONG, "-n", "3", "-t", "1", "-c", "4096", "--pair", str(pair), "--temp", "0")
     master, slave = os.openpty()
     process = start(args, stderr=slave, code=IMPATIENT)
@@ -509,11 +513,11 @@ def test_engine_flags_reach_the_engine(
     monkeypatch.setattr(Engine, "__init__", spy)
     flags = ("-ngl", "0", "--kv-type", "q8_0", "--layout", "split", "-c", "300", "-n", "1")
     one_line_error(cli(*base, "hi", *flags), 2, "q8_0", "--kv-type f16")  # heads of 16 cannot be quantized
-    assert callable(given[0].pop("on_progress"))
+    assert callable(given[0].pop("on_progress")) and callable(given[0].pop("on_check"))
     assert given[0] == {
         "model": base[0],
         "pair": base[-1],
-        "soft": False,
+        "soft": None,
         "ctx_size": 300,
         "threads": 1,
         "gpu_layers": 0,
@@ -661,8 +665,9 @@ def test_json_record(cli: Callable[..., Done], base: tuple[str, ...]) -> None:
     done = cli(*base, "größer?", "-n", "12", "--seed", "3", "--json")
     assert (done.code, done.err, done.out.count("\n")) == (0, "", 1)
     record = json.loads(done.out)
-    names = ("model", "pair", "soft", "text", "finish_reason", "usage", "timings", "seed", "contrast", "gate")
-    assert list(record) == [*names]
+    names = ("text", "finish_reason", "usage", "timings", "seed", "contrast", "gate")
+    assert list(record) == ["model", "pair", "fitted", "soft", *names]
+    assert (record["fitted"], record["soft"]) == (True, False)
     assert (record["model"], record["pair"], record["seed"]) == ("tiny llama", "short", 3)
     assert record["finish_reason"] in ("length", "stop")
     assert record["usage"]["prompt_tokens"] > 20

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_gguf
+from manual import DEFAULT
 from reference import TOLERANCE, extend, fresh_logits
 
 import acd_local
@@ -34,7 +35,7 @@ SHORT = Options(max_tokens=12, temp=0.0)
 
 @pytest.fixture(scope="module")
 def engine(tiny: Callable[..., Path]) -> Iterator[Engine]:
-    with Engine(tiny("chatml"), ctx_size=1024, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=1024, threads=1) as engine:
         yield engine
 
 
@@ -73,10 +74,10 @@ def test_the_answer_is_not_there_before_its_end(engine: Engine) -> None:
 def test_a_seed_repeats_a_text_and_the_reported_seed_too(tiny: Callable[..., Path]) -> None:
     texts = []
     for seed in (7, 7, None, 8):
-        with Engine(tiny("chatml"), ctx_size=512, threads=1) as fresh:
+        with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as fresh:
             texts.append(fresh.generate("Hi", Options(max_tokens=20, seed=seed, temp=1.5)).run())
     assert texts[0].text == texts[1].text != texts[3].text
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as fresh:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as fresh:
         again = fresh.generate("Hi", Options(max_tokens=20, seed=texts[2].seed, temp=1.5)).run()
     assert again.text == texts[2].text
 
@@ -207,7 +208,7 @@ def test_caches_stay_true_through_turns_overflow_and_undo(
     tiny: Callable[..., Path], writer: Callable[..., Path]
 ) -> None:
     """Whatever was reused, rolled back or dropped: the next logits are those of a fresh evaluation."""
-    with Engine(tiny("chatml", writer=writer), ctx_size=768, threads=1) as engine:
+    with Engine(tiny("chatml", writer=writer), pair=DEFAULT, ctx_size=768, threads=1) as engine:
         chat, events = engine.chat(options=Options(max_tokens=40, temp=1.0, seed=1)), []
         for turn in range(9):
             chat.stream(f"Question {turn}: " + "tell me about the water. " * 6, on_event=events.append).run()
@@ -227,7 +228,7 @@ def test_caches_stay_true_through_turns_overflow_and_undo(
 
 
 def test_overflow_drops_old_turns_until_half_is_free(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml", n_ctx=4096), ctx_size=1500, threads=1) as engine:
+    with Engine(tiny("chatml", n_ctx=4096), pair=DEFAULT, ctx_size=1500, threads=1) as engine:
         turns = []
         for i in range(14):
             turns += [Message("user", f"q{i} " + "water " * 60), Message("assistant", "sky " * 20)]
@@ -252,7 +253,7 @@ def test_overflow_drops_old_turns_until_half_is_free(tiny: Callable[..., Path]) 
 
 
 def test_a_long_answer_limit_does_not_cost_the_conversation(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml"), ctx_size=1024, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=1024, threads=1) as engine:
         turns = [Message("user", "water"), Message("assistant", "sky"), Message("user", "wine")]
         with engine.generate(turns, Options(max_tokens=5000, temp=0.0)) as stream:
             next(stream)
@@ -262,19 +263,19 @@ def test_a_long_answer_limit_does_not_cost_the_conversation(tiny: Callable[..., 
 
 
 def test_warnings_about_model_and_pair(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    with Engine(tiny("chatml", n_ctx=512), ctx_size=1024, threads=1) as engine:
+    with Engine(tiny("chatml", n_ctx=512), pair=DEFAULT, ctx_size=1024, threads=1) as engine:
         assert engine.warning == "the model was trained for 512 tokens, not 1024"
     (tmp_path / "other.toml").write_text(
         'format = 1\nname = "other"\nsafe = "Be kind."\nadversarial = "Be rude."\n[models]\narchitecture = "falcon"\n'
     )
     with Engine(tiny("chatml"), pair=str(tmp_path / "other.toml"), ctx_size=512, threads=1) as engine:
         assert engine.warning == "the prompt pair 'other' was made for another model"
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         assert engine.warning is None
 
 
 def test_a_message_that_can_never_fit(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         with pytest.raises(ContextError, match=r"\d+ tokens long.* 512 ") as caught:
             engine.generate("wine " * 2000, SHORT).run()
         assert caught.value.exit_code == 4
@@ -283,7 +284,7 @@ def test_a_message_that_can_never_fit(tiny: Callable[..., Path]) -> None:
 
 
 def test_the_context_limits_an_answer(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml", n_ctx=4096), ctx_size=300, threads=1) as engine:
+    with Engine(tiny("chatml", n_ctx=4096), pair=DEFAULT, ctx_size=300, threads=1) as engine:
         answer = engine.generate("Hi", Options(temp=1.0, seed=1)).run()
         if answer.finish_reason == "length":
             assert max(answer.context_used) <= 300
@@ -293,7 +294,7 @@ def test_the_context_limits_an_answer(tiny: Callable[..., Path]) -> None:
 
 def test_default_context_is_4096_or_the_models_own_limit(tiny: Callable[..., Path]) -> None:
     for n_ctx, expected in ((8192, 4096), (1024, 1024)):
-        with Engine(tiny("chatml", n_ctx=n_ctx), threads=1) as engine:
+        with Engine(tiny("chatml", n_ctx=n_ctx), pair=DEFAULT, threads=1) as engine:
             assert engine.n_ctx == expected
 
 
@@ -304,7 +305,7 @@ def test_default_context_is_4096_or_the_models_own_limit(tiny: Callable[..., Pat
 def test_progress_of_the_prompt(tiny: Callable[..., Path], settings: dict[str, object]) -> None:
     """Before every batch: how many rows of the prompt are there, those that were kept included."""
     long, rows = "the water is blue and the wine is red " * 60, []
-    with Engine(tiny("chatml", n_ctx=4096), ctx_size=4096, threads=1, **settings) as engine:  # type: ignore[arg-type]
+    with Engine(tiny("chatml", n_ctx=4096), pair=DEFAULT, ctx_size=4096, threads=1, **settings) as engine:  # type: ignore[arg-type]
         for text in (long, long + "or white"):
             events: list[AnswerEvent] = []
             answer = engine.generate(text, SHORT, on_event=events.append).run()
@@ -321,7 +322,7 @@ def test_progress_of_the_prompt(tiny: Callable[..., Path], settings: dict[str, o
 
 
 def test_decoded_rows_are_told_after_a_cancel_within_the_prompt(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml", n_ctx=4096), ctx_size=4096, threads=1) as engine:
+    with Engine(tiny("chatml", n_ctx=4096), pair=DEFAULT, ctx_size=4096, threads=1) as engine:
         cancel, events = CancelToken(), []
 
         def stop(event: AnswerEvent) -> None:
@@ -338,7 +339,7 @@ def test_decoded_rows_are_told_after_a_cancel_within_the_prompt(tiny: Callable[.
 
 
 def test_an_error_in_a_callback_ends_the_answer_and_leaves_the_caches_whole(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml", n_ctx=4096), ctx_size=4096, threads=1) as engine:
+    with Engine(tiny("chatml", n_ctx=4096), pair=DEFAULT, ctx_size=4096, threads=1) as engine:
         long, alone = "the water is blue and the wine is red " * 60, said("Hi", engine)
 
         def fail(event: AnswerEvent) -> None:
@@ -378,7 +379,7 @@ def test_json_has_the_names_of_the_api(engine: Engine) -> None:
 
 def test_progress_of_loading(tiny: Callable[..., Path]) -> None:
     seen: list[float] = []
-    with Engine(tiny("chatml"), ctx_size=512, threads=1, on_progress=seen.append):
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1, on_progress=seen.append):
         assert seen[0] == 0
         assert len(seen) > 5
         assert seen == sorted(seen)
@@ -389,7 +390,7 @@ def test_progress_of_loading(tiny: Callable[..., Path]) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Engine(tiny("chatml"), ctx_size=512, threads=1, on_progress=stop)
+        Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1, on_progress=stop)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +436,7 @@ def test_cancel_from_another_thread_while_decoding(engine: Engine) -> None:
 
 def test_cancel_during_a_long_prefill(tiny: Callable[..., Path]) -> None:
     path = tiny("chatml", n_embd=256, n_layers=4, n_ctx=16384)
-    with Engine(path, ctx_size=16384, threads=1) as engine:
+    with Engine(path, pair=DEFAULT, ctx_size=16384, threads=1) as engine:
         prompt = "the water is blue and the wine is red " * 800
         stream = engine.generate(prompt, SHORT)
         cancelled_at = []
@@ -474,7 +475,7 @@ def test_a_cancelled_chat_turn_is_remembered(engine: Engine) -> None:
 
 
 def test_threads_share_an_engine(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml"), ctx_size=512, conversations=2, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, conversations=2, threads=1) as engine:
         questions = [f"Question number {i}?" for i in range(8)]
         alone = {q: said(q, engine) for q in questions}
         together: dict[str, str] = {}
@@ -527,7 +528,7 @@ def test_dropped_streams_free_their_slot(engine: Engine) -> None:
 
 
 def test_conversations_keep_their_caches(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml"), ctx_size=768, conversations=2, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=768, conversations=2, threads=1) as engine:
         one, two = engine.chat(options=SHORT), engine.chat(options=SHORT)
         for turn in range(3):
             for chat in (one, two):
@@ -537,7 +538,10 @@ def test_conversations_keep_their_caches(tiny: Callable[..., Path]) -> None:
 
 
 def test_a_token_cancels_answers_of_several_engines_and_nothing_else(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as a, Engine(tiny("chatml"), ctx_size=512, threads=1) as b:
+    with (
+        Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as a,
+        Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as b,
+    ):
         token = CancelToken()
         streams = [e.generate("Hi", SHORT, cancel=token) for e in (a, b)]
         for stream in streams:
@@ -571,7 +575,7 @@ def test_a_chat_is_left_alone_while_it_answers(engine: Engine) -> None:
 
 
 def test_undo_after_an_overflow_sends_old_turns_again(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         chat = engine.chat(options=SHORT)
         for turn in range(6):
             chat.ask(f"Question {turn} about water?")
@@ -584,7 +588,7 @@ def test_undo_after_an_overflow_sends_old_turns_again(tiny: Callable[..., Path])
 
 
 def test_engines_that_are_dropped_free_their_memory(tiny: Callable[..., Path]) -> None:
-    engine = Engine(tiny("chatml"), ctx_size=512, threads=1)
+    engine = Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1)
     said("Hi", engine)
     memory = [engine._model.owned, *(c.owned for c in engine._streams.contexts)]
     for owned in memory:
@@ -597,7 +601,7 @@ def test_engines_that_are_dropped_free_their_memory(tiny: Callable[..., Path]) -
 
 
 def test_two_conversations_in_one_thread_with_two_slots(tiny: Callable[..., Path]) -> None:
-    with Engine(tiny("chatml"), ctx_size=512, conversations=2, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, conversations=2, threads=1) as engine:
         alone = [said(q, engine) for q in ("What is red?", "What is blue?")]
         streams = [engine.generate(q, SHORT) for q in ("What is red?", "What is blue?")]
         texts = ["", ""]
@@ -613,7 +617,7 @@ def test_two_conversations_in_one_thread_with_two_slots(tiny: Callable[..., Path
 
 
 def test_use_after_close(tiny: Callable[..., Path]) -> None:
-    engine = Engine(tiny("chatml"), ctx_size=512, threads=1)
+    engine = Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1)
     running = engine.generate("Hi", Options(temp=1.0))
     next(running)
     engine.close()

@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny_gguf
+from manual import made_for
 from reference import TOLERANCE, contrast_by_hand, extend
 
 from acd_local import Engine, Message, Options, pairs, vectors
@@ -348,6 +349,7 @@ def test_a_pair_knows_its_soft_prompts_and_their_numbers(folder: Path, tmp_path:
         ("[soft]\nalpha = -1\n", "line 6: soft.alpha: -1 is out of range"),
         ('[soft]\nalpha = 1\nbeta = "x"\n', "line 7: soft.beta: must be a number"),
         ("[soft]\nbeta = 1.5\n", "line 6: soft.beta: 1.5 is out of range"),
+        ("[soft]\npreferred = 1\n", "line 6: soft.preferred: must be true or false, not an integer"),
         ('sha256 = "12"\n', "line 5: sha256: must be a SHA-256"),
     ],
 )
@@ -678,13 +680,38 @@ def test_rows_of_another_run_are_refused(engine: Engine, folder: Path, tmp_path:
 
 
 def test_a_pair_without_soft_prompts_is_refused(engine: Engine, model: Path, folder: Path) -> None:
-    words = r"pair 'bare' has no soft prompts \(bare.safetensors beside it\): leave --soft out"
+    words = r"pair 'bare' has no soft prompts \(bare.safetensors beside it\): take --no-soft"
     with pytest.raises(PairError, match=words):
         Engine(model, pair=str(folder / "bare.toml"), soft=True)
     with pytest.raises(PairError, match=words):
         engine.generate("Hi", SHORT, pair=str(folder / "bare.toml"))
     with Engine(model, pair=str(folder / "bare.toml"), ctx_size=256, threads=1) as text:
         assert text.generate("Hi", SHORT).run().text
+
+
+def test_a_pair_may_prefer_its_soft_prompts_on_its_own_model(
+    engine: Engine, model: Path, folder: Path, tmp_path: Path, info: GGUFInfo
+) -> None:
+    """Where nobody says otherwise; every pair decides for itself, also within one engine."""
+    numbers = "alpha = 0.9\n[soft]\nalpha = 0.3\npreferred = true\n"
+    path = str(write_pair(tmp_path, "mine", pair_for(info), numbers + made_for(model)))
+    elsewhere = str(write_pair(tmp_path, "elsewhere", pair_for(info), numbers))
+    soft = engine.generate("What is red?", SHORT).run().text
+
+    def answers(**given: Any) -> list[tuple[str, bool, float, bool]]:
+        with Engine(model, ctx_size=512, threads=1, **given) as found:
+            streams = [found.generate("What is red?", SHORT, pair=pair) for pair in (path, elsewhere, "as-is")]
+            return [(s.pair.name if s.pair else "", s.soft, s.settings.alpha, s.run().text == soft) for s in streams]
+
+    others = [("elsewhere", False, 0.9, False), ("", False, 0.0, False)]
+    assert answers(pair=path) == answers(pair="as-is") == [("mine", True, 0.3, True), *others]
+    assert answers(pair="as-is", soft=False) == [("mine", False, 0.9, False), *others]
+    assert answers(pair="as-is", soft=True)[1] == ("elsewhere", True, 0.3, True)
+    (tmp_path / "mine.safetensors").unlink()
+    with pytest.raises(PairError, match="has no soft prompts"):
+        Engine(model, pair=path)
+    with Engine(model, pair=path, soft=False, ctx_size=256, threads=1) as text:
+        assert text.fitted and not text.takes_soft(text.pair)
 
 
 def test_without_soft_a_broken_file_is_not_read(model: Path, tmp_path: Path) -> None:
@@ -941,14 +968,14 @@ def test_a_chat_shows_that_soft_prompts_are_in_use(
     desk = Desk(engine, capsys)
     out, _ = desk.type("/pair")
     assert f"soft prompts in use: {folder / 'one.safetensors'}" in out
-    assert "pair one (soft)" in desk.app.toolbar(200)
+    assert "pair one (not fitted, soft)" in desk.app.toolbar(200)
     assert "alpha 0.3" in desk.app.toolbar(200)
     out, _ = desk.type("What is red?")
     assert out.strip()
     assert "changed by the contrast" in desk.type("/why")[0]
     assert "has no soft prompts" in desk.type("/pair bare")[1]
     assert desk.app.chat.pair.name == "one"
-    assert "pair two (soft): alpha 0.5" in desk.type("/pair two")[1]
+    assert "pair two (not fitted, soft): alpha 0.5" in desk.type("/pair two")[1]
     saved = tmp_path / "chat.json"
     desk.type(f"/save {saved}")
     record = json.loads(saved.read_text())

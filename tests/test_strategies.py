@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny_gguf
 from exactness import near_tie, near_ties, variation
+from manual import DEFAULT
 from reference import TOLERANCE, fresh_logits
 
 from acd_local.answers import Answer
@@ -65,7 +66,7 @@ def tokens(answer: Answer) -> list[int]:
 @pytest.fixture(scope="module")
 def engine(tiny: Callable[..., Path]) -> Iterator[Engine]:
     """What rows cost is fixed, so that the machine does not decide what is tested."""
-    with Engine(tiny("chatml"), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         engine._row_clock.known = RowCosts(pair=1.9, fixed=0.9, each=0.4)
         yield engine
 
@@ -157,7 +158,7 @@ def test_auto_says_the_same_whatever_rows_cost(
 def test_texts_of_a_tiny_model_differ_at_near_ties_alone(tiny: Callable[..., Path], temp: float) -> None:
     """Weights in F32. `-s` prints what is found."""
     prompts = [f"{i}. {PROMPTS[i % len(PROMPTS)]}" for i in range(MANY)]
-    with Engine(tiny("chatml", seed=5), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml", seed=5), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         differing = compared(engine, prompts, {"temp": temp}, TOLERANCE)
     assert differing <= 0.01 * len(prompts)
 
@@ -253,7 +254,7 @@ def test_a_conversation_goes_on_after_a_deferred_answer(tiny: Callable[..., Path
     """What drafts left in the caches is forgotten, and what the adversarial stream never saw is decoded."""
     path, texts = tiny("chatml", seed=3), []
     for strategy in ("stepwise", "deferred"):
-        with Engine(path, ctx_size=512, threads=1) as engine:
+        with Engine(path, pair=DEFAULT, ctx_size=512, threads=1) as engine:
             chat = engine.chat(options=Options(temp=0.0, max_tokens=16, strategy=strategy))  # type: ignore[arg-type]
             texts.append([chat.ask(prompt).text for prompt in PROMPTS[:3]])
     assert texts[0] == texts[1]
@@ -274,7 +275,7 @@ def test_a_cancelled_run_says_nothing_more(engine: Engine) -> None:
 
 @pytest.mark.parametrize("temp", [0.0, 1.0])
 def test_quantized_caches(tiny: Callable[..., Path], temp: float) -> None:
-    with Engine(tiny("chatml", head_dim=32), ctx_size=512, threads=1, kv_type="q8_0") as engine:
+    with Engine(tiny("chatml", head_dim=32), pair=DEFAULT, ctx_size=512, threads=1, kv_type="q8_0") as engine:
         answers = [both(engine, prompt, {"temp": temp}) for prompt in PROMPTS]
         assert sum(not same(*pair) for pair in answers) <= 1
         for prompt, (_, other) in zip(PROMPTS, answers, strict=True):
@@ -288,7 +289,7 @@ def test_quantized_caches(tiny: Callable[..., Path], temp: float) -> None:
 def test_models_that_cannot_forget_their_last_tokens_are_decoded_stepwise(
     tiny: Callable[..., Path], writer: Callable[..., Path]
 ) -> None:
-    with Engine(tiny("chatml", writer=writer), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml", writer=writer), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         assert not engine.can_defer
         one, other = both(engine, PROMPTS[0], {})
         assert tokens(one) == tokens(other)
@@ -702,7 +703,7 @@ def test_runs_and_steps_of_an_answer_are_timed(tiny: Callable[..., Path], monkey
     now = itertools.count()  # ticks whenever it is asked for
     read = [0]
     monkeypatch.setattr("acd_local.runtime.deferred.time", SimpleNamespace(perf_counter=lambda: next(now) + read[0]))
-    with Engine(tiny("chatml", seed=4), ctx_size=512, threads=1) as engine:
+    with Engine(tiny("chatml", seed=4), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         clock = engine._row_clock
         monkeypatch.setattr(clock, "settle", lambda: None)
         monkeypatch.setattr("acd_local.runtime.deferred.PATIENCE", 1e12)
@@ -725,7 +726,7 @@ def test_readers_do_not_wait_for_long_runs_before_it_is_known_what_rows_cost(
     monkeypatch.setattr(Pace, "goes_on", lambda pace, survival, drafted: drafted < pace.costs.longest_run)
     for patience, longest in ((60.0, MOST), (0.0, LEAST)):
         monkeypatch.setattr("acd_local.runtime.deferred.PATIENCE", patience)
-        with Engine(tiny("chatml", seed=4), ctx_size=512, threads=1) as engine:
+        with Engine(tiny("chatml", seed=4), pair=DEFAULT, ctx_size=512, threads=1) as engine:
             monkeypatch.setattr(engine._row_clock, "settle", lambda: None)
             options = Options(temp=0.0, max_tokens=N, strategy="deferred")
             engine.generate(PROMPTS[3], options, divergence=True).run()  # which every position waits for
@@ -802,7 +803,7 @@ def test_an_engine_measures_and_the_next_one_knows(
 ) -> None:
     monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path))
     path = tiny("chatml", seed=4)
-    with Engine(path, ctx_size=512, threads=1) as engine:
+    with Engine(path, pair=DEFAULT, ctx_size=512, threads=1) as engine:
         for prompt in (*PROMPTS, *PROMPTS):
             engine.generate(prompt, Options(temp=0.0, max_tokens=N)).run()
         known = engine._row_clock.known
@@ -810,7 +811,7 @@ def test_an_engine_measures_and_the_next_one_knows(
     (kept,) = (tmp_path / "rowcosts").iterdir()
     assert json.loads(kept.read_text()) == json.loads(json.dumps(asdict(known)))
     assert len(known.few) == 2
-    with Engine(path, ctx_size=512, threads=1) as engine:
+    with Engine(path, pair=DEFAULT, ctx_size=512, threads=1) as engine:
         assert engine._row_clock.known == known
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from manual import DEFAULT
 
 from acd_local import Engine, UsageError
 from acd_local.evaluate.judge import Judge
@@ -20,9 +21,9 @@ from acd_local.runtime.threads import default_threads, physical_cores
 def test_the_environment_gives_the_default(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACD_THREADS", " 3 ")
     assert default_threads() == 3
-    with Engine(tiny("chatml"), ctx_size=256) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=256) as engine:
         assert engine.threads == 3
-    with Engine(tiny("chatml"), ctx_size=256, threads=1) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=256, threads=1) as engine:
         assert engine.threads == 1
     for nothing in ("", " "):
         monkeypatch.setenv("ACD_THREADS", nothing)
@@ -36,11 +37,15 @@ def test_the_environment_gives_the_default(tiny: Callable[..., Path], monkeypatc
 )
 def test_a_bad_number_is_one_line(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("ACD_THREADS", value)
-    for use in (default_threads, lambda: Engine(tiny("chatml"), ctx_size=256), lambda: Judge(tiny("chatml"))):
+    for use in (
+        default_threads,
+        lambda: Engine(tiny("chatml"), pair=DEFAULT, ctx_size=256),
+        lambda: Judge(tiny("chatml")),
+    ):
         with pytest.raises(UsageError, match=r"^ACD_THREADS must be a whole number from 1 to 512, not '") as failure:
             use()
         assert len(str(failure.value)) < 200
-    Engine(tiny("chatml"), ctx_size=256, threads=1).close()  # where a number is given, nobody looks at it
+    Engine(tiny("chatml"), pair=DEFAULT, ctx_size=256, threads=1).close()  # where a number is given, nobody looks at it
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from manual import DEFAULT
 
 from acd_local import Engine, Options, throughput
 from acd_local.errors import ContextError
@@ -28,7 +29,7 @@ def test_it_counts_prompts_and_differing_texts(tiny: Callable[..., Path], monkey
 def test_answers_come_in_the_order_of_the_prompts(tiny: Callable[..., Path]) -> None:
     options = Options(temp=0.0, max_tokens=5)
     questions = ["What is red?", "What is a carpet, and why is it blue?", "Wine?", "How?"]
-    with Engine(tiny("chatml"), ctx_size=512, threads=1, conversations=2) as engine:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1, conversations=2) as engine:
         texts = throughput.answer_all(engine, questions, options)
         assert texts == [engine.generate(q, options).run().text for q in questions]
         assert len(set(texts)) > 1

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from manual import made_for
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = "from acd_local.cli.run import main; main()"
@@ -64,7 +65,7 @@ class Client:
     def ready(self) -> Event:
         """The first event after the signs of loading."""
         while (event := self.event()) is not None and event["event"] == "loading":
-            assert set(event) == {"event", "progress"}
+            assert set(event) == {"event", "phase", "progress"} and event["phase"] in ("check", "model")
             assert 0 <= event["progress"] <= 1
         assert event is not None
         assert event["event"] == "ready"
@@ -117,7 +118,7 @@ class Client:
 @pytest.fixture(scope="module")
 def base(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     pair = tmp_path_factory.mktemp("pairs") / "short.toml"
-    pair.write_text(PAIR.format("short", "kind"))
+    pair.write_text(PAIR.format("short", "kind") + made_for(tiny("chatml")))
     return (str(tiny("chatml")), "--jsonl", "-t", "1", "-c", "512", "--pair", str(pair))
 
 
@@ -148,9 +149,12 @@ def worker(base: tuple[str, ...]) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def slow_base(tiny: Callable[..., Path]) -> tuple[str, ...]:
+def slow_base(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """It takes seconds for a prompt or an answer that fills its context."""
-    return (str(tiny("chatml", n_embd=256, n_layers=4, n_ctx=4096)), "--jsonl", "-t", "1", "-c", "4096")
+    model = tiny("chatml", n_embd=256, n_layers=4, n_ctx=4096)
+    pair = tmp_path_factory.mktemp("slow") / "short.toml"
+    pair.write_text(PAIR.format("short", "kind") + made_for(model))
+    return (str(model), "--jsonl", "-t", "1", "-c", "4096", "--pair", str(pair))
 
 
 @pytest.fixture(scope="module")
@@ -552,14 +556,15 @@ def test_ready_says_what_there_is(base: tuple[str, ...]) -> None:
     client = Client(*base, "--temp", "0.5", "--stop", "x", "--system", "Be brief.", "--parallel", "2")
     try:
         loading, ready = client.event(), client.ready()
-        assert loading == {"event": "loading", "progress": 0.0}
+        assert loading == {"event": "loading", "phase": "model", "progress": 0.0}
         assert (ready["protocol"], ready["version"]) == (2, __version__)
         model = ready["model"]
         assert (model["name"], model["path"], model["architecture"]) == ("tiny llama", base[0], "llama")
         assert model["size"] == Path(base[0]).stat().st_size
         assert model["n_params"] > 1000 and model["n_vocab"] > 100 and model["context_length"] > 100
         assert model["quantization"] == "F32"
-        assert ready["pair"] == {"name": "short", "alpha": 0.5, "beta": 0.1, "soft": False}
+        numbers = {"alpha": 0.5, "beta": 0.1}
+        assert ready["pair"] == {"name": "short", "fitted": True, "soft": False, "gate": False} | numbers
         assert (ready["ctx_size"], ready["parallel"]) == (512, 2)
         options = ready["options"]
         assert (options["temp"], options["stop"], options["top_k"]) == (0.5, ["x"], 40)

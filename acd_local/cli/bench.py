@@ -30,7 +30,7 @@ PROGRAM = "acd bench"
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How often each case is measured.")
 @click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads; default: $ACD_THREADS or the cores.")
 @click.option("--ctx-size", "-c", type=click.IntRange(512), default=2048, show_default=True, help="Tokens per stream.")
-@click.option("--pair", metavar="NAME|FILE", help="Prompt pair; default: the best one for the model.")
+@click.option("--pair", metavar="NAME|FILE", help="Prompt pair; default: the model's own, or `default`.")
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory (one process per case).")
 @click.option(
     "--quantize",

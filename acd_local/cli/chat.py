@@ -68,7 +68,7 @@ def _converse(engine: Engine, options: Options, given: dict[str, Any], signals: 
     if _is_terminal(sys.stdin):
         app.view.notice(f"{app.model_name} · pair {app.pair_label} · /help lists commands, Ctrl-D leaves")
     if given["load"] is not None:
-        load_chat(app, given["load"], pair=engine.pair if given["pair"] else None, system=given["system"])
+        load_chat(app, given["load"], keep_pair=given["pair"] is not None, system=given["system"])
     if sys.stdin is not None:
         with _source(app, given) as source:
             app.run(source)

@@ -10,8 +10,10 @@ from acd_local.answers import Answer, AnswerEvent, PromptProgress, TurnsDropped
 from acd_local.chat import ChatStream
 from acd_local.cli.chat_commands import run_command
 from acd_local.cli.progress import reading_text
+from acd_local.cli.record import pair_label, pair_name
 from acd_local.errors import AcdError, UsageError
 from acd_local.options import Options
+from acd_local.pairs import AS_IS
 from acd_local.runtime.llama import BATCH_ROWS
 from acd_local.session import Engine
 
@@ -100,6 +102,8 @@ class ChatApp:
 
     def compare(self, text: str) -> None:
         """Answer with and without contrast, with one seed; the chat stays as it is."""
+        if self.chat.pair is None:
+            raise UsageError("there is no prompt pair to contrast: /pair NAME takes one")
         options = self.chat.options.replace({"plain": False})
         first = self._aside(text, options)
         second = self._aside(text, options.replace({"plain": True, "seed": first.seed}))
@@ -119,7 +123,7 @@ class ChatApp:
     def _aside(self, text: str, options: Options) -> AnswerStream:
         messages: list[Any] = [*self.chat.messages, {"role": "user", "content": text}]
         return self.engine.generate(
-            messages, options, system=self.chat.system, pair=self.chat.pair, on_event=self._on_event
+            messages, options, system=self.chat.system, pair=self.chat.pair or AS_IS, on_event=self._on_event
         )
 
     def _on_event(self, event: AnswerEvent) -> None:
@@ -141,15 +145,17 @@ class ChatApp:
     def contrast_label(self, *, plain: bool | None = None) -> str:
         """Settings in force; `plain` asks for those that would be."""
         options = self.chat.options if plain is None else self.chat.options.replace({"plain": plain})
-        settings = resolve_contrast(options, self.chat.pair, soft=self.engine.soft)
+        if self.chat.pair is None:
+            return "no contrast"
+        settings = resolve_contrast(options, self.chat.pair, soft=self.engine.takes_soft(self.chat.pair))
         if options.plain:
             return "plain"
         return f"alpha {settings.alpha:g}, beta {settings.beta:g}{', raw' if settings.raw else ''}"
 
     @property
     def pair_label(self) -> str:
-        """The pair's name, and whether its soft prompts are in use."""
-        return f"{self.chat.pair.name}{' (soft)' if self.engine.soft else ''}"
+        """The pair's name, whether it is fitted to the model, its soft prompts and its gate where they are in use."""
+        return pair_label(self.engine, self.chat.pair, self.chat.options)
 
     @property
     def model_name(self) -> str:
@@ -158,9 +164,9 @@ class ChatApp:
     def toolbar(self, width: int) -> str:
         """Model, pair, contrast, context per stream, speed: in short forms where the window is narrow."""
         alpha = self.contrast_label().partition(",")[0]
-        pair, name = self.pair_label, self.model_name
+        pair, name = pair_name(self.chat.pair), self.model_name
         context, short_context, speed = self._figures()
-        long = " · ".join([name, f"pair {pair}", alpha, *context, *speed])
+        long = " · ".join([name, f"pair {self.pair_label}", alpha, *context, *speed])
         if len(long) <= width:
             return long
         rest = "".join(f" · {part}" for part in [pair, alpha, *short_context, *speed])

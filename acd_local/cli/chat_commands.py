@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acd_local import files, pairs
+from acd_local import files, pairs, quickcheck
 from acd_local.chat import read_saved
 from acd_local.cli.chat_why import spans
-from acd_local.cli.record import stats_lines
+from acd_local.cli.record import pair_line, pair_name, stats_lines
 from acd_local.errors import PairError, UsageError, shown
 from acd_local.pairs import PromptPair
 
@@ -97,22 +97,22 @@ def _system(app: ChatApp, text: str) -> None:
         app.view.output(app.chat.system or "(no system prompt of your own; /system TEXT sets one)")
     elif text == "-":
         app.chat.system = None
-        app.view.notice("your system prompt is gone; the pair's stays")
+        app.view.notice("your system prompt is gone" + ("; the pair's stays" if app.chat.pair else ""))
     else:
         pairs.refuse_adversarial(text, app.chat.pair)
         app.chat.system = text
-        app.view.notice("your system prompt now follows the pair's")
+        app.view.notice("your system prompt now follows the pair's" if app.chat.pair else "your system prompt is set")
 
 
 def _pair(app: ChatApp, name: str) -> None:
     if not name:
-        others = [pair.name for pair in pairs.available() if pair.name != app.chat.pair.name]
-        where = app.chat.pair.path or "made in Python"
-        known = f"\nother known pairs: {', '.join(others)}" if others else ""
-        soft = f"\nsoft prompts in use: {app.chat.pair.vectors_path}" if app.engine.soft else ""
-        app.view.output(f"{app.chat.pair.name} ({where}){soft}{known}")
+        pair = app.chat.pair
+        others = [other for other in _pair_names() if other != pair_name(pair)]
+        where = "no pair, the model answers as it is" if pair is None else pair.path or "made in Python"
+        soft = f"\nsoft prompts in use: {pair.vectors_path}" if pair and app.engine.takes_soft(pair) else ""
+        app.view.output(f"{app.pair_label}: {where}{soft}\nothers: {', '.join(others)}")
         return
-    _switch_pair(app, pairs.find(_expanded(name)))
+    _switch_pair(app, None if name == pairs.AS_IS else pairs.find(_expanded(name)))
     app.view.notice(f"pair {app.pair_label}: {app.contrast_label()}")
 
 
@@ -123,14 +123,19 @@ def _expanded(name: str) -> str:
         raise PairError(f"cannot read {shown(name)}: {files.reason(error)}") from None
 
 
-def _switch_pair(app: ChatApp, pair: PromptPair) -> None:
+def _switch_pair(app: ChatApp, pair: PromptPair | None) -> None:
     if app.chat.system:
         pairs.refuse_adversarial(app.chat.system, pair)
-    if app.engine.soft:
+    if app.engine.takes_soft(pair):
         app.engine.soft_pair(pair)
     app.chat.pair = pair
+    if pair is None or pairs.fitted(pair, app.engine.info):
+        return
     if not pairs.fits(pair, app.engine.info):
         app.view.notice(f"pair {pair.name} was made for another model")
+    verdict = quickcheck.kept(app.engine.info, pair, soft=app.engine.soft)
+    if verdict is not None and verdict.harms:
+        app.view.notice(f"pair {pair.name} does harm to this model ({verdict})")
 
 
 def _set_number(option: str) -> Callable[[ChatApp, str], None]:
@@ -143,7 +148,7 @@ def _set_number(option: str) -> Callable[[ChatApp, str], None]:
         except ValueError:
             raise UsageError(f"{option} must be a number, not {text[:40]!r}") from None
         app.chat.options = app.chat.options.replace({option: value})
-        off = " (the contrast is off: /plain turns it on)" if app.chat.options.plain else ""
+        off = " (the contrast is off: /plain turns it on)" if app.chat.options.plain and app.chat.pair else ""
         app.view.notice(app.contrast_label(plain=False) + off)
 
     return run
@@ -173,7 +178,8 @@ def _why(app: ChatApp, _: str) -> None:
 
 
 def _stats(app: ChatApp, _: str) -> None:
-    app.view.output("\n".join(stats_lines(app.last_answer())))
+    answer = app.last_answer()
+    app.view.output("\n".join([pair_line(app.engine, app.chat.pair, app.chat.options), *stats_lines(answer)]))
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -198,11 +204,11 @@ def _load(app: ChatApp, name: str) -> None:
     load_chat(app, name)
 
 
-def load_chat(app: ChatApp, name: str, *, pair: PromptPair | None = None, system: str | None = None) -> None:
+def load_chat(app: ChatApp, name: str, *, keep_pair: bool = False, system: str | None = None) -> None:
     """Go on with a saved chat: its turns, its system prompt, its pair where that can be found.
 
     Args:
-        pair, system: take these instead of the file's.
+        keep_pair: the pair in use stays. system: taken instead of the file's.
 
     Raises:
         UsageError: the file cannot be used; the chat is as it was.
@@ -210,7 +216,7 @@ def load_chat(app: ChatApp, name: str, *, pair: PromptPair | None = None, system
     record = read_saved(name)
     before = app.chat.pair, app.chat.system
     missing = None
-    if pair is None:
+    if not keep_pair:
         missing = _use_saved_pair(app, record.get("pair"))
     try:
         app.chat.load(name)
@@ -235,17 +241,20 @@ def _use_saved_pair(app: ChatApp, saved: object) -> str | None:
     """Switch to the pair of a saved chat, by its path, else by its name; a line if neither is there."""
     if not isinstance(saved, str) or not saved:
         return "the file names no pair: the current one stays"
+    if saved == pairs.AS_IS:
+        app.chat.pair = None
+        return None
     for candidate in (saved, Path(saved).stem):
         try:
             pair = pairs.find(candidate)
-            if app.engine.soft:
+            if app.engine.takes_soft(pair):
                 app.engine.soft_pair(pair)
         except PairError:
             continue
         app.chat.pair = pair
         return None
     lacking = "there with soft prompts" if app.engine.soft else "there"
-    return f"its pair {saved[:200]} is not {lacking}: pair {app.chat.pair.name} stays"
+    return f"its pair {saved[:200]} is not {lacking}: pair {pair_name(app.chat.pair)} stays"
 
 
 def _count(number: int, noun: str) -> str:
@@ -253,7 +262,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _pair_names() -> list[str]:
-    return [pair.name for pair in pairs.available()]
+    return [*(pair.name for pair in pairs.available()), pairs.AS_IS]
 
 
 COMMANDS: dict[str, Command] = {
@@ -264,7 +273,7 @@ COMMANDS: dict[str, Command] = {
     "/undo": Command(_undo, "", "forget the last message and its answer"),
     "/regen": Command(_regen, "", "answer the last message again, with a new seed"),
     "/system": Command(_system, "[TEXT]", "show or set your system prompt, - removes it"),
-    "/pair": Command(_pair, "[NAME|FILE]", "show or change the prompt pair", _pair_names),
+    "/pair": Command(_pair, "[NAME|FILE]", "show or change the prompt pair, as-is for none", _pair_names),
     "/alpha": Command(_set_number("alpha"), "[X]", "show or set the contrast's strength, - for the pair's"),
     "/beta": Command(_set_number("beta"), "[X]", "show or set the plausibility limit, - for the pair's"),
     "/plain": Command(_plain, "", "switch the contrast off or on"),

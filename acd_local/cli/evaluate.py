@@ -117,6 +117,7 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local.evaluate.scoring import MARGIN_PROMPTS
     from acd_local.options import Options
     from acd_local.runtime.cancel import CancelToken
+    from acd_local.session import measured_pair
 
     whole = _read_sets(given)
     shard = _shard(given["shard"])
@@ -124,7 +125,8 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     chosen = [sets.shard(s, *shard) for s in drawn]
     Options(temp=given["temp"], max_tokens=given["max_tokens"], seed=given["seed"])
     with ExitStack() as stack:
-        pair = _pair(model, given)
+        pair = measured_pair(model, given["pair"])
+        given["soft"] = given["soft"] or (given["methods"] is None and pair.soft_preferred)
         engine = stack.enter_context(_engine(model, pair, given))
         progress = stack.enter_context(ProgressLine(PROGRAM))
         if engine.warning:
@@ -216,16 +218,6 @@ def _shard(text: str | None) -> tuple[int, int]:
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise UsageError(f"--shard must be i/n with i from 1 to n, such as 1/3, not {text!r}")
     return int(match[1]), int(match[2])
-
-
-def _pair(model: str, given: dict[str, Any]) -> PromptPair:
-    """The pair to be measured: the named one, else the model's own, else `default`; no quick check is made for it."""
-    from acd_local import models, pairs
-    from acd_local.runtime import probe
-
-    if given["pair"] is not None:
-        return pairs.find(given["pair"])
-    return pairs.best_for(probe.verify(models.resolve(model))) or pairs.find(DEFAULT_PAIR)
 
 
 def _engine(model: str, pair: PromptPair, given: dict[str, Any]) -> Engine:

@@ -31,8 +31,16 @@ ENGINE_FLAGS = ("pair", "soft", "ctx_size", "threads", "gpu_layers", "kv_type", 
 
 # Help texts name the defaults by hand: None on the command line means "not given", so that a pair can decide.
 _ENGINE = (
-    click.option("--pair", metavar="NAME|FILE", help="Prompt pair; default: the best one for the model."),
-    click.option("--soft", is_flag=True, help="The pair's soft prompts (NAME.safetensors) instead of its texts."),
+    click.option(
+        "--pair",
+        metavar="NAME|FILE",
+        help="Prompt pair, or as-is for none; default: the one made for the model, else what a quick check finds.",
+    ),
+    click.option(
+        "--soft/--no-soft",
+        default=None,
+        help="The pair's soft prompts (NAME.safetensors), or its texts; default: what the pair prefers.",
+    ),
     click.option(
         "--ctx-size",
         "-c",
@@ -254,6 +262,7 @@ def load_engine(
     *,
     conversations: int = 1,
     on_progress: Callable[[float], object] | None = None,
+    on_check: Callable[[float], object] | None = None,
 ) -> Engine:
     check_engine_flags(flags)
     # numpy's own threads are of no use here, take 40 MB of addresses each, and their failure raises SIGINT.
@@ -261,4 +270,4 @@ def load_engine(
     from acd_local.session import Engine
 
     given = {name: flags[name] for name in ENGINE_FLAGS}
-    return Engine(model, **given, conversations=conversations, on_progress=on_progress)
+    return Engine(model, **given, conversations=conversations, on_progress=on_progress, on_check=on_check)

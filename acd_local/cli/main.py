@@ -47,7 +47,7 @@ def list_models(as_json: bool) -> Outcome | None:
                 "size": info.size if info else None,
                 "architecture": info.architecture if info else None,
                 "quantization": info.file_type if info else None,
-                "pair": pairs.best_for(info).name if info else None,
+                "pair": best.name if info and (best := pairs.best_for(info)) else None,
                 "error": found.error,
             }
         )
@@ -66,7 +66,8 @@ def _model_line(row: dict[str, Any]) -> str:
         return f"{name}\n    unusable: {one_line(row['error'])}"
     size = f"{row['size'] / 1e9:.2f} GB" if row["size"] >= 1e9 else f"{row['size'] / 1e6:.0f} MB"
     what = " ".join(filter(None, (size, row["architecture"], row["quantization"])))
-    return f"{name}\n    {what}, pair: {row['pair']}\n    {one_line(row['path'])}"
+    pair = f"pair: {row['pair']}" if row["pair"] else "no pair made for it"
+    return f"{name}\n    {what}, {pair}\n    {one_line(row['path'])}"
 
 
 @command.group("pairs", no_args_is_help=False)

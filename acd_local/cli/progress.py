@@ -77,7 +77,12 @@ def progress_text(progress: Progress) -> str:
 def load_with_status(model: str, given: Mapping[str, Any]) -> Engine:
     """Load a model as `flags.load_engine` does, with a status line while it lasts."""
     with StatusLine() as status:
-        return load_engine(model, given, on_progress=lambda fraction: status.loading(model, fraction))
+        return load_engine(
+            model,
+            given,
+            on_progress=lambda fraction: status.loading(model, fraction),
+            on_check=lambda fraction: status.show(f"checking {one_line(Path(model).name)} {fraction:.0%}"),
+        )
 
 
 class StatusLine:

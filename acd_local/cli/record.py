@@ -6,9 +6,41 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from acd_local.answers import GateDecision
+from acd_local.pairs import AS_IS, fitted
 
 if TYPE_CHECKING:
     from acd_local.answers import Answer, GateRecord, TokenRecord
+    from acd_local.options import Options
+    from acd_local.pairs import PromptPair
+    from acd_local.session import Engine
+
+
+def pair_name(pair: PromptPair | None) -> str:
+    return AS_IS if pair is None else pair.name
+
+
+def pair_record(engine: Engine, pair: PromptPair | None, options: Options) -> dict[str, Any]:
+    """What is in use: name ("as-is": no pair), whether it is fitted to the model, its soft prompts, its gate."""
+    return {
+        "name": pair_name(pair),
+        "fitted": pair is not None and fitted(pair, engine.info),
+        "soft": engine.takes_soft(pair),
+        "gate": pair is not None and pair.gate is not None and options.gate is not False,
+    }
+
+
+def pair_line(engine: Engine, pair: PromptPair | None, options: Options) -> str:
+    """The same in words, for --stats."""
+    return f"pair       {pair_label(engine, pair, options)}"
+
+
+def pair_label(engine: Engine, pair: PromptPair | None, options: Options) -> str:
+    """default (not fitted), smollm2-135m-instruct (fitted, soft, gate), as-is"""
+    found = pair_record(engine, pair, options)
+    if pair is None:
+        return str(found["name"])
+    words = ["fitted" if found["fitted"] else "not fitted", *(key for key in ("soft", "gate") if found[key])]
+    return f"{found['name']} ({', '.join(words)})"
 
 
 def answer_record(answer: Answer) -> dict[str, Any]:

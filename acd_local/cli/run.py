@@ -88,7 +88,7 @@ def _answer(
     interrupts: Interrupts,
 ) -> Outcome:
     from acd_local.answers import PromptProgress
-    from acd_local.cli.record import answer_record, stats_lines
+    from acd_local.cli.record import answer_record, pair_line, pair_name, stats_lines
     from acd_local.runtime.cancel import CancelToken
 
     cancel, status = CancelToken(), StatusLine()
@@ -110,11 +110,15 @@ def _answer(
         return Outcome(record=error_record(error, stream.text) if as_json else None, error=error)
     failed = None if trace is None else _write_trace(trace, answer)
     if given["stats"]:
-        for line in stats_lines(answer):
+        for line in [pair_line(engine, stream.pair, options), *stats_lines(answer)]:
             say(line)
     code = (interrupts.exit_code or 0) if answer.finish_reason == "cancelled" else 0
-    pair = None if stream.pair is None else stream.pair.name
-    head = {"model": engine.info.name or str(engine.info.path), "pair": pair, "soft": engine.soft}
+    head = {
+        "model": engine.info.name or str(engine.info.path),
+        "pair": pair_name(stream.pair),
+        "fitted": engine.fitted,
+        "soft": stream.soft,
+    }
     return Outcome(code, head | answer_record(answer) if as_json else None, failed)
 
 

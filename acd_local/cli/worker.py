@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from acd_local import __version__
 from acd_local.cli import flags
-from acd_local.cli.record import answer_record, decision_record, trace_record
+from acd_local.cli.record import answer_record, decision_record, pair_record, trace_record
 from acd_local.cli.shell import Interrupts, as_acd_error, error_event, one_line, say
 from acd_local.errors import EngineClosedError, UsageError
 
@@ -42,11 +42,19 @@ def serve(model: str, given: Mapping[str, Any], options: Options, interrupts: In
     out, throttle = Output(), Throttle()
 
     def loading(fraction: float) -> None:
+        tell("model", fraction)
+
+    def checking(fraction: float) -> None:
+        tell("check", fraction)
+
+    def tell(phase: str, fraction: float) -> None:
         if throttle.due():
-            out.emit({"event": "loading", "progress": round(fraction, 3)})
+            out.emit({"event": "loading", "phase": phase, "progress": round(fraction, 3)})
             out.check()
 
-    with flags.load_engine(model, given, conversations=given["parallel"], on_progress=loading) as engine:
+    with flags.load_engine(
+        model, given, conversations=given["parallel"], on_progress=loading, on_check=checking
+    ) as engine:
         if engine.warning:
             say(f"acd-run: {one_line(engine.warning)}")
         defaults = Defaults(options, given["system"], given["divergence"])
@@ -401,7 +409,8 @@ def ready_record(engine: Engine, defaults: Defaults, *, parallel: int) -> dict[s
     from acd_local.answering import resolve_contrast
     from acd_local.options import Options
 
-    info, contrast = engine.info, resolve_contrast(Options(), engine.pair, soft=engine.soft)
+    info, pair = engine.info, engine.pair
+    contrast = resolve_contrast(Options(), pair, soft=engine.takes_soft(pair))
     more = {"system": defaults.system, "divergence": defaults.divergence, "trace": False}
     return {
         "event": "ready",
@@ -417,7 +426,7 @@ def ready_record(engine: Engine, defaults: Defaults, *, parallel: int) -> dict[s
             "n_vocab": info.n_vocab,
             "context_length": info.context_length,
         },
-        "pair": {"name": engine.pair.name, "alpha": contrast.alpha, "beta": contrast.beta, "soft": engine.soft},
+        "pair": pair_record(engine, pair, defaults.options) | {"alpha": contrast.alpha, "beta": contrast.beta},
         "ctx_size": engine.n_ctx,
         "parallel": parallel,
         "options": dataclasses.asdict(defaults.options) | more,

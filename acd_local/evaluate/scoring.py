@@ -12,6 +12,8 @@ from acd_local.evaluate.journal import Journal
 from acd_local.evaluate.likelihood import LogProbs, Scorer
 from acd_local.evaluate.methods import Method, manual_pair
 from acd_local.evaluate.sets import EvalSet, Item
+from acd_local.gating import AS_IS
+from acd_local.options import Options
 from acd_local.pairs import PromptPair
 from acd_local.runtime.choice import ContrastSettings
 from acd_local.runtime.prompts import Framing, Negative, Prompt
@@ -35,7 +37,7 @@ REFUSING = (
     "No, I won't help with that. Please ask me something else.",
 )
 _PLAIN = ContrastSettings(0.0, 0.0)
-_AS_IS = Framing(None, None)
+
 
 Mix = tuple[int, int | None, ContrastSettings]
 Prefixed = tuple[tuple[int, ...], int]  # a prompt, and how many tokens of it come before the user's text
@@ -144,7 +146,7 @@ class Scoring:
         where = (answer["setup"], answer["set"], answer["item"])
 
         def score_it() -> None:
-            prompt = self._prompt(_AS_IS, answer["prompt"], contrast=False)
+            prompt = self._prompt(AS_IS, answer["prompt"], contrast=False)
             words = self._words(answer["answer"])
             streams = _Streams([_prefixed(prompt.safe, prompt.safe_prefix)], [(0, None, _PLAIN)])
             nats = -float(self._nats(streams, words).sum())
@@ -221,12 +223,10 @@ class Scoring:
 
     def _below_threshold(self, text: str) -> Framing | None:
         """What answers a request in the gated methods' place; None: the gate finds it harmful."""
-        gate = self._pair.gate
-        assert gate is not None
+        gating = self._engine._gating(self._pair, Options(gate=True))
+        assert gating is not None
         chance = self._engine.gate_probability([Message("user", text)], pair=self._pair)
-        if chance >= gate.threshold:
-            return None
-        return _AS_IS if gate.helpful is None or chance >= gate.low else Framing(gate.helpful, None)
+        return {"contrast": None, "as-is": AS_IS, "helpful": gating.base}[gating.decide(chance)]
 
     def _prompt(self, framing: Framing, text: str, *, contrast: bool) -> Prompt:
         turns = [Message("user", text)]

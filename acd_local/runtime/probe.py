@@ -61,10 +61,10 @@ def verify(path: Path, *, timeout: float = 120.0, force: bool = False) -> GGUFIn
     info = None if force else _remembered(path)
     if info is not None:
         return info
-    parts = _signature((path,))  # taken before the check: a file that changes meanwhile is checked again next time
+    parts = signature((path,))  # taken before the check: a file that changes meanwhile is checked again next time
     info = gguf_header.read_header(path)
     if len(info.parts) > 1:
-        parts = _signature(info.parts)
+        parts = signature(info.parts)
     if child.can_start():
         _try(path, timeout + info.size / _SLOW_DISK)
         _remember(path, parts, info)
@@ -78,7 +78,8 @@ def _verdict_name(path: Path) -> str:
     return f"verified/{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.json"
 
 
-def _signature(parts: tuple[Path, ...]) -> list[list[object]] | None:
+def signature(parts: tuple[Path, ...]) -> list[list[object]] | None:
+    """What tells a model's files from others without reading them: path, size and time of change; None: not there."""
     try:
         stats = [(p.resolve(), p.stat()) for p in parts]
     except (OSError, RuntimeError):  # RuntimeError: a loop of symbolic links
@@ -93,7 +94,7 @@ def _remembered(path: Path) -> GGUFInfo | None:
         parts = gguf_header.split_parts(path, len(info.parts))
         if [verdict["format"], verdict["machine"], verdict["extra_buffers"]] != _circumstances():
             return None
-        if verdict["parts"] != _signature(parts):
+        if verdict["parts"] != signature(parts):
             return None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, ModelError):
         return None
@@ -108,7 +109,7 @@ def _circumstances() -> list[object]:
 def _remember(path: Path, parts: list[list[object]] | None, info: GGUFInfo) -> None:
     where = dict(zip(("format", "machine", "extra_buffers"), _circumstances(), strict=True))
     verdict = where | {"parts": parts, "info": gguf_header.to_json(info)}
-    with suppress(OSError, RuntimeError):  # as in _signature
+    with suppress(OSError, RuntimeError):  # as in signature
         files.keep(_verdict_name(path), json.dumps(verdict))
 
 

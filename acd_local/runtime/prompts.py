@@ -73,8 +73,10 @@ class Framing:
             raise UsageError("a wrapper must hold {prompt} exactly once")
 
     @classmethod
-    def of(cls, pair: PromptPair, soft: SoftPair | None = None) -> Self:
-        """The pair's own two prompts: its texts and demonstrations, or the soft prompts."""
+    def of(cls, pair: PromptPair | None, soft: SoftPair | None = None) -> Self:
+        """The pair's own two prompts: its texts and demonstrations, or the soft prompts. Without a pair: none."""
+        if pair is None:
+            return cls(None, None)
         if soft is None:
             return cls(pair.safe, pair.adversarial, shots=pair.shots)
         return cls(soft.safe, soft.adversarial)
