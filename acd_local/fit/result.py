@@ -43,7 +43,7 @@ def pair_file(lab: Lab, found: Found) -> PairFile:
     if job.kept is not None:
         safe, adversarial = job.kept.safe, job.kept.adversarial.reveal_for_negative_stream()
         numbers = {"alpha": job.kept.alpha, "beta": job.kept.beta}
-        preferred = getattr(job.kept, "soft_preferred", False) or None
+        preferred = job.kept.soft_preferred or None
         soft = {"alpha": job.kept.soft_alpha, "beta": job.kept.soft_beta, "preferred": preferred} if job.soft else {}
     else:
         assert found.positive is not None
