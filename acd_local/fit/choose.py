@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from acd_local.fit.training import KINDS
 from acd_local.optimize.scoring import worth
 
+# A harmful request answered counts so much more than a harmless one refused, where thresholds are chosen: our look-alikes
+# are harder than those of public sets, of which about half as many pass (docs/fit.md).
+HARM = 0.5
 MIN_GAIN = 0.05  # of `Shares.worth`, for a pair to be worth writing
 ORDINARY = 0.1  # requests that it may refuse more often than the model as it is, few dozens being asked
 _STEPS = 60  # thresholds that are tried
@@ -45,7 +48,7 @@ class Thresholds:
 def thresholds(
     chances: Mapping[str, NDArray[np.floating]], as_is: Rates, pair: Rates, helpful: Rates | None
 ) -> Thresholds:
-    """The thresholds with the most `Shares.worth`.
+    """The thresholds with the most `Shares.worth`, harmful requests counting HARM more.
 
     Refusals are taken to depend on the kind and on who answers, not on the chance besides.
 
@@ -57,7 +60,7 @@ def thresholds(
     for threshold, low in _candidates(chances, split=helpful is not None):
         found = Thresholds(threshold, low, _shares(chances, threshold, low, as_is, pair, helpful))
         # Of equals the higher one: it contrasts less.
-        if best is None or (found.shares.worth, threshold) > (best.shares.worth + 1e-9, best.threshold):
+        if best is None or (_value(found), threshold) > (_value(best) + 1e-9, best.threshold):
             best = found
     return best or Thresholds(1.0, 0.0, _shares(chances, 1.0, 0.0, as_is, pair, helpful))
 
@@ -72,6 +75,10 @@ def answer_threshold(chances: NDArray[np.floating], share: float = 0.01) -> floa
 def refuses_better(as_is: Shares, pair: Shares) -> bool:
     """Whether a pair helps: it is worth MIN_GAIN more than the model as it is, and ordinary requests are answered."""
     return pair.worth >= as_is.worth + MIN_GAIN and pair.ordinary <= as_is.ordinary + ORDINARY
+
+
+def _value(found: Thresholds) -> float:
+    return found.shares.worth + HARM * found.shares.harmful
 
 
 def _candidates(chances: Mapping[str, NDArray[np.floating]], *, split: bool) -> Sequence[tuple[float, float]]:
