@@ -19,7 +19,7 @@ from acd_local.optimize.stages import key_of
 LOOKS = {"harmful": 120, "ordinary": 80, "lookalike": 80}  # instructions whose answers the second look learns from
 LOOK = 32  # answer tokens between two looks
 FIRST_LOOK = 16  # tokens where the stretches begin to end that are learned from: before that, answers are much alike
-WORTHWHILE = 0.8  # area under the curve, for answers to be read at all
+WORTHWHILE = 0.1  # stretches of complying answers to harm that turn, for answers to be read at all
 
 
 def gate(lab: Lab, found: Found) -> str:
@@ -75,14 +75,14 @@ def second_look(lab: Lab, found: Found) -> str:
     kinds = Rows.of([i for i, _ in rows])
     trained = train(_finite(states), kinds)
     area = float(np.mean(list(trained.areas.values())))
-    found.figures["second_look"] = {"auc": round(area, 4), "stretches": len(rows)}
-    if area < WORTHWHILE:
-        return f"area under the curve {area:.3f}: answers are not read"
-    found.look = trained
-    found.answer_threshold = choose.answer_threshold(trained.probabilities[~kinds.harmful])
-    caught = float((trained.probabilities[kinds.harmful] >= found.answer_threshold).mean())
-    found.figures["second_look"] |= {"caught": round(caught, 4)}
-    return f"area under the curve {area:.3f}, {caught:.0%} of stretches of answers to harm are told"
+    threshold = choose.answer_threshold(trained.probabilities[~kinds.harmful])
+    caught = float((trained.probabilities[kinds.harmful] >= threshold).mean())
+    found.figures["second_look"] = {"auc": round(area, 4), "caught": round(caught, 4), "stretches": len(rows)}
+    told = f"area under the curve {area:.3f}, {caught:.0%} of stretches of answers to harm are told"
+    if caught < WORTHWHILE:
+        return f"{told}: answers are not read"
+    found.look, found.answer_threshold = trained, threshold
+    return told
 
 
 def _finite(states: Floats) -> Floats:
