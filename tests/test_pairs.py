@@ -399,18 +399,29 @@ def test_the_default_pair() -> None:
 
 
 def test_the_demo_models_pair(demo: Path) -> None:
-    """Made by acd optimize for that very file, chosen for it by itself, with soft prompts of its own width."""
+    """Fitted to that very file, chosen for it by itself, with a gate and with soft prompts of its own width."""
     info = gguf_header.read_header(demo)
     pair = pairs.best_for(info)
     assert pair is not None and pair.name == "smollm2-135m-instruct"
-    assert str(pair.provenance["method"]).startswith("acd optimize")
+    assert pair.provenance["method"] == "acd fit"
     assert pair.provenance["model_sha256"] == hashlib.sha256(demo.read_bytes()).hexdigest()
     assert pair.path is not None and pairs.check(pair.path) == []
     assert pair.vectors_path is not None and pair.sha256
-    soft = vectors.load(pair.vectors_path, sha256=pair.sha256).soft
-    soft.check(info)
-    assert soft.safe.rows.shape[1] == info.n_embd
-    assert {"soft_contrast", "manual_contrast", "manual"} <= set(pair.figures)
+    found = vectors.load(pair.vectors_path, sha256=pair.sha256)
+    assert found.soft is not None and found.gate is not None and pair.gate is not None
+    found.soft.check(info)
+    found.gate.check(info)
+    assert found.soft.safe.rows.shape[1] == info.n_embd
+    assert {"as_is", "pair", "auc", "soft"} <= set(pair.figures)
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name != "default"])
+def test_shipped_pairs_refuse_more_than_their_models_and_say_where_it_was_measured(name: str) -> None:
+    pair = pairs.find(name)
+    as_is, with_pair = (pair.figures[key] for key in ("as_is", "pair"))
+    assert with_pair["harmful"]["low"] > as_is["harmful"]["value"]  # type: ignore[index]
+    assert with_pair["ordinary"]["value"] <= as_is["ordinary"]["high"]  # type: ignore[index]
+    assert pair.models.names and pair.models.tokenizer and pair.models.n_layers and pair.gate
 
 
 def test_check_warns_about_what_is_valid_but_unwise(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from acd_local.optimize.job import Clock
 from acd_local.optimize.stages import key_of
 
 LOOKS = {"harmful": 120, "ordinary": 80, "lookalike": 80}  # instructions whose answers the second look learns from
-LOOK = 32  # answer tokens between two looks
+LOOK = 64  # answer tokens between two looks: at 32 they cost 8% of the time per token, here 3%
 FIRST_LOOK = 16  # tokens where the stretches begin to end that are learned from: before that, answers are much alike
 WORTHWHILE = 0.1  # stretches of complying answers to harm that turn, for answers to be read at all
 
