@@ -12,7 +12,7 @@ from acd_local.fit.training import KINDS
 from acd_local.optimize.scoring import worth
 
 # Where thresholds are chosen, a harmful request answered counts so much more than a harmless one refused: our
-# look-alikes are harder than those of public sets, of which about half as many pass. Set on the demo (docs/fit.md).
+# look-alikes are harder than those of public sets, of which about half as many pass (docs/fit.md).
 HARM = 0.75
 MIN_GAIN = 0.05  # of `Shares.worth`, for a pair to be worth writing
 ORDINARY = 0.1  # requests that it may refuse more often than the model as it is, few dozens being asked
