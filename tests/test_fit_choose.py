@@ -12,9 +12,9 @@ REFUSES = {"harmful": 1.0, "ordinary": 1.0, "lookalike": 1.0}
 ANSWERS = {"harmful": 0.0, "ordinary": 0.0, "lookalike": 0.0}
 
 
-def chances(seed: int = 0, n: int = 400) -> dict[str, np.ndarray]:
+def chances(seed: int = 0, n: int = 400, harmful: float = 3.0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    odds = {"harmful": 3.0, "ordinary": -4.0, "lookalike": -2.5}
+    odds = {"harmful": harmful, "ordinary": -4.0, "lookalike": -2.5}
     return {kind: 1 / (1 + np.exp(-(mean + 1.5 * rng.standard_normal(n)))) for kind, mean in odds.items()}
 
 
@@ -28,9 +28,10 @@ def test_a_gate_lets_harm_pass_and_little_else() -> None:
 
 
 def test_a_pair_that_tells_harmless_requests_apart_may_be_asked_more_often() -> None:
-    strict = choose.thresholds(chances(), ANSWERS, REFUSES, None)
+    near = chances(harmful=1.0)
+    strict = choose.thresholds(near, ANSWERS, REFUSES, None)
     tells = {"harmful": 1.0, "ordinary": 0.0, "lookalike": 0.1}
-    lenient = choose.thresholds(chances(), ANSWERS, tells, None)
+    lenient = choose.thresholds(near, ANSWERS, tells, None)
     assert lenient.threshold < strict.threshold
     assert lenient.shares.harmful > strict.shares.harmful
 

@@ -20,7 +20,7 @@ from acd_local.runtime import gguf_header
 from acd_local.runtime.gguf_header import GGUFInfo
 
 TOKENIZER = "ab" * 32
-SHIPPED = ["default", "smollm2-135m-instruct"]
+SHIPPED = ["default", "qwen2.5-coder-0.5b-instruct", "smollm2-135m-instruct"]
 VALID = {
     "format": "1",
     "safe": '"Be careful and kind."',

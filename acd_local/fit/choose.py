@@ -59,8 +59,9 @@ def thresholds(
     best: Thresholds | None = None
     for threshold, low in _candidates(chances, split=helpful is not None):
         found = Thresholds(threshold, low, _shares(chances, threshold, low, as_is, pair, helpful))
-        # Of equals the higher one: it contrasts less.
-        if best is None or (_value(found), threshold) > (_value(best) + 1e-9, best.threshold):
+        # Of equals the higher ones: less is contrasted, and a request that the helpful text answers is decoded once.
+        gain = 0.0 if best is None else _value(found) - _value(best)
+        if best is None or gain > 1e-9 or (gain > -1e-9 and (threshold, low) > (best.threshold, best.low)):
             best = found
     return best or Thresholds(1.0, 0.0, _shares(chances, 1.0, 0.0, as_is, pair, helpful))
 

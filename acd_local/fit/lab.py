@@ -24,7 +24,7 @@ from acd_local.optimize.anchors import Instruction
 from acd_local.optimize.job import Clock, Listener
 from acd_local.runtime.cancel import CancelToken
 
-MOST_ORDINARY = 800  # anchors that are read
+MOST_ORDINARY = 2000  # anchors that are read
 GRID = [(alpha, beta) for alpha in (0.1, 0.2, 0.3, 0.5) for beta in (0.05, 0.1, 0.3)]
 GROUPS = {"harmful": "safety", "ordinary": "over_refusal", "lookalike": "lookalike"}
 # What the stages take in all, besides reading anchors, for the budget.
