@@ -163,7 +163,7 @@ def test_the_line_is_not_looked_for_inside_a_text(tmp_path: Path) -> None:
 
 def test_files_that_are_no_pair(tmp_path: Path, folder: Path) -> None:
     write(folder, "known")
-    assert refusal(tmp_path / "absent.toml") == "no such file; known pairs: default, known, smollm2-135m-instruct"
+    assert refusal(tmp_path / "absent.toml") == "no such file; known pairs: " + ", ".join(sorted([*SHIPPED, "known"]))
     (tmp_path / "folder.toml").mkdir()
     assert refusal(tmp_path / "folder.toml").startswith("not a file")
     latin = write(tmp_path, "latin")
@@ -271,7 +271,8 @@ def test_find_takes_names_and_paths(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert pairs.find("mine") == pairs.find(str(path)) == pairs.find(path)
     monkeypatch.chdir(folder)
     assert pairs.find("mine.toml").name == pairs.find("./mine.toml").name == "mine"
-    with pytest.raises(PairError, match="no prompt pair 'nine'; known pairs: default, mine, smollm2-135m-instruct;"):
+    known = ", ".join(sorted([*SHIPPED, "mine"]))
+    with pytest.raises(PairError, match=f"no prompt pair 'nine'; known pairs: {known};"):
         pairs.find("nine")
     with pytest.raises(PairError, match="no such file"):
         pairs.find("../mine")

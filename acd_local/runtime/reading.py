@@ -1,8 +1,8 @@
 """Reads a model's hidden states while it reads a conversation, in a llama_context of its own that holds one.
 
 What is read are the outputs of some layers in the middle of the model: that is where models tell harmful requests from
-harmless ones best (docs/dev-log.md has the figures). llama.cpp calls Python at every node of such a context's graphs, so
-that answers are decoded elsewhere: what was read here is copied there.
+harmless ones best (docs/dev-log.md has the figures). llama.cpp calls Python at every node of such a context's graphs.
+So answers are decoded elsewhere: what was read here is copied there.
 """
 
 from __future__ import annotations
