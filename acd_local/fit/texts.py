@@ -116,9 +116,11 @@ def passing(lab: Lab, found: Found) -> dict[str, list[Instruction]]:
 
 
 def _helpful_few(lab: Lab, found: Found, harmless: Groups) -> list[Candidate]:
+    """The few that refuse least needlessly and know most."""
     every = candidates.helpful(found.own, lab.job.manual.safe)
     scores = lab.openings(harmless, every, lab.many(FIRST), "helpful text")
-    order = sorted(range(len(every)), key=lambda i: scores[i]["over_refusal"] + scores[i]["lookalike"])
+    wrong = [1 - lab.facts(candidate.text) / len(candidates.facts()) for candidate in every]
+    order = sorted(range(len(every)), key=lambda i: scores[i]["over_refusal"] + scores[i]["lookalike"] + wrong[i])
     return [every[i] for i in order[:BEST]]
 
 
