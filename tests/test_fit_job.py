@@ -126,7 +126,7 @@ def test_a_stopped_fit_goes_on_and_comes_to_the_same(tiny: Callable[..., Path], 
     whole = said_by(prepared(model, folder))[1]
     cache = folder / "cache" / "fit"
     digest = prepared(model, folder).digest[:16]
-    for at in ("as it is", "reading anchors", "positive text, openings", "judging, with the pair"):
+    for at in ("as it is", "reading anchors", "positive text, openings", "judging, as it is"):
         for path in [p for p in cache.rglob("*") if p.is_file()]:
             path.unlink()
         stop = CancelToken()
