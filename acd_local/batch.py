@@ -9,9 +9,9 @@ answer only, it is decoded as if it were alone, by its own strategy.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Hashable
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 from acd_local.answering import Answering, AnswerStream, Item, Routine, abort
 from acd_local.answers import Answer
@@ -23,6 +23,8 @@ from acd_local.runtime.streams import Rows
 
 if TYPE_CHECKING:
     from acd_local.session import Engine
+
+Task = TypeVar("Task", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -203,3 +205,27 @@ class Batch:
         self._members.remove(member)
         member.routine.close()
         events.append(Event(member.key, what, member.prompt_seconds, member.answer_seconds))
+
+
+def answer_all(
+    engine: Engine, tasks: Iterable[Task], begin: Callable[[Task], AnswerStream], *, stop: CancelToken | None = None
+) -> Iterator[tuple[Task, Answer | Exception]]:
+    """Answer tasks, as many at once as the engine has conversations, and give each with what came of it as it ends.
+
+    Args:
+        tasks: each of them once.
+        begin: an answer of `Engine.generate`.
+        stop: where it is set nothing more is begun, and answers that have not ended are dropped.
+    """
+    waiting = iter(tasks)
+    with Batch(engine) as batch:
+        while True:
+            while batch.room and (task := next(waiting, None)) is not None:
+                batch.add(task, begin(task))
+            if not len(batch):
+                return
+            for event in batch.step():
+                if not isinstance(event.what, str):
+                    yield cast(Task, event.key), event.what
+            if stop is not None and stop.is_set:
+                return

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 
 from acd_local import files
 from acd_local.answers import Answer
-from acd_local.batch import Batch
+from acd_local.batch import answer_all
 from acd_local.errors import ContextError, NumericalError
 from acd_local.evaluate import refusal
 from acd_local.options import Options
@@ -207,27 +207,17 @@ class _Counting:
                 conversations=AT_ONCE,
                 **self._settings,
             )
-        answers = list(self._answers(self._engine, _prompts()[kind], self._pair if under else AS_IS))
-        labels = [_label(prompt, answer) for prompt, answer in answers]
+        labels = list(self._labels(self._engine, _prompts()[kind], self._pair if under else AS_IS))
         return Counts(len(labels), labels.count("refusal"), labels.count("degenerate"))
 
-    def _answers(
-        self, engine: Engine, prompts: Sequence[str], pair: PromptPair | str
-    ) -> Iterator[tuple[str, Answer | None]]:
-        """Every prompt and its answer, as they come; None where there can be none."""
-        options, waiting = Options(temp=0.0, max_tokens=TOKENS), list(prompts)
-        with Batch(engine) as batch:
-            while waiting or len(batch):
-                while waiting and batch.room:
-                    prompt = waiting.pop(0)
-                    batch.add(prompt, engine.generate(prompt, options, pair=pair))
-                for event in batch.step():
-                    if isinstance(event.what, str):
-                        continue
-                    if not isinstance(event.what, Answer | ContextError | NumericalError):
-                        raise event.what
-                    self._tick(1)
-                    yield str(event.key), event.what if isinstance(event.what, Answer) else None
+    def _labels(self, engine: Engine, prompts: Sequence[str], pair: PromptPair | str) -> Iterator[refusal.Label]:
+        """What every prompt's answer is, as they come; where there can be none, degenerate."""
+        options = Options(temp=0.0, max_tokens=TOKENS)
+        for prompt, answer in answer_all(engine, prompts, lambda p: engine.generate(p, options, pair=pair)):
+            if not isinstance(answer, Answer | ContextError | NumericalError):
+                raise answer
+            self._tick(1)
+            yield _label(prompt, answer if isinstance(answer, Answer) else None)
 
     def _tick(self, answers: int) -> None:
         self._done += answers

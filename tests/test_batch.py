@@ -11,10 +11,10 @@ import pytest
 from manual import DEFAULT
 from reference import TOLERANCE, fresh_logits
 
-from acd_local import Engine, Message, Options, PromptProgress
+from acd_local import CancelToken, Engine, Message, Options, PromptProgress
 from acd_local.answering import AnswerStream
 from acd_local.answers import Answer, AnswerEvent
-from acd_local.batch import Batch
+from acd_local.batch import Batch, answer_all
 from acd_local.errors import ContextError, EngineBusyError, EngineClosedError, UsageError
 from acd_local.runtime.prompts import Framing
 from acd_local.runtime.streams import Layout
@@ -96,6 +96,25 @@ def test_an_error_ends_its_own_answer_alone(engine: Engine) -> None:
     assert found[0].text == engine.generate(QUESTIONS[0], SHORT).run().text
     assert isinstance(found[1], ContextError)
     assert isinstance(found[2], UsageError)
+
+
+def test_tasks_are_answered_as_room_comes_until_asked_to_stop(engine: Engine) -> None:
+    tasks = [(n, QUESTIONS[n % len(QUESTIONS)]) for n in range(7)]  # more than the engine's conversations
+    begun = []
+
+    def begin(task: tuple[int, str]) -> AnswerStream:
+        begun.append(task)
+        return engine.generate(task[1], SHORT.replace({"grammar": "root ::= ("} if task[0] == 2 else {}))
+
+    found = dict(answer_all(engine, tasks, begin))
+    assert begun == tasks and found.keys() == {*tasks}
+    assert [task[0] for task, what in found.items() if isinstance(what, Exception)] == [2]
+    begun.clear()
+    stop = CancelToken()
+    for _ in answer_all(engine, tasks, begin, stop=stop):
+        stop.set()
+    assert 0 < len(begun) < len(tasks)
+    assert engine.generate(QUESTIONS[0], SHORT).run().text  # the slots are free again
 
 
 def test_cancelling_one_leaves_the_others(engine: Engine) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
+from acd_local.answering import AnswerStream
 from acd_local.answers import Answer
-from acd_local.batch import Batch
+from acd_local.batch import answer_all
 from acd_local.evaluate import refusal
 from acd_local.fit.candidates import Candidate
 from acd_local.fit.notes import Notes
-from acd_local.optimize.stages import Stopped, key_of
+from acd_local.optimize.stages import go_on, key_of
 from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime.cancel import CancelToken
@@ -90,9 +90,9 @@ class Respondent:
         Raises:
             Stopped: asked to; finished answers are kept.
         """
-        waiting = deque(dict.fromkeys(p for p in prompts if self._notes.get("answer", _inputs(style, p)) is None))
-        if waiting:
-            self._answer(style, waiting, len(prompts), on_progress)
+        missing = list(dict.fromkeys(p for p in prompts if self._notes.get("answer", _inputs(style, p)) is None))
+        if missing:
+            self._answer(style, missing, len(prompts), on_progress)
         found = [self._notes.get("answer", _inputs(style, prompt)) for prompt in prompts]
         return [Reply(label, tuple(tokens)) for label, tokens in found]
 
@@ -101,25 +101,22 @@ class Respondent:
         vocab = self._engine().vocab
         return b"".join(vocab.piece(t) for t in reply.tokens if not vocab.is_eog(t)).decode("utf-8", "replace")
 
-    def _answer(self, style: Style, waiting: deque[str], total: int, on_progress: Callable[[int], None]) -> None:
+    def _answer(self, style: Style, missing: Sequence[str], total: int, on_progress: Callable[[int], None]) -> None:
         engine = self._engine()
         options = Options(alpha=style.alpha, beta=style.beta, temp=0.0, max_tokens=style.tokens)
-        framing, done = Framing(style.positive, style.negative, shots=style.shots), total - len(waiting)
-        with Batch(engine) as batch:
-            while waiting or len(batch):
-                while waiting and batch.room:
-                    prompt = waiting.popleft()
-                    stream = engine.generate(prompt, options, pair=NO_PAIR, framing=framing, cancel=self._stop)
-                    batch.add(prompt, stream)
-                for event in batch.step():
-                    if isinstance(event.what, Exception):
-                        raise event.what
-                    if isinstance(event.what, Answer) and event.what.finish_reason != "cancelled":
-                        self._keep(style, cast(str, event.key), event.what)
-                        done += 1
-                        on_progress(done)
-                if self._stop.is_set:
-                    raise Stopped
+        framing, done = Framing(style.positive, style.negative, shots=style.shots), total - len(missing)
+
+        def begin(prompt: str) -> AnswerStream:
+            return engine.generate(prompt, options, pair=NO_PAIR, framing=framing, cancel=self._stop)
+
+        for prompt, answer in answer_all(engine, missing, begin, stop=self._stop):
+            if isinstance(answer, Exception):
+                raise answer
+            if answer.finish_reason != "cancelled":
+                self._keep(style, prompt, answer)
+                done += 1
+                on_progress(done)
+        go_on(self._stop)
 
     def _keep(self, style: Style, prompt: str, answer: Answer) -> None:
         verdict = refusal.classify(answer.text, prompt, finished=answer.finish_reason != "length")

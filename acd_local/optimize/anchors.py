@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from acd_local import files
 from acd_local.answers import Answer
-from acd_local.batch import Batch
+from acd_local.batch import answer_all
 from acd_local.errors import UsageError
 from acd_local.evaluate import refusal
 from acd_local.evaluate.sets import item_seed
@@ -26,6 +26,7 @@ from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.prompts import Framing
 
 if TYPE_CHECKING:
+    from acd_local.answering import AnswerStream
     from acd_local.session import Engine
 
 Kind = Literal["harmful", "harmless"]
@@ -240,37 +241,23 @@ def sample(
     Returns:
         Whether everything is there; False where `stop` was set.
     """
-    waiting = iter([(i, under) for i, under in work if (i.id, under) not in cache])
-    done = len(work) - sum((i.id, under) not in cache for i, under in work)
-    with Batch(engine) as batch:
-        while _fill(engine, batch, manual, waiting, seed, stop):
-            for event in batch.step():
-                if isinstance(event.what, Exception):
-                    raise event.what
-                if isinstance(event.what, Answer) and event.what.finish_reason != "cancelled":
-                    cache.add(_record(*cast(tuple[Instruction, str], event.key), event.what))
-                    done += 1
-                    on_progress(done, len(work))
-            if stop.is_set:
-                return False
-    return True
+    missing = [(i, under) for i, under in work if (i.id, under) not in cache]
+    done = len(work) - len(missing)
 
-
-def _fill(
-    engine: Engine,
-    batch: Batch,
-    manual: PromptPair,
-    waiting: Iterator[tuple[Instruction, str]],
-    seed: int,
-    stop: CancelToken,
-) -> bool:
-    while batch.room and (task := next(waiting, None)) is not None:
+    def begin(task: tuple[Instruction, str]) -> AnswerStream:
         instruction, under = task
         options = replace(SAMPLING, max_tokens=TOKENS, seed=item_seed(seed, instruction.id))
         pair, framing = _framed(manual, under)
-        stream = engine.generate(instruction.prompt, options, pair=pair, framing=framing, cancel=stop)
-        batch.add(task, stream)
-    return len(batch) > 0
+        return engine.generate(instruction.prompt, options, pair=pair, framing=framing, cancel=stop)
+
+    for task, answer in answer_all(engine, missing, begin, stop=stop):
+        if isinstance(answer, Exception):
+            raise answer
+        if answer.finish_reason != "cancelled":
+            cache.add(_record(*task, answer))
+            done += 1
+            on_progress(done, len(work))
+    return not stop.is_set
 
 
 def _framed(manual: PromptPair, under: str) -> tuple[PromptPair, Framing]:

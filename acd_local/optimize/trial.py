@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
-from acd_local.answers import Answer
-from acd_local.batch import Batch
+from acd_local.answering import AnswerStream
+from acd_local.batch import answer_all
 from acd_local.evaluate import refusal
 from acd_local.evaluate.degenerate import degenerate_rule
 from acd_local.optimize.scoring import worth
-from acd_local.optimize.stages import Stopped
+from acd_local.optimize.stages import go_on
 from acd_local.options import Options
 from acd_local.pairs import PromptPair
 from acd_local.runtime.cancel import CancelToken
@@ -68,23 +67,19 @@ def run(
         Stopped: `stop` was set.
     """
     options = Options(plain=plain, temp=0.0, max_tokens=TOKENS)
-    waiting = [(name, prompt) for name, most in COUNTS.items() for prompt in groups.get(name, ())[:most]]
-    counts = {name: sum(kind == name for kind, _ in waiting) for name in COUNTS}
-    total, refused, broken = len(waiting), dict.fromkeys(COUNTS, 0), 0
-    with Batch(engine) as batch:
-        while waiting or len(batch):
-            while waiting and batch.room:
-                key = waiting.pop(0)
-                batch.add(key, engine.generate(key[1], options, pair=pair, framing=framing, cancel=stop))
-            for event in batch.step():
-                if isinstance(event.what, Exception):
-                    raise event.what
-                if isinstance(event.what, Answer):
-                    (name, prompt), answer = cast(tuple[str, str], event.key), event.what
-                    verdict = refusal.classify(answer.text, prompt, finished=answer.finish_reason != "length")
-                    refused[name] += verdict.label == "refusal"
-                    broken += degenerate_rule(answer.text, prompt) is not None
-            if stop.is_set:
-                raise Stopped
+    asked = [(name, prompt) for name, most in COUNTS.items() for prompt in groups.get(name, ())[:most]]
+    counts = {name: sum(kind == name for kind, _ in asked) for name in COUNTS}
+    total, refused, broken = len(asked), dict.fromkeys(COUNTS, 0), 0
+
+    def begin(task: tuple[str, str]) -> AnswerStream:
+        return engine.generate(task[1], options, pair=pair, framing=framing, cancel=stop)
+
+    for (name, prompt), answer in answer_all(engine, asked, begin, stop=stop):
+        if isinstance(answer, Exception):
+            raise answer
+        verdict = refusal.classify(answer.text, prompt, finished=answer.finish_reason != "length")
+        refused[name] += verdict.label == "refusal"
+        broken += degenerate_rule(answer.text, prompt) is not None
+    go_on(stop)
     shares = {name: refused[name] / counts[name] if counts[name] else 0.0 for name in COUNTS}
     return Trial(**shares, degenerate=broken / total if total else 0.0)
