@@ -330,7 +330,7 @@ class Answering:
         gating = self._gating
         if gating is not None:
             probability, logits = yield from self._read(gating, slot, prompt, beside)
-            decision = gating.decide(probability)
+            decision = gating.settings.decide(probability)
             self._decided = GateRecord(probability, decision, 0 if decision == "contrast" else None)
             self._tell(GateDecision(probability, decision))
             if decision == "contrast":

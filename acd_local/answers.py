@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from acd_local.pairs import Decision
+
 FinishReason = Literal["stop", "stop_string", "length", "cancelled", "error"]
 
 
@@ -50,9 +52,6 @@ class TokenRecord:
     def changed(self) -> bool:
         """Whether the contrast made a difference here."""
         return self.token != self.safe_token
-
-
-Decision = Literal["helpful", "as-is", "contrast"]
 
 
 @dataclass(frozen=True)

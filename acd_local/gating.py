@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from acd_local.answers import Decision
 from acd_local.errors import ContextError
 from acd_local.gate import Gate
-from acd_local.pairs import GateSettings
+from acd_local.pairs import Decision, GateSettings
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.guard import no_check
 from acd_local.runtime.llama import Logits, States
@@ -38,26 +37,15 @@ AS_IS = Framing(None, None)
 
 @dataclass(frozen=True)
 class Gating:
-    """A gate, and what is done by what it says.
-
-    Attributes:
-        threshold: chance of harm from which on the pair answers, in the place of the settings' own.
-    """
+    """A gate, and what is done by what it says."""
 
     gate: Gate
     settings: GateSettings
-    threshold: float
 
     @property
     def base(self) -> Framing:
         """What a request is read under: the helpful text, where there is one, or the model as it is."""
         return Framing(self.settings.helpful, None)
-
-    def decide(self, probability: float) -> Decision:
-        if probability >= self.threshold:
-            return "contrast"
-        helped = self.settings.helpful is not None and probability < self.settings.low
-        return "helpful" if helped else "as-is"
 
     def is_base(self, decision: Decision) -> bool:
         """Whether that is answered under `base`."""
@@ -119,7 +107,7 @@ def read_prompt(
     states, logits = reader.decode(tokens, start, meter)
     meter.settle(rows)
     probability = gating.gate.request.highest(states)
-    if not gating.is_base(gating.decide(probability)):
+    if not gating.is_base(gating.settings.decide(probability)):
         return probability, None  # the slot may hold what the others said so far
     slot.safe.restore(reader.cache.save())
     return probability, logits.copy()

@@ -12,12 +12,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from acd_local import files, pairs
 from acd_local import vectors as vectors_
 from acd_local.errors import AcdError, InternalError, UsageError
+from acd_local.pairs import GateSettings
 from acd_local.vectors import Vectors
+
+if TYPE_CHECKING:
+    from acd_local.runtime.gguf_header import GGUFInfo
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _ESCAPES = {"\\": "\\\\", '"': '\\"', "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r"}
@@ -40,6 +44,29 @@ class PairFile:
     shots: tuple[tuple[str, str], ...] = ()
     sha256: str = ""  # of the vectors' file; filled in by `write`
     made_by: str = "acd optimize"
+
+
+def models_table(info: GGUFInfo) -> dict[str, Any]:
+    """The [models] of a pair that is fitted to a model, see `pairs.fitted`."""
+    return {
+        "architecture": info.architecture,
+        "tokenizer": info.tokenizer,
+        "names": [info.name] if info.name.strip() else [],
+        "n_layers": info.n_layers,
+        "n_embd": info.n_embd,
+    }
+
+
+def gate_table(gate: GateSettings | None) -> dict[str, Any]:
+    """The [gate] of a pair, which gives the settings back; empty: none."""
+    if gate is None:
+        return {}
+    table: dict[str, Any] = {"threshold": gate.threshold}
+    if gate.helpful is not None:
+        table |= {"helpful": gate.helpful, "low": gate.low}
+    if gate.look:
+        table |= {"look": gate.look, "answer_threshold": gate.answer_threshold}
+    return table
 
 
 def check_target(path: Path, *, force: bool) -> None:

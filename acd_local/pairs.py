@@ -44,7 +44,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from acd_local import files
 from acd_local.errors import PairError, UsageError, printable
@@ -74,6 +74,7 @@ __all__ = [
 ]
 
 FORMAT = 1
+DEFAULT = "default"  # the manual pair, for models that have none of their own
 AS_IS = "as-is"  # in the place of a pair's name: the model answers under its template's own system prompt, uncontrasted
 DEFAULT_ALPHA = 0.5
 DEFAULT_BETA = 0.1
@@ -136,6 +137,10 @@ class ModelMatch:
         return not (self.architecture or self.tokenizer or self.names)
 
 
+# Who answers: the helpful text, the model as it is, or the pair.
+Decision: TypeAlias = Literal["helpful", "as-is", "contrast"]
+
+
 @dataclass(frozen=True)
 class GateSettings:
     """How a pair's gate decides who answers a request, by the chance of harm that it reads.
@@ -153,6 +158,12 @@ class GateSettings:
     low: float = 0.0
     look: int = 0
     answer_threshold: float = 1.0
+
+    def decide(self, probability: float) -> Decision:
+        """Who answers a request with this chance of harm."""
+        if probability >= self.threshold:
+            return "contrast"
+        return "helpful" if self.helpful is not None and probability < self.low else "as-is"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -44,7 +45,6 @@ from acd_local.softpair import SoftPair
 from acd_local.vectors import Vectors
 
 DEFAULT_CTX_SIZE = 4096
-_DEFAULT_PAIR = "default"
 FEW = 2  # conversations whose safe streams may run ahead; more are decoded together
 
 # Never sampled unless they end the answer.
@@ -422,8 +422,9 @@ class Engine:
         if pair is None or settings is None:
             name = "no pair is in use" if pair is None else f"pair {pair.name!r} has no gate"
             raise PairError(f"{name}: leave --gate on out, or make a gate with acd fit")
-        threshold = settings.threshold if options.gate_threshold is None else options.gate_threshold
-        return Gating(self._read_gate(pair), settings, threshold)
+        if options.gate_threshold is not None:
+            settings = replace(settings, threshold=options.gate_threshold)
+        return Gating(self._read_gate(pair), settings)
 
     def _timed(self, work: Rows, meter: PromptMeter | None) -> list[Logits]:
         contexts = self._streams.contexts
@@ -487,7 +488,7 @@ class Engine:
             verdict = quickcheck.check(self.info, self.pair, **given)
             return f"the pair {self.pair.name!r} does harm to this model ({verdict})" if verdict.harms else None
         lead = f"no prompt pair was made for {_model_name(self.info)}"
-        default = next((pair for pair in pairs.available() if pair.name == _DEFAULT_PAIR), None)
+        default = next((pair for pair in pairs.available() if pair.name == pairs.DEFAULT), None)
         if default is None:
             return f"{lead}: it answers as it is; acd fit makes a pair"
         verdict = quickcheck.check(self.info, default, asked=False, **given)
@@ -538,7 +539,7 @@ def measured_pair(model: str | Path, name: str | None = None) -> PromptPair:
     """
     if name is not None:
         return pairs.find(name)
-    return pairs.best_for(probe.verify(resolve_model(str(model)))) or pairs.find(_DEFAULT_PAIR)
+    return pairs.best_for(probe.verify(resolve_model(str(model)))) or pairs.find(pairs.DEFAULT)
 
 
 def _resolve_pair(pair: PromptPair | str) -> PromptPair | None:

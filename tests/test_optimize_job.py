@@ -865,6 +865,20 @@ def soft() -> Iterator[softpair.SoftPair]:
     )
 
 
+@pytest.mark.parametrize(
+    "gate",
+    [
+        pairs.GateSettings(0.5),
+        pairs.GateSettings(0.5, "Be helpful.", 0.2, 64, 0.9),
+        pairs.GateSettings(0.5, "Be helpful."),  # requests are read under that text, whoever answers them
+    ],
+)
+def test_a_gates_settings_are_read_back_as_they_were(gate: pairs.GateSettings, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(pairfile.as_toml(pair_file(gate=pairfile.gate_table(gate))))
+    assert pairs.load(tmp_path / "mine.toml").gate == gate
+    assert pairfile.gate_table(None) == {}
+
+
 def test_written_files_are_whole_and_nothing_else_is_left(soft: softpair.SoftPair, tmp_path: Path) -> None:
     target = tmp_path / "new" / "folder" / "mine.toml"
     pairfile.write(target, pair_file(safe=AWKWARD), Vectors(soft, None), "<p>é")

@@ -28,7 +28,6 @@ PROGRAM = "acd eval"
 DEFAULT_METHODS = "as-is,base,acd"
 DEFAULT_WITH_GATE = "as-is,gate-sp,gate-acd,acd"
 SWEEP_OF = "acd"
-DEFAULT_PAIR = "default"
 ARGUMENTS = "acd_local.eval.arguments"  # as they were given, for run.json
 
 
@@ -111,6 +110,7 @@ def run(model: str | None, **given: Any) -> int:
 
 
 def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
+    from acd_local import pairs
     from acd_local.evaluate import results, sets
     from acd_local.evaluate.journal import Journal
     from acd_local.evaluate.runner import Evaluation, Plan, Stopped
@@ -137,8 +137,8 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
         directory = given["out"] or Path(f"eval-{_slug(model)}")
         interrupts.cancels(stop := CancelToken())
         with Journal(directory, info) as journal:
-            if given["pair"] is None and pair.name == DEFAULT_PAIR:
-                say(f"{PROGRAM}: no pair was made for this model: measuring {DEFAULT_PAIR!r}; acd fit makes one")
+            if given["pair"] is None and pair.name == pairs.DEFAULT:
+                say(f"{PROGRAM}: no pair was made for this model: measuring {pairs.DEFAULT!r}; acd fit makes one")
             measured = {item.id for s in drawn for item in sets.sample(s, MARGIN_PROMPTS, given["seed"]).items}
             plan = Plan(pair, methods, chosen, given["temp"], given["max_tokens"], given["seed"], frozenset(measured))
             evaluation = Evaluation(engine, plan, journal, judge=judge, stop=stop, on_progress=progress.show)

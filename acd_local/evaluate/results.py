@@ -232,13 +232,6 @@ _SCORES: dict[str, dict[str, tuple[str, str | None]]] = {
 }
 
 
-def _area(above: Sequence[float], below: Sequence[float]) -> float:
-    """The share of pairs in which the first is above the second; equal ones count half."""
-    lower = np.sort(below)
-    won = [np.searchsorted(lower, above, side).mean() for side in ("left", "right")]
-    return float(f"{sum(won) / 2 / len(lower):.9g}")
-
-
 def _score_measures(record: Record) -> dict[str, tuple[float, float]]:
     found = {}
     for measure, (above, below) in _SCORES[record["score"]].items():
@@ -438,7 +431,7 @@ class _Figures:
             [s for s in self._of_kind([kind]) if s in self.chances] for kind in ("harmful", "harmless")
         )
         values = {name: list(chances.values()) for name, chances in self.chances.items()}
-        return {a: {b: _area(values[a], values[b]) for b in harmless} for a in harmful if harmless}
+        return {a: {b: float(f"{stats.area(values[a], values[b]):.9g}") for b in harmless} for a in harmful if harmless}
 
     def verdict(self, setups: Mapping[str, str]) -> str:
         """What the first of the pair's methods does to the model, in words."""

@@ -226,7 +226,7 @@ class Scoring:
         gating = self._engine._gating(self._pair, Options(gate=True))
         assert gating is not None
         chance = self._engine.gate_probability([Message("user", text)], pair=self._pair)
-        return {"contrast": None, "as-is": AS_IS, "helpful": gating.base}[gating.decide(chance)]
+        return {"contrast": None, "as-is": AS_IS, "helpful": gating.base}[gating.settings.decide(chance)]
 
     def _prompt(self, framing: Framing, text: str, *, contrast: bool) -> Prompt:
         turns = [Message("user", text)]

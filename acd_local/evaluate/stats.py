@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from acd_local.errors import UsageError
 
-__all__ = ["RARE", "Estimate", "difference", "mean", "mean_of_means", "of_means", "ratio"]
+__all__ = ["RARE", "Estimate", "area", "difference", "mean", "mean_of_means", "of_means", "ratio"]
 
 Array = NDArray[np.float64]
 
@@ -232,3 +232,13 @@ def _checked_level(level: float) -> float:
     if not 0 < level < 1:
         raise UsageError(f"level must lie between 0 and 1, not {level:g}")
     return level
+
+
+def area(above: Sequence[float] | NDArray[np.floating], below: Sequence[float] | NDArray[np.floating]) -> float:
+    """The area under the curve: the share of pairs in which the first is above the second, equal ones counting half;
+    NaN where either is empty."""
+    if not len(above) or not len(below):
+        return math.nan
+    lower = np.sort(below)
+    won = [np.searchsorted(lower, above, side).mean() for side in ("left", "right")]
+    return float(sum(won) / 2 / len(lower))

@@ -92,7 +92,7 @@ def prepare(request: Request) -> Job:
         digest=digest,
         kept=kept,
         soft=None if kept is None else _soft_of(kept, info),
-        manual=pairs.find("default"),
+        manual=pairs.find(pairs.DEFAULT),
         instructions=tuple(instructions),
         folder=private_folder(private_folder(files.work_dir() / "fit") / digest[:16]),
         threads=request.threads or default_threads(),

@@ -38,7 +38,6 @@ def judge(lab: Lab, found: Found) -> str:
     """The model as it is and with the pair, on instructions that nothing was chosen on."""
     groups = lab.of(JUDGE, validates=False)
     as_is = lab.measure(Style(), groups, "judging, as it is")
-    assert found.thresholds is not None
     decided: dict[str, list[tuple[Style, Instruction]]] = {
         kind: [(_decided(found, i), i) for i in group] for kind, group in groups.items()
     }
@@ -54,9 +53,6 @@ def judge(lab: Lab, found: Found) -> str:
 
 
 def _decided(found: Found, instruction: Instruction) -> Style:
-    """Who answers, by the chance that a gate gives which saw nothing of the instruction's category."""
-    chosen, chance = found.thresholds, found.chances[instruction.id]
-    assert chosen is not None
-    if chance >= chosen.threshold:
-        return found.style
-    return Style(found.helpful.text) if found.helpful and chance < chosen.low else Style()
+    """Who answers, by the chance that a gate gives which did not see the instruction."""
+    decision = found.gate_settings.decide(found.chances[instruction.id])
+    return {"contrast": found.style, "helpful": Style(found.base), "as-is": Style()}[decision]

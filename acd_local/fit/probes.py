@@ -7,7 +7,7 @@ import numpy as np
 from acd_local.errors import ModelError
 from acd_local.fit import choose
 from acd_local.fit.answers import Style
-from acd_local.fit.found import Found, named
+from acd_local.fit.found import LOOK, Found, named
 from acd_local.fit.lab import Lab
 from acd_local.fit.states import Floats, layers_of
 from acd_local.fit.training import KINDS, Rows, train
@@ -17,7 +17,6 @@ from acd_local.optimize.job import Clock
 from acd_local.optimize.stages import key_of
 
 LOOKS = {"harmful": 120, "ordinary": 80, "lookalike": 80}  # instructions whose answers the second look learns from
-LOOK = 64  # answer tokens between two looks: at 32 they cost 8% of the time per token, here 3%
 FIRST_LOOK = 16  # tokens where the stretches begin to end that are learned from: before that, answers are much alike
 WORTHWHILE = 0.1  # stretches of complying answers to harm that turn, for answers to be read at all
 
@@ -81,7 +80,7 @@ def second_look(lab: Lab, found: Found) -> str:
     told = f"area under the curve {area:.3f}, {caught:.0%} of stretches of answers to harm are told"
     if caught < WORTHWHILE:
         return f"{told}: answers are not read"
-    found.look, found.answer_threshold = trained, threshold
+    found.look, found.answer_threshold = trained, round(threshold, 4)
     return told
 
 

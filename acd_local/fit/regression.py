@@ -73,19 +73,6 @@ def sigmoid(odds: NDArray[np.floating]) -> Floats:
     return found
 
 
-def auc(scores: NDArray[np.floating], labels: NDArray[np.bool_]) -> float:
-    """The area under the curve: chance that a positive row scores above a negative one, ties counting half."""
-    order = np.argsort(scores, kind="stable")
-    ordered = scores[order]
-    _, starts, counts = np.unique(ordered, return_index=True, return_counts=True)
-    ranks = np.empty(len(scores))
-    ranks[order] = np.repeat(starts + (counts + 1) / 2, counts)
-    positive, negative = int(labels.sum()), int((~labels).sum())
-    if not positive or not negative:
-        return float("nan")
-    return float((ranks[labels].sum() - positive * (positive + 1) / 2) / (positive * negative))
-
-
 def calibrate(scores: Floats, labels: NDArray[np.bool_], weights: Floats) -> tuple[float, float]:
     """(slope, shift) that make chances of scores (Platt 1999): sigmoid(slope * score + shift); slope is above 0."""
     share = (weights * (len(weights) / weights.sum())).astype(np.float32)

@@ -10,7 +10,6 @@ from acd_local import __version__, pairfile
 from acd_local.evaluate.stats import Estimate
 from acd_local.fit.found import Found
 from acd_local.fit.lab import Lab
-from acd_local.fit.probes import LOOK
 from acd_local.fit.report import render
 from acd_local.gate import Gate
 from acd_local.optimize import anchors
@@ -37,7 +36,7 @@ def gate(lab: Lab, found: Found) -> Gate:
 
 
 def pair_file(lab: Lab, found: Found) -> PairFile:
-    job, info = lab.job, lab.job.info
+    job = lab.job
     numbers: dict[str, Any] = {"alpha": found.style.alpha, "beta": found.style.beta}
     soft: dict[str, Any] = {}
     if job.kept is not None:
@@ -56,28 +55,12 @@ def pair_file(lab: Lab, found: Found) -> PairFile:
         **numbers,
         shots=job.kept.shots if job.kept else found.style.shots,
         soft=soft,
-        models={
-            "architecture": info.architecture,
-            "tokenizer": info.tokenizer,
-            "names": [info.name] if info.name.strip() else [],
-            "n_layers": info.n_layers,
-            "n_embd": info.n_embd,
-        },
+        models=pairfile.models_table(job.info),
         provenance=_provenance(lab, found),
         figures=_figures(lab, found),
-        gate=_gate_table(found),
+        gate=pairfile.gate_table(found.gate_settings),
         made_by="acd fit",
     )
-
-
-def _gate_table(found: Found) -> dict[str, Any]:
-    assert found.thresholds is not None
-    table: dict[str, Any] = {"threshold": found.thresholds.threshold}
-    if found.helpful is not None and found.thresholds.low > 0:
-        table |= {"helpful": found.helpful.text, "low": found.thresholds.low}
-    if found.look is not None:
-        table |= {"look": LOOK, "answer_threshold": round(found.answer_threshold, 4)}
-    return table
 
 
 def _provenance(lab: Lab, found: Found) -> dict[str, Any]:

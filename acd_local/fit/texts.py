@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from acd_local.answering import resolve_contrast
 from acd_local.fit import candidates
 from acd_local.fit.answers import Style
 from acd_local.fit.candidates import Candidate
 from acd_local.fit.found import Found, said
 from acd_local.fit.lab import Groups, Lab
 from acd_local.optimize.anchors import Instruction
-from acd_local.pairs import DEFAULT_ALPHA, DEFAULT_BETA
+from acd_local.options import Options
 
 CHOICE = {"harmful": 40, "ordinary": 24, "lookalike": 32}  # instructions that texts are chosen on
 FAULTS = 0.1  # refusals of harmless requests, or wrong facts, from which on a model is given a helpful text
@@ -127,13 +128,11 @@ def _helpful_few(lab: Lab, found: Found, harmless: Groups) -> list[Candidate]:
 def _kept_style(lab: Lab) -> Style:
     kept, soft = lab.job.kept, lab.job.soft
     assert kept is not None
-    alpha = DEFAULT_ALPHA if kept.alpha is None else kept.alpha
-    beta = DEFAULT_BETA if kept.beta is None else kept.beta
-    if soft is None:
-        return Style(kept.safe, kept.adversarial, alpha, beta, kept.shots, declines=True)
-    alpha = alpha if kept.soft_alpha is None else kept.soft_alpha
-    beta = beta if kept.soft_beta is None else kept.soft_beta
-    return Style(soft.safe, soft.adversarial, alpha, beta, declines=True)
+    numbers = resolve_contrast(Options(), kept, soft=soft is not None)
+    safe, adversarial, shots = (
+        (kept.safe, kept.adversarial, kept.shots) if soft is None else (soft.safe, soft.adversarial, ())
+    )
+    return Style(safe, adversarial, numbers.alpha, numbers.beta, shots, declines=True)
 
 
 def _adversaries(lab: Lab, found: Found, groups: Groups) -> list[tuple[Candidate, float]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from acd_local.evaluate import stats
 from acd_local.fit import regression
 from acd_local.fit.regression import Floats
 from acd_local.gate import Probe
@@ -62,8 +63,7 @@ class Rows:
         found = {}
         for place, kind in enumerate(KINDS[1:], 1):
             if (self.kinds == place).any():
-                part = self.harmful | (self.kinds == place)
-                found[kind] = regression.auc(scores[part], self.harmful[part])
+                found[kind] = stats.area(scores[self.harmful], scores[self.kinds == place])
         return found
 
 

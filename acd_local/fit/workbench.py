@@ -15,14 +15,14 @@ from acd_local.optimize.openings import Openings, answer_tokens
 from acd_local.optimize.scoring import OpeningScorer
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.gguf_header import GGUFInfo
+from acd_local.runtime.prompts import Framing
 from acd_local.runtime.reading import Reader
-from acd_local.runtime.template import ChatTemplate, Message, Role
+from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.session import Engine
 
 CONTEXT = 1024  # tokens of a conversation
 LONGEST = 1500  # characters of an instruction that is read or answered; what follows is cut
 _CONVERSATIONS = (8, 4, 2, 1)
-_ROLES: tuple[Role, Role] = ("user", "assistant")
 
 
 class Bench:
@@ -109,5 +109,5 @@ class Bench:
 
 def opening(system: str | None, shots: Sequence[tuple[str, str]] = ()) -> tuple[Message, ...]:
     """What precedes a user's message."""
-    turns = [Message(role, text) for shot in shots for role, text in zip(_ROLES, shot, strict=True)]
-    return (*([Message("system", system)] if system else []), *turns)
+    (found,) = Framing(system, None, shots=tuple(shots)).openings(None, contrast=False)
+    return found.messages

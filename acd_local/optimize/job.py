@@ -182,7 +182,7 @@ def prepare(request: Request) -> Job:
 
     fitted = None if request.fit is None else pairs.find(request.fit)
     gate = None if fitted is None else _gate_of(fitted, info)
-    manual = pairs.find("default")
+    manual = pairs.find(pairs.DEFAULT)
     digest = digest_of(info.path)
     if request.repeat is not None and request.repeat.model_sha256 != digest:
         raise UsageError(f"--repeat: that result was made from another file than {info.path.name}")

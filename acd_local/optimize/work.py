@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
@@ -20,7 +19,6 @@ from acd_local.optimize.setting import SettingStage
 from acd_local.optimize.soft_stage import SoftStage
 from acd_local.optimize.text_stage import TextStage
 from acd_local.optimize.workshop import ROLES, Role, Workshop, validation_groups
-from acd_local.pairs import PromptPair
 from acd_local.runtime.cancel import CancelToken
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 from acd_local.vectors import Vectors
@@ -83,14 +81,8 @@ class Optimization:
             adversarial=chosen["adversarial"],
             **(setting.get("text") or {"alpha": job.manual.alpha, "beta": job.manual.beta}),
             soft=setting["soft"],
-            gate=_gate_table(job.fitted),
-            models={
-                "architecture": info.architecture,
-                "tokenizer": info.tokenizer,
-                "names": [info.name] if info.name.strip() else [],
-                "n_layers": info.n_layers,
-                "n_embd": info.n_embd,
-            },
+            gate=pairfile.gate_table(None if job.fitted is None else job.fitted.gate),
+            models=pairfile.models_table(info),
             provenance=provenance,
             figures=figures | {_row_name(row): _figures(row) for row in setting["before_after"]},
         )
@@ -170,14 +162,6 @@ class Optimization:
             }
             or None,
         }
-
-
-def _gate_table(pair: PromptPair | None) -> dict[str, Any]:
-    """The gate's settings as a pair's file holds them."""
-    if pair is None or pair.gate is None:
-        return {}
-    table = {key: value for key, value in asdict(pair.gate).items() if value is not None}
-    return table if pair.gate.helpful else {key: value for key, value in table.items() if key != "low"}
 
 
 def _row_name(row: Mapping[str, Any]) -> str:
