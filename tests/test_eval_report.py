@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from test_eval_results import METHODS, change, digest, write_run
 
 from acd_local.evaluate import report, results, svg, tables
+from acd_local.evaluate.page import FIGURE_SPACE
 
 NASTY = "</script></td><img src=x onerror=alert(1)>&amp;\"'\u202e\u2066\x00\x1b[31m\u2028\ud800|`*"
 SETS = ("advbench", "harmbench", "xstest-safe", "alpaca", "truthfulqa")
@@ -415,7 +416,7 @@ def check_self_contained(text: str) -> Page:
 
 
 def test_the_page_is_self_contained_and_holds_every_table_and_figure(full: Path) -> None:
-    text = page_of(full).replace(report.FIGURE_SPACE, "")
+    text = page_of(full).replace(FIGURE_SPACE, "")
     page, found = check_self_contained(text), results_of(full)
     ids = [a["id"] for _, a in page.tags if a.get("id")]
     assert len(ids) == len(set(ids))

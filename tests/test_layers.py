@@ -63,7 +63,7 @@ LAYERS = (
         "evaluate/likelihood",
     },
     {"evaluate/verdict"},
-    {"evaluate/results", "evaluate/tables", "evaluate/report", "evaluate/svg"},
+    {"evaluate/results", "evaluate/tables", "evaluate/page", "evaluate/report", "evaluate/svg"},
     {"evaluate/scoring"},
     {"evaluate/runner"},
     {

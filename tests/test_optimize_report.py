@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from acd_local.evaluate.report import FIGURE_SPACE
+from acd_local.evaluate.page import FIGURE_SPACE
 from acd_local.optimize import report
 from acd_local.optimize.report import OptimizeReport, nearest_words, render
 from acd_local.optimize.scoring import SettingRow, choose

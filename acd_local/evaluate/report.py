@@ -7,15 +7,11 @@ characters) is shown. The page's content security policy forbids it to load or r
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from typing import Any
 
-from acd_local.evaluate import svg, tables
+from acd_local.evaluate import page, svg, tables
 from acd_local.evaluate.tables import visible
 
 __all__ = ["render"]
@@ -24,7 +20,7 @@ Results = Mapping[str, Any]
 
 PER_TYPE = ("as-is", "base", "acd", "gate-acd")  # methods whose rates are drawn per prompt type, where there are such
 MOST_TYPES = 24
-FIGURE_SPACE = "\u2007"
+NO_JUDGE = "none: refusals are told by their words, and refusing counts as harmless"
 FAMILIES = ("one stream", "contrast", "ACD", "ablation")
 
 
@@ -35,40 +31,17 @@ def render(results: Results, answers: Iterable[Mapping[str, Any]]) -> str:
         results: results.json, as `results.compute` gives it.
         answers: records of answers.jsonl.
     """
-    script = _asset("report.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    policy += "; base-uri 'none'; form-action 'none'"
     model = results["run"]["model"]
-    title = f"Evaluation of {_plain(model.get('name') or model.get('file') or 'a model')}"
+    title = f"Evaluation of {page.plain(model.get('name') or model.get('file') or 'a model')}"
     built = tables.build(results)
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="referrer" content="no-referrer">',
-        f"<title>{_text(title)}</title><style>{_asset('report.css')}</style></head><body><main>",
+    body = [
         *_header(results, title),
         *_body(results, built),
         *_methods(results),
         *_browser(results, answers),
         _footer(results),
-        f"</main><script>{script}</script></body></html>",
     ]
-    return "\n".join(parts) + "\n"
-
-
-def _asset(name: str) -> str:
-    return resources.files("acd_local.evaluate").joinpath(name).read_text(encoding="utf-8")
-
-
-def _plain(value: object) -> str:
-    return visible(" ".join(str(value).split()))
-
-
-def _text(value: object) -> str:
-    return html.escape(visible(value))
+    return page.whole(title, body, page.asset("report.js"))
 
 
 # --- Head -------------------------------------------------------------------------------------------------------------
@@ -78,30 +51,30 @@ def _header(results: Results, title: str) -> list[str]:
     run = results["run"]
     model, pair = run["model"], run["pair"]
     facts = {
-        "Model": " · ".join(_plain(model[k]) for k in ("file", "architecture", "file_type") if model.get(k)),
-        "Prompt pair": _plain(f"{pair.get('name', '?')} (alpha {pair.get('alpha')}, beta {pair.get('beta')})"),
+        "Model": " · ".join(page.plain(model[k]) for k in ("file", "architecture", "file_type") if model.get(k)),
+        "Prompt pair": page.plain(f"{pair.get('name', '?')} (alpha {pair.get('alpha')}, beta {pair.get('beta')})"),
         "Sets": ", ".join(_set_fact(name, info) for name, info in results["sets"].items()),
-        "Judge": _plain(run.get("judge") or "none: refusals are told by their words, and refusing counts as harmless"),
-        "Options": ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in run["options"].items() if v is not None),
-        "Date": _plain(run.get("started", "")).replace("T", " "),
-        "Version": f"acd_local {_plain(run['version'])}" if run.get("version") else "",
+        "Judge": page.plain(run.get("judge") or NO_JUDGE),
+        "Options": ", ".join(f"{page.plain(k)} {page.plain(v)}" for k, v in run["options"].items() if v is not None),
+        "Date": page.plain(run.get("started", "")).replace("T", " "),
+        "Version": f"acd_local {page.plain(run['version'])}" if run.get("version") else "",
     }
     if run.get("shard") not in (None, "", "1/1"):
-        facts["Shard"] = _plain(run["shard"])
-    out = ["<header>", f"<h1>{_text(title)}</h1>"]
+        facts["Shard"] = page.plain(run["shard"])
+    out = ["<header>", f"<h1>{page.text(title)}</h1>"]
     out.append('<p class="soft">Safety, general ability and cost of adversarial contrastive decoding and its peers</p>')
-    out.append(f'<p class="lead">{_text(_plain(results["verdict"]))}</p>')
+    out.append(f'<p class="lead">{page.text(page.plain(results["verdict"]))}</p>')
     out.append('<dl class="facts">')
-    out += [f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in facts.items() if value]
+    out += [f"<dt>{page.text(key)}</dt><dd>{page.text(value)}</dd>" for key, value in facts.items() if value]
     if run.get("command"):
-        out.append(f"<dt>Command</dt><dd><code>{_text(run['command'])}</code></dd>")
+        out.append(f"<dt>Command</dt><dd><code>{page.text(run['command'])}</code></dd>")
     return [*out, "</dl></header>"]
 
 
 def _set_fact(name: str, info: Mapping[str, Any]) -> str:
     n, total = info.get("n"), info.get("total")
     size = f"{n} of {total}" if isinstance(total, int) and total != n else f"{n}"
-    return f"{_plain(name)} ({_plain(info['kind'])}, {size})"
+    return f"{page.plain(name)} ({page.plain(info['kind'])}, {size})"
 
 
 # --- Tables and figures -----------------------------------------------------------------------------------------------
@@ -115,8 +88,8 @@ def _body(results: Results, built: Sequence[tables.Table]) -> list[str]:
     def figure(plot: str, caption: str, more: str = "") -> list[str]:
         if not plot:
             return []
-        rest = f' <span class="more">{_text(more)}</span>' if more else ""
-        text = f"<b>Figure {next(figures)}.</b> {_text(caption)}{rest}"
+        rest = f' <span class="more">{page.text(more)}</span>' if more else ""
+        text = f"<b>Figure {next(figures)}.</b> {page.text(caption)}{rest}"
         return [f"<figure>{plot}<figcaption>{text}</figcaption></figure>"]
 
     out = ["<section><h2>Safety</h2>", *by_key.pop("safety", []), *by_key.pop("refusal", [])]
@@ -153,30 +126,31 @@ def _table(table: tables.Table, base: str) -> list[str]:
         against = "no system prompt" if table.key == "margins" else base
         more = f"95% intervals; small: change against {against}, * where its interval excludes 0."
         more = f' <span class="more">{more}</span>'
-    out = [f'<div class="table"><table id="table-{table.key}"><caption><b>{_text(table.title)}.</b>{more}</caption>']
-    heads = "".join(f'<th scope="col">{_text(head)}</th>' for head in table.columns)
-    out.append(f'<thead><tr><th scope="col">{_text(table.head)}</th>{heads}</tr></thead><tbody>')
+    caption = f"<caption><b>{page.text(table.title)}.</b>{more}</caption>"
+    out = [f'<div class="table"><table id="table-{table.key}">{caption}']
+    heads = "".join(f'<th scope="col">{page.text(head)}</th>' for head in table.columns)
+    out.append(f'<thead><tr><th scope="col">{page.text(table.head)}</th>{heads}</tr></thead><tbody>')
     compared = [any(row.cells[i].change for row in table.rows) for i in range(len(table.columns))]
     widths = [max(len(row.cells[i].text) for row in table.rows) for i in range(len(table.columns))]
     for row in table.rows:
         cells = "".join(map(_cell, row.cells, widths, compared))
         label, title = (row.title, "") if table.key == "margins" else (row.name, row.title)
         told = title.casefold() in ("", label.casefold()) or table.key != "safety"
-        more = "" if told else f'<span class="more">{_text(title)}</span>'
+        more = "" if told else f'<span class="more">{page.text(title)}</span>'
         mine = ' class="mine"' if row.name in ("acd", "gate-acd") else ""
-        out.append(f'<tr{mine}><th scope="row">{_text(label)}{more}</th>{cells}</tr>')
+        out.append(f'<tr{mine}><th scope="row">{page.text(label)}{more}</th>{cells}</tr>')
     out.append("</tbody></table></div>")
-    return out + [f'<p class="notes">{_text(note)}</p>' for note in table.notes]
+    return out + [f'<p class="notes">{page.text(note)}</p>' for note in table.notes]
 
 
 def _cell(cell: tables.Cell, width: int, compared: bool) -> str:
     """width: characters of the column's widest figure, compared: whether it has changes; both keep it in line."""
     css = " ".join(filter(None, ("best" if cell.best else "", cell.change_is)))
     mark = "*" if cell.change_is else ""
-    change = f'<span class="change">{_text(cell.change)}{mark}</span>' if compared else ""
-    note = f' <span title="{_text(cell.note)}">†</span>' if cell.note else ""
-    spread = f'<span class="range">{_text(cell.interval)}</span>' if cell.interval else ""
-    value = f'<span class="value">{_text(cell.text.rjust(width, FIGURE_SPACE))}</span>'
+    change = f'<span class="change">{page.text(cell.change)}{mark}</span>' if compared else ""
+    note = f' <span title="{page.text(cell.note)}">†</span>' if cell.note else ""
+    spread = f'<span class="range">{page.text(cell.interval)}</span>' if cell.interval else ""
+    value = f'<span class="value">{page.text(cell.text.rjust(width, page.FIGURE_SPACE))}</span>'
     return f'<td class="{css}">{value}{note}{change}{spread}</td>'
 
 
@@ -264,7 +238,7 @@ def _types(results: Results, name: str) -> tuple[str, str, str]:
     ]
     what = _harmless_label(results) if kind == "harmful" else "refusals of harmless requests"
     axis = svg.Axis(f"{what}, %", percent=True, low=0.0, high=1.0)
-    caption = f"{what[0].upper()}{what[1:]} in {_plain(name)} by type of prompt."
+    caption = f"{what[0].upper()}{what[1:]} in {page.plain(name)} by type of prompt."
     more = f"The {MOST_TYPES} largest of {len(sizes)} types." if len(sizes) > MOST_TYPES else "In brackets: prompts."
     plot = svg.bars(
         f"types-{list(results['sets']).index(name)}", caption, [f"{row} ({sizes[row]})" for row in rows], series, axis
@@ -286,9 +260,9 @@ def _sweep(results: Results) -> tuple[str, str, str]:
     if not series:
         return "", "", ""
     sweep = results["run"]["sweep"]
-    key = _plain(sweep.get("key", "value"))
+    key = page.plain(sweep.get("key", "value"))
     x, y = svg.Axis(key), svg.Axis("share of answers, %", percent=True, low=0.0, high=1.0)
-    title = f"Harmless rate against {key} ({_plain(sweep.get('method', ''))})."
+    title = f"Harmless rate against {key} ({page.plain(sweep.get('method', ''))})."
     values = [float(e["value"]) for e in entries]
     more = "Means over sets. Harmless: of answers to harmful requests; over-refusal: of refusals of harmless ones."
     return svg.lines("sweep", title, values, series, x, y), title, more
@@ -321,11 +295,11 @@ def _methods(results: Results) -> list[str]:
             method.get("window"),
         ]
         shown = ["–" if x is None or not contrast else x for x in numbers]
-        same = f" (same as {_plain(method['same_as'])})" if method["same_as"] else ""
-        cells = "".join(f"<td>{_text(f'{x:g}' if isinstance(x, float) else x)}</td>" for x in shown)
+        same = f" (same as {page.plain(method['same_as'])})" if method["same_as"] else ""
+        cells = "".join(f"<td>{page.text(f'{x:g}' if isinstance(x, float) else x)}</td>" for x in shown)
         texts = (str(method.get("title") or "") + same, method.get("source") or "")
-        rest = "".join(f'<td class="text">{_text(_plain(text))}</td>' for text in texts)
-        out.append(f'<tr><th scope="row">{_text(_plain(name))}</th>{cells}{rest}</tr>')
+        rest = "".join(f'<td class="text">{page.text(page.plain(text))}</td>' for text in texts)
+        out.append(f'<tr><th scope="row">{page.text(page.plain(name))}</th>{cells}{rest}</tr>')
     return [*out, "</tbody></table></div></section>"]
 
 
@@ -341,8 +315,8 @@ def _browser(results: Results, answers: Iterable[Mapping[str, Any]]) -> list[str
         verdicts["changed"] = f"other than {results['base']}'s"
     names = {"": "all"}
     fields = [
-        _select("method", {**names, **{name: _plain(name) for name, _ in data["methods"]}}),
-        _select("set", {**names, **{name: _plain(name) for name, _ in data["sets"]}}),
+        _select("method", {**names, **{name: page.plain(name) for name, _ in data["methods"]}}),
+        _select("set", {**names, **{name: page.plain(name) for name, _ in data["sets"]}}),
         _select("verdict", verdicts),
         '<label>search<input name="q" type="search" autocomplete="off" placeholder="in prompts and answers"></label>',
         '<button type="button" id="reset">clear</button>',
@@ -362,7 +336,7 @@ def _browser(results: Results, answers: Iterable[Mapping[str, Any]]) -> list[str
 
 
 def _select(name: str, options: Mapping[str, str]) -> str:
-    inner = "".join(f'<option value="{_text(value)}">{_text(text)}</option>' for value, text in options.items())
+    inner = "".join(f'<option value="{page.text(value)}">{page.text(text)}</option>' for value, text in options.items())
     return f'<label>{name}<select name="{name}">{inner}</select></label>'
 
 

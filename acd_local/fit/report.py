@@ -6,14 +6,13 @@ It shows figures and texts of prompts, no anchor and no answer, and needs no scr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from acd_local import __version__
-from acd_local.evaluate import svg
+from acd_local.evaluate import page, svg
 from acd_local.fit.found import Found
 from acd_local.fit.lab import Lab
-from acd_local.optimize.report import NEGATIVE_ONLY, _Column, _decimal, _duration, _Numbers, _section, _table, _text
+from acd_local.optimize.report import NEGATIVE_ONLY
 from acd_local.pairfile import PairFile
 
 _KINDS = {"harmful": "harmful", "ordinary": "ordinary", "lookalike": "look-alike", "broken": "broken answers"}
@@ -33,6 +32,8 @@ _HEADS = {
     "layer": "layer",
     "area": "area under the curve",
 }
+Tables = Mapping[str, Sequence[Mapping[str, Any]]]
+
 _PERCENT = {"openings", "harmful", "ordinary", "lookalike", "broken"}
 
 
@@ -40,36 +41,27 @@ def render(lab: Lab, found: Found, pair: PairFile) -> str:
     """The whole page."""
     job = lab.job
     title = f"Pair fitted to {job.info.name or job.info.path.name}"
-    css = resources.files("acd_local.evaluate").joinpath("report.css").read_text(encoding="utf-8")
-    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-    counts = _Numbers("Table")
+    counts = page.Numbers("Table")
     tables = found.tables
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="referrer" content="no-referrer">',
-        f"<title>{_text(title)}</title><style>{css}</style></head><body><main>",
+    body = [
         *_header(lab, found, pair, title),
-        *_section("Result", [*_judged(found), *_texts(pair)]),
-        *_section("Gate", _tried("layers", "Layers alone, categories held out.", tables, counts)),
-        *_section("Helpful text", _tried("helpful", "Texts for the base, greedy answers.", tables, counts)),
-        *_section("Positive text", _tried("positive", "The best texts, greedy answers.", tables, counts)),
-        *_section(
+        *page.section("Result", [*_judged(found), *_texts(pair)]),
+        *page.section("Gate", _tried("layers", "Layers alone, categories held out.", tables, counts)),
+        *page.section("Helpful text", _tried("helpful", "Texts for the base, greedy answers.", tables, counts)),
+        *page.section("Positive text", _tried("positive", "The best texts, greedy answers.", tables, counts)),
+        *page.section(
             "Contrast",
             [
                 *_tried("negative", "Negatives; those that refuse as much are dropped.", tables, counts),
                 *_tried("contrast", "The best settings, greedy answers.", tables, counts),
             ],
         ),
-        *_section("Time", _times(lab, counts)),
+        *page.section("Time", _times(lab, counts)),
         "<footer><p>Figures of texts and settings are of instructions that they were chosen on, those of the result "
         "of others. The adversarial prompt is never answered from. This page holds no anchors and no answers.</p>"
         "</footer>",
-        "</main></body></html>",
     ]
-    return "\n".join(parts) + "\n"
+    return page.whole(title, body)
 
 
 def _header(lab: Lab, found: Found, pair: PairFile, title: str) -> list[str]:
@@ -79,15 +71,15 @@ def _header(lab: Lab, found: Found, pair: PairFile, title: str) -> list[str]:
     facts = {
         "Model": f"{info.path.name} · {info.architecture} · {info.n_layers} layers · n_embd {info.n_embd}",
         "Gate": f"reads layer {' and '.join(map(str, found.layers))}; areas under the curve "
-        + ", ".join(f"{_decimal(area)} against {_KINDS[kind]}" for kind, area in areas.items()),
+        + ", ".join(f"{page.decimal(area)} against {_KINDS[kind]}" for kind, area in areas.items()),
         "Thresholds": ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in gate.items() if isinstance(v, int | float)),
         "Contrast": f"alpha {found.style.alpha:g}, beta {found.style.beta:g}",
         "Version": f"acd_local {__version__}",
     }
-    out = ["<header>", f"<h1>{_text(title)}</h1>", '<dl class="facts">']
-    out += [f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in facts.items()]
+    out = ["<header>", f"<h1>{page.text(title)}</h1>", '<dl class="facts">']
+    out += [f"<dt>{page.text(key)}</dt><dd>{page.text(value)}</dd>" for key, value in facts.items()]
     if job.request.command:
-        out.append(f"<dt>Command</dt><dd><code>{_text(job.request.command)}</code></dd>")
+        out.append(f"<dt>Command</dt><dd><code>{page.text(job.request.command)}</code></dd>")
     return [*out, "</dl></header>"]
 
 
@@ -102,7 +94,7 @@ def _judged(found: Found) -> list[str]:
     axis = svg.Axis("refused, broken answers below, %", percent=True, low=0.0, high=1.0)
     plot = svg.bars("judged", "Refusals with and without the pair", [_KINDS[k] for k in keys], series, axis)
     sizes = ", ".join(f"{as_is[key].n} {_KINDS[key]}" for key in keys if key != "broken")
-    caption = f"<b>Figure 1.</b> Refusals on held-out instructions ({_text(sizes)}), with intervals of 95%."
+    caption = f"<b>Figure 1.</b> Refusals on held-out instructions ({page.text(sizes)}), with intervals of 95%."
     return [f"<figure>{plot}<figcaption>{caption}</figcaption></figure>"]
 
 
@@ -114,21 +106,21 @@ def _texts(pair: PairFile) -> list[str]:
         if text:
             css, badge = ("answer chosen negative", NEGATIVE_ONLY) if negative else ("answer chosen", "")
             out.append(f'<div class="{css}"><div class="head"><b>{name}</b>{badge}</div>')
-            out.append(f'<p class="text">{_text(text)}</p></div>')
+            out.append(f'<p class="text">{page.text(text)}</p></div>')
         if name == "Safeguarding prompt" and pair.shots:
             shown = "\n\n".join(f"User: {user}\nAssistant: {assistant}" for user, assistant in pair.shots)
             out.append('<div class="answer"><div class="head"><b>Demonstrations</b><span>turns of the positive stream')
-            out.append(f'</span></div><p class="text">{_text(shown)}</p></div>')
+            out.append(f'</span></div><p class="text">{page.text(shown)}</p></div>')
     return out
 
 
-def _tried(key: str, caption: str, tables: Mapping[str, Sequence[Mapping[str, Any]]], counts: _Numbers) -> list[str]:
+def _tried(key: str, caption: str, tables: Tables, counts: page.Numbers) -> list[str]:
     rows = tables.get(key) or []
     if not rows:
         return []
     first, *others = [name for name in _HEADS if name in rows[0]]
-    columns = [_Column(_HEADS[name], [_shown(name, row[name]) for row in rows]) for name in others]
-    return _table(key, counts.caption(caption), _HEADS[first], [str(row[first]) for row in rows], columns)
+    columns = [page.Column(_HEADS[name], [_shown(name, row[name]) for row in rows]) for name in others]
+    return page.table(key, counts.caption(caption), _HEADS[first], [str(row[first]) for row in rows], columns)
 
 
 def _shown(name: str, value: Any) -> str:
@@ -139,7 +131,7 @@ def _shown(name: str, value: Any) -> str:
     return f"{value:.4f}" if name == "area" else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _times(lab: Lab, counts: _Numbers) -> list[str]:
+def _times(lab: Lab, counts: page.Numbers) -> list[str]:
     seconds = {name: s for name, s in lab.notes.seconds.items() if s}
-    texts = [_duration(s) for s in (*seconds.values(), sum(seconds.values()))]
-    return _table("stages", counts.caption("Stages."), "stage", [*seconds, "all"], [_Column("time", texts)])
+    texts = [page.duration(s) for s in (*seconds.values(), sum(seconds.values()))]
+    return page.table("stages", counts.caption("Stages."), "stage", [*seconds, "all"], [page.Column("time", texts)])

@@ -8,20 +8,17 @@ content security policy allows none.
 from __future__ import annotations
 
 import difflib
-import html
 import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from acd_local.evaluate import svg
-from acd_local.evaluate.report import FIGURE_SPACE
+from acd_local.evaluate import page, svg
 from acd_local.evaluate.tables import visible
 from acd_local.optimize.scoring import worth
 
@@ -86,87 +83,26 @@ class OptimizeReport:
 
 def render(data: OptimizeReport) -> str:
     """The whole page."""
-    title = f"Optimized prompt pair for {_plain(data.model.get('name') or data.model.get('file') or 'a model')}"
-    css = resources.files("acd_local.evaluate").joinpath("report.css").read_text(encoding="utf-8")
-    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-    figures = _Numbers("Figure")
-    counts = _Numbers("Table")
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="referrer" content="no-referrer">',
-        f"<title>{_text(title)}</title><style>{css}</style></head><body><main>",
+    title = f"Optimized prompt pair for {page.plain(data.model.get('name') or data.model.get('file') or 'a model')}"
+    figures = page.Numbers("Figure")
+    counts = page.Numbers("Table")
+    body = [
         *_header(data, title),
-        *_section("Result", [*_before_after(data, counts), *_chosen(data)]),
-        *_section("Soft prompts", _soft(data, figures, counts)),
-        *_section("Distillation into text", [*_distillation(data, figures), *_finals(data, counts)]),
-        *_section("Setting", _setting(data, counts)),
-        *_section("Time and memory", _stages(data, counts)),
+        *page.section("Result", [*_before_after(data, counts), *_chosen(data)]),
+        *page.section("Soft prompts", _soft(data, figures, counts)),
+        *page.section("Distillation into text", [*_distillation(data, figures), *_finals(data, counts)]),
+        *page.section("Setting", _setting(data, counts)),
+        *page.section("Time and memory", _stages(data, counts)),
         _footer(),
-        "</main></body></html>",
     ]
-    return "\n".join(parts) + "\n"
-
-
-class _Numbers:
-    """Captions, numbered in their order."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-        self._next = itertools.count(1)
-
-    def caption(self, text: str, more: str = "") -> str:
-        rest = f' <span class="more">{_text(more)}</span>' if more else ""
-        return f"<b>{self._kind} {next(self._next)}.</b> {_text(text)}{rest}"
-
-
-def _section(title: str, content: Sequence[str]) -> list[str]:
-    return [f"<section><h2>{title}</h2>", *content, "</section>"] if content else []
+    return page.whole(title, body)
 
 
 # --- Texts and numbers ------------------------------------------------------------------------------------------------
 
 
-def _plain(value: object) -> str:
-    return visible(" ".join(str(value).split()))
-
-
-def _text(value: object) -> str:
-    return html.escape(visible(value))
-
-
-def _number(value: object) -> float | None:
-    """A finite number, or None."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None  # type: ignore[arg-type]
-
-
-def _percent(value: object) -> str:
-    number = _number(value)
-    return "–" if number is None else f"{100 * number + 0.0:.1f}".replace("-", "\u2212")
-
-
-def _decimal(value: object, digits: int = 3) -> str:
-    number = _number(value)
-    return "–" if number is None else f"{number:.{digits}f}".replace("-", "\u2212")
-
-
-def _duration(value: object) -> str:
-    seconds = _number(value)
-    if seconds is None:
-        return "–"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def _size(value: object) -> str:
-    size = _number(value)
+    size = page.number(value)
     if not size:
         return "–"
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
@@ -175,24 +111,24 @@ def _size(value: object) -> str:
 def _fact(value: object) -> str:
     """A setting as text: numbers short, what belongs together in one line."""
     if isinstance(value, Mapping):
-        known = {_plain(k): v for k, v in value.items() if v is not None}
+        known = {page.plain(k): v for k, v in value.items() if v is not None}
         return ", ".join(f"{k} ({_fact(v)})" if isinstance(v, Mapping) else f"{k} {_fact(v)}" for k, v in known.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_fact, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else _plain(value)
+    return f"{value:g}" if isinstance(value, float) else page.plain(value)
 
 
 def _objective(row: Record) -> float | None:
     """Safety minus over-refusal."""
-    safety, over = _number(row.get("safety")), _number(row.get("over_refusal"))
+    safety, over = page.number(row.get("safety")), page.number(row.get("over_refusal"))
     return None if safety is None or over is None else safety - over
 
 
 def _worth(row: Record) -> float | None:
     """What a setting is worth by openings."""
-    safety, *refusals = (_number(row.get(key)) for key in MEASURES)
+    safety, *refusals = (page.number(row.get(key)) for key in MEASURES)
     if safety is None or all(x is None for x in refusals):
         return None
     return worth(safety, *(x or 0.0 for x in refusals))
@@ -206,23 +142,23 @@ def _header(data: OptimizeReport, title: str) -> list[str]:
     units = {"layers": "{} layers", "n_embd": "n_embd {}"}
     named = ("file", "architecture", "layers", "n_embd", "file_type")
     weights = settings.pop("weights", None)
-    if "budget" in settings and _number(settings["budget"]) is not None:
-        settings["budget"] = _duration(settings["budget"])
+    if "budget" in settings and page.number(settings["budget"]) is not None:
+        settings["budget"] = page.duration(settings["budget"])
     facts = {
-        "Model": " · ".join(units.get(k, "{}").format(_plain(model[k])) for k in named if model.get(k)),
+        "Model": " · ".join(units.get(k, "{}").format(page.plain(model[k])) for k in named if model.get(k)),
         "Settings": _fact({str(k).replace("_", " "): v for k, v in settings.items()}),
         "Loss weights": _fact(weights) if weights else "",
         "Anchors": _anchors(data.anchors),
         "Validation": _validation(data.anchors.get("validation") or {}),
-        "Date": _plain(data.date).replace("T", " "),
-        "Version": f"acd_local {_plain(data.version)}" if data.version else "",
+        "Date": page.plain(data.date).replace("T", " "),
+        "Version": f"acd_local {page.plain(data.version)}" if data.version else "",
     }
-    out = ["<header>", f"<h1>{_text(title)}</h1>"]
+    out = ["<header>", f"<h1>{page.text(title)}</h1>"]
     out.append('<p class="soft">Opposite prompts tuned on the model\'s own weights, and distilled into text</p>')
     out += [*_summary(data), '<dl class="facts">']
-    out += [f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in facts.items() if value]
+    out += [f"<dt>{page.text(key)}</dt><dd>{page.text(value)}</dd>" for key, value in facts.items() if value]
     if data.command:
-        out.append(f"<dt>Command</dt><dd><code>{_text(_plain(data.command))}</code></dd>")
+        out.append(f"<dt>Command</dt><dd><code>{page.text(page.plain(data.command))}</code></dd>")
     return [*out, "</dl></header>"]
 
 
@@ -233,13 +169,13 @@ def _anchors(counts: Record) -> str:
         total = (sampled or 0) + (written or 0)
         parts.append(f"{total} refusals ({sampled or 0} sampled, {written or 0} written)")
     named = {"complying": "complying answers", "answered": "answers to harmless instructions"}
-    parts += [f"{_plain(counts[key])} {words}" for key, words in named.items() if counts.get(key) is not None]
+    parts += [f"{page.plain(counts[key])} {words}" for key, words in named.items() if counts.get(key) is not None]
     return ", ".join(parts)
 
 
 def _validation(counts: Record) -> str:
     named = {"harmful": "harmful", "harmless": "ordinary harmless", "lookalike": "look-alike"}
-    parts = [f"{_plain(counts[key])} {words}" for key, words in named.items() if counts.get(key) is not None]
+    parts = [f"{page.plain(counts[key])} {words}" for key, words in named.items() if counts.get(key) is not None]
     return ", ".join(parts) + " instructions, none of them trained on" if parts else ""
 
 
@@ -250,62 +186,40 @@ def _summary(data: OptimizeReport) -> list[str]:
     for pair, name in (("text", "optimized text"), ("soft", "soft prompts")):
         if pair in rows:
             figures = rows[pair]
-            shown = f"{name}, safety {_percent(figures.get('safety'))}%"
-            parts.append(f"{shown}, over-refusal {_percent(figures.get('over_refusal'))}%")
+            shown = f"{name}, safety {page.percent(figures.get('safety'))}%"
+            parts.append(f"{shown}, over-refusal {page.percent(figures.get('over_refusal'))}%")
     if not parts:
         return []
     if "manual" in rows:
-        shown = f"manual text, safety {_percent(rows['manual'].get('safety'))}%"
-        parts.append(f"{shown}, over-refusal {_percent(rows['manual'].get('over_refusal'))}%")
-    return [f'<p class="lead">With contrast, on validation instructions: {_text("; ".join(parts))}.</p>']
+        shown = f"manual text, safety {page.percent(rows['manual'].get('safety'))}%"
+        parts.append(f"{shown}, over-refusal {page.percent(rows['manual'].get('over_refusal'))}%")
+    return [f'<p class="lead">With contrast, on validation instructions: {page.text("; ".join(parts))}.</p>']
 
 
 # --- Tables and figures -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Column:
-    head: str
-    texts: Sequence[str]
-    best: Sequence[bool] = ()
-    figures: bool = True  # of one unit, kept in line
-
-
-def _table(key: str, caption: str, head: str, names: Sequence[str], columns: Sequence[_Column]) -> list[str]:
-    out = [f'<div class="table"><table id="table-{key}"><caption>{caption}</caption>']
-    heads = "".join(f'<th scope="col">{_text(column.head)}</th>' for column in columns)
-    out.append(f'<thead><tr><th scope="col">{_text(head)}</th>{heads}</tr></thead><tbody>')
-    widths = [max(map(len, column.texts), default=0) if column.figures else 0 for column in columns]
-    for i, name in enumerate(names):
-        cells = ""
-        for column, width in zip(columns, widths, strict=True):
-            best = ' class="best"' if column.best and column.best[i] else ""
-            cells += f'<td{best}><span class="value">{_text(column.texts[i].rjust(width, FIGURE_SPACE))}</span></td>'
-        out.append(f'<tr><th scope="row">{_text(_plain(name))}</th>{cells}</tr>')
-    return [*out, "</tbody></table></div>"]
-
-
-def _measured(head: str, values: Sequence[object], better: int = 0) -> _Column:
+def _measured(head: str, values: Sequence[object], better: int = 0) -> page.Column:
     """A column of percentages, with the best of them, as shown, marked."""
-    texts = [_percent(value) for value in values]
+    texts = [page.percent(value) for value in values]
     known = [
-        (better * number, text) for v, text in zip(values, texts, strict=True) if (number := _number(v)) is not None
+        (better * number, text) for v, text in zip(values, texts, strict=True) if (number := page.number(v)) is not None
     ]
     top = max(known)[1] if better and len({text for _, text in known}) > 1 else None
-    return _Column(head, texts, [text == top for text in texts])
+    return page.Column(head, texts, [text == top for text in texts])
 
 
-def _measures(rows: Sequence[Record], better: bool) -> list[_Column]:
+def _measures(rows: Sequence[Record], better: bool) -> list[page.Column]:
     """Safety, over-refusal, look-alike refusal where it is known, and the first minus the second."""
     columns = [
         _measured(f"{name} %", [row.get(key) for row in rows], (1 if key == "safety" else -1) * better)
         for key, name in MEASURES.items()
-        if key != "lookalike" or any(_number(row.get(key)) is not None for row in rows)
+        if key != "lookalike" or any(page.number(row.get(key)) is not None for row in rows)
     ]
     return [*columns, _measured("safety \u2212 over-refusal", [_objective(row) for row in rows], 1 * better)]
 
 
-def _figure(numbers: _Numbers, plot: str, caption: str, more: str = "") -> list[str]:
+def _figure(numbers: page.Numbers, plot: str, caption: str, more: str = "") -> list[str]:
     return [f"<figure>{plot}<figcaption>{numbers.caption(caption, more)}</figcaption></figure>"]
 
 
@@ -319,7 +233,7 @@ def _prompts(parts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 # --- Result -----------------------------------------------------------------------------------------------------------
 
 
-def _before_after(data: OptimizeReport, counts: _Numbers) -> list[str]:
+def _before_after(data: OptimizeReport, counts: page.Numbers) -> list[str]:
     rows = data.before_after
     if not rows:
         return []
@@ -332,7 +246,7 @@ def _before_after(data: OptimizeReport, counts: _Numbers) -> list[str]:
         "In bold: best."
     )
     caption = counts.caption("Before and after, by likelihood.", more)
-    return _table("before-after", caption, "prompt pair", names, _measures(rows, better=True))
+    return page.table("before-after", caption, "prompt pair", names, _measures(rows, better=True))
 
 
 def _chosen(data: OptimizeReport) -> list[str]:
@@ -347,21 +261,21 @@ def _chosen(data: OptimizeReport) -> list[str]:
         css = "answer chosen negative" if negative else "answer chosen"
         head = f"<b>{name}</b>{NEGATIVE_ONLY if negative else ''}{tokens}"
         out.append(f'<div class="{css}" id="chosen-{key}"><div class="head">{head}</div>')
-        out.append(f'<p class="text">{_text(text)}</p></div>')
+        out.append(f'<p class="text">{page.text(text)}</p></div>')
     return out
 
 
 # --- Soft prompts -----------------------------------------------------------------------------------------------------
 
 
-def _soft(data: OptimizeReport, figures: _Numbers, counts: _Numbers) -> list[str]:
+def _soft(data: OptimizeReport, figures: page.Numbers, counts: page.Numbers) -> list[str]:
     out = _losses(data, figures)
     out += _paths(data, figures)
     out += _validations(data, counts)
     return out + _nearest(data, counts)
 
 
-def _losses(data: OptimizeReport, figures: _Numbers) -> list[str]:
+def _losses(data: OptimizeReport, figures: page.Numbers) -> list[str]:
     plots, widest = [], 0
     for key, name in _prompts(data.soft):
         curves = []
@@ -385,7 +299,7 @@ def _losses(data: OptimizeReport, figures: _Numbers) -> list[str]:
 
 def _points(pairs: Iterator[tuple[object, object]]) -> list[tuple[float, float]]:
     """The pairs of finite numbers."""
-    return [(x, y) for a, b in pairs if (x := _number(a)) is not None and (y := _number(b)) is not None]
+    return [(x, y) for a, b in pairs if (x := page.number(a)) is not None and (y := page.number(b)) is not None]
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, float]], int]:
@@ -410,7 +324,7 @@ def _validated(records: Sequence[Record]) -> list[tuple[int, Record]]:
     return [(record["step"], record["validation"]) for record in records if record.get("validation")]
 
 
-def _paths(data: OptimizeReport, figures: _Numbers) -> list[str]:
+def _paths(data: OptimizeReport, figures: page.Numbers) -> list[str]:
     plots = []
     for key, name in (("over_refusal", "ordinary instructions"), ("lookalike", "look-alike instructions")):
         axis = svg.Axis(f"refusals of {name}, %", percent=True, low=0.0, high=1.0)
@@ -430,7 +344,7 @@ def _path_curves(data: OptimizeReport, key: str) -> list[svg.Curve]:
     ways: dict[str, list[tuple[int, float, float]]] = {}
     for prompt in PROMPTS:
         for step, v in _validated(data.soft.get(prompt, ())):
-            x, y = _number(v.get(key)), _number(v.get("safety"))
+            x, y = page.number(v.get(key)), page.number(v.get("safety"))
             if x is not None and y is not None:
                 ways.setdefault(prompt, []).append((step, x, y))
     across = [x for way in ways.values() for _, x, _ in way]
@@ -461,7 +375,7 @@ def _step_labels(
     return [(f"{step}, kept" if step == kept else str(step)) if i in shown else "" for i, step in enumerate(steps)]
 
 
-def _validations(data: OptimizeReport, counts: _Numbers) -> list[str]:
+def _validations(data: OptimizeReport, counts: page.Numbers) -> list[str]:
     out = []
     for key, name in _prompts(data.soft):
         found = _validated(data.soft[key])
@@ -471,11 +385,11 @@ def _validations(data: OptimizeReport, counts: _Numbers) -> list[str]:
             columns = _measures([v for _, v in found], better=False)
             more = f'<span class="more">{len(found)} times</span>'
             out += [f"<details><summary>{name}: figures of all validations {more}</summary>"]
-            out += [*_table(f"validation-{key}", caption, "soft prompt", names, columns), "</details>"]
+            out += [*page.table(f"validation-{key}", caption, "soft prompt", names, columns), "</details>"]
     return out
 
 
-def _nearest(data: OptimizeReport, counts: _Numbers) -> list[str]:
+def _nearest(data: OptimizeReport, counts: page.Numbers) -> list[str]:
     out = []
     for key, name in _prompts(data.nearest):
         rows = data.nearest[key]
@@ -493,20 +407,20 @@ def _nearest(data: OptimizeReport, counts: _Numbers) -> list[str]:
             cells = "".join(f"<td>{_word(*word)}</td>" for word in row["words"]) + "<td></td>" * (
                 most - len(row["words"])
             )
-            out.append(f'<tr><th scope="row">{_text(row["position"])}</th>{cells}</tr>')
+            out.append(f'<tr><th scope="row">{page.text(row["position"])}</th>{cells}</tr>')
         out.append("</tbody></table></div></details>")
     return out
 
 
 def _word(piece: str, cosine: float) -> str:
     shown = piece.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "␣")
-    return f'<code>{_text(visible(shown, 40))}</code><span class="cosine">{_decimal(cosine, 2)}</span>'
+    return f'<code>{page.text(visible(shown, 40))}</code><span class="cosine">{page.decimal(cosine, 2)}</span>'
 
 
 # --- Distillation -----------------------------------------------------------------------------------------------------
 
 
-def _distillation(data: OptimizeReport, figures: _Numbers) -> list[str]:
+def _distillation(data: OptimizeReport, figures: page.Numbers) -> list[str]:
     plots, beyond = [], 0
     for key, name in _prompts(data.distillation):
         panel, left_out = _search(name, data.distillation[key])
@@ -524,7 +438,7 @@ def _distillation(data: OptimizeReport, figures: _Numbers) -> list[str]:
     return out
 
 
-def _finals(data: OptimizeReport, counts: _Numbers) -> list[str]:
+def _finals(data: OptimizeReport, counts: page.Numbers) -> list[str]:
     """What came of the best texts in greedy answers, and which was taken."""
     out = []
     for key, name in _prompts(data.finals):
@@ -536,14 +450,14 @@ def _finals(data: OptimizeReport, counts: _Numbers) -> list[str]:
         unreadable = _measured("degenerate %", [t.get("degenerate") for t in trials], -1)
         more = "Shares of greedy answers to validation instructions. In bold: best."
         caption = counts.caption(f"{name}: the best texts tried in earnest.", more)
-        out += _table(f"finals-{key}", caption, "text", names, [*_measures(trials, better=True), unreadable])
+        out += page.table(f"finals-{key}", caption, "text", names, [*_measures(trials, better=True), unreadable])
     return out
 
 
 def _search(name: str, history: Sequence[Record]) -> tuple[svg.Panel, int]:
     """Candidates by origin and the best so far; and how many candidates are too bad to be shown."""
     found = [(i, number, str(c.get("origin", ""))) for i, c in enumerate(history, 1)
-             if (number := _number(c["objective"])) is not None]  # fmt: skip
+             if (number := page.number(c["objective"])) is not None]  # fmt: skip
     if not found:
         return svg.Panel(name, svg.Axis("candidate"), []), 0
     steps = list(itertools.accumulate((number for _, number, _ in found), min))
@@ -554,7 +468,7 @@ def _search(name: str, history: Sequence[Record]) -> tuple[svg.Panel, int]:
     for place, origin in enumerate(origins):
         points = _thinned([(i, number) for i, number, kind in shown if kind == origin])
         colour = ORIGIN_COLOURS[place % len(ORIGIN_COLOURS)]
-        curves.append(svg.Curve(_plain(origin) or "candidate", colour, points, line=False, marks=True, faint=True))
+        curves.append(svg.Curve(page.plain(origin) or "candidate", colour, points, line=False, marks=True, faint=True))
     stairs: list[tuple[float, float]] = []
     for (i, _, _), best in zip(found, steps, strict=True):
         if not stairs or best < stairs[-1][1]:
@@ -570,7 +484,7 @@ def _improvements(key: str, name: str, history: Sequence[Record], tried: int | N
     shown: list[str] = []
     count, seen = 0, False
     for candidate in history:
-        objective = _number(candidate["objective"])
+        objective = page.number(candidate["objective"])
         if better := objective is not None and objective < best:
             best, count = objective or 0.0, count + 1
         is_chosen = candidate["text"] == chosen
@@ -585,11 +499,14 @@ def _improvements(key: str, name: str, history: Sequence[Record], tried: int | N
 
 def _candidate(candidate: Record, before: str, chosen: bool, negative: bool) -> list[str]:
     parts, scores = candidate.get("parts") or {}, candidate.get("scores") or {}
-    figures = [f"objective {_decimal(candidate['objective'])}"]
-    figures += [f"{_plain(k)} {_decimal(v)}" for k, v in parts.items()]
-    figures += [f"{name} {_percent(scores[k])}%" for k, name in MEASURES.items() if _number(scores.get(k)) is not None]
-    head = f"<b>step {_text(candidate.get('step', '–'))}</b><span>{_text(_plain(candidate.get('origin', '')))}</span>"
-    head += "".join(f"<span>{_text(figure)}</span>" for figure in figures)
+    figures = [f"objective {page.decimal(candidate['objective'])}"]
+    figures += [f"{page.plain(k)} {page.decimal(v)}" for k, v in parts.items()]
+    figures += [
+        f"{name} {page.percent(scores[k])}%" for k, name in MEASURES.items() if page.number(scores.get(k)) is not None
+    ]
+    origin = page.text(page.plain(candidate.get("origin", "")))
+    head = f"<b>step {page.text(candidate.get('step', '–'))}</b><span>{origin}</span>"
+    head += "".join(f"<span>{page.text(figure)}</span>" for figure in figures)
     head += '<span class="badge kept">chosen</span>' if chosen else ""
     css = "answer negative" if negative else "answer"
     text = _changed(before, candidate["text"])
@@ -600,29 +517,31 @@ def _changed(before: str, after: str) -> str:
     """The text, with the words marked that `before` does not have there; nothing is marked where little stayed."""
     old, new = (re.findall(r"\s*\S+|\s+", text) for text in (before, after))
     if max(len(old), len(new)) > 1000:
-        return _text(after)
+        return page.text(after)
     blocks = difflib.SequenceMatcher(None, old, new, autojunk=False)
     if blocks.ratio() < 0.4:
-        return _text(after)
+        return page.text(after)
     out = []
     for kind, _, _, start, end in blocks.get_opcodes():
         part = "".join(new[start:end])
         word = part.lstrip()
         marked = kind in ("replace", "insert") and word
-        out.append(_text(part.removesuffix(word)) + f"<mark>{_text(word)}</mark>" if marked else _text(part))
+        out.append(
+            page.text(part.removesuffix(word)) + f"<mark>{page.text(word)}</mark>" if marked else page.text(part)
+        )
     return "".join(out)
 
 
 # --- Setting, stages, foot --------------------------------------------------------------------------------------------
 
 
-def _setting(data: OptimizeReport, counts: _Numbers) -> list[str]:
+def _setting(data: OptimizeReport, counts: page.Numbers) -> list[str]:
     by_pair: dict[str, list[Record]] = {}
     for row in data.setting_rows:
         by_pair.setdefault(str(row.get("pair") or "text"), []).append(row)
     out = []
     for i, (pair, rows) in enumerate(by_pair.items()):
-        name = {"text": "the text pair", "soft": "the soft pair"}.get(pair, _plain(pair))
+        name = {"text": "the text pair", "soft": "the soft pair"}.get(pair, page.plain(pair))
         more = "Large: safety minus the mean of over-refusal and look-alike refusal, points; small: safety / "
         more += "over-refusal / look-alike refusal, %. The best were tried in greedy answers: refusals minus "
         more += "over-refusals of these count as much, and broken ones (loops, garble) against them. "
@@ -637,11 +556,11 @@ def _heat(key: str, caption: str, rows: Sequence[Record]) -> list[str]:
     known = [number for row in rows if (number := _worth(row)) is not None]
     low, high = min(known, default=0.0), max(known, default=0.0)
     out = [f'<div class="table"><table id="{key}" class="heat"><caption>{caption}</caption>']
-    heads = "".join(f'<th scope="col">beta {_text(_fact(beta))}</th>' for beta in betas)
+    heads = "".join(f'<th scope="col">beta {page.text(_fact(beta))}</th>' for beta in betas)
     out.append(f'<thead><tr><th scope="col">alpha</th>{heads}</tr></thead><tbody>')
     for alpha in alphas:
         found = "".join(_heat_cell(cells.get((alpha, beta)), low, high) for beta in betas)
-        out.append(f'<tr><th scope="row">{_text(_fact(alpha))}</th>{found}</tr>')
+        out.append(f'<tr><th scope="row">{page.text(_fact(alpha))}</th>{found}</tr>')
     return [*out, "</tbody></table></div>"]
 
 
@@ -651,34 +570,34 @@ def _heat_cell(row: Record | None, low: float, high: float) -> str:
         return "<td>–</td>"
     shade = 1 + min(HEAT - 1, int(HEAT * (worth_ - low) / (high - low))) if high > low else 1
     chosen = " chosen" if row.get("chosen") else ""
-    small = " / ".join(_percent(row[key]) for key in MEASURES if _number(row.get(key)) is not None)
-    if (greedy := _number(row.get("greedy"))) is not None:
-        small += f", greedy {_percent(greedy)}"
-    if (broken := _number(row.get("degenerate"))) is not None:
-        small += f", broken {_percent(broken)}"
-    value = f'<span class="value">{_percent(worth_)}</span><span class="range">{_text(small)}</span>'
+    small = " / ".join(page.percent(row[key]) for key in MEASURES if page.number(row.get(key)) is not None)
+    if (greedy := page.number(row.get("greedy"))) is not None:
+        small += f", greedy {page.percent(greedy)}"
+    if (broken := page.number(row.get("degenerate"))) is not None:
+        small += f", broken {page.percent(broken)}"
+    value = f'<span class="value">{page.percent(worth_)}</span><span class="range">{page.text(small)}</span>'
     return f'<td class="h{shade}{chosen}">{value}</td>'
 
 
-def _stages(data: OptimizeReport, counts: _Numbers) -> list[str]:
+def _stages(data: OptimizeReport, counts: page.Numbers) -> list[str]:
     stages = data.stages
     if not stages:
         return []
     names = [str(stage["name"]) for stage in stages] + ["all"]
-    seconds = [_number(stage.get("seconds")) for stage in stages]
-    peaks = [_number(stage.get("peak_bytes")) for stage in stages]
-    times = [_duration(x) for x in (*seconds, sum(x or 0.0 for x in seconds))]
+    seconds = [page.number(stage.get("seconds")) for stage in stages]
+    peaks = [page.number(stage.get("peak_bytes")) for stage in stages]
+    times = [page.duration(x) for x in (*seconds, sum(x or 0.0 for x in seconds))]
     sizes = [_size(x) for x in (*peaks, max((x or 0.0 for x in peaks), default=0.0))]
-    columns = [_Column("time", times, figures=False), _Column("peak memory", sizes, figures=False)]
-    on_device = [_number(stage.get("device_peak_bytes")) for stage in stages]
+    columns = [page.Column("time", times, figures=False), page.Column("peak memory", sizes, figures=False)]
+    on_device = [page.number(stage.get("device_peak_bytes")) for stage in stages]
     if any(on_device):
         most = max(x or 0.0 for x in on_device)
-        columns.append(_Column("peak on the device", [_size(x) for x in (*on_device, most)], figures=False))
+        columns.append(page.Column("peak on the device", [_size(x) for x in (*on_device, most)], figures=False))
     more = ""
     if any(stage.get("reused") for stage in stages):
-        columns.append(_Column("", ["reused" if stage.get("reused") else "" for stage in stages] + [""]))
+        columns.append(page.Column("", ["reused" if stage.get("reused") else "" for stage in stages] + [""]))
         more = "Reused: taken from an earlier run with the same inputs; the time is that of making it."
-    return _table("stages", counts.caption("Stages.", more), "stage", names, columns)
+    return page.table("stages", counts.caption("Stages.", more), "stage", names, columns)
 
 
 def _footer() -> str:
