@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from acd_local.cli import flags
-from acd_local.cli.optimize import parse_budget
-from acd_local.cli.progress import ProgressLine
-from acd_local.cli.shell import EXIT_CODES, Interrupts, one_line, say
+from acd_local.cli.optimize import parse_budget, run_stages
+from acd_local.cli.shell import EXIT_CODES, Interrupts
+
+if TYPE_CHECKING:
+    from acd_local.optimize.job import Listener
+    from acd_local.runtime.cancel import CancelToken
 
 PROGRAM = "acd fit"
 
@@ -36,16 +40,8 @@ PROGRAM = "acd fit"
     show_default=True,
     help="Which instructions texts are chosen on, and judged on.",
 )
-@click.option(
-    "--anchors",
-    type=flags.file_name,
-    metavar="FILE",
-    help='Your own instructions, JSON lines of {"prompt": ..., "kind": "harmful" or "harmless"}, and "lookalike": true '
-    "where a harmless one looks dangerous; default: built in.",
-)
-@click.option(
-    "--threads", "-t", type=click.IntRange(1, 512), metavar="N", help="CPU threads; default: $ACD_THREADS or the cores."
-)
+@flags.anchors_flag
+@flags.threads_flag
 @click.option("--force", is_flag=True, help="Replace the files of an earlier result.")
 def command(model: str | None, **given: Any) -> int:
     """Fit a pair to MODEL, a GGUF file: a gate that contrasts only where a request is harmful, and the texts for it.
@@ -62,24 +58,11 @@ def command(model: str | None, **given: Any) -> int:
 def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local import pairfile
     from acd_local.fit import job
-    from acd_local.optimize.job import Listener
-    from acd_local.optimize.stages import Stopped
-    from acd_local.runtime.cancel import CancelToken
 
     prepared = job.prepare(job.Request(model, command=shlex.join(["acd", *sys.argv[1:]]), **given))
-    interrupts.cancels(stop := CancelToken())
-    with ProgressLine(PROGRAM) as progress:
 
-        def line(text: str) -> None:
-            progress.close()
-            say(f"{PROGRAM}: {one_line(text)}")
+    def work(stop: CancelToken, listener: Listener) -> tuple[Path, ...]:
+        written = job.run(prepared, stop=stop, listener=listener)
+        return pairfile.outputs(prepared.out) if written else ()
 
-        try:
-            written = job.run(prepared, stop=stop, listener=Listener(progress.show, line))
-        except Stopped:
-            line("stopped; everything so far is kept, the same command goes on from here")
-            return interrupts.exit_code or 130
-    interrupts.cancels(None)
-    for path in pairfile.outputs(prepared.out) if written else ():
-        print(one_line(str(path)))
-    return 0
+    return run_stages(PROGRAM, interrupts, work)

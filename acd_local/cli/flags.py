@@ -138,6 +138,18 @@ _SAMPLING = (
 )
 
 
+# Of the commands that make pairs.
+anchors_flag = click.option(
+    "--anchors",
+    type=file_name,
+    metavar="FILE",
+    help='Your own instructions, JSON lines of {"prompt": ..., "kind": "harmful" or "harmless"}, and "lookalike": true '
+    "where a harmless one looks dangerous; default: built in.",
+)
+threads_flag = click.option(
+    "--threads", "-t", type=click.IntRange(1, 512), metavar="N", help="CPU threads; default: $ACD_THREADS or the cores."
+)
+
 _HELP_COLUMN = 30  # columns for the options' names in --help
 
 

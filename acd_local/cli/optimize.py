@@ -6,8 +6,9 @@ import math
 import re
 import shlex
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +16,10 @@ from acd_local.cli import flags
 from acd_local.cli.progress import ProgressLine
 from acd_local.cli.shell import EXIT_CODES, Interrupts, one_line, say
 from acd_local.errors import UsageError
+
+if TYPE_CHECKING:
+    from acd_local.optimize.job import Listener
+    from acd_local.runtime.cancel import CancelToken
 
 PROGRAM = "acd optimize"
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 60.0}
@@ -42,13 +47,7 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
     help="Of the weights in torch; auto takes the faster one.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Repeats a run.")
-@click.option(
-    "--anchors",
-    type=flags.file_name,
-    metavar="FILE",
-    help='Your own instructions, JSON lines of {"prompt": ..., "kind": "harmful" or "harmless"}, and "lookalike": true '
-    "where a harmless one looks dangerous; default: built in.",
-)
+@flags.anchors_flag
 @click.option(
     "--weights",
     default="1,1,1",
@@ -60,9 +59,7 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
     "--max-tokens", type=click.IntRange(16, 1024), default=96, show_default=True, help="Longest text of either prompt."
 )
 @click.option("--soft-only", is_flag=True, help="Leave out the text pair: the file then holds the manual one.")
-@click.option(
-    "--threads", "-t", type=click.IntRange(1, 512), metavar="N", help="CPU threads; default: $ACD_THREADS or the cores."
-)
+@flags.threads_flag
 @click.option(
     "--repeat",
     type=flags.file_name,
@@ -94,25 +91,44 @@ def command(model: str | None, **given: Any) -> int:
 def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local import pairfile
     from acd_local.optimize import job
-    from acd_local.optimize.stages import Stopped
-    from acd_local.runtime.cancel import CancelToken
 
     request = job.Request(model, command=shlex.join(["acd", *sys.argv[1:]]), **given)
     prepared = job.prepare(request)
+
+    def work(stop: CancelToken, listener: job.Listener) -> tuple[Path, ...]:
+        job.run(prepared, stop=stop, listener=listener)
+        return pairfile.outputs(request.out)
+
+    return run_stages(PROGRAM, interrupts, work)
+
+
+def run_stages(program: str, interrupts: Interrupts, work: Callable[[CancelToken, Listener], Iterable[Path]]) -> int:
+    """Run stages that can be stopped and gone on with, say how far they are, and print the files that they wrote.
+
+    Args:
+        work: raises stages.Stopped where its token is set.
+
+    Returns:
+        The exit code.
+    """
+    from acd_local.optimize.job import Listener
+    from acd_local.optimize.stages import Stopped
+    from acd_local.runtime.cancel import CancelToken
+
     interrupts.cancels(stop := CancelToken())
-    with ProgressLine(PROGRAM) as progress:
+    with ProgressLine(program) as progress:
 
         def line(text: str) -> None:
             progress.close()
-            say(f"{PROGRAM}: {one_line(text)}")
+            say(f"{program}: {one_line(text)}")
 
         try:
-            job.run(prepared, stop=stop, listener=job.Listener(progress.show, line))
+            written = work(stop, Listener(progress.show, line))
         except Stopped:
             line("stopped; everything so far is kept, the same command goes on from here")
             return interrupts.exit_code or 130
     interrupts.cancels(None)
-    for path in pairfile.outputs(request.out):
+    for path in written:
         print(one_line(str(path)))
     return 0
 
