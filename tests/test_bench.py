@@ -374,7 +374,7 @@ def test_two_llamas_see_what_the_streams_see(tiny: Callable[..., Path], monkeypa
     monkeypatch.setattr(peers, "_transformers", _missing)
     report = peers.run(str(tiny("chatml")), tokens=8, rounds=1, threads=1, ctx_size=512)
     assert [case.name for case in report.cases] == ["acd, auto", "two llama_cpp.Llama"]
-    assert report.cases[0].ratio == [1.0]
+    assert report.cases[0].ratio == pytest.approx([1.0])
     assert report.cases[1].ratio[0] > 0
     assert report.left_out == {"transformers, bf16": "not installed"}
     with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
