@@ -22,16 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from acd_local.answering import AnswerStream
 from acd_local.answers import Answer, AnswerEvent, OnEvent
 from acd_local.batch import Batch
 from acd_local.chat import Chat, ChatStream
+from acd_local.engine import Engine
 from acd_local.errors import InternalError, UsageError
+from acd_local.generation import AnswerStream
 from acd_local.options import Options
 from acd_local.pairs import PromptPair
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.template import Message
-from acd_local.session import Engine
 
 AHEAD = 64  # pieces of text that an answer may be ahead of its reader
 

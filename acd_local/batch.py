@@ -13,16 +13,16 @@ from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
-from acd_local.answering import Answering, AnswerStream, Item, Routine, abort
 from acd_local.answers import Answer
 from acd_local.errors import EngineBusyError, UsageError
+from acd_local.generation import Answering, AnswerStream, Item, Routine, abort
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.generate import advance
 from acd_local.runtime.llama import DecodeAborted
 from acd_local.runtime.streams import Rows
 
 if TYPE_CHECKING:
-    from acd_local.session import Engine
+    from acd_local.engine import Engine
 
 Task = TypeVar("Task", bound=Hashable)
 

@@ -20,15 +20,15 @@ from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
-from acd_local.answering import AnswerStream, resolve_contrast
+from acd_local.engine import Engine, measured_pair
 from acd_local.errors import InternalError, UsageError
+from acd_local.generation import AnswerStream, resolve_contrast
 from acd_local.options import Options
 from acd_local.runtime import child, llama
 from acd_local.runtime.rowcosts import RowCosts
 from acd_local.runtime.streams import LAYOUTS
 from acd_local.runtime.template import Message
 from acd_local.runtime.threads import default_threads
-from acd_local.session import Engine, measured_pair
 
 QUESTIONS = (
     "How do I get red wine out of a carpet?",

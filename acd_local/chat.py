@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acd_local import files
-from acd_local.answering import AnswerStream, Handle
 from acd_local.answers import Answer, AnswerEvent, OnEvent, TurnsDropped
 from acd_local.errors import EngineBusyError, UsageError, shown
+from acd_local.generation import AnswerStream, Handle
 from acd_local.options import Options
 from acd_local.pairs import AS_IS, PromptPair, refuse_adversarial
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.template import Message
 
 if TYPE_CHECKING:
-    from acd_local.session import Engine
+    from acd_local.engine import Engine
 
 FILE_FORMAT = 1
 

@@ -23,8 +23,8 @@ from acd_local.runtime.streams import Feed, Rows, Slot, extend
 from acd_local.runtime.template import Message
 
 if TYPE_CHECKING:
-    from acd_local.answering import PromptMeter
-    from acd_local.session import Engine
+    from acd_local.engine import Engine
+    from acd_local.generation import PromptMeter
 
 EXCERPT, EXCERPTS = 256, 4  # tokens of a message too long to be read whole that are read, and at how many places
 # Latest tokens of an answer that are read at a look, since a row costs a third of a token's time; and tokens in all

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from acd_local.bench import PLAIN, REPEATS, check_counts, conversation, decode_plain
+from acd_local.engine import Engine, measured_pair
 from acd_local.options import Options
 from acd_local.runtime import llama
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.threads import default_threads
-from acd_local.session import Engine, measured_pair
 
 QUESTION = 512  # tokens
 WAYS = {

@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from acd_local.answering import resolve_contrast
 from acd_local.bench import QUESTIONS, Ask, Case, Measured, by_strategy, check_counts, median, warm_up
+from acd_local.engine import Engine, measured_pair
 from acd_local.errors import AcdError, InternalError
+from acd_local.generation import resolve_contrast
 from acd_local.options import Options
 from acd_local.runtime.choice import ContrastSettings
 from acd_local.runtime.contrast import MAX_DIVISOR_ALPHA, contrast
 from acd_local.runtime.prompts import Framing, Prompt
 from acd_local.runtime.template import Message
-from acd_local.session import Engine, measured_pair
 
 OURS = "acd, auto"
 LLAMAS = "two llama_cpp.Llama"

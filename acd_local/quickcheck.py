@@ -20,13 +20,13 @@ from typing import Any, Literal, TypeAlias
 from acd_local import files
 from acd_local.answers import Answer
 from acd_local.batch import answer_all
+from acd_local.engine import Engine
 from acd_local.errors import ContextError, NumericalError
 from acd_local.evaluate import refusal
 from acd_local.options import Options
 from acd_local.pairs import AS_IS, PromptPair
 from acd_local.runtime import machine, probe
 from acd_local.runtime.gguf_header import GGUFInfo
-from acd_local.session import Engine
 
 __all__ = ["Counts", "Verdict", "check", "kept"]
 

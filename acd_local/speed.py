@@ -17,7 +17,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from acd_local.answering import Answering, AnswerStream
 from acd_local.bench import (
     ADVERSARIAL,
     QUESTIONS,
@@ -38,8 +37,10 @@ from acd_local.bench import (
     note,
     warm_up,
 )
+from acd_local.engine import Engine, measured_pair
 from acd_local.errors import UsageError
 from acd_local.evaluate.svg import Axis, Curve, Panel, panels
+from acd_local.generation import Answering, AnswerStream
 from acd_local.models import resolve
 from acd_local.options import Options
 from acd_local.runtime import llama, probe
@@ -54,7 +55,6 @@ from acd_local.runtime.rowcosts import MOST, RowClock, RowCosts
 from acd_local.runtime.streams import Streams
 from acd_local.runtime.template import Message
 from acd_local.runtime.threads import default_threads
-from acd_local.session import Engine, measured_pair
 
 DEMO = "demo"
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # rows of a batch

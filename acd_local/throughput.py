@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from acd_local.answers import Answer
 from acd_local.batch import Batch
 from acd_local.bench import QUESTIONS
+from acd_local.engine import Engine, measured_pair
 from acd_local.options import Options
-from acd_local.session import Engine, measured_pair
 
 # With the benchmark's questions: prompts of different lengths.
 ORDERS = (

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acd_local import models, pairs
 from acd_local.bench import PLAIN, QUESTIONS, Measured, decode_plain, in_turns, measure, warm_up
+from acd_local.engine import Engine
 from acd_local.errors import AcdError
 from acd_local.latency import long_question
 from acd_local.options import Options
@@ -29,7 +30,6 @@ from acd_local.runtime import llama, probe
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.prompts import Framing
 from acd_local.runtime.template import Message
-from acd_local.session import Engine
 
 LENGTHS = {"short": 0, "medium": 100, "long": 1000}  # tokens; 0: the questions as they are
 CTX_SIZE = 2048

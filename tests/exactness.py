@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from acd_local.answers import Answer
+from acd_local.engine import Engine
 from acd_local.options import Options
 from acd_local.runtime import grammar, llama
 from acd_local.runtime.contrast import contrast
 from acd_local.runtime.sampling import TokenSampler
 from acd_local.runtime.template import Message
-from acd_local.session import Engine
 
 # How far logits are moved until the choice is the token that was said.
 ANY = 60  # tries of any signs

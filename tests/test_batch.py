@@ -12,10 +12,10 @@ from manual import DEFAULT
 from reference import TOLERANCE, fresh_logits
 
 from acd_local import CancelToken, Engine, Message, Options, PromptProgress
-from acd_local.answering import AnswerStream
 from acd_local.answers import Answer, AnswerEvent
 from acd_local.batch import Batch, answer_all
 from acd_local.errors import ContextError, EngineBusyError, EngineClosedError, UsageError
+from acd_local.generation import AnswerStream
 from acd_local.runtime.prompts import Framing
 from acd_local.runtime.streams import Layout
 

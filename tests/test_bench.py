@@ -15,15 +15,15 @@ from manual import DEFAULT
 from reference import TOLERANCE, fresh_logits
 
 from acd_local import bench, latency, peers, speed
-from acd_local.answering import AnswerStream
 from acd_local.cli.main import command
 from acd_local.cli.shell import run_cli
+from acd_local.engine import Engine
 from acd_local.errors import InternalError, ModelError, UsageError
+from acd_local.generation import AnswerStream
 from acd_local.options import Options
 from acd_local.runtime import llama, probe
 from acd_local.runtime.contrast import contrast
 from acd_local.runtime.streams import Streams
-from acd_local.session import Engine
 
 FEW: dict[str, Any] = {"tokens": 12, "rounds": 2, "threads": 1, "ctx_size": 1024}
 SMALL = ("--tokens", "8", "--rounds", "1", "-t", "1")

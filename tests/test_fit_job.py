@@ -16,6 +16,7 @@ import tiny_gguf
 from acd_local import pairs, vectors
 from acd_local.cli.main import command
 from acd_local.cli.shell import run_cli
+from acd_local.engine import Engine
 from acd_local.errors import ModelError, PairError, UsageError
 from acd_local.evaluate.runner import Progress
 from acd_local.fit import choose, job, states
@@ -32,7 +33,6 @@ from acd_local.runtime.gguf_header import read_header
 from acd_local.runtime.prompts import Framing
 from acd_local.runtime.reading import Reader
 from acd_local.runtime.template import ChatTemplate, Message
-from acd_local.session import Engine
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 
 QUICK = {"budget": 1.0, "threads": 1}

@@ -13,6 +13,7 @@ from manual import DEFAULT
 from reference import TOLERANCE, chain_draw, contrast_by_hand, fresh_logits
 
 from acd_local.answers import Answer
+from acd_local.engine import Engine
 from acd_local.errors import NumericalError
 from acd_local.options import Options
 from acd_local.runtime import llama
@@ -20,7 +21,6 @@ from acd_local.runtime.choice import Chooser, ContrastSettings, Vocabulary
 from acd_local.runtime.generate import advance, stepwise
 from acd_local.runtime.sampling import GrammarGuard, TokenSampler, position_seed
 from acd_local.runtime.template import Message
-from acd_local.session import Engine
 
 QUESTION = "How do I get red wine out of a carpet?"
 N = 24

@@ -51,8 +51,8 @@ LAYERS = (
     {"runtime/deferred"},
     {"runtime/prompts", "answers"},
     {"gating"},
-    {"answering"},
-    {"chat", "session", "batch", "quickcheck"},  # the check of a pair uses engines, and an engine asks for it
+    {"generation"},
+    {"chat", "engine", "batch", "quickcheck"},  # the check of a pair uses engines, and an engine asks for it
     {"aio"},
     {
         "evaluate/sets",
@@ -169,7 +169,7 @@ def test_one_module_alone_imports_llama_cpp() -> None:
 
 def test_one_module_alone_imports_llguidance_and_not_at_the_start() -> None:
     assert [m for m in MODULES if "llguidance" in imports(m)] == ["runtime/schema_guard"]
-    code = "import sys, acd_local.session; sys.exit('llguidance' in sys.modules)"
+    code = "import sys, acd_local.engine; sys.exit('llguidance' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -196,7 +196,7 @@ def test_nothing_else_prints_or_touches_descriptors_and_handlers(module: str) ->
 
 @pytest.mark.parametrize("module", ["__init__", "errors", "options", "pairs", "models", "runtime/gguf_header"])
 def test_light_modules_stay_light(module: str) -> None:
-    assert not imports(module) & {"numpy", "llama_cpp", "jinja2", "runtime/llama", "session"}
+    assert not imports(module) & {"numpy", "llama_cpp", "jinja2", "runtime/llama", "engine"}
 
 
 def test_only_the_optimizer_imports_torch() -> None:

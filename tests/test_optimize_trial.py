@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from acd_local.engine import Engine
 from acd_local.evaluate import refusal
 from acd_local.evaluate.degenerate import degenerate_rule
 from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime.cancel import CancelToken
-from acd_local.session import Engine
 
 pytest.importorskip("torch")
 

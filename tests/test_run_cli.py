@@ -25,8 +25,8 @@ from acd_local.cli import progress, run
 from acd_local.cli.progress import StatusLine
 from acd_local.cli.run import command
 from acd_local.cli.shell import AnswerWriter, Interrupts, run_cli, short_line
+from acd_local.engine import Engine
 from acd_local.options import Options
-from acd_local.session import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = "from acd_local.cli.run import main; main()"

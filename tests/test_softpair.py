@@ -20,7 +20,6 @@ from manual import made_for
 from reference import TOLERANCE, contrast_by_hand, extend
 
 from acd_local import Engine, Message, Options, pairs, vectors
-from acd_local.answering import resolve_contrast
 from acd_local.answers import Answer
 from acd_local.batch import Batch
 from acd_local.cli.run import command
@@ -28,6 +27,7 @@ from acd_local.cli.shell import run_cli
 from acd_local.errors import ContextError, InternalError, PairError, UsageError
 from acd_local.evaluate import methods
 from acd_local.evaluate.likelihood import Scorer, contrasted, log_softmax
+from acd_local.generation import resolve_contrast
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime import llama, rows
 from acd_local.runtime.gguf_header import GGUFInfo, read_header
@@ -1018,6 +1018,6 @@ def test_acd_pairs_shows_and_checks_soft_prompts(folder: Path, tmp_path: Path, i
 def test_safetensors_is_loaded_when_it_is_needed() -> None:
     import subprocess
 
-    script = "import sys, acd_local.session; assert 'safetensors' not in sys.modules"
+    script = "import sys, acd_local.engine; assert 'safetensors' not in sys.modules"
     root = Path(__file__).resolve().parents[1]
     subprocess.run([sys.executable, "-c", script], check=True, cwd=root, timeout=60)

@@ -22,6 +22,7 @@ from manual import DEFAULT
 from reference import TOLERANCE, fresh_logits
 
 from acd_local.answers import Answer
+from acd_local.engine import Engine
 from acd_local.errors import InternalError, NumericalError, UsageError
 from acd_local.options import Options
 from acd_local.runtime import llama, machine, rowcosts
@@ -31,7 +32,6 @@ from acd_local.runtime.pace import Pace, expected
 from acd_local.runtime.rowcosts import LEAST, MOST, RowClock, RowCosts
 from acd_local.runtime.streams import Feed, Streams, extend
 from acd_local.runtime.template import Message
-from acd_local.session import Engine
 from acd_local.throughput import prompts_of
 
 PROMPTS = (

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from acd_local.cli.chat_app import ChatApp
     from acd_local.cli.chat_input import Source
     from acd_local.cli.chat_signals import Signals
+    from acd_local.engine import Engine
     from acd_local.options import Options
-    from acd_local.session import Engine
 
 PROGRAM = "acd-chat"
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from acd_local.answering import AnswerStream, resolve_contrast
 from acd_local.answers import Answer, AnswerEvent, PromptProgress, TurnsDropped
 from acd_local.chat import ChatStream
 from acd_local.cli.chat_commands import run_command
 from acd_local.cli.progress import reading_text
 from acd_local.cli.record import pair_label, pair_name
+from acd_local.engine import Engine
 from acd_local.errors import AcdError, UsageError
+from acd_local.generation import AnswerStream, resolve_contrast
 from acd_local.options import Options
 from acd_local.pairs import AS_IS
 from acd_local.runtime.llama import BATCH_ROWS
-from acd_local.session import Engine
 
 if TYPE_CHECKING:
     from acd_local.cli.chat_input import Source

@@ -25,8 +25,8 @@ from acd_local.pairs import PromptPair
 from acd_local.runtime.cancel import CancelToken
 
 if TYPE_CHECKING:
+    from acd_local.engine import Engine
     from acd_local.evaluate.judge import Judge
-    from acd_local.session import Engine
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from acd_local.runtime.prompts import Framing, Negative, Prompt
 from acd_local.runtime.template import Message
 
 if TYPE_CHECKING:
-    from acd_local.session import Engine
+    from acd_local.engine import Engine
 
 REFERENCE_TOKENS = 64  # of a reference answer that are scored
 MARGIN_PROMPTS = 32  # of a set, on which the system prompts' strength is usually measured

@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from acd_local.answering import AnswerStream
 from acd_local.answers import Answer
 from acd_local.batch import answer_all
+from acd_local.engine import Engine
 from acd_local.evaluate import refusal
 from acd_local.fit.candidates import Candidate
 from acd_local.fit.notes import Notes
+from acd_local.generation import AnswerStream
 from acd_local.optimize.stages import go_on, key_of
 from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.prompts import Framing
-from acd_local.session import Engine
 from acd_local.softpair import AdversarialRows, SoftPrompt
 
 TOKENS = 32  # of an answer

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from acd_local.answering import resolve_contrast
 from acd_local.fit import candidates
 from acd_local.fit.answers import Style
 from acd_local.fit.candidates import Candidate
 from acd_local.fit.found import Found, said
 from acd_local.fit.lab import Groups, Lab
+from acd_local.generation import resolve_contrast
 from acd_local.optimize.anchors import Instruction
 from acd_local.options import Options
 

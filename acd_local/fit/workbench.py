@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from acd_local.engine import Engine
 from acd_local.errors import UsageError
 from acd_local.fit.answers import NO_PAIR
 from acd_local.fit.candidates import Candidate
@@ -18,7 +19,6 @@ from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.prompts import Framing
 from acd_local.runtime.reading import Reader
 from acd_local.runtime.template import ChatTemplate, Message
-from acd_local.session import Engine
 
 CONTEXT = 1024  # tokens of a conversation
 LONGEST = 1500  # characters of an instruction that is read or answered; what follows is cut

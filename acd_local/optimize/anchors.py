@@ -26,8 +26,8 @@ from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.prompts import Framing
 
 if TYPE_CHECKING:
-    from acd_local.answering import AnswerStream
-    from acd_local.session import Engine
+    from acd_local.engine import Engine
+    from acd_local.generation import AnswerStream
 
 Kind = Literal["harmful", "harmless"]
 PROMPTS = ("safe", "opposite", "none")

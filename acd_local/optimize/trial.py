@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from acd_local.answering import AnswerStream
 from acd_local.batch import answer_all
+from acd_local.engine import Engine
 from acd_local.evaluate import refusal
 from acd_local.evaluate.degenerate import degenerate_rule
+from acd_local.generation import AnswerStream
 from acd_local.optimize.scoring import worth
 from acd_local.optimize.stages import go_on
 from acd_local.options import Options
 from acd_local.pairs import PromptPair
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.prompts import Framing
-from acd_local.session import Engine
 
 TOKENS = 48  # of an answer: loops show by then
 # Instructions of a kind; harmless ones of either kind together are as many as harmful ones.

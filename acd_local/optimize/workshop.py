@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from acd_local.engine import Engine
 from acd_local.errors import UsageError
 from acd_local.evaluate.runner import Progress
 from acd_local.optimize import agreement, device, memory
@@ -25,7 +26,6 @@ from acd_local.pairs import PromptPair
 from acd_local.runtime import llama
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.template import ChatTemplate
-from acd_local.session import Engine
 
 Role = Literal["safe", "adversarial"]
 ROLES: tuple[Role, Role] = ("safe", "adversarial")

@@ -48,7 +48,7 @@ from acd_local.runtime.template import Message
 from acd_local.runtime.text import TextStream
 
 if TYPE_CHECKING:
-    from acd_local.session import Engine
+    from acd_local.engine import Engine
 
 
 _NO_CONTRAST = ContrastSettings(0.0, 0.0)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from acd_local import pairs, vectors
-from acd_local.answering import Answering, AnswerStream, PromptMeter
 from acd_local.answers import OnEvent
 from acd_local.chat import Chat
 from acd_local.errors import (
@@ -25,6 +24,7 @@ from acd_local.errors import (
 )
 from acd_local.gate import Gate
 from acd_local.gating import Conversation, Gating, read_parts
+from acd_local.generation import Answering, AnswerStream, PromptMeter
 from acd_local.models import resolve as resolve_model
 from acd_local.options import ENGINE_RANGES, Options, refuse_unknown
 from acd_local.pairs import PromptPair

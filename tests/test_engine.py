@@ -109,7 +109,7 @@ def test_json_schema(engine: Engine) -> None:
 
 
 def test_flag_beats_pair_beats_default(engine: Engine) -> None:
-    from acd_local.answering import resolve_contrast
+    from acd_local.generation import resolve_contrast
     from acd_local.pairs import AdversarialText, PromptPair
 
     bare = PromptPair("bare", "Be kind.", AdversarialText("Be rude."))
