@@ -80,7 +80,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._decoder = _Decoder(engine)
+        self._decoder = _DecodingThread(engine)
 
     def generate(
         self,
@@ -120,7 +120,7 @@ class AsyncChat:
         chat: the chat itself: its turns, options and pair, and undo, clear, save and load.
     """
 
-    def __init__(self, chat: Chat, decoder: _Decoder) -> None:
+    def __init__(self, chat: Chat, decoder: _DecodingThread) -> None:
         self.chat = chat
         self._decoder = decoder
 
@@ -150,7 +150,7 @@ class AsyncStream:
     and its slot is free before the task goes on. Dropping the stream cancels it too.
     """
 
-    def __init__(self, decoder: _Decoder, job: _Job) -> None:
+    def __init__(self, decoder: _DecodingThread, job: _Job) -> None:
         self._decoder = decoder
         self._job = job
         self._answer: Answer | None = None
@@ -255,7 +255,7 @@ class _Job:
             self.cancel.set()
 
 
-class _Decoder:
+class _DecodingThread:
     """The thread that decodes an engine's answers; there is one only while there are answers to decode."""
 
     def __init__(self, engine: Engine) -> None:
@@ -266,7 +266,7 @@ class _Decoder:
         self._thread: threading.Thread | None = None
 
     def submit(self, job: _Job) -> None:
-        self._engine._check_open()  # in a forked child there is no thread, and its lock may be held for ever
+        self._engine.decoder.check_open()  # in a forked child there is no thread, and its lock may be held for ever
         job.start()
         with self._changed:
             self._waiting.append(job)

@@ -11,18 +11,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self, TypeVar, cast
+from typing import Self, TypeVar, cast
 
 from acd_local.answers import Answer
 from acd_local.errors import EngineBusyError, UsageError
-from acd_local.generation import Answering, AnswerStream, Item, Routine, abort
+from acd_local.generation import Answerer, AnswerStream, Generation, Item, Routine, abort
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.generate import advance
 from acd_local.runtime.llama import DecodeAborted
 from acd_local.runtime.streams import Rows
-
-if TYPE_CHECKING:
-    from acd_local.engine import Engine
 
 Task = TypeVar("Task", bound=Hashable)
 
@@ -47,7 +44,7 @@ class Event:
 @dataclass
 class _Member:
     key: Hashable
-    work: Answering
+    work: Generation
     routine: Routine
     rows: Rows = ()
     prompt_seconds: float = 0.0
@@ -70,9 +67,9 @@ class _Member:
 class Batch:
     """Runs up to `engine`'s number of conversations together. To be used from one thread, which holds their slots."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._capacity = len(engine._streams.slots)
+    def __init__(self, engine: Answerer) -> None:
+        self._decoder = engine.decoder
+        self._capacity = len(self._decoder.slots)
         self._members: list[_Member] = []
         self._new: list[_Member] = []
 
@@ -92,11 +89,11 @@ class Batch:
             EngineBusyError: there is no room.
             UsageError: the answer is another engine's, or has begun.
         """
-        if stream._answering._engine is not self._engine or stream.begun:
+        work = stream.generation
+        if work.decoder is not self._decoder or stream.begun:
             raise UsageError("a batch takes new answers of its own engine")
         if self.room <= 0:
             raise EngineBusyError(f"this batch holds {self._capacity} answers already: load with more conversations")
-        work = stream._answering
         self._new.append(_Member(key, work, work.routine(beside=self._beside if self._capacity > 1 else None)))
 
     def step(self, *, resting: Container[Hashable] = ()) -> list[Event]:
@@ -107,7 +104,7 @@ class Batch:
         """
         events: list[Event] = []
         # While others wait for their next token, a slot that another thread holds is not waited for.
-        while self._new and (not self._members or self._engine._has_free_slot):
+        while self._new and (not self._members or self._decoder.has_free_slot):
             member = self._new.pop(0)
             self._members.append(member)
             self._resume(member, lambda routine: next(routine, None), events)
@@ -117,7 +114,7 @@ class Batch:
         prompts = [member for member in members if member.long]
         for group in [[member] for member in prompts] + [[m for m in members if m not in prompts]]:
             try:
-                with self._engine._open:
+                with self._decoder.open():
                     self._round(group, events)
             except Exception as error:  # of the decode itself: nobody in it can go on
                 for member in group:
@@ -148,7 +145,7 @@ class Batch:
             # Single rows are short: a cancel waits for them. A prompt is decoded alone, so that it can be cancelled,
             # and because llama.cpp cuts a batch of sequences with different numbers of rows into small pieces.
             meter = members[0].work.meter if len(members) == 1 else None
-            logits = self._engine._extend(rows, cancels, meter)
+            logits = self._decoder.extend(rows, cancels, meter)
         except DecodeAborted:
             if any(c.is_set for c in cancels) and not members[0].work.cancel.is_set:
                 # Another answer's cancel: the prompt goes on in the next step, in the same batches.
@@ -179,9 +176,7 @@ class Batch:
         """What stops the decoding: of a prompt its own cancel, and any answer's where it can go on afterwards."""
         if not any(member.long for member in members):
             return []
-        engine = self._engine
-        goes_on = len(engine._streams.contexts) == 1 and not engine._model.keeps_state
-        return [m.work.cancel for m in (self._members if goes_on else members)]
+        return [m.work.cancel for m in (self._members if self._decoder.resumes_prompts else members)]
 
     def _resume(self, member: _Member, how: Callable[[Routine], Item | None], events: list[Event]) -> None:
         """Let an answer go on until it needs rows, or ends."""
@@ -208,7 +203,7 @@ class Batch:
 
 
 def answer_all(
-    engine: Engine, tasks: Iterable[Task], begin: Callable[[Task], AnswerStream], *, stop: CancelToken | None = None
+    engine: Answerer, tasks: Iterable[Task], begin: Callable[[Task], AnswerStream], *, stop: CancelToken | None = None
 ) -> Iterator[tuple[Task, Answer | Exception]]:
     """Answer tasks, as many at once as the engine has conversations, and give each with what came of it as it ends.
 

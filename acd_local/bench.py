@@ -278,7 +278,7 @@ def run(
         for engine in engines.values():
             stack.enter_context(engine)
         first, shared = engines[ENGINE_PLAIN], engines[SHARED]
-        bare = stack.enter_context(llama.Context(first._model, n_ctx=ctx_size, n_seq=1, threads=threads))
+        bare = stack.enter_context(llama.Context(first.decoder.model, n_ctx=ctx_size, n_seq=1, threads=threads))
         cases = {name: Case(name) for name in (PLAIN, *engines)}
         groups = {kind: {name: Case(name) for name in STRATEGIES} for kind in ("strategies", "sampled", "repeat")}
         progress("warming up")
@@ -303,10 +303,10 @@ def run(
             rounds=rounds,
             cases=list(cases.values()),
             kv_mb=cache_mb,
-            costs=shared._row_clock.known,
+            costs=shared.decoder.row_clock.known,
             **{kind: list(group.values()) for kind, group in groups.items()},
         )
-        takes_q8 = memory and _takes_q8(first._model)
+        takes_q8 = memory and _takes_q8(first.decoder.model)
     if memory:
         for case in report.cases:
             progress(f"memory: {case.name}")
@@ -467,7 +467,7 @@ class Recorder:
 
 def measure(engine: Engine, stream: AnswerStream) -> Measured:
     """One answer, text and statistics included."""
-    contexts = engine._streams.contexts
+    contexts = engine.decoder.contexts
     started, inside = time.perf_counter(), 0.0
     for _ in stream:
         inside = inside or sum(context.seconds for context in contexts)  # once the prompt is decoded
@@ -487,7 +487,7 @@ def measure(engine: Engine, stream: AnswerStream) -> Measured:
 
 def measure_rows(engine: Engine, stream: AnswerStream) -> Measured:
     """The same with its batches; of an engine with the shared layout and one conversation."""
-    with Recorder(engine._streams.contexts[0]) as recorder:
+    with Recorder(engine.decoder.contexts[0]) as recorder:
         found = measure(engine, stream)
     return replace(found, batches=recorder.after(stream.answer.prompt_tokens))
 
@@ -495,7 +495,7 @@ def measure_rows(engine: Engine, stream: AnswerStream) -> Measured:
 def warm_up(engine: Engine, tokens: int) -> None:
     """Answer until the engine knows what rows cost, where it wants to know."""
     for text in (QUESTIONS * WARM_UPS)[:WARM_UPS]:
-        if engine._row_clock.known is not None or not engine.can_defer:
+        if engine.decoder.row_clock.known is not None or not engine.can_defer:
             return
         engine.generate(text, Options(gate=False, temp=0.0, max_tokens=max(tokens, 64))).run()
 

@@ -3,49 +3,33 @@
 from __future__ import annotations
 
 import inspect
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from acd_local import pairs, vectors
+from acd_local import model_pairs, pairs
 from acd_local.answers import OnEvent
 from acd_local.chat import Chat
-from acd_local.errors import (
-    EngineBusyError,
-    EngineClosedError,
-    ModelError,
-    PairError,
-    UsageError,
-    printable,
-)
-from acd_local.gate import Gate
-from acd_local.gating import Conversation, Gating, read_parts
-from acd_local.generation import Answering, AnswerStream, PromptMeter
+from acd_local.errors import PairError, UsageError
+from acd_local.gating import Conversation, Gating, reading
+from acd_local.generation import AnswerStream, Generation, GenerationRequest, resolve_contrast
+from acd_local.model_pairs import ModelPairs
 from acd_local.models import resolve as resolve_model
-from acd_local.options import ENGINE_RANGES, Options, refuse_unknown
+from acd_local.options import ENGINE_RANGES, MAX_SEED, Options, refuse_unknown
 from acd_local.pairs import PromptPair
 from acd_local.runtime import llama, probe, rowcosts
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import Vocabulary
-from acd_local.runtime.gguf_header import GGUFInfo
-from acd_local.runtime.lifetime import CLOSED
-from acd_local.runtime.llama import DecodeAborted, Logits
-from acd_local.runtime.prefixes import PrefixStore, common_prefix
-from acd_local.runtime.prompts import Framing, Prompt, PromptBuilder
-from acd_local.runtime.reading import Reader, read_at_once
-from acd_local.runtime.rowcosts import MOST, RowClock
-from acd_local.runtime.streams import Cache, Feed, Layout, Rows, Slot, Streams, extend
+from acd_local.runtime.decoder import Decoder
+from acd_local.runtime.prompts import Framing, PromptBuilder
+from acd_local.runtime.streams import Layout
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.runtime.threads import default_threads
 from acd_local.softpair import SoftPair
-from acd_local.vectors import Vectors
 
 DEFAULT_CTX_SIZE = 4096
-FEW = 2  # conversations whose safe streams may run ahead; more are decoded together
 
 # Never sampled unless they end the answer.
 _NOT_TEXT = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN | llama.ATTR_UNUSED
@@ -83,7 +67,7 @@ class Engine:
         soft: as given.
         info: what the model file's header says. n_params: how many weights it has.
         n_ctx: tokens that each stream holds.
-        can_defer: whether the safe stream can run ahead: caches can forget their last tokens.
+        decoder: owns the model and its caches. template, vocab, vocabulary, prompts: of the model, for measuring.
 
     Raises:
         ModelError, PairError, UsageError, OutOfMemoryError.
@@ -119,68 +103,49 @@ class Engine:
             on_progress(0.0)
         self.info = probe.verify(path)
         self.soft = soft
-        self._vectors: dict[tuple[object, ...], Vectors] = {}
-        self._lock = threading.RLock()
-        self.pair = self._first_pair(pair)  # what is wrong with it is said before the model is loaded
-        self._found = self._check_pair(pair, on_check, threads=threads, gpu_layers=gpu_layers)
+        self._pairs = ModelPairs(self.info, soft)
+        load = partial(type(self), self.info.path, threads=threads, gpu_layers=gpu_layers)
+        # What is wrong with a pair is said before the model is loaded.
+        self.pair, self._found = self._pairs.choose(pair, load, on_check)
         self.fitted = self.pair is not None and pairs.fitted(self.pair, self.info)
-        self._model = llama.Model(self.info.path, gpu_layers=gpu_layers, on_progress=on_progress)
+        loaded = llama.Model(self.info.path, gpu_layers=gpu_layers, on_progress=on_progress)
         try:
-            self.n_params = self._model.n_params
-            limit = self._model.n_ctx_train
+            self.n_params = loaded.n_params
+            limit = loaded.n_ctx_train
             self.n_ctx = ctx_size or (min(DEFAULT_CTX_SIZE, limit) if limit > 0 else DEFAULT_CTX_SIZE)
-            self.template = ChatTemplate(self._model)
-            self.vocab = self._model.vocab
-            self._vocabulary = Vocabulary(self.vocab, _NOT_TEXT)
-            self._builder = PromptBuilder(self.template, self.n_ctx, self._model.rows)
-            self._soft_of(self.pair)
-            self._streams = Streams(
-                self._model,
+            self.template = ChatTemplate(loaded)
+            self.vocab = loaded.vocab
+            self.vocabulary = Vocabulary(self.vocab, _NOT_TEXT)
+            self.prompts = PromptBuilder(self.template, self.n_ctx, loaded.rows)
+            if self.pair is not None and self.takes_soft(self.pair):
+                self.prompts.keep_negative(self._pairs.soft_pair(self.pair).adversarial)
+            self.decoder = Decoder(
+                loaded,
                 n_ctx=self.n_ctx,
                 conversations=conversations,
                 layout=layout,
                 kv_type=kv_type,
                 threads=self.threads,
-                lock=self._lock,
-                # A run has MOST tokens at most, drafts from the conversation included.
-                outputs=MOST if conversations <= FEW else 1,
+                system_apart=system_apart,
+                figures=rowcosts.file_for(
+                    self.info.path,
+                    threads=self.threads,
+                    kv=kv_type,
+                    layout=layout,
+                    gpu=gpu_layers,
+                    offload=llama.supports_gpu_offload(),
+                ),
             )
         except BaseException:
-            self._model.close()
+            loaded.close()
             raise
-        rewinds = not self._model.keeps_state and self._model.n_swa == 0
-        self.can_defer = rewinds and conversations <= FEW
-        self._reader: Reader | None = None
-        self._kv_type = kv_type
-        # Where the size of a context decides how positions turn, the reader's is the streams'.
-        by_size = self._model.metadata(f"{self.info.architecture}.rope.scaling.original_context_length")
-        self._read_tokens = min(read_at_once(self._streams.contexts[0].n_seq), self.n_ctx)
-        self._read_ctx = self.n_ctx if by_size else self._read_tokens
-        self._read_builder = PromptBuilder(self.template, self._read_tokens, self._model.rows)
-        self._row_clock = RowClock(
-            rowcosts.file_for(
-                self.info.path,
-                threads=self.threads,
-                kv=kv_type,
-                layout=layout,
-                gpu=gpu_layers,
-                offload=llama.supports_gpu_offload(),
-            )
-        )
-        several = conversations > 1 if system_apart is None else False
-        self._prefixes = PrefixStore(eager=several or not rewinds, exact=system_apart is True)
-        self._open = _Open(self)
-        self._free = threading.Condition()
-        self._idle: list[Slot] = list(self._streams.slots)
-        self._holders: list[int] = []  # thread ids of running answers
-        self._closed = False
 
     @property
     def warning(self) -> str | None:
         """Something about model and pair that the user should know, one line."""
         notes = [self.template.warning]
-        if 0 < self._model.n_ctx_train < self.n_ctx:
-            notes.append(f"the model was trained for {self._model.n_ctx_train} tokens, not {self.n_ctx}")
+        if 0 < (trained := self.decoder.model.n_ctx_train) < self.n_ctx:
+            notes.append(f"the model was trained for {trained} tokens, not {self.n_ctx}")
         if self.pair is not None and not pairs.fits(self.pair, self.info):
             notes.append(f"the prompt pair {self.pair.name!r} was made for another model")
         notes.append(self._found)
@@ -222,29 +187,30 @@ class Engine:
         turns, own_system = _turns(messages)
         if own_system is not None and system is not None:
             raise UsageError("give the system prompt as `system` or as the first message, not both")
-        chosen = self.pair if pair is None else _resolve_pair(pair)
+        chosen = self.pair if pair is None else model_pairs.resolve(pair)
         options = options or Options()
-        gating = None if framing is not None and not options.gate else self._gating(chosen, options)
+        gating = None if framing is not None and not options.gate else self.gating(chosen, options)
         soft = self.takes_soft(chosen)
         if framing is None:
-            framing = Framing.of(chosen, self._soft_of(chosen))
+            framing = Framing.of(chosen, self.soft_pair(chosen) if soft else None)
         elif framing.negative is not None and chosen is None:
             raise UsageError("a framing with a negative prompt takes its numbers from a pair: give `pair`")
-        work = Answering(
-            self,
-            turns,
-            options,
-            system if own_system is None else own_system,
-            chosen,
-            framing,
-            soft,
-            gating,
-            divergence,
-            trace,
-            on_event,
-            cancel or CancelToken(),
+        request = GenerationRequest(
+            turns=turns,
+            system=system if own_system is None else own_system,
+            options=options,
+            framing=framing,
+            contrast=resolve_contrast(options, chosen, soft=soft),
+            seed=secrets.randbelow(MAX_SEED + 1) if options.seed is None else options.seed,
+            pair=chosen,
+            soft=soft,
+            gating=gating,
+            divergence=divergence,
+            trace=trace,
+            on_event=on_event,
+            cancel=cancel or CancelToken(),
         )
-        return AnswerStream(work)
+        return AnswerStream(Generation(self.decoder, self.prompts, self.vocabulary, request))
 
     def gate_probability(
         self,
@@ -262,15 +228,22 @@ class Engine:
             PairError: the pair has no gate.
             UsageError, ContextError, ModelError: the conversation, or the model, cannot be read.
         """
-        self._check_open()
+        self.decoder.check_open()
         turns, own_system = _turns(messages)
         system = system if own_system is None else own_system
-        chosen = self.pair if pair is None else _resolve_pair(pair)
-        gating = self._gating(chosen, Options(gate=True))
+        gating = self.gating(self.pair if pair is None else model_pairs.resolve(pair), Options(gate=True))
         assert gating is not None
-        prompt = self._builder.build(gating.base, system, turns, contrast=False, max_tokens=1, overflow="drop")
-        with self._reading(gating.gate, []) as reader:
-            return read_parts(self, reader, gating, Conversation(system, turns, prompt))
+        prompt = self.prompts.build(gating.base, system, turns, contrast=False, max_tokens=1, overflow="drop")
+        with reading(self.decoder, self.prompts, gating) as reader:
+            return reader.read_parts(Conversation(system, turns, prompt))
+
+    def gating(self, pair: PromptPair | None, options: Options) -> Gating | None:
+        """Return the gate that is asked before an answer under a pair, and what is done by what it says; None: none.
+
+        Raises:
+            PairError: options want one and the pair has none, or it is broken or made for another model.
+        """
+        return self._pairs.gating(pair, options)
 
     def chat(
         self,
@@ -280,14 +253,12 @@ class Engine:
         pair: PromptPair | str | None = None,
     ) -> Chat:
         """A conversation that remembers its turns; any number of them share the engine."""
-        chosen = self.pair if pair is None else _resolve_pair(pair)
+        chosen = self.pair if pair is None else model_pairs.resolve(pair)
         return Chat(self, system=system, options=options, pair=chosen)
 
     def takes_soft(self, pair: PromptPair | None) -> bool:
         """Whether answers with a pair are made with its soft prompts."""
-        if pair is None or self.soft is not None:
-            return bool(pair and self.soft)
-        return pair.soft_preferred and pairs.fitted(pair, self.info)
+        return self._pairs.takes_soft(pair)
 
     def soft_pair(self, pair: PromptPair | None = None) -> SoftPair:
         """The soft prompts beside a pair (None: the engine's), checked against the model; read once per file.
@@ -295,32 +266,29 @@ class Engine:
         Raises:
             PairError: the pair has none, or they are broken or made for another model.
         """
-        self._model.owned.check()
+        self.decoder.model.owned.check()
         wanted = self.pair if pair is None else pair
         if wanted is None:
             raise PairError("no prompt pair is in use, so there are no soft prompts: name a pair that has some")
-        found = self._read_soft(wanted)
-        self._builder.keep_negative(found.adversarial)
+        found = self._pairs.soft_pair(wanted)
+        self.prompts.keep_negative(found.adversarial)
         return found
 
     @property
+    def can_defer(self) -> bool:
+        """Whether the safe stream can run ahead: caches can forget their last tokens."""
+        return self.decoder.can_defer
+
+    @property
     def closed(self) -> bool:
-        return self._closed
+        return self.decoder.closed
 
     def close(self) -> None:
         """Free model and caches. Answers that are still being streamed end with EngineClosedError.
 
         In a forked child this does nothing.
         """
-        if self._closed or self._model.owned.foreign:
-            return
-        self._closed = True
-        self._interrupt()
-        with self._lock:
-            if self._reader is not None:
-                self._reader.close()
-            self._streams.close()
-            self._model.close()
+        self.decoder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -330,205 +298,6 @@ class Engine:
 
     def __reduce__(self) -> NoReturn:
         raise UsageError("an engine cannot be copied or sent to another process: load it where it is used")
-
-    # -- used by AnswerStream -----------------------------------------------------------------------------------------
-
-    @property
-    def _has_free_slot(self) -> bool:
-        return bool(self._idle)
-
-    @contextmanager
-    def _slot(self, prompt: Prompt, cancel: CancelToken) -> Iterator[Slot]:
-        """The free slot that fits `prompt` best; waits for one unless this thread holds them all."""
-        me = threading.get_ident()
-        with self._free:
-            while not self._idle:
-                self._check_not_closed()
-                if cancel.is_set:
-                    raise DecodeAborted
-                if all(holder == me for holder in self._holders):
-                    raise EngineBusyError(
-                        "this thread is still streaming another answer of this engine: finish or close it first, "
-                        "or load with conversations=2"
-                    )
-                self._free.wait(0.05)
-            slot = max(self._idle, key=lambda s: _gain(s.safe.tokens, prompt))  # of equals the longest unused
-            self._idle.remove(slot)
-            self._holders.append(me)
-        try:
-            yield slot
-        finally:
-            if not self._model.owned.foreign:  # there the lock may be held by a thread that did not come along
-                with self._free:
-                    self._idle.append(slot)
-                    self._holders.remove(me)
-                    self._free.notify()
-
-    def _extend(self, work: Rows, cancels: Sequence[CancelToken], meter: PromptMeter | None = None) -> list[Logits]:
-        """`streams.extend`, stopped by any of `cancels`."""
-        with self._decoding(cancels):
-            return self._timed(work, meter)
-
-    @contextmanager
-    def _decoding(self, cancels: Sequence[CancelToken]) -> Iterator[None]:
-        """The engine, held open for decoding that any of `cancels` stops."""
-        with self._open, ExitStack() as stack:
-            for cancel in cancels:
-                stack.enter_context(cancel.interrupting(self._interrupt))
-            self._streams.resume()
-            if self._reader is not None:
-                self._reader.resume()
-            self._check_not_closed()  # close() may have asked for a stop just before
-            if any(cancel.is_set for cancel in cancels):
-                raise DecodeAborted
-            try:
-                yield
-            except DecodeAborted:
-                self._check_not_closed()
-                raise
-
-    def _interrupt(self) -> None:
-        self._streams.cancel()
-        if (reader := self._reader) is not None:
-            reader.cancel()
-
-    @contextmanager
-    def _reading(self, gate: Gate, cancels: Sequence[CancelToken]) -> Iterator[Reader]:
-        """The engine, held open as by `_decoding`, and what reads its states; that is made when it is first needed."""
-        with self._decoding(cancels):
-            if self._reader is None or self._reader.layers != gate.layers:
-                if self._reader is not None:
-                    self._reader.close()
-                self._reader = None
-                self._reader = Reader(
-                    self._model,
-                    gate.layers,
-                    n_ctx=self._read_ctx,
-                    at_once=self._read_tokens,
-                    threads=self.threads,
-                    kv_type=self._kv_type,
-                    n_seq=self._streams.contexts[0].n_seq,
-                    lock=self._lock,
-                )
-            try:
-                yield self._reader
-            except ModelError as error:
-                raise ModelError(f"{error}; --gate off (gate=False) does without") from None
-
-    def _gating(self, pair: PromptPair | None, options: Options) -> Gating | None:
-        settings = None if pair is None else pair.gate
-        if options.gate is False or (settings is None and not options.gate):
-            return None
-        if pair is None or settings is None:
-            name = "no pair is in use" if pair is None else f"pair {pair.name!r} has no gate"
-            raise PairError(f"{name}: leave --gate on out, or make a gate with acd fit")
-        if options.gate_threshold is not None:
-            settings = replace(settings, threshold=options.gate_threshold)
-        return Gating(self._read_gate(pair), settings)
-
-    def _timed(self, work: Rows, meter: PromptMeter | None) -> list[Logits]:
-        contexts = self._streams.contexts
-        before = sum(context.seconds for context in contexts)
-        logits = extend(work, meter)
-        lengths = {len(feed.tokens) for feed in work}
-        if len(work) <= 2 and len(lengths) == 1:
-            self._row_clock.note(len(work), lengths.pop(), sum(context.seconds for context in contexts) - before)
-        return logits
-
-    def _prepare(
-        self, work: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], cancel: CancelToken, meter: PromptMeter
-    ) -> Rows:
-        """What is left to decode of a prompt, after a new system prompt where that is decoded alone.
-
-        Args:
-            work: see `PrefixStore.prepare`.
-        """
-
-        def counted(items: Rows) -> None:
-            self._extend(items, [cancel], meter)
-            meter.settle(items)
-
-        with self._open:
-            self._prefixes.prepare(work, counted)
-        return [Feed(cache, tokens[len(cache.tokens) :]) for cache, tokens, _ in work]
-
-    def _check_open(self) -> None:
-        """Whether an answer can be begun: not after `close`, nor in a forked child, nor while the process ends."""
-        self._check_not_closed()
-        self._model.owned.check()
-
-    def _check_not_closed(self) -> None:
-        if self._closed:
-            raise EngineClosedError(CLOSED)
-
-    def _first_pair(self, pair: PromptPair | str | None) -> PromptPair | None:
-        """The pair that is asked for, its soft prompts read where they are taken; or the fitted one."""
-        found = pairs.best_for(self.info) if pair is None else _resolve_pair(pair)
-        if found is None and pair is None and self.soft:
-            raise PairError(
-                f"no prompt pair was made for {_model_name(self.info)}, so there are no soft prompts: leave --soft "
-                "out, or make a pair with acd optimize"
-            )
-        if found is not None and self.takes_soft(found):
-            self._read_soft(found)
-        return found
-
-    def _check_pair(
-        self, asked: PromptPair | str | None, on_check: Callable[[float], object] | None, **settings: Any
-    ) -> str | None:
-        """Choose between `default` and none where no pair is fitted; a line about what was found."""
-        from acd_local import quickcheck  # which uses engines itself
-
-        if asked == pairs.AS_IS or isinstance(asked, PromptPair):
-            return None
-        given: dict[str, Any] = {"soft": self.soft, "on_check": on_check, **settings}
-        if self.pair is not None:
-            if pairs.fitted(self.pair, self.info):
-                return None
-            verdict = quickcheck.check(self.info, self.pair, **given)
-            return f"the pair {self.pair.name!r} does harm to this model ({verdict})" if verdict.harms else None
-        lead = f"no prompt pair was made for {_model_name(self.info)}"
-        default = next((pair for pair in pairs.available() if pair.name == pairs.DEFAULT), None)
-        if default is None:
-            return f"{lead}: it answers as it is; acd fit makes a pair"
-        verdict = quickcheck.check(self.info, default, asked=False, **given)
-        if verdict.helps:
-            self.pair = default
-            return f"{lead}: the pair {default.name!r} is used ({verdict}); acd fit makes a better one"
-        return f"{lead}: it answers as it is ({verdict}); acd fit makes a pair"
-
-    def _soft_of(self, pair: PromptPair | None) -> SoftPair | None:
-        return self.soft_pair(pair) if self.takes_soft(pair) else None
-
-    def _read_soft(self, pair: PromptPair) -> SoftPair:
-        found = None if pair.vectors_path is None else self._read_vectors(pair, pair.vectors_path).soft
-        if found is None:
-            raise PairError(
-                f"pair {pair.name!r} has no soft prompts ({pair.name}.safetensors beside it): take --no-soft, or make "
-                "them with acd optimize"
-            )
-        return found
-
-    def _read_gate(self, pair: PromptPair) -> Gate:
-        found = None if pair.vectors_path is None else self._read_vectors(pair, pair.vectors_path).gate
-        if found is None:
-            raise PairError(
-                f"pair {pair.name!r} has a [gate], but no {pair.name}.safetensors beside it with one: copy both files "
-                "again, or make them with acd fit"
-            )
-        return found
-
-    def _read_vectors(self, pair: PromptPair, path: Path) -> Vectors:
-        """What stands beside a pair, checked against the model; read once per file."""
-        seen = path.stat() if path.exists() else None
-        key = (path, pair.sha256, seen and seen.st_mtime_ns, seen and seen.st_size)
-        if key not in self._vectors:
-            found = vectors.load(path, sha256=pair.sha256)
-            for part in (found.soft, found.gate):
-                if part is not None:
-                    part.check(self.info)
-            self._vectors[key] = found
-        return self._vectors[key]
 
 
 def measured_pair(model: str | Path, name: str | None = None) -> PromptPair:
@@ -540,22 +309,6 @@ def measured_pair(model: str | Path, name: str | None = None) -> PromptPair:
     if name is not None:
         return pairs.find(name)
     return pairs.best_for(probe.verify(resolve_model(str(model)))) or pairs.find(pairs.DEFAULT)
-
-
-def _resolve_pair(pair: PromptPair | str) -> PromptPair | None:
-    if isinstance(pair, PromptPair):
-        return pair
-    return None if pair == pairs.AS_IS else pairs.find(pair)
-
-
-def _model_name(info: GGUFInfo) -> str:
-    return printable(info.name or info.path.name)[:80]
-
-
-def _gain(held: Sequence[int], prompt: Prompt) -> tuple[int, int]:
-    """What continuing in a slot saves, less what it forgets, in tokens; a system prompt is cheap to restore."""
-    common = common_prefix(held, prompt.safe)
-    return max(0, common - len(prompt.safe_prefix)) - (len(held) - common), common
 
 
 def check_messages(messages: Any) -> None:
@@ -587,26 +340,6 @@ def _message(raw: Mapping[str, Any]) -> Message:
     if role not in ("system", "user", "assistant"):
         raise UsageError(f"a message's role must be system, user or assistant, not {role!r}")
     return Message(role, raw["content"])
-
-
-class _Open:
-    """`with engine._open:` holds the engine open: everything that touches llama.cpp's memory runs inside."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = weakref.ref(engine)
-        self._lock = engine._lock
-
-    def __enter__(self) -> None:
-        engine = self._engine()
-        if engine is not None and engine._model.owned.foreign:
-            engine._check_open()  # instead of waiting for a lock that nobody releases here
-        self._lock.acquire()
-        if engine is None or engine._closed:
-            self._lock.release()
-            raise EngineClosedError(CLOSED)
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
 
 
 def _check_counts(**counts: int | None) -> None:

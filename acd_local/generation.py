@@ -1,17 +1,16 @@
-"""How an engine makes one answer, and the handle through which a caller gets it.
+"""Makes one answer: decides what is decoded, chooses tokens, and turns them into text; and streams it to a caller.
 
-An answer is a routine: a generator that yields text, or rows that it needs decoded and whose logits it is to be sent.
-`AnswerStream` drives one routine; `batch.Batch` drives several and decodes their rows together.
+A `Generation` goes on by steps: a generator that yields text, or rows that it needs decoded and whose logits it is to
+be sent. `AnswerStream` drives one of them; `batch.BatchRunner` drives several and decodes their rows together.
 """
 
 from __future__ import annotations
 
 import inspect
-import secrets
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol, Self, TypeAlias
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self, TypeAlias
 
 from acd_local import pairs
 from acd_local.answers import (
@@ -28,28 +27,25 @@ from acd_local.answers import (
     TurnsDropped,
 )
 from acd_local.errors import ContextError, UsageError
-from acd_local.gating import AS_IS, Conversation, Gating, Watch, read_prompt
-from acd_local.options import MAX_SEED, Options
+from acd_local.gating import AS_IS, Conversation, Gating, Watch, reading
+from acd_local.options import Options
 from acd_local.pairs import PromptPair, refuse_adversarial
 from acd_local.runtime import grammar, lookup
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.choice import Chooser, ContrastSettings, Step
+from acd_local.runtime.choice import Chooser, ContrastSettings, Step, Vocabulary
+from acd_local.runtime.decoder import Decoder, PromptMeter
 from acd_local.runtime.deferred import deferred
 from acd_local.runtime.generate import Need, Strategy, StreamLogits, advance, stepwise
+from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.lookup import Lookup
 from acd_local.runtime.pace import Pace
-from acd_local.runtime.prefixes import common_prefix
-from acd_local.runtime.prompts import Framing, Prompt
+from acd_local.runtime.prompts import Framing, Prompt, PromptBuilder
 from acd_local.runtime.rowcosts import RowCosts
 from acd_local.runtime.sampling import Guard, TokenSampler
-from acd_local.runtime.streams import Cache, Feed, Rows, Slot
+from acd_local.runtime.streams import Feed, Rows, Slot
 from acd_local.runtime.template import Message
 from acd_local.runtime.text import TextStream
-
-if TYPE_CHECKING:
-    from acd_local.engine import Engine
-
 
 _NO_CONTRAST = ContrastSettings(0.0, 0.0)
 LEAD = 16  # tokens decoded stepwise where it is not known what rows cost
@@ -57,11 +53,43 @@ Item: TypeAlias = str | Rows
 Routine: TypeAlias = Generator[Item, list[Logits], None]
 
 
-class Work(Protocol):
-    """What makes an answer. It must not know its handle: dropping the handle is what stops the work."""
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What is to be answered, and how: all that is known of an answer before it begins. `Engine.generate` makes it.
+
+    Attributes:
+        turns: user and assistant messages. system: the application's system prompt.
+        options: sampling and limits.
+        framing: what stands around the conversation in either stream.
+        contrast: the contrast's numbers.
+        seed: of the draws.
+        pair: the prompt pair in use; None: none. soft: whether its soft prompts are.
+        gating: the gate that is asked; None: none is.
+        divergence, trace, on_event, cancel: as in `Engine.generate`.
+    """
+
+    turns: Sequence[Message]
+    options: Options
+    framing: Framing
+    contrast: ContrastSettings
+    seed: int
+    system: str | None = None
+    pair: PromptPair | None = None
+    soft: bool = False
+    gating: Gating | None = None
+    divergence: bool = False
+    trace: bool = False
+    on_event: OnEvent | None = None
+    cancel: CancelToken = field(default_factory=CancelToken)
+
+
+class Producer(Protocol):
+    """What makes an answer. It must not know its stream: dropping the stream is what stops it."""
 
     result: Answer | None
-    cancel: CancelToken
+
+    @property
+    def cancel(self) -> CancelToken: ...
 
     @property
     def text(self) -> str: ...
@@ -69,15 +97,15 @@ class Work(Protocol):
     def pieces(self) -> Generator[str, None, None]: ...
 
 
-class Handle:
+class BaseStream:
     """One answer while it is made: iterate for pieces of its text (whole characters), then read `answer`.
 
     Closing it early (close(), a `with` block, or dropping it) stops decoding and frees its slot.
     """
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._pieces = work.pieces()
+    def __init__(self, producer: Producer) -> None:
+        self._producer = producer
+        self._pieces = producer.pieces()
 
     @property
     def begun(self) -> bool:
@@ -105,18 +133,18 @@ class Handle:
         Raises:
             UsageError: it has not.
         """
-        if self._work.result is None:
+        if self._producer.result is None:
             raise UsageError("the answer is not finished: iterate over the stream first")
-        return self._work.result
+        return self._producer.result
 
     @property
     def text(self) -> str:
         """The text so far."""
-        return self._work.text
+        return self._producer.text
 
     def cancel(self) -> None:
         """End the answer within one decoding step, also during a long prompt. Safe from any thread."""
-        self._work.cancel.set()
+        self._producer.cancel.set()
 
     def close(self) -> None:
         """Stop here."""
@@ -129,99 +157,68 @@ class Handle:
         self.close()
 
 
-class AnswerStream(Handle):
+class AnswerStream(BaseStream):
     """An answer of `Engine.generate`.
 
     Attributes:
         seed: the seed in use. settings: the contrast's numbers in use. pair: the prompt pair in use, None: none.
         soft: whether its soft prompts are.
+        generation: what makes it, for whoever drives it in this stream's place.
     """
 
-    def __init__(self, work: Answering) -> None:
-        super().__init__(work)
-        self._answering = work
-        self.seed = work.seed
-        self.settings = work.settings
-        self.pair = work.pair
-        self.soft = work.soft
+    def __init__(self, generation: Generation) -> None:
+        super().__init__(generation)
+        self.generation = generation
+        request = generation.request
+        self.seed, self.settings, self.pair, self.soft = request.seed, request.contrast, request.pair, request.soft
 
     def skip(self) -> Answer:
         """Return the cancelled answer that it becomes if nobody begins to read it; nothing is decoded."""
         self.close()
-        return self._answering.skip()
+        return self.generation.skip()
 
 
-class PromptMeter:
-    """Counts the rows of one prompt while they are decoded, and tells whoever wants to know how far it is.
+class Answerer(Protocol):
+    """What answers conversations: an `Engine`, as chats, batches and checks see it."""
+
+    info: GGUFInfo
+    decoder: Decoder
+
+    def generate(
+        self,
+        messages: Sequence[Message | Mapping[str, str]] | str,
+        options: Options | None = None,
+        *,
+        system: str | None = None,
+        pair: PromptPair | str | None = None,
+        divergence: bool = False,
+        trace: bool = False,
+        on_event: OnEvent | None = None,
+        cancel: CancelToken | None = None,
+    ) -> AnswerStream: ...
+
+    def close(self) -> None: ...
+
+
+class Generation:
+    """One answer in the making: builds the prompt, decodes it, runs the loop, turns tokens into text.
 
     Args:
-        streams: what holds it in the end, and its tokens.
-
-    Attributes:
-        decoded: rows of the batches that were finished.
-    """
-
-    def __init__(self, streams: Sequence[tuple[Cache, Sequence[int]]], on_event: OnEvent | None) -> None:
-        self._streams = streams
-        self._total = sum(len(tokens) for _, tokens in streams)
-        self._on_event = on_event
-        self._settled = self._before = 0
-        self.decoded = 0
-
-    def __call__(self, rows: int) -> None:
-        """See `streams.extend`."""
-        self.decoded = self._before + rows
-        if self._on_event is not None:
-            done = sum(common_prefix(cache.tokens, tokens) for cache, tokens in self._streams)
-            self._on_event(PromptProgress(done, self._total))
-
-    def settle(self, rows: Rows) -> None:
-        """Count all of these as decoded."""
-        self._settled += sum(len(feed.tokens) for feed in rows)
-        self.decoded = self._before = self._settled
-
-    def pause(self) -> None:
-        """What is left of the rows comes by itself."""
-        self._before = self.decoded
-
-
-class Answering:
-    """One answer in the making: builds the prompt, decodes it, runs the loop, turns tokens into text.
+        prompts, vocabulary: of the decoder's model.
 
     Attributes:
         meter: what the rows are to be counted with while they are the prompt's.
+        result: the finished answer; None while it is made.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        turns: Sequence[Message],
-        options: Options,
-        system: str | None,
-        pair: PromptPair | None,
-        framing: Framing,
-        soft: bool,
-        gating: Gating | None,
-        divergence: bool,
-        trace: bool,
-        on_event: OnEvent | None,
-        cancel: CancelToken,
+        self, decoder: Decoder, prompts: PromptBuilder, vocabulary: Vocabulary, request: GenerationRequest
     ) -> None:
-        self._engine = engine
-        self._turns = turns
-        self._options = options
-        self._system = system
-        self.pair = pair
-        self.soft = soft
-        self._framing = framing
-        self._gating = gating
-        self._divergence = divergence
-        self._trace = trace
-        self._on_event = on_event
-        self.cancel = cancel
-        self.seed = secrets.randbelow(MAX_SEED + 1) if options.seed is None else options.seed
-        self.settings = resolve_contrast(options, pair, soft=soft)
-        self._in_force = self.settings if gating is None else _NO_CONTRAST
+        self.decoder = decoder
+        self.request = request
+        self._prompts = prompts
+        self._vocabulary = vocabulary
+        self._in_force = request.contrast if request.gating is None else _NO_CONTRAST
         self._decided: GateRecord | None = None
         self.result: Answer | None = None
         self.meter: PromptMeter | None = None
@@ -230,6 +227,10 @@ class Answering:
         self._text: list[str] = []
         self._divergences: list[float] = []
         self._compared = 0
+
+    @property
+    def cancel(self) -> CancelToken:
+        return self.request.cancel
 
     @property
     def text(self) -> str:
@@ -251,8 +252,8 @@ class Answering:
 
     def _decode(self, routine: Routine, rows: Rows) -> Item | None:
         try:
-            with self._engine._open:  # the logits are valid until somebody else decodes
-                return advance(routine, self._engine._extend(rows, [self.cancel], self.meter))
+            with self.decoder.open():
+                return advance(routine, self.decoder.extend(rows, [self.cancel], self.meter))
         except DecodeAborted as aborted:
             return abort(routine, aborted)
 
@@ -268,17 +269,18 @@ class Answering:
         """
         started = first_logits = time.perf_counter()
         prompt: Prompt | None = None
-        text = TextStream(self._options.stop)
+        text = TextStream(self.request.options.stop)
         reason: FinishReason = "length"
         try:
             guard = self._check_request()
-            prompt = self._build(self._framing if self._gating is None else self._gating.base)
-            with self._engine._slot(prompt, self.cancel) as slot:
+            gating = self.request.gating
+            prompt = self._build(self.request.framing if gating is None else gating.base)
+            with self.decoder.slot(prompt.safe, prompt.safe_prefix, self.cancel) as slot:
                 prompt, first = yield from self._begin(slot, prompt, beside or tuple)
                 first_logits = time.perf_counter()
                 chooser = self._chooser(prompt, guard)
                 watch = self._watch(prompt, slot)
-                strategy = self._strategy(chooser, prompt, first, deferring=beside is None)
+                strategy = self.strategy(chooser, prompt, first, deferring=beside is None)
                 item = next(strategy, None)
                 while item is not None:
                     if not isinstance(item, Step):
@@ -290,7 +292,7 @@ class Answering:
                                 break  # there is no room for the pair's prompt
                             prompt, first = turned
                             chooser.settings = self._in_force
-                            strategy = self._strategy(chooser, prompt, first, deferring=beside is None)
+                            strategy = self.strategy(chooser, prompt, first, deferring=beside is None)
                             item = next(strategy, None)
                             continue
                         item = advance(strategy, (yield [_feed(need, slot, prompt) for need in item]))
@@ -315,7 +317,7 @@ class Answering:
         if rest := text.finish():
             self._text.append(rest)
             yield rest
-        self._engine._row_clock.settle()
+        self.decoder.row_clock.settle()
         self.result = self._finish(reason, prompt, (started, first_logits, time.perf_counter()))
 
     def skip(self) -> Answer:
@@ -327,15 +329,15 @@ class Answering:
         self, slot: Slot, prompt: Prompt, beside: Callable[[], Sequence[CancelToken]]
     ) -> Generator[Item, list[Logits], tuple[Prompt, StreamLogits]]:
         """The prompt that answers, decoded, and the logits behind it. Where there is a gate, `prompt` is its base's."""
-        gating = self._gating
+        gating = self.request.gating
         if gating is not None:
             probability, logits = yield from self._read(gating, slot, prompt, beside)
             decision = gating.settings.decide(probability)
             self._decided = GateRecord(probability, decision, 0 if decision == "contrast" else None)
             self._tell(GateDecision(probability, decision))
             if decision == "contrast":
-                self._in_force = self.settings
-                prompt = self._build(self._framing)
+                self._in_force = self.request.contrast
+                prompt = self._build(self.request.framing)
             elif not gating.is_base(decision):
                 prompt = self._build(AS_IS)
             elif logits is not None:
@@ -347,15 +349,15 @@ class Answering:
     def _read(
         self, gating: Gating, slot: Slot, prompt: Prompt, beside: Callable[[], Sequence[CancelToken]]
     ) -> Generator[Item, list[Logits], tuple[float, Logits | None]]:
-        """See `read_prompt`; another answer's cancel makes it begin again, once that was seen to."""
-        asked = Conversation(self._system, self._turns, prompt)
+        """See `GateReader.read_prompt`; another answer's cancel makes it begin again, once that was seen to."""
+        asked = Conversation(self.request.system, self.request.turns, prompt)
         while True:
             others = beside()
             try:
-                with self._engine._reading(gating.gate, [self.cancel, *others]) as reader:
-                    meter = PromptMeter([(reader.cache, prompt.safe)], self._on_event)
+                with reading(self.decoder, self._prompts, gating, [self.cancel, *others], self._go_on) as reader:
+                    meter = PromptMeter([(reader.states.cache, prompt.safe)], self._tell_progress)
                     try:
-                        return read_prompt(self._engine, reader, gating, asked, slot, meter, self._go_on)
+                        return reader.read_prompt(asked, slot, meter)
                     finally:
                         self._prompt_decoded += meter.decoded
             except DecodeAborted:
@@ -370,9 +372,9 @@ class Answering:
         streams = [(slot.safe, [*prompt.safe, *said], prompt.safe_prefix)]
         if prompt.adversarial is not None:
             streams.append((slot.adversarial, [*prompt.adversarial, *said], prompt.adversarial_prefix))
-        meter = self.meter = PromptMeter([(cache, tokens) for cache, tokens, _ in streams], self._on_event)
+        meter = self.meter = PromptMeter([(cache, tokens) for cache, tokens, _ in streams], self._tell_progress)
         try:
-            work = self._engine._prepare(streams, self.cancel, meter)
+            work = self.decoder.prepare(streams, self.cancel, meter)
             logits = yield work
             meter.settle(work)
         finally:
@@ -381,14 +383,16 @@ class Answering:
         return logits[0][0], logits[1][0] if len(logits) > 1 else None
 
     def _watch(self, prompt: Prompt, slot: Slot) -> Watch | None:
-        gating, decided = self._gating, self._decided
+        gating, decided = self.request.gating, self._decided
         if gating is None or decided is None or decided.contrast_from is not None or not gating.look:
             return None
-        return Watch(self._engine, gating, prompt, slot, self.cancel)
+        return Watch(gating, prompt, slot)
 
     def _look(self, watch: Watch) -> bool:
         """Read the answer again; whether it goes on under the pair."""
-        turns = watch.look([record.token for record in self._records])
+        assert self.request.gating is not None
+        with reading(self.decoder, self._prompts, self.request.gating, [self.cancel]) as reader:
+            turns = watch.look(reader, [record.token for record in self._records])
         position, probability = watch.looks[-1]
         assert self._decided is not None
         self._decided = replace(self._decided, looks=tuple(watch.looks), contrast_from=position if turns else None)
@@ -400,41 +404,44 @@ class Answering:
         """The pair's prompt and the answer so far, decoded, and the logits behind it; None: there is no room."""
         said = [record.token for record in self._records]
         try:
-            prompt = self._build(self._framing)
+            prompt = self._build(self.request.framing)
         except ContextError:
             return None
         if prompt.room <= len(said):
             return None
-        self._in_force = replace(self.settings, begin=len(said))
+        self._in_force = replace(self.request.contrast, begin=len(said))
         self._tell_dropped(prompt)
         return prompt, (yield from self._decode_prompt(slot, prompt, said))
 
     def _tell(self, event: AnswerEvent) -> None:
-        if self._on_event is not None:
-            self._on_event(event)
+        if self.request.on_event is not None:
+            self.request.on_event(event)
+
+    def _tell_progress(self, done: int, total: int) -> None:
+        self._tell(PromptProgress(done, total))
 
     def _tell_dropped(self, prompt: Prompt) -> None:
         if prompt.dropped:
             self._tell(TurnsDropped(prompt.dropped))
 
     def _check_request(self) -> Guard | None:
-        engine, options = self._engine, self._options
-        engine._check_open()  # first: in a forked child no lock may be waited for
-        guard = grammar.from_options(options, engine.vocab, engine.info.path)
-        if self.pair is not None:
-            for text in filter(None, (self._system, *self._framing.positive_texts())):
-                refuse_adversarial(text, self.pair)
+        self.decoder.check_open()  # first: in a forked child no lock may be waited for
+        request, model = self.request, self.decoder.model
+        guard = grammar.from_options(request.options, model.vocab, model.path)
+        if request.pair is not None:
+            for text in filter(None, (request.system, *request.framing.positive_texts())):
+                refuse_adversarial(text, request.pair)
         return guard
 
     def _build(self, framing: Framing) -> Prompt:
-        options = self._options
-        return self._engine._builder.build(
+        request = self.request
+        return self._prompts.build(
             framing,
-            self._system,
-            self._turns,
-            contrast=framing is self._framing and self.settings.contrasts(0),
-            max_tokens=options.max_tokens,
-            overflow=options.overflow,
+            request.system,
+            request.turns,
+            contrast=framing is request.framing and request.contrast.contrasts(0),
+            max_tokens=request.options.max_tokens,
+            overflow=request.options.overflow,
             check=self._go_on,
         )
 
@@ -443,22 +450,27 @@ class Answering:
             raise DecodeAborted
 
     def _chooser(self, prompt: Prompt, guard: Guard | None) -> Chooser:
-        engine = self._engine
+        request, decoder = self.request, self.decoder
         return Chooser(
-            TokenSampler(engine.vocab, self._options, self.seed, prompt.safe, n_ctx=engine.n_ctx),
-            engine._vocabulary,
+            TokenSampler(decoder.model.vocab, request.options, request.seed, prompt.safe, n_ctx=decoder.n_ctx),
+            self._vocabulary,
             self._in_force,
             grammar=guard,
-            divergence=self._divergence,
-            trace=self._trace,
+            divergence=request.divergence,
+            trace=request.trace,
         )
 
-    def _strategy(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, *, deferring: bool) -> Strategy:
-        """What says the rest of the answer; `first` are the logits behind what was said."""
-        engine, options, alpha = self._engine, self._options, self._in_force.alpha
-        costs, asked = engine._row_clock.known, options.strategy
+    def strategy(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, *, deferring: bool) -> Strategy:
+        """Return what says the rest of the answer.
+
+        Args:
+            first: the logits behind what was said.
+            deferring: whether the safe stream may run ahead, where the options and the decoder allow it.
+        """
+        decoder, options, alpha = self.decoder, self.request.options, self._in_force.alpha
+        costs, asked = decoder.row_clock.known, options.strategy
         said = [record.token for record in self._records]
-        if asked == "stepwise" or not deferring or not engine.can_defer:
+        if asked == "stepwise" or not deferring or not decoder.can_defer:
             return stepwise(first, chooser, limit=prompt.room, start=len(said))
         return deferred(
             first,
@@ -469,11 +481,11 @@ class Answering:
             said=said,
             lead=LEAD if costs is None and asked == "auto" and alpha > 0 else 1,
             patient=asked == "deferred" or costs is None,
-            clock=engine._row_clock if costs is None else None,
+            clock=decoder.row_clock if costs is None else None,
         )
 
     def _record(self, step: Step) -> bytes:
-        vocab = self._engine.vocab
+        vocab = self.decoder.model.vocab
         piece = b"" if step.ends else vocab.piece(step.token)
         safe_piece = piece if step.safe_choice == step.token else vocab.piece(step.safe_choice)
         record = TokenRecord(
@@ -485,7 +497,7 @@ class Answering:
             None if step.trace is None else step.trace.safe_rank,
         )
         self._records.append(record)
-        if self._trace:
+        if self.request.trace:
             self._tell(record)
         self._compared += step.compared
         if step.divergence is not None:
@@ -503,7 +515,7 @@ class Answering:
         """The finished answer; without a prompt where it ended before that was known."""
         started, first_logits, ended = times
         records, s = self._records, self._in_force
-        completion = sum(1 for r in records if r.token not in self._engine._vocabulary.eog)
+        completion = sum(1 for r in records if r.token not in self._vocabulary.eog)
         seconds = ended - first_logits if records else 0.0
         return Answer(
             text=self.text,
@@ -511,7 +523,7 @@ class Answering:
             prompt_tokens=0 if prompt is None else len(prompt.safe),
             prompt_decoded=self._prompt_decoded,
             completion_tokens=completion,
-            seed=self.seed,
+            seed=self.request.seed,
             contrast=ContrastStats(
                 alpha=s.alpha,
                 beta=s.beta,

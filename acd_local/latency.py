@@ -61,7 +61,7 @@ def run(
     settings: dict[str, Any] = {"threads": threads, "ctx_size": ctx_size, "pair": measured_pair(model, pair)}
     with Engine(model, **settings) as engine:
         question = min(QUESTION, ctx_size // 4)
-        with llama.Context(engine._model, n_ctx=ctx_size, n_seq=1, threads=threads) as bare:
+        with llama.Context(engine.decoder.model, n_ctx=ctx_size, n_seq=1, threads=threads) as bare:
             seconds: dict[str, list[float]] = {name: [] for name in WAYS}
             for number in range(rounds + 1):  # the first round decodes the system prompts and does not count
                 progress(f"first token, round {number} of {rounds}" if number else "first token: warming up")

@@ -107,7 +107,7 @@ def run(
 
 
 def _prompt(engine: Engine, text: str, tokens: int) -> Prompt:
-    return engine._builder.build(
+    return engine.prompts.build(
         Framing.of(engine.pair), None, [Message("user", text)], contrast=True, max_tokens=tokens, overflow="error"
     )
 

@@ -40,20 +40,18 @@ from acd_local.bench import (
 from acd_local.engine import Engine, measured_pair
 from acd_local.errors import UsageError
 from acd_local.evaluate.svg import Axis, Curve, Panel, panels
-from acd_local.generation import Answering, AnswerStream
+from acd_local.generation import AnswerStream, Generation
 from acd_local.models import resolve
 from acd_local.options import Options
 from acd_local.runtime import llama, probe
-from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import Chooser, Look
 from acd_local.runtime.deferred import deferred
 from acd_local.runtime.generate import Strategy, StreamLogits
 from acd_local.runtime.lookup import Lookup
 from acd_local.runtime.pace import Pace
-from acd_local.runtime.prompts import Framing, Prompt
+from acd_local.runtime.prompts import Prompt
 from acd_local.runtime.rowcosts import MOST, RowClock, RowCosts
 from acd_local.runtime.streams import Streams
-from acd_local.runtime.template import Message
 from acd_local.runtime.threads import default_threads
 
 DEMO = "demo"
@@ -260,7 +258,7 @@ def _record(
     with Engine(source, **settings) as engine:
         if not engine.can_defer:
             raise UsageError(f"{source} is always decoded stepwise: there is nothing to replay")
-        engine._row_clock.known = costs.fit
+        engine.decoder.row_clock.known = costs.fit
         return [
             [
                 {name: by_strategy(engine, name, texts[number % len(texts)], tokens) for name in STRATEGIES}
@@ -308,23 +306,22 @@ class _NoLookup(Lookup):
         return []
 
 
-class _Paced(Answering):
+class _Paced(Generation):
     """An answer with runs of a fixed length."""
 
     def __init__(self, engine: Engine, text: str, options: Options, length: int) -> None:
-        framing, cancel = Framing.of(engine.pair), CancelToken()
-        turns = [Message("user", text)]
-        super().__init__(engine, turns, options, None, engine.pair, framing, False, None, False, False, None, cancel)
-        self.pace = FixedPace(length, alpha=self.settings.alpha, greedy=options.temp == 0)
+        request = engine.generate(text, options).generation.request
+        super().__init__(engine.decoder, engine.prompts, engine.vocabulary, request)
+        self.pace = FixedPace(length, alpha=request.contrast.alpha, greedy=options.temp == 0)
 
-    def _strategy(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, *, deferring: bool) -> Strategy:
+    def strategy(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, *, deferring: bool) -> Strategy:
         return deferred(first, chooser, self.pace, _NoLookup(()), limit=prompt.room, patient=True)
 
 
 def paced(engine: Engine, text: str, options: Options, length: int) -> tuple[Measured, list[tuple[int, bool]]]:
     """An answer with runs of a fixed length, and `FixedPace.runs`."""
-    work = _Paced(engine, text, options, length)
-    return measure(engine, AnswerStream(work)), work.pace.runs
+    generation = _Paced(engine, text, options, length)
+    return measure(engine, AnswerStream(generation)), generation.pace.runs
 
 
 def standing(runs: Sequence[tuple[int, bool]], most: int) -> list[tuple[int, float, float]]:
@@ -410,11 +407,11 @@ def run_curves(
     with Engine(model, threads=threads, ctx_size=ctx_size, pair=measured_pair(model, pair)) as engine:
         if not engine.can_defer:
             raise UsageError("this model's caches cannot forget their last tokens: it is always decoded stepwise")
-        with _pair_context(engine._model, ctx_size, engine.threads) as both:
+        with _pair_context(engine.decoder.model, ctx_size, engine.threads) as both:
             progress("measuring batches")
             costs = batch_costs(both)
         found = {"greedy": Runs(), "sampled": Runs()}
-        with llama.Context(engine._model, n_ctx=ctx_size, n_seq=1, threads=engine.threads) as bare:
+        with llama.Context(engine.decoder.model, n_ctx=ctx_size, n_seq=1, threads=engine.threads) as bare:
             warm_up(engine, tokens)
             for number in range(1, rounds + 1):
                 progress(f"round {number} of {rounds}")

@@ -69,7 +69,7 @@ def near_ties(
         allowed: for each token a move that is tried beside STEPS.
     """
     said, prompts = _said(answer), _prompts(engine, prompt)
-    safe, adversarial = (text_logits(engine._model, ids, said, kv_type) for ids in prompts)
+    safe, adversarial = (text_logits(engine.decoder.model, ids, said, kv_type) for ids in prompts)
     choices = _Choices(engine, options, answer, prompts[0])
     found = []
     for position, token in enumerate(said):
@@ -87,10 +87,10 @@ def variation(engine: Engine, prompt: str, answer: Answer, kv_type: str = "f16")
     said = _said(answer)
     found = np.zeros(len(said))
     for ids in _prompts(engine, prompt):
-        whole = text_logits(engine._model, ids, said, kv_type)
+        whole = text_logits(engine.decoder.model, ids, said, kv_type)
         far = whole < whole.max(1, keepdims=True) - NEAR
         for rows in SHAPES:
-            moved = text_logits(engine._model, ids, said, kv_type, rows) - whole
+            moved = text_logits(engine.decoder.model, ids, said, kv_type, rows) - whole
             widest = np.where(far, -np.inf, moved).max(1) - np.where(far, np.inf, moved).min(1)
             found = np.maximum(found, widest / 2)
     return [float(value) for value in found]
@@ -111,7 +111,7 @@ class _Choices:
 
     def __init__(self, engine: Engine, options: Options, answer: Answer, prompt: Sequence[int]) -> None:
         self._contrast, self._window = answer.contrast, options.window
-        self._vocabulary = engine._vocabulary
+        self._vocabulary = engine.vocabulary
         self._sampler = TokenSampler(engine.vocab, options, answer.seed, prompt, n_ctx=engine.n_ctx)
         self._grammar = grammar.from_options(options, engine.vocab, engine.info.path)
 

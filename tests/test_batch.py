@@ -158,7 +158,7 @@ def test_cancelling_during_a_neighbours_long_prompt(tiny: Callable[..., Path]) -
             said = [record.token for record in ended[i].tokens]
             assert len(said) == 12
             for n in (0, 4, 11):
-                logits = fresh_logits(engine._model, prompt + said[:n], n_ctx=4096)
+                logits = fresh_logits(engine.decoder.model, prompt + said[:n], n_ctx=4096)
                 assert logits[said[n]] >= logits.max() - TOLERANCE
 
 
@@ -296,5 +296,5 @@ def test_an_adversarial_text_stays_negative(engine: Engine) -> None:
 
 
 def _slot_of(engine: Engine) -> list:  # type: ignore[type-arg]
-    slot = engine._idle[-1]  # the one that was used last
+    slot = engine.decoder._idle[-1]  # the one that was used last
     return [slot.safe, slot.adversarial]

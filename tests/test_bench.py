@@ -186,7 +186,7 @@ def test_first_tokens_of_long_questions(tiny: Callable[..., Path]) -> None:
 
 def test_a_recorder_leaves_the_context_as_it_was(tiny: Callable[..., Path]) -> None:
     with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
-        context = engine._streams.contexts[0]
+        context = engine.decoder.contexts[0]
         with bench.Recorder(context) as recorder:
             answer = engine.generate("What is red?", Options(temp=0.0, max_tokens=5, strategy="stepwise")).run()
         engine.generate("What is blue?", Options(temp=0.0, max_tokens=5)).run()
@@ -286,7 +286,7 @@ def test_models_that_cannot_forget_replay_nothing(tiny: Callable[..., Path]) -> 
 def test_batches_of_all_sizes_are_measured(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "REPEATED", 14)
     with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
-        streams = Streams(engine._model, n_ctx=512, threads=1, outputs=max(speed.SIZES))
+        streams = Streams(engine.decoder.model, n_ctx=512, threads=1, outputs=max(speed.SIZES))
         try:
             with bench.Recorder(streams.contexts[0]) as recorder:
                 costs = speed.batch_costs(streams.contexts[0])
@@ -382,8 +382,10 @@ def test_two_llamas_see_what_the_streams_see(tiny: Callable[..., Path], monkeypa
         assert prompt.adversarial is not None
         said = [token for _, _, token in seen[:8]]
         for i, (safe, adversarial, _) in enumerate(seen[:8]):
-            assert abs(safe - fresh_logits(engine._model, prompt.safe + said[:i])).max() < TOLERANCE
-            assert abs(adversarial - fresh_logits(engine._model, prompt.adversarial + said[:i])).max() < TOLERANCE
+            assert abs(safe - fresh_logits(engine.decoder.model, prompt.safe + said[:i])).max() < TOLERANCE
+            assert (
+                abs(adversarial - fresh_logits(engine.decoder.model, prompt.adversarial + said[:i])).max() < TOLERANCE
+            )
 
 
 def _missing(*_: object) -> Any:

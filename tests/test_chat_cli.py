@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -438,7 +439,8 @@ def test_a_pair_that_is_known_to_do_harm_is_told_when_it_is_switched_to(desk: De
     soup = tmp_path / "soup.toml"
     soup.write_text(PAIR.format(name="soup", safe="be kind " * 2000))  # nothing fits beside it
     assert desk.type(f"/pair {soup}")[1].count("\n") == 1, "nothing is known yet"
-    quickcheck.check(desk.app.engine.info, pairs.load(soup), threads=1)
+    info = desk.app.engine.info
+    quickcheck.check(info, pairs.load(soup), partial(Engine, info.path, threads=1))
     assert "acd-chat: pair soup does harm to this model (alone" in desk.type(f"/pair {soup}")[1]
 
 

@@ -354,13 +354,13 @@ def test_an_answer_that_turns_goes_on_contrasted(tmp_path: Path, model: Path, op
 
 def by_hand(engine: Engine, pair: PromptPair, options: Options, turn: int) -> list[int]:
     """An answer's tokens, one by one: the model's own, from `turn` on contrasted, as if both prompts had held them."""
-    turns, slot = [Message("user", HARMLESS)], engine._streams.slots[0]
+    turns, slot = [Message("user", HARMLESS)], engine.decoder.slots[0]
     base, both = (
-        engine._builder.build(f, None, turns, contrast=c, max_tokens=12, overflow="drop")
+        engine.prompts.build(f, None, turns, contrast=c, max_tokens=12, overflow="drop")
         for f, c in ((AS_IS, False), (Framing.of(pair), True))
     )
     sampler = TokenSampler(engine.vocab, options, options.seed or 0, base.safe, n_ctx=engine.n_ctx)
-    chooser = Chooser(sampler, engine._vocabulary, ContrastSettings(0.0, 0.0))
+    chooser = Chooser(sampler, engine.vocabulary, ContrastSettings(0.0, 0.0))
     said: list[int] = []
     for position in range(12):
         streams = [(slot.safe, base.safe)]
@@ -684,9 +684,9 @@ def test_under_asyncio_the_decision_is_an_event(engine: Engine) -> None:
 
 def test_what_reads_is_freed_with_the_engine(model: Path, pair: PromptPair) -> None:
     engine = Engine(model, pair=pair, ctx_size=512, threads=1)
-    assert engine._reader is None
+    assert engine.decoder._reader is None
     engine.gate_probability(HARMLESS)
-    reader = engine._reader
+    reader = engine.decoder._reader
     assert reader is not None
     engine.close()
     with pytest.raises(EngineClosedError):

@@ -34,7 +34,7 @@ def prompts_of(engine: Engine) -> list[list[int]]:
 
 def assert_is_the_oracles(engine: Engine, answer: Answer, choose: Callable[[dict[int, float], int], int]) -> None:
     """Every token is the definition's choice under fully recomputed logits, or a near-tie of it."""
-    model = engine._model
+    model = engine.decoder.model
     control = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN | llama.ATTR_UNUSED
     eog = engine.vocab.eog_tokens()
     banned = {i for i, attr in enumerate(engine.vocab.attrs()) if attr & control and i not in eog}
@@ -89,7 +89,7 @@ def test_layouts_give_the_same_tokens_on_random_models(tiny: Callable[..., Path]
             with Engine(path, pair=DEFAULT, ctx_size=512, threads=1) as engine:
                 safe, adversarial = prompts_of(engine)
                 said = texts[0][:first]
-                s, a = (fresh_logits(engine._model, p + said).tolist() for p in (safe, adversarial))
+                s, a = (fresh_logits(engine.decoder.model, p + said).tolist() for p in (safe, adversarial))
                 scores = contrast_by_hand(s, a, 0.5, 0.1, set())
                 assert abs(scores[texts[0][first]] - scores[texts[1][first]]) < 2 * TOLERANCE
 
@@ -126,7 +126,7 @@ def test_alpha_zero_never_touches_the_second_stream(tiny: Callable[..., Path]) -
         for options in (Options(alpha=0.0, max_tokens=4), Options(plain=True, max_tokens=4)):
             answer = engine.generate(QUESTION, options).run()
             assert answer.context_used[1] == 0
-            assert engine._streams.slots[0].adversarial.tokens == []
+            assert engine.decoder.slots[0].adversarial.tokens == []
 
 
 # -- on a vocabulary of a few tokens -----------------------------------------------------------------------------------

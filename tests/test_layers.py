@@ -47,12 +47,16 @@ LAYERS = (
     {"runtime/grammar"},
     {"runtime/prefixes"},
     {"runtime/reading", "runtime/template", "runtime/choice", "runtime/lookup", "runtime/rowcosts"},
+    {"runtime/decoder"},
     {"runtime/generate", "runtime/pace"},
     {"runtime/deferred"},
     {"runtime/prompts", "answers"},
     {"gating"},
     {"generation"},
-    {"chat", "engine", "batch", "quickcheck"},  # the check of a pair uses engines, and an engine asks for it
+    {"chat", "batch"},
+    {"quickcheck"},
+    {"model_pairs"},
+    {"engine"},
     {"aio"},
     {
         "evaluate/sets",

@@ -515,16 +515,16 @@ def test_the_contrast_is_recomputed_from_the_logits(engine: Engine) -> None:
     soft = engine.soft_pair()
     answer = engine.generate("What is water?", SHORT).run()
     assert (answer.contrast.alpha, answer.contrast.beta) == (0.3, 0.1)
-    table = engine._model.rows
+    table = engine.decoder.model.rows
     sequences = []
     for prompt in (soft.safe, soft.adversarial.reveal_for_negative_stream()):
         ids = table.add(prompt.rows, prompt.digest)
         sequences.append(engine.template.encode([Message("user", "What is water?")], rows=ids))
     assert answer.prompt_tokens == len(sequences[0])
     assert answer.context_used[1] - answer.context_used[0] == 3  # the adversarial prompt has three rows more
-    banned = set(engine._vocabulary.banned.tolist())
+    banned = set(engine.vocabulary.banned.tolist())
     for record in answer.tokens:
-        safe, adversarial = (logits_of(engine._model, ids) for ids in sequences)
+        safe, adversarial = (logits_of(engine.decoder.model, ids) for ids in sequences)
         scores = contrast_by_hand(safe.tolist(), adversarial.tolist(), 0.3, 0.1, banned)
         assert scores[record.token] > max(scores.values()) - TOLERANCE
         for ids in sequences:
@@ -641,7 +641,7 @@ def test_a_cancel_in_the_middle_of_rows_leaves_a_good_cache(
         answer = stream.run()
         monkeypatch.undo()
         assert answer.finish_reason == "cancelled"
-        held = engine._streams.slots[0].safe.tokens
+        held = engine.decoder.slots[0].safe.tokens
         assert 0 < sum(t < 0 for t in held) < 500
         assert engine.generate("What is red?", SHORT).run().text == wanted.text
 
@@ -828,15 +828,15 @@ def test_the_worker_answers_with_soft_prompts(engine: Engine, model: Path, folde
 
 def test_likelihoods_under_soft_prompts_are_those_of_the_logits(engine: Engine) -> None:
     soft, words = engine.soft_pair(), engine.vocab.tokenize("blue water", parse_special=False)
-    table = engine._model.rows
+    table = engine.decoder.model.rows
     sides = [table.add(p.rows, p.digest) for p in (soft.safe, soft.adversarial.reveal_for_negative_stream())]
     prompts = [engine.template.encode([Message("user", "What?")], rows=ids) for ids in sides]
     settings = resolve_contrast(Options(), engine.pair, soft=True)
-    with Scorer(engine._model, n_streams=2, n_ctx=512, threads=1) as scorer:
+    with Scorer(engine.decoder.model, n_streams=2, n_ctx=512, threads=1) as scorer:
         for _ in range(2):  # the second time from the caches
             found = scorer.logprobs(prompts, words, [(0, 1, settings)])[0]
             for i, word in enumerate(words):
-                safe, adversarial = (logits_of(engine._model, [*p, *words[:i]]) for p in prompts)
+                safe, adversarial = (logits_of(engine.decoder.model, [*p, *words[:i]]) for p in prompts)
                 assert found[i] == pytest.approx(log_softmax(contrasted(safe, adversarial, settings), word), abs=0.2)
 
 

@@ -67,7 +67,7 @@ def tokens(answer: Answer) -> list[int]:
 def engine(tiny: Callable[..., Path]) -> Iterator[Engine]:
     """What rows cost is fixed, so that the machine does not decide what is tested."""
     with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
-        engine._row_clock.known = RowCosts(pair=1.9, fixed=0.9, each=0.4)
+        engine.decoder.row_clock.known = RowCosts(pair=1.9, fixed=0.9, each=0.4)
         yield engine
 
 
@@ -139,7 +139,7 @@ BORDERLINE = RowCosts(pair=2.2, fixed=0.9, each=0.4)
 def test_auto_says_the_same_whatever_rows_cost(
     engine: Engine, name: str, costs: RowCosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine._row_clock, "known", costs)
+    monkeypatch.setattr(engine.decoder.row_clock, "known", costs)
     ways = []
     pays = Pace.pays
     monkeypatch.setattr(Pace, "pays", property(lambda pace: (ways.append(found := pays.fget(pace)), found)[1]))  # type: ignore[attr-defined]
@@ -205,7 +205,7 @@ def test_what_was_said_before_an_error_is_not_lost(
     """Logits are broken from one position on, whenever they are decoded."""
     said, texts = [], {}
     seq = 0 if stream == "safe" else 1
-    decode, logits, last = engine._streams.contexts[0].decode, engine._streams.contexts[0].logits, []
+    decode, logits, last = engine.decoder.contexts[0].decode, engine.decoder.contexts[0].logits, []
 
     def decoding(tokens: Any, seqs: Any, positions: Any, outputs: Any) -> None:
         last[:] = [(s, p) for s, p, o in zip(seqs, positions, outputs, strict=True) if o]
@@ -218,8 +218,8 @@ def test_what_was_said_before_an_error_is_not_lost(
                 row[:] = np.nan
         return found
 
-    monkeypatch.setattr(engine._streams.contexts[0], "decode", decoding)
-    monkeypatch.setattr(engine._streams.contexts[0], "logits", breaking)
+    monkeypatch.setattr(engine.decoder.contexts[0], "decode", decoding)
+    monkeypatch.setattr(engine.decoder.contexts[0], "logits", breaking)
     prompts = (engine.pair.safe, engine.pair.adversarial.reveal_for_negative_stream())
     said += [len(engine.template.encode([Message("system", p), Message("user", PROMPTS[3])])) for p in prompts]
     for strategy in ("stepwise", "deferred"):
@@ -265,7 +265,7 @@ def test_a_cancelled_run_says_nothing_more(engine: Engine) -> None:
     options = Options(temp=0.0, max_tokens=N, strategy="deferred", beta=0.0, alpha=1e-6)
     stream = engine.generate(PROMPTS[3], options)
     for _ in stream:
-        if (said := len(stream._answering._records)) > 3:
+        if (said := len(stream.generation._records)) > 3:
             break
     stream.cancel()
     answer = stream.run()
@@ -316,7 +316,7 @@ class Recorded:
 def test_the_adversarial_stream_takes_several_tokens_at_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"beta": 0.5}
     both(engine, PROMPTS[3], options)  # the system prompts are decoded
-    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    recorded = Recorded(engine.decoder.contexts[0], monkeypatch)
     one, other = both(engine, PROMPTS[3], options)
     assert tokens(one) == tokens(other)
     stepwise, deferred = recorded.batches[: len(one.tokens)], recorded.batches[len(one.tokens) :]
@@ -331,9 +331,9 @@ def test_the_adversarial_stream_takes_several_tokens_at_once(engine: Engine, mon
 
 
 def test_rows_are_taken_one_by_one_where_a_small_batch_is_dear(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded, sizes = Recorded(engine._streams.contexts[0], monkeypatch), []
+    recorded, sizes = Recorded(engine.decoder.contexts[0], monkeypatch), []
     for fixed in (0.9, 2.0):  # with the latter 2 and 3 rows cost 2.6 and 2.9, and 4 rows 3.2
-        monkeypatch.setattr(engine._row_clock, "known", RowCosts(pair=2.1, fixed=fixed, each=0.3))
+        monkeypatch.setattr(engine.decoder.row_clock, "known", RowCosts(pair=2.1, fixed=fixed, each=0.3))
         found = set()
         for prompt in PROMPTS:
             recorded.batches.clear()
@@ -348,7 +348,7 @@ def test_rows_are_taken_one_by_one_where_a_small_batch_is_dear(engine: Engine, m
 
 
 def test_beyond_the_window_the_adversarial_stream_rests(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    recorded = Recorded(engine.decoder.contexts[0], monkeypatch)
     answer = engine.generate(PROMPTS[1], Options(temp=0.0, max_tokens=N, window=4, strategy="deferred")).run()
     assert len(answer.tokens) > 10
     rows = [batch for batch in recorded.batches if batch[1] and batch[2]]
@@ -361,7 +361,7 @@ def test_quotations_are_drafted_without_a_contrast_too(
     engine: Engine, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**options, "grammar": 'root ::= "' + "red green blue black white " * 8 + '"', "max_tokens": 300}
-    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    recorded = Recorded(engine.decoder.contexts[0], monkeypatch)
     one, other = both(engine, PROMPTS[0], options)
     assert tokens(one) == tokens(other)
     assert other.text.startswith("red green blue black white red")
@@ -373,7 +373,7 @@ def test_after_a_window_the_next_turn_catches_up_in_one_batch(engine: Engine, mo
     chat = engine.chat(options=Options(temp=0.0, max_tokens=N, window=4))
     said = len(chat.ask(PROMPTS[3]).tokens)
     assert said > 20
-    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    recorded = Recorded(engine.decoder.contexts[0], monkeypatch)
     answer = chat.ask(PROMPTS[0])
     safe, adversarial, _ = recorded.batches[0]
     # Text that is read as other tokens than were said is decoded anew in the safe stream too.
@@ -385,7 +385,7 @@ def test_repetitions_are_drafted(engine: Engine, monkeypatch: pytest.MonkeyPatch
     """Under this grammar every token is the only one: the safe stream takes what came before in one batch."""
     grammar = 'root ::= "' + "red green blue black white " * 8 + '"'
     options = {"grammar": grammar, "max_tokens": 300, "beta": 1.0}
-    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    recorded = Recorded(engine.decoder.contexts[0], monkeypatch)
     one, other = both(engine, PROMPTS[0], options)
     assert one.text == other.text
     assert other.text.startswith("red green blue black white red")
@@ -401,7 +401,7 @@ def test_a_run_never_wants_more_logits_than_the_context_has(engine: Engine, monk
         return [] if len(ahead) < 14 else [7] * min(MOST, most)
 
     monkeypatch.setattr(Lookup, "draft", draft)
-    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    recorded = Recorded(engine.decoder.contexts[0], monkeypatch)
     engine.generate(PROMPTS[3], Options(temp=0.0, max_tokens=N, strategy="deferred", beta=0.0, alpha=1e-6)).run()
     assert drafts[14] == 1
     assert max(batch[2] for batch in recorded.batches) == 16
@@ -423,7 +423,7 @@ def test_choosers_are_cloned_where_a_second_token_is_drafted(engine: Engine, mon
     fork = Chooser.fork
     monkeypatch.setattr(Chooser, "fork", lambda self: (forks.append(1), fork(self))[1])
     monkeypatch.setattr(Lookup, "draft", lambda *_: [])
-    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    recorded = Recorded(engine.decoder.contexts[0], monkeypatch)
     options = {"temp": 0.0, "max_tokens": 12, "strategy": "deferred", "grammar": "root ::= [a-z ]+"}
     engine.generate(PROMPTS[0], Options(**options, beta=1.0)).run()  # nothing is open: runs of one token
     assert forks == []
@@ -704,7 +704,7 @@ def test_runs_and_steps_of_an_answer_are_timed(tiny: Callable[..., Path], monkey
     read = [0]
     monkeypatch.setattr("acd_local.runtime.deferred.time", SimpleNamespace(perf_counter=lambda: next(now) + read[0]))
     with Engine(tiny("chatml", seed=4), pair=DEFAULT, ctx_size=512, threads=1) as engine:
-        clock = engine._row_clock
+        clock = engine.decoder.row_clock
         monkeypatch.setattr(clock, "settle", lambda: None)
         monkeypatch.setattr("acd_local.runtime.deferred.PATIENCE", 1e12)
         options = Options(temp=0.0, max_tokens=N)
@@ -727,10 +727,10 @@ def test_readers_do_not_wait_for_long_runs_before_it_is_known_what_rows_cost(
     for patience, longest in ((60.0, MOST), (0.0, LEAST)):
         monkeypatch.setattr("acd_local.runtime.deferred.PATIENCE", patience)
         with Engine(tiny("chatml", seed=4), pair=DEFAULT, ctx_size=512, threads=1) as engine:
-            monkeypatch.setattr(engine._row_clock, "settle", lambda: None)
+            monkeypatch.setattr(engine.decoder.row_clock, "settle", lambda: None)
             options = Options(temp=0.0, max_tokens=N, strategy="deferred")
             engine.generate(PROMPTS[3], options, divergence=True).run()  # which every position waits for
-            lengths = [len(run.batches) - 1 for run in engine._row_clock._runs]
+            lengths = [len(run.batches) - 1 for run in engine.decoder.row_clock._runs]
         assert max(lengths) == longest
 
 
@@ -806,13 +806,13 @@ def test_an_engine_measures_and_the_next_one_knows(
     with Engine(path, pair=DEFAULT, ctx_size=512, threads=1) as engine:
         for prompt in (*PROMPTS, *PROMPTS):
             engine.generate(prompt, Options(temp=0.0, max_tokens=N)).run()
-        known = engine._row_clock.known
+        known = engine.decoder.row_clock.known
     assert known is not None
     (kept,) = (tmp_path / "rowcosts").iterdir()
     assert json.loads(kept.read_text()) == json.loads(json.dumps(asdict(known)))
     assert len(known.few) == 2
     with Engine(path, pair=DEFAULT, ctx_size=512, threads=1) as engine:
-        assert engine._row_clock.known == known
+        assert engine.decoder.row_clock.known == known
 
 
 # -- the option --------------------------------------------------------------------------------------------------------

@@ -238,6 +238,7 @@ def _engine(model: str, pair: PromptPair, given: dict[str, Any]) -> Engine:
 def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[list[Method], dict[str, Any] | None]:
     """The methods in table order, those of a sweep last; and run.json's description of the sweep."""
     from acd_local.evaluate import methods
+    from acd_local.options import Options
 
     asked = given["methods"] or (DEFAULT_METHODS if pair.gate is None else DEFAULT_WITH_GATE)
     names = [name.strip() for name in asked.split(",") if name.strip()]
@@ -255,7 +256,7 @@ def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[l
     chosen = methods.select(names, known)
     methods.check_gates(chosen, pair)
     if any(method.gate for method in chosen):
-        engine._read_gate(pair)  # says what is wrong with it
+        engine.gating(pair, Options(gate=True))  # says what is wrong with it
     if given["sweep"] is None:
         return chosen, None
     key, numbers = _sweep(given["sweep"])

@@ -96,7 +96,7 @@ class Judge:
                 raise UsageError(f"{self.info.path}: no judge: the question does not fit its {self._n_ctx} tokens")
             self._prefix = self._common_beginning()
             self._snapshot: Snapshot | None = None
-            if self._prefix and (self._model.keeps_state or self._model.n_swa):  # such caches cannot be rewound
+            if self._prefix and not self._model.rewinds:
                 extend([Feed(self._cache, self._prefix)])
                 self._snapshot = self._cache.save()
             mass = self._learn_lead()

@@ -75,7 +75,7 @@ class Bench:
         if self._openings is None:
             self._openings = Openings.of(partial(answer_tokens, engine.template, engine.vocab))
         return OpeningScorer(
-            engine._model,
+            engine.decoder.model,
             engine.template,
             self._openings,
             groups,
@@ -87,7 +87,7 @@ class Bench:
     def reader(self, layers: Sequence[int]) -> Reader:
         """To be closed."""
         engine = self.engine()
-        return Reader(engine._model, layers, n_ctx=engine.n_ctx, threads=self._threads)
+        return Reader(engine.decoder.model, layers, n_ctx=engine.n_ctx, threads=self._threads)
 
     def states(
         self,

@@ -182,6 +182,8 @@ class Model:
         n_params: how many weights the model has.
         rows: embedding rows, which `Context.decode` takes by negative ids.
         row_positions: positions that llama.cpp reads per embedding row: 4 for M-RoPE, else 1.
+        rewinds: whether a cache can always forget its last tokens alone: no recurrent state, no sliding window.
+        rope_by_n_ctx: whether the size of a context decides how positions turn.
 
     Raises:
         ModelError: llama.cpp refuses the file.
@@ -220,8 +222,10 @@ class Model:
         self.n_ctx_train = int(C.llama_model_n_ctx_train(pointer))
         self.n_swa = int(C.llama_model_n_swa(pointer))
         self.keeps_state = bool(C.llama_model_is_recurrent(pointer) or C.llama_model_is_hybrid(pointer))
-        input_width = int(C.llama_model_n_embd_inp(pointer))
-        self.rows = RowTable(self.n_embd, input_width, self.metadata("general.architecture") or "")
+        self.rewinds = not self.keeps_state and self.n_swa == 0
+        input_width, architecture = int(C.llama_model_n_embd_inp(pointer)), self.metadata("general.architecture") or ""
+        self.rope_by_n_ctx = bool(self.metadata(f"{architecture}.rope.scaling.original_context_length"))
+        self.rows = RowTable(self.n_embd, input_width, architecture)
         self.row_positions = 4 if int(C.llama_model_rope_type(pointer)) in _SEVERAL_POSITIONS else 1
 
     def metadata(self, key: str) -> str | None:

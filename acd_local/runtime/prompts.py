@@ -5,6 +5,7 @@ System prompts are texts or embedding rows; the latter stand in the sequences as
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self, TypeAlias
@@ -136,6 +137,12 @@ class PromptBuilder:
         self._table = table
         self._adversarial: set[str] = set()
         self._prefixes: dict[Opening, list[int]] = {}
+
+    def within(self, n_ctx: int) -> Self:
+        """A builder that keeps conversations within another number of tokens and is this one otherwise."""
+        other = copy.copy(self)
+        other._n_ctx = n_ctx
+        return other
 
     def keep_negative(self, rows: AdversarialRows) -> None:
         """From now on these rows are refused in the positive stream, also as a `SoftPrompt` that holds a copy."""

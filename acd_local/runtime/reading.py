@@ -69,6 +69,10 @@ class Reader:
     def n_ctx(self) -> int:
         return self.cache.n_ctx
 
+    def fits(self, tokens: Sequence[int]) -> bool:
+        """Whether these are read at once."""
+        return len(tokens) <= self.at_once
+
     def read(self, tokens: Sequence[int], start: int) -> States:
         """The layers' states at tokens[start:], shape (layers, len(tokens) - start, n_embd); later layers are left out.
 
