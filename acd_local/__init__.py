@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from acd_local.runtime.cancel import CancelToken
     from acd_local.runtime.template import Message
 
-_HOMES = {
+HOMES = {
     "acd_local.generation": ("AnswerStream",),
     "acd_local.answers": (
         "Answer",
@@ -81,7 +81,7 @@ _HOMES = {
     "acd_local.runtime.template": ("Message",),
     "acd_local.engine": ("Engine",),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names} | {"load": "acd_local.engine"}
+_HOME_OF = {name: module for module, names in HOMES.items() for name in names} | {"load": "acd_local.engine"}
 
 __all__ = [  # noqa: RUF022 - by meaning, as the reader needs them
     "load",

@@ -214,9 +214,9 @@ def _load_bf16(path: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from acd_local.optimize.weights import _quiet
+    from acd_local.optimize.weights import quiet
 
-    with _quiet():
+    with quiet():
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(path.parent), gguf_file=path.name, dtype=torch.bfloat16

@@ -10,7 +10,7 @@ import acd_local
 
 _package = Path(acd_local.__file__).parent
 
-hiddenimports = [*acd_local._HOMES, *collect_submodules("acd_local.runtime")]
+hiddenimports = [*acd_local.HOMES, *collect_submodules("acd_local.runtime")]
 datas = collect_data_files("acd_local", excludes=["__pyinstaller"])
 for _name in ("llama-cpp-python", "llguidance"):  # whose versions are asked for at run time
     with suppress(PackageNotFoundError):

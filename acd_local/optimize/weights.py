@@ -155,7 +155,7 @@ class Prefix:
 
 
 def _load(path: Path, dtype: torch.dtype) -> Any:
-    with _quiet():
+    with quiet():
         from transformers import AutoModelForCausalLM
 
         try:
@@ -170,7 +170,7 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers reports to stderr by itself, with bars and advice that mean nothing here."""
     from transformers.utils import logging as transformers_logging
 
