@@ -146,7 +146,7 @@ class GateReader:
         if not gating.is_base(gating.settings.decide(probability)):
             return probability, None  # the slot may hold what the others said so far
         slot.safe.restore(states.cache.save())
-        return probability, logits.copy()
+        return probability, logits
 
     def read_parts(self, asked: Conversation) -> float:
         """The chance of harm, whatever the conversation's length, through the layers that are read alone.

@@ -252,7 +252,7 @@ class Generation:
 
     def _decode(self, routine: Routine, rows: Rows) -> Item | None:
         try:
-            with self.decoder.open():
+            with self.decoder.open():  # samplers read the vocabulary: nobody may free it meanwhile
                 return advance(routine, self.decoder.extend(rows, [self.cancel], self.meter))
         except DecodeAborted as aborted:
             return abort(routine, aborted)
@@ -260,8 +260,8 @@ class Generation:
     def routine(self, *, beside: Callable[[], Sequence[CancelToken]] | None = None) -> Routine:
         """Yields text, and rows to be decoded; is sent their logits, or DecodeAborted.
 
-        The logits are read before the next item comes, never after. Started outside the engine's lock (it may wait for
-        a slot), sent logits inside.
+        Started outside `Decoder.open` (it may wait for a slot), sent logits inside: nobody frees the vocabulary, which
+        samplers read.
 
         Args:
             beside: the rows are decoded together with other answers' rows, one token per stream at a time; tells what

@@ -127,7 +127,7 @@ class Chooser:
         self._measure: Divergence | None = None
 
     def look(self, safe: Logits, position: int) -> Look:
-        """Take in the safe stream's logits, shape (n_vocab,), which are overwritten.
+        """Take in the safe stream's logits, shape (n_vocab,); the banned tokens' are set to -inf in place.
 
         Raises:
             NumericalError: the stream produced NaN.

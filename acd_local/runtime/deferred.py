@@ -204,7 +204,7 @@ def _see(
     found: list[Logits] = []
     for i, token in enumerate(tokens):
         (rows,) = yield [Need("adversarial", start + i, [token], wanted[i : i + 1])]
-        found += [row.copy() for row in rows]  # the next decode overwrites them
+        found.extend(rows)
     return found, [1] * len(tokens)
 
 

@@ -20,7 +20,6 @@ S = TypeVar("S")
 Stream = Literal["safe", "adversarial"]
 
 # Next-token logits of both streams after the prompt, each (n_vocab,); the second is None where no contrast is taken.
-# They are overwritten.
 StreamLogits = tuple[Logits, Logits | None]
 
 
@@ -39,8 +38,7 @@ class Need:
     wanted: Sequence[bool] | None = None
 
 
-# Needs are decoded together, and answered by the logits of each, shape (wanted rows, n_vocab): llama.cpp's own memory,
-# read before anything else is yielded.
+# Needs are decoded together, and answered by the logits of each, shape (wanted rows, n_vocab).
 Strategy: TypeAlias = Generator[Step | Sequence[Need], list[Logits], None]
 
 

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, NewType, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,9 @@ with openmp_settings():
     from llama_cpp import llama_cpp as C
 
 Logits = NDArray[np.float32]
+# Logits in llama.cpp's own memory: the context's next decode overwrites them, and closing it frees them. Whoever calls
+# `Context.logits` copies what it keeps or hands on; all other logits are `Logits`, which belong to whoever has them.
+LogitsView = NewType("LogitsView", np.ndarray[Any, np.dtype[np.float32]])
 TokenIds = NDArray[np.int32]
 States = NDArray[np.float32]
 Row: TypeAlias = Sequence[int] | NDArray[Any]
@@ -446,7 +449,7 @@ class Context:
         self.n_batch = int(C.llama_n_batch(pointer))
         C.llama_set_abort_callback(pointer, _abort_if_flag_set, ctypes.cast(flag, ctypes.c_void_p))
         self._rows = _BatchRows(self.n_batch, model.rows, model.row_positions)
-        self._view: Logits = np.empty((0, 0), np.float32)
+        self._view = LogitsView(np.empty((0, 0), np.float32))
         self._view_of = (0, 0)
         self.seconds = 0.0  # spent inside llama.cpp by decode() and logits(), for the benchmark
 
@@ -491,10 +494,10 @@ class Context:
             if most > self._outputs:
                 raise InternalError(f"{most} rows of a sequence want logits, this context was made for {self._outputs}")
 
-    def logits(self, n_outputs: int) -> Logits:
-        """View of the last decode's logits, shape (n_outputs, n_vocab), in the order of the rows that asked for them.
+    def logits(self, n_outputs: int) -> LogitsView:
+        """The last decode's logits, shape (n_outputs, n_vocab), in the order of the rows that asked for them.
 
-        Valid until the next decode: copy what has to live longer (llama_get_logits).
+        Source: llama_get_logits.
         """
         with self.owned as pointer:
             started = time.perf_counter()
@@ -506,7 +509,8 @@ class Context:
         if (address, n_outputs) != self._view_of:  # llama.cpp rarely moves its buffer
             size = n_outputs * self.model.n_vocab
             flat: Logits = np.frombuffer((ctypes.c_float * size).from_address(address), np.float32)  # type: ignore[call-overload]
-            self._view, self._view_of = flat.reshape(n_outputs, self.model.n_vocab), (address, n_outputs)
+            self._view = LogitsView(flat.reshape(n_outputs, self.model.n_vocab))
+            self._view_of = address, n_outputs
         return self._view
 
     def captured(self) -> States:

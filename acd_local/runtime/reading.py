@@ -95,8 +95,8 @@ class Reader:
     ) -> tuple[States, Logits]:
         """The states at tokens[start:] as in `read`, and the logits after the last of them, shape (n_vocab,).
 
-        The batches are those in which `streams.extend` decodes a prompt, and so are the logits, which are llama.cpp's
-        own memory. The cache is to hold at most tokens[:start], and nothing that went through some layers alone.
+        The batches are those in which `streams.extend` decodes a prompt, and so are the logits. The cache is to hold
+        at most tokens[:start], and nothing that went through some layers alone.
 
         Args:
             on_batch: see `streams.extend`.

@@ -15,7 +15,7 @@ import numpy as np
 
 from acd_local.errors import ContextError, InternalError, UsageError
 from acd_local.runtime import llama
-from acd_local.runtime.llama import Logits
+from acd_local.runtime.llama import Logits, LogitsView
 
 Layout = Literal["shared", "split"]
 LAYOUTS: tuple[Layout, ...] = ("shared", "split")
@@ -183,8 +183,7 @@ def extend(work: Rows, on_batch: Callable[[int], None] | None = None) -> list[Lo
         on_batch: told before every batch how many rows of `work` are decoded.
 
     Returns:
-        For each feed the logits that it wants, shape (rows, n_vocab), one row unless it says otherwise: llama.cpp's own
-        memory, which the caller may write into and the next decode of that context overwrites.
+        For each feed the logits that it wants, shape (rows, n_vocab), one row unless it says otherwise.
 
     Raises:
         ContextError: a cache would exceed its n_ctx; nothing was decoded.
@@ -209,7 +208,7 @@ def extend(work: Rows, on_batch: Callable[[int], None] | None = None) -> list[Lo
         group = sorted((feed for feed in work if feed.cache.context is context), key=lambda feed: feed.cache.seq)
         rows, at = _extend_context(context, group, begin_batch), 0
         for feed in group:
-            logits[feed.cache] = rows[at : at + feed.outputs]
+            logits[feed.cache] = rows[at : at + feed.outputs].copy()
             at += feed.outputs
     return [logits[feed.cache] for feed in work]
 
@@ -219,7 +218,7 @@ def _go_back(feed: Feed) -> None:
         raise InternalError("this model's caches cannot forget their last tokens alone")
 
 
-def _extend_context(context: llama.Context, work: Rows, begin_batch: Callable[[int], None]) -> Logits:
+def _extend_context(context: llama.Context, work: Rows, begin_batch: Callable[[int], None]) -> LogitsView:
     done = [0] * len(work)
     try:
         for lengths in _phases([feed.tokens for feed in work]):
@@ -236,7 +235,7 @@ def _extend_context(context: llama.Context, work: Rows, begin_batch: Callable[[i
             feed.cache.resync()
         raise
     outputs = sum(feed.outputs for feed in work)
-    return context.logits(outputs) if outputs else np.empty((0, context.model.n_vocab), np.float32)
+    return context.logits(outputs) if outputs else LogitsView(np.empty((0, context.model.n_vocab), np.float32))
 
 
 def _decode_chunk(
