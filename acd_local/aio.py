@@ -1,4 +1,4 @@
-"""Answers under asyncio: threads load and decode, the event loop never waits for them.
+"""Gives answers under asyncio: threads load and decode, the event loop never waits for them.
 
     from acd_local import aio
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from acd_local.answers import Answer, AnswerEvent, OnEvent
-from acd_local.batch import Batch
+from acd_local.batch import BatchRunner
 from acd_local.chat import Chat, ChatStream
 from acd_local.engine import Engine
 from acd_local.errors import InternalError, UsageError
@@ -289,14 +289,14 @@ class _DecodingThread:
 
     def _run(self) -> None:
         try:
-            with Batch(self._engine) as batch:
+            with BatchRunner(self._engine) as batch:
                 while self._admit(batch):
                     for event in batch.step(resting=self._resting()):
                         self._deliver(event.key, event.what)  # type: ignore[arg-type]
         except Exception as error:
             self._fail(InternalError(f"internal error: {type(error).__name__}: {error}"))
 
-    def _admit(self, batch: Batch) -> bool:
+    def _admit(self, batch: BatchRunner) -> bool:
         """Fill free conversations; waits while all readers are behind. False: all is done, and the thread ends."""
         with self._changed:
             while True:

@@ -1,4 +1,4 @@
-"""Several answers at once: continuous batching of one engine's conversations.
+"""Makes several answers at once: continuous batching of one engine's conversations.
 
 Every round decodes the next token of all running answers in one llama_decode and lets each go on with its logits; an
 answer that ends makes room for the next, whose prompt is decoded first. What an answer says does not depend on its
@@ -15,11 +15,11 @@ from typing import Self, TypeVar, cast
 
 from acd_local.answers import Answer
 from acd_local.errors import EngineBusyError, UsageError
-from acd_local.generation import Answerer, AnswerStream, Generation, Item, Routine, abort
+from acd_local.generation import Answerer, AnswerStream, Generation, StepEvent, Steps, abort
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.generate import advance
 from acd_local.runtime.llama import DecodeAborted
-from acd_local.runtime.streams import Rows
+from acd_local.runtime.strategy import advance
+from acd_local.runtime.streams import DecodeBatch
 
 Task = TypeVar("Task", bound=Hashable)
 
@@ -29,7 +29,7 @@ class Event:
     """Something that happened to one answer.
 
     Attributes:
-        key: what `Batch.add` was given.
+        key: what `BatchRunner.add` was given.
         what: a piece of text; the finished answer, or the error that ended it (nothing comes after these two).
         prompt_seconds, answer_seconds: of an ended answer, its part of the rounds it took part in, by its share of
             their rows: these add up to the time spent, unlike `Answer.timings`, which say how long somebody waited.
@@ -45,8 +45,8 @@ class Event:
 class _Member:
     key: Hashable
     work: Generation
-    routine: Routine
-    rows: Rows = ()
+    steps: Steps
+    rows: DecodeBatch = ()
     prompt_seconds: float = 0.0
     answer_seconds: float = 0.0
     answering: bool = False
@@ -54,7 +54,7 @@ class _Member:
     @property
     def long(self) -> bool:
         """Whether more than a token per stream is to be decoded: a prompt, or a run of a single answer."""
-        return any(len(feed.tokens) > 1 for feed in self.rows)
+        return any(len(request.tokens) > 1 for request in self.rows)
 
     def spend(self, seconds: float) -> None:
         """Count time for the prompt until its logits were there, for the answer from then on."""
@@ -64,7 +64,7 @@ class _Member:
             self.prompt_seconds += seconds
 
 
-class Batch:
+class BatchRunner:
     """Runs up to `engine`'s number of conversations together. To be used from one thread, which holds their slots."""
 
     def __init__(self, engine: Answerer) -> None:
@@ -94,7 +94,7 @@ class Batch:
             raise UsageError("a batch takes new answers of its own engine")
         if self.room <= 0:
             raise EngineBusyError(f"this batch holds {self._capacity} answers already: load with more conversations")
-        self._new.append(_Member(key, work, work.routine(beside=self._beside if self._capacity > 1 else None)))
+        self._new.append(_Member(key, work, work.steps(beside=self._beside if self._capacity > 1 else None)))
 
     def step(self, *, resting: Container[Hashable] = ()) -> list[Event]:
         """Decode one round: what every running answer needs next, the whole prompt for new ones.
@@ -107,9 +107,9 @@ class Batch:
         while self._new and (not self._members or self._decoder.has_free_slot):
             member = self._new.pop(0)
             self._members.append(member)
-            self._resume(member, lambda routine: next(routine, None), events)
+            self._resume(member, lambda steps: next(steps, None), events)
         for member in [m for m in self._members if m.work.cancel.is_set]:
-            self._resume(member, lambda routine: abort(routine, DecodeAborted()), events)
+            self._resume(member, lambda steps: abort(steps, DecodeAborted()), events)
         members = [member for member in self._members if member.key not in resting]
         prompts = [member for member in members if member.long]
         for group in [[member] for member in prompts] + [[m for m in members if m not in prompts]]:
@@ -125,7 +125,7 @@ class Batch:
         """Drop all answers where they are."""
         members, self._members, self._new = self._members + self._new, [], []
         for member in members:
-            member.routine.close()
+            member.steps.close()
 
     def __enter__(self) -> Self:
         return self
@@ -140,7 +140,7 @@ class Batch:
         started = time.perf_counter()
         rows = [row for member in members for row in member.rows]
         cancels = self._cancels(members)
-        whole = [[*feed.cache.tokens, *feed.tokens] for feed in rows] if cancels else []
+        whole = [[*request.cache.tokens, *request.tokens] for request in rows] if cancels else []
         try:
             # Single rows are short: a cancel waits for them. A prompt is decoded alone, so that it can be cancelled,
             # and because llama.cpp cuts a batch of sequences with different numbers of rows into small pieces.
@@ -150,24 +150,24 @@ class Batch:
             if any(c.is_set for c in cancels) and not members[0].work.cancel.is_set:
                 # Another answer's cancel: the prompt goes on in the next step, in the same batches.
                 members[0].rows = [
-                    feed._replace(tokens=tokens[len(feed.cache.tokens) :])
-                    for feed, tokens in zip(rows, whole, strict=True)
+                    request._replace(tokens=tokens[len(request.cache.tokens) :])
+                    for request, tokens in zip(rows, whole, strict=True)
                 ]
                 if meter is not None:
                     meter.pause()
                 members[0].spend(time.perf_counter() - started)
                 return
             for member in members:
-                self._resume(member, lambda routine: abort(routine, DecodeAborted()), events)
+                self._resume(member, lambda steps: abort(steps, DecodeAborted()), events)
             return
-        share = (time.perf_counter() - started) / max(1, sum(len(feed.tokens) for feed in rows))
+        share = (time.perf_counter() - started) / max(1, sum(len(request.tokens) for request in rows))
         at = 0
         for member in members:
             mine = logits[at : at + len(member.rows)]
             at += len(mine)
-            member.spend(share * sum(len(feed.tokens) for feed in member.rows))
+            member.spend(share * sum(len(request.tokens) for request in member.rows))
             member.answering = member.answering or bool(mine)
-            self._resume(member, lambda routine, mine=mine: advance(routine, mine), events)  # type: ignore[misc]
+            self._resume(member, lambda steps, mine=mine: advance(steps, mine), events)  # type: ignore[misc]
 
     def _beside(self) -> list[CancelToken]:
         return [member.work.cancel for member in self._members]
@@ -178,27 +178,27 @@ class Batch:
             return []
         return [m.work.cancel for m in (self._members if self._decoder.resumes_prompts else members)]
 
-    def _resume(self, member: _Member, how: Callable[[Routine], Item | None], events: list[Event]) -> None:
+    def _resume(self, member: _Member, how: Callable[[Steps], StepEvent | None], events: list[Event]) -> None:
         """Let an answer go on until it needs rows, or ends."""
         started = time.perf_counter()
         try:
-            item = how(member.routine)
-            while isinstance(item, str):
-                events.append(Event(member.key, item))
-                item = next(member.routine, None)
+            event = how(member.steps)
+            while isinstance(event, str):
+                events.append(Event(member.key, event))
+                event = next(member.steps, None)
         except Exception as error:  # of this answer alone
             self._end(member, error, events)
             return
         member.spend(time.perf_counter() - started)
-        if item is None:
+        if event is None:
             assert member.work.result is not None
             self._end(member, member.work.result, events)
         else:
-            member.rows = item
+            member.rows = event
 
     def _end(self, member: _Member, what: Answer | Exception, events: list[Event]) -> None:
         self._members.remove(member)
-        member.routine.close()
+        member.steps.close()
         events.append(Event(member.key, what, member.prompt_seconds, member.answer_seconds))
 
 
@@ -213,7 +213,7 @@ def answer_all(
         stop: where it is set nothing more is begun, and answers that have not ended are dropped.
     """
     waiting = iter(tasks)
-    with Batch(engine) as batch:
+    with BatchRunner(engine) as batch:
         while True:
             while batch.room and (task := next(waiting, None)) is not None:
                 batch.add(task, begin(task))

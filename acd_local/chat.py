@@ -1,4 +1,4 @@
-"""A conversation that remembers its turns."""
+"""Holds a conversation that remembers its turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine holds a model and its two-stream caches and answers conversations."""
+"""Loads a model with a prompt pair, and answers conversations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from acd_local.options import ENGINE_RANGES, MAX_SEED, Options, refuse_unknown
 from acd_local.pairs import PromptPair
 from acd_local.runtime import llama, probe, rowcosts
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.choice import Vocabulary
+from acd_local.runtime.choice import SpecialTokens
 from acd_local.runtime.decoder import Decoder
 from acd_local.runtime.prompts import Framing, PromptBuilder
 from acd_local.runtime.streams import Layout
@@ -115,8 +115,8 @@ class Engine:
             self.n_ctx = ctx_size or (min(DEFAULT_CTX_SIZE, limit) if limit > 0 else DEFAULT_CTX_SIZE)
             self.template = ChatTemplate(loaded)
             self.vocab = loaded.vocab
-            self.vocabulary = Vocabulary(self.vocab, _NOT_TEXT)
-            self.prompts = PromptBuilder(self.template, self.n_ctx, loaded.rows)
+            self.special_tokens = SpecialTokens(self.vocab, _NOT_TEXT)
+            self.prompts = PromptBuilder(self.template, self.n_ctx, loaded.embeddings)
             if self.pair is not None and self.takes_soft(self.pair):
                 self.prompts.keep_negative(self._pairs.soft_pair(self.pair).adversarial)
             self.decoder = Decoder(
@@ -210,7 +210,7 @@ class Engine:
             on_event=on_event,
             cancel=cancel or CancelToken(),
         )
-        return AnswerStream(Generation(self.decoder, self.prompts, self.vocabulary, request))
+        return AnswerStream(Generation(self.decoder, self.prompts, self.special_tokens, request))
 
     def gate_probability(
         self,

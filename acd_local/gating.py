@@ -21,7 +21,7 @@ from acd_local.runtime.llama import Logits, States
 from acd_local.runtime.prefixes import PrefixStore, common_prefix
 from acd_local.runtime.prompts import Framing, Prompt, PromptBuilder
 from acd_local.runtime.reading import Reader
-from acd_local.runtime.streams import Feed, Rows, Slot, extend
+from acd_local.runtime.streams import DecodeBatch, DecodeRequest, Slot, extend
 from acd_local.runtime.template import Message
 
 EXCERPT, EXCERPTS = 256, 4  # tokens of a message too long to be read whole that are read, and at how many places
@@ -127,7 +127,7 @@ class GateReader:
         if not states.fits(tokens):
             return self.read_parts(asked), None
 
-        def counted(items: Rows) -> None:
+        def counted(items: DecodeBatch) -> None:
             extend(items, meter)
             meter.settle(items)
 
@@ -139,7 +139,7 @@ class GateReader:
                 slot.safe.rewind(min(held, start))  # it will hold another prompt; a saved window could not go back
             states.adopt(slot.safe, tokens, start)
         self._prefixes.prepare([(states.cache, tokens[: start + 1], prefix)], counted)
-        rows = [Feed(states.cache, tokens[len(states.cache.tokens) :])]
+        rows = [DecodeRequest(states.cache, tokens[len(states.cache.tokens) :])]
         found, logits = states.decode(tokens, start, meter)
         meter.settle(rows)
         probability = gating.gate.request.highest(found)

@@ -1,7 +1,7 @@
 """Makes one answer: decides what is decoded, chooses tokens, and turns them into text; and streams it to a caller.
 
-A `Generation` goes on by steps: a generator that yields text, or rows that it needs decoded and whose logits it is to
-be sent. `AnswerStream` drives one of them; `batch.BatchRunner` drives several and decodes their rows together.
+A `Generation` goes on by steps: a generator that yields text, or rows to be decoded, whose logits it is to be sent.
+`AnswerStream` drives one of them; `batch.BatchRunner` drives several and decodes their rows together.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from acd_local.options import Options
 from acd_local.pairs import PromptPair, refuse_adversarial
 from acd_local.runtime import grammar, lookup
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.choice import Chooser, ContrastSettings, Step, Vocabulary
+from acd_local.runtime.choice import Chooser, ContrastSettings, SpecialTokens, TokenChoice
 from acd_local.runtime.decoder import Decoder, PromptMeter
 from acd_local.runtime.deferred import deferred
-from acd_local.runtime.generate import Need, Strategy, StreamLogits, advance, stepwise
+from acd_local.runtime.draft_policy import DraftPolicy
 from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.lookup import Lookup
-from acd_local.runtime.pace import Pace
 from acd_local.runtime.prompts import Framing, Prompt, PromptBuilder
 from acd_local.runtime.rowcosts import RowCosts
 from acd_local.runtime.sampling import Guard, TokenSampler
-from acd_local.runtime.streams import Feed, Rows, Slot
+from acd_local.runtime.strategy import Strategy, StreamLogits, StreamRequest, advance, stepwise
+from acd_local.runtime.streams import DecodeBatch, DecodeRequest, Slot
 from acd_local.runtime.template import Message
 from acd_local.runtime.text import TextStream
 
 _NO_CONTRAST = ContrastSettings(0.0, 0.0)
 LEAD = 16  # tokens decoded stepwise where it is not known what rows cost
-Item: TypeAlias = str | Rows
-Routine: TypeAlias = Generator[Item, list[Logits], None]
+StepEvent: TypeAlias = str | DecodeBatch  # a piece of text, or rows to be decoded
+Steps: TypeAlias = Generator[StepEvent, list[Logits], None]
 
 
 @dataclass(frozen=True)
@@ -212,19 +212,22 @@ class Generation:
     """
 
     def __init__(
-        self, decoder: Decoder, prompts: PromptBuilder, vocabulary: Vocabulary, request: GenerationRequest
+        self, decoder: Decoder, prompts: PromptBuilder, special: SpecialTokens, request: GenerationRequest
     ) -> None:
         self.decoder = decoder
         self.request = request
         self._prompts = prompts
-        self._vocabulary = vocabulary
+        self._special = special
         self._in_force = request.contrast if request.gating is None else _NO_CONTRAST
         self._decided: GateRecord | None = None
         self.result: Answer | None = None
         self.meter: PromptMeter | None = None
+        self._prompt: Prompt | None = None
         self._prompt_decoded = 0
+        self._started = self._first_logits = 0.0
         self._records: list[TokenRecord] = []
-        self._text: list[str] = []
+        self._text = TextStream(request.options.stop)
+        self._said: list[str] = []
         self._divergences: list[float] = []
         self._compared = 0
 
@@ -234,30 +237,30 @@ class Generation:
 
     @property
     def text(self) -> str:
-        return "".join(self._text)
+        return "".join(self._said)
 
     def pieces(self) -> Generator[str, None, None]:
-        """Drive the routine alone."""
-        routine = self.routine()
+        """Drive the steps alone."""
+        steps = self.steps()
         try:
-            item = next(routine, None)
-            while item is not None:
-                if isinstance(item, str):
-                    yield item
-                    item = next(routine, None)
+            event = next(steps, None)
+            while event is not None:
+                if isinstance(event, str):
+                    yield event
+                    event = next(steps, None)
                 else:
-                    item = self._decode(routine, item)
+                    event = self._decode(steps, event)
         finally:
-            routine.close()
+            steps.close()
 
-    def _decode(self, routine: Routine, rows: Rows) -> Item | None:
+    def _decode(self, steps: Steps, rows: DecodeBatch) -> StepEvent | None:
         try:
             with self.decoder.open():  # samplers read the vocabulary: nobody may free it meanwhile
-                return advance(routine, self.decoder.extend(rows, [self.cancel], self.meter))
+                return advance(steps, self.decoder.extend(rows, [self.cancel], self.meter))
         except DecodeAborted as aborted:
-            return abort(routine, aborted)
+            return abort(steps, aborted)
 
-    def routine(self, *, beside: Callable[[], Sequence[CancelToken]] | None = None) -> Routine:
+    def steps(self, *, beside: Callable[[], Sequence[CancelToken]] | None = None) -> Steps:
         """Yields text, and rows to be decoded; is sent their logits, or DecodeAborted.
 
         Started outside `Decoder.open` (it may wait for a slot), sent logits inside: nobody frees the vocabulary, which
@@ -267,67 +270,66 @@ class Generation:
             beside: the rows are decoded together with other answers' rows, one token per stream at a time; tells what
                 cancels one of these. No rows at all are asked for where such a cancel is to be seen to first.
         """
-        started = first_logits = time.perf_counter()
-        prompt: Prompt | None = None
-        text = TextStream(self.request.options.stop)
-        reason: FinishReason = "length"
+        self._started = self._first_logits = time.perf_counter()
+        reason: FinishReason = "cancelled"
         try:
             guard = self._check_request()
             gating = self.request.gating
-            prompt = self._build(self.request.framing if gating is None else gating.base)
+            prompt = self._prompt = self._build(self.request.framing if gating is None else gating.base)
             with self.decoder.slot(prompt.safe, prompt.safe_prefix, self.cancel) as slot:
-                prompt, first = yield from self._begin(slot, prompt, beside or tuple)
-                first_logits = time.perf_counter()
-                chooser = self._chooser(prompt, guard)
-                watch = self._watch(prompt, slot)
-                strategy = self.strategy(chooser, prompt, first, deferring=beside is None)
-                item = next(strategy, None)
-                while item is not None:
-                    if not isinstance(item, Step):
-                        # All that the chooser chose was said: it can go on in another prompt.
-                        if watch is not None and watch.due(len(self._records)) and self._look(watch):
-                            strategy.close()
-                            watch = None
-                            if (turned := (yield from self._turn(slot))) is None:
-                                break  # there is no room for the pair's prompt
-                            prompt, first = turned
-                            chooser.settings = self._in_force
-                            strategy = self.strategy(chooser, prompt, first, deferring=beside is None)
-                            item = next(strategy, None)
-                            continue
-                        item = advance(strategy, (yield [_feed(need, slot, prompt) for need in item]))
-                        continue
-                    self._go_on()  # a run holds many steps
-                    piece = self._record(item)
-                    if item.ends:
-                        reason = "stop"
-                        break
-                    if shown := text.push(piece):
-                        self._text.append(shown)
-                        yield shown
-                    if text.stopped_by is not None:
-                        reason = "stop_string"
-                        break
-                    item = next(strategy, None)
-                else:
-                    if len(self._records) < prompt.room:  # the grammar is complete
-                        reason = "stop"
+                reason = yield from self._answer(slot, prompt, guard, beside)
         except DecodeAborted:
-            reason = "cancelled"
-        if rest := text.finish():
-            self._text.append(rest)
+            pass
+        if rest := self._text.finish():
+            self._said.append(rest)
             yield rest
         self.decoder.row_clock.settle()
-        self.result = self._finish(reason, prompt, (started, first_logits, time.perf_counter()))
+        self.result = self._finish(reason, time.perf_counter())
+
+    def _answer(
+        self, slot: Slot, prompt: Prompt, guard: Guard | None, beside: Callable[[], Sequence[CancelToken]] | None
+    ) -> Generator[StepEvent, list[Logits], FinishReason]:
+        """Decode the prompt and say the answer, but for text that is held back; return why it ended."""
+        prompt, first = yield from self._begin(slot, prompt, beside or tuple)
+        self._prompt, self._first_logits = prompt, time.perf_counter()
+        chooser = self._chooser(prompt, guard)
+        watch = self._watch(prompt, slot)
+        strategy = self.strategy(chooser, prompt, first, deferring=beside is None)
+        event = next(strategy, None)
+        while event is not None:
+            if isinstance(event, TokenChoice):
+                self._check_cancel()  # a run holds many choices
+                piece = self._record(event)
+                if event.ends:
+                    return "stop"
+                if shown := self._text.push(piece):
+                    self._said.append(shown)
+                    yield shown
+                if self._text.stopped_by is not None:
+                    return "stop_string"
+                event = next(strategy, None)
+            elif watch is not None and watch.due(len(self._records)) and self._read_answer(watch):
+                # All that the chooser chose was said: it can go on in another prompt.
+                strategy.close()
+                watch = None
+                if (switched := (yield from self._switch_to_pair(slot))) is None:
+                    return "length"
+                prompt, first = switched
+                self._prompt, chooser.settings = prompt, self._in_force
+                strategy = self.strategy(chooser, prompt, first, deferring=beside is None)
+                event = next(strategy, None)
+            else:
+                event = advance(strategy, (yield [_placed(rows, slot, prompt) for rows in event]))
+        return "length" if len(self._records) >= prompt.room else "stop"  # the grammar is complete
 
     def skip(self) -> Answer:
         """Return the answer of one that is cancelled before it begins."""
-        self.result = self._finish("cancelled", None, (0.0, 0.0, 0.0))
+        self.result = self._finish("cancelled", self._started)
         return self.result
 
     def _begin(
         self, slot: Slot, prompt: Prompt, beside: Callable[[], Sequence[CancelToken]]
-    ) -> Generator[Item, list[Logits], tuple[Prompt, StreamLogits]]:
+    ) -> Generator[StepEvent, list[Logits], tuple[Prompt, StreamLogits]]:
         """The prompt that answers, decoded, and the logits behind it. Where there is a gate, `prompt` is its base's."""
         gating = self.request.gating
         if gating is not None:
@@ -348,13 +350,13 @@ class Generation:
 
     def _read(
         self, gating: Gating, slot: Slot, prompt: Prompt, beside: Callable[[], Sequence[CancelToken]]
-    ) -> Generator[Item, list[Logits], tuple[float, Logits | None]]:
+    ) -> Generator[StepEvent, list[Logits], tuple[float, Logits | None]]:
         """See `GateReader.read_prompt`; another answer's cancel makes it begin again, once that was seen to."""
         asked = Conversation(self.request.system, self.request.turns, prompt)
         while True:
             others = beside()
             try:
-                with reading(self.decoder, self._prompts, gating, [self.cancel, *others], self._go_on) as reader:
+                with reading(self.decoder, self._prompts, gating, [self.cancel, *others], self._check_cancel) as reader:
                     meter = PromptMeter([(reader.states.cache, prompt.safe)], self._tell_progress)
                     try:
                         return reader.read_prompt(asked, slot, meter)
@@ -367,7 +369,7 @@ class Generation:
 
     def _decode_prompt(
         self, slot: Slot, prompt: Prompt, said: Sequence[int] = ()
-    ) -> Generator[Item, list[Logits], StreamLogits]:
+    ) -> Generator[StepEvent, list[Logits], StreamLogits]:
         """What is not in the slot's caches of a prompt and an answer's tokens; counted, however it ends."""
         streams = [(slot.safe, [*prompt.safe, *said], prompt.safe_prefix)]
         if prompt.adversarial is not None:
@@ -388,7 +390,7 @@ class Generation:
             return None
         return Watch(gating, prompt, slot)
 
-    def _look(self, watch: Watch) -> bool:
+    def _read_answer(self, watch: Watch) -> bool:
         """Read the answer again; whether it goes on under the pair."""
         assert self.request.gating is not None
         with reading(self.decoder, self._prompts, self.request.gating, [self.cancel]) as reader:
@@ -400,7 +402,7 @@ class Generation:
             self._tell(GateDecision(probability, "contrast", position))
         return turns
 
-    def _turn(self, slot: Slot) -> Generator[Item, list[Logits], tuple[Prompt, StreamLogits] | None]:
+    def _switch_to_pair(self, slot: Slot) -> Generator[StepEvent, list[Logits], tuple[Prompt, StreamLogits] | None]:
         """The pair's prompt and the answer so far, decoded, and the logits behind it; None: there is no room."""
         said = [record.token for record in self._records]
         try:
@@ -442,10 +444,10 @@ class Generation:
             contrast=framing is request.framing and request.contrast.contrasts(0),
             max_tokens=request.options.max_tokens,
             overflow=request.options.overflow,
-            check=self._go_on,
+            check=self._check_cancel,
         )
 
-    def _go_on(self) -> None:
+    def _check_cancel(self) -> None:
         if self.cancel.is_set:
             raise DecodeAborted
 
@@ -453,7 +455,7 @@ class Generation:
         request, decoder = self.request, self.decoder
         return Chooser(
             TokenSampler(decoder.model.vocab, request.options, request.seed, prompt.safe, n_ctx=decoder.n_ctx),
-            self._vocabulary,
+            self._special,
             self._in_force,
             grammar=guard,
             divergence=request.divergence,
@@ -475,33 +477,33 @@ class Generation:
         return deferred(
             first,
             chooser,
-            Pace(costs or RowCosts(), alpha=alpha, greedy=options.temp == 0),
+            DraftPolicy(costs or RowCosts(), alpha=alpha, greedy=options.temp == 0),
             Lookup(prompt.safe, lookup.GREEDY if options.temp == 0 else lookup.SAMPLED),
             limit=prompt.room,
             said=said,
             lead=LEAD if costs is None and asked == "auto" and alpha > 0 else 1,
-            patient=asked == "deferred" or costs is None,
+            always_ahead=asked == "deferred" or costs is None,
             clock=decoder.row_clock if costs is None else None,
         )
 
-    def _record(self, step: Step) -> bytes:
+    def _record(self, choice: TokenChoice) -> bytes:
         vocab = self.decoder.model.vocab
-        piece = b"" if step.ends else vocab.piece(step.token)
-        safe_piece = piece if step.safe_choice == step.token else vocab.piece(step.safe_choice)
+        piece = b"" if choice.ends else vocab.piece(choice.token)
+        safe_piece = piece if choice.safe_choice == choice.token else vocab.piece(choice.safe_choice)
         record = TokenRecord(
-            step.token,
+            choice.token,
             piece.decode("utf-8", "replace"),
-            step.safe_choice,
+            choice.safe_choice,
             safe_piece.decode("utf-8", "replace"),
-            None if step.trace is None else step.trace.safe_logprob,
-            None if step.trace is None else step.trace.safe_rank,
+            None if choice.trace is None else choice.trace.safe_logprob,
+            None if choice.trace is None else choice.trace.safe_rank,
         )
         self._records.append(record)
         if self.request.trace:
             self._tell(record)
-        self._compared += step.compared
-        if step.divergence is not None:
-            self._divergences.append(step.divergence)
+        self._compared += choice.compared
+        if choice.divergence is not None:
+            self._divergences.append(choice.divergence)
         return piece
 
     def _used(self, prompt: Prompt) -> tuple[int, int]:
@@ -511,12 +513,11 @@ class Generation:
         adversarial = 0 if prompt.adversarial is None else len(prompt.adversarial) + max(0, seen - 1)
         return len(prompt.safe) + max(0, n - 1), adversarial
 
-    def _finish(self, reason: FinishReason, prompt: Prompt | None, times: tuple[float, float, float]) -> Answer:
+    def _finish(self, reason: FinishReason, ended: float) -> Answer:
         """The finished answer; without a prompt where it ended before that was known."""
-        started, first_logits, ended = times
-        records, s = self._records, self._in_force
-        completion = sum(1 for r in records if r.token not in self._vocabulary.eog)
-        seconds = ended - first_logits if records else 0.0
+        prompt, records, s = self._prompt, self._records, self._in_force
+        completion = sum(1 for r in records if r.token not in self._special.eog)
+        seconds = ended - self._first_logits if records else 0.0
         return Answer(
             text=self.text,
             finish_reason=reason,
@@ -534,7 +535,7 @@ class Generation:
                 mean_divergence=sum(self._divergences) / len(self._divergences) if self._divergences else None,
             ),
             timings=Timings(
-                prompt_seconds=(first_logits if records else ended) - started,
+                prompt_seconds=(self._first_logits if records else ended) - self._started,
                 answer_seconds=seconds,
                 tokens_per_second=len(records) / seconds if len(records) > 1 and seconds > 0 else 0.0,
             ),
@@ -545,16 +546,16 @@ class Generation:
         )
 
 
-def _feed(need: Need, slot: Slot, prompt: Prompt) -> Feed:
-    if need.stream == "safe":
-        return Feed(slot.safe, need.tokens, need.wanted, len(prompt.safe) + need.start)
-    return Feed(slot.adversarial, need.tokens, need.wanted, len(prompt.adversarial or ()) + need.start)
+def _placed(rows: StreamRequest, slot: Slot, prompt: Prompt) -> DecodeRequest:
+    """The rows of an answer's stream behind the prompt in that stream's cache."""
+    cache, ids = (slot.safe, prompt.safe) if rows.stream == "safe" else (slot.adversarial, prompt.adversarial or ())
+    return DecodeRequest(cache, rows.tokens, rows.wanted, len(ids) + rows.start)
 
 
-def abort(routine: Routine, aborted: DecodeAborted) -> Item | None:
-    """Tell a routine that its rows were not decoded."""
+def abort(steps: Steps, aborted: DecodeAborted) -> StepEvent | None:
+    """Tell a generation that its rows were not decoded."""
     try:
-        return routine.throw(aborted)
+        return steps.throw(aborted)
     except StopIteration:
         return None
 

@@ -44,13 +44,13 @@ from acd_local.generation import AnswerStream, Generation
 from acd_local.models import resolve
 from acd_local.options import Options
 from acd_local.runtime import llama, probe
-from acd_local.runtime.choice import Chooser, Look
+from acd_local.runtime.choice import Chooser, SafeCandidates
 from acd_local.runtime.deferred import deferred
-from acd_local.runtime.generate import Strategy, StreamLogits
+from acd_local.runtime.draft_policy import DraftPolicy
 from acd_local.runtime.lookup import Lookup
-from acd_local.runtime.pace import Pace
 from acd_local.runtime.prompts import Prompt
-from acd_local.runtime.rowcosts import MOST, RowClock, RowCosts
+from acd_local.runtime.rowcosts import MAX_DRAFT, RowClock, RowCosts
+from acd_local.runtime.strategy import Strategy, StreamLogits
 from acd_local.runtime.streams import Streams
 from acd_local.runtime.threads import default_threads
 
@@ -272,7 +272,7 @@ def _record(
 # What run lengths cost
 
 
-class FixedPace(Pace):
+class FixedPace(DraftPolicy):
     """Runs of one length whatever comes; remembers how far each stood.
 
     Attributes:
@@ -292,7 +292,7 @@ class FixedPace(Pace):
     def goes_on(self, survival: float, drafted: int) -> bool:
         return drafted < self._length
 
-    def learn(self, look: Look, *, changed: bool) -> None:
+    def learn(self, candidates: SafeCandidates, *, changed: bool) -> None:
         self._open, self._changed_one = True, changed
 
     def spend(self, batches: Sequence[int], tokens: int) -> None:
@@ -311,11 +311,11 @@ class _Paced(Generation):
 
     def __init__(self, engine: Engine, text: str, options: Options, length: int) -> None:
         request = engine.generate(text, options).generation.request
-        super().__init__(engine.decoder, engine.prompts, engine.vocabulary, request)
+        super().__init__(engine.decoder, engine.prompts, engine.special_tokens, request)
         self.pace = FixedPace(length, alpha=request.contrast.alpha, greedy=options.temp == 0)
 
     def strategy(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, *, deferring: bool) -> Strategy:
-        return deferred(first, chooser, self.pace, _NoLookup(()), limit=prompt.room, patient=True)
+        return deferred(first, chooser, self.pace, _NoLookup(()), limit=prompt.room, always_ahead=True)
 
 
 def paced(engine: Engine, text: str, options: Options, length: int) -> tuple[Measured, list[tuple[int, bool]]]:
@@ -466,7 +466,7 @@ def _batch_plot(costs: BatchCosts) -> str:
     pair = Curve("one row of each stream", 2, [(2, costs.pair)], line=False, marks=True)
     fitted = []
     if costs.fit is not None:
-        fitted = [Curve("as reckoned with", 1, [(k, costs.fit.rows(k)) for k in costs.rows if k <= MOST])]
+        fitted = [Curve("as reckoned with", 1, [(k, costs.fit.rows(k)) for k in costs.rows if k <= MAX_DRAFT])]
     panel = Panel("What a batch costs", Axis("rows in the batch"), [measured, *fitted, pair, alone])
     return panels("batches", "Cost of a batch", [panel], Axis("cost in single rows", low=0))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from acd_local.answers import Answer
-from acd_local.batch import Batch
+from acd_local.batch import BatchRunner
 from acd_local.bench import QUESTIONS
 from acd_local.engine import Engine, measured_pair
 from acd_local.options import Options
@@ -100,7 +100,7 @@ def answer_all(engine: Engine, prompts: Sequence[str], options: Options) -> list
     """The answers' texts, in the order of the prompts; as many at once as the engine has conversations."""
     waiting = iter(enumerate(prompts))
     texts = [""] * len(prompts)
-    with Batch(engine) as batch:
+    with BatchRunner(engine) as batch:
         while True:
             while batch.room and (task := next(waiting, None)) is not None:
                 batch.add(task[0], engine.generate(task[1], options))

@@ -111,13 +111,13 @@ class _Choices:
 
     def __init__(self, engine: Engine, options: Options, answer: Answer, prompt: Sequence[int]) -> None:
         self._contrast, self._window = answer.contrast, options.window
-        self._vocabulary = engine.vocabulary
+        self._special = engine.special_tokens
         self._sampler = TokenSampler(engine.vocab, options, answer.seed, prompt, n_ctx=engine.n_ctx)
         self._grammar = grammar.from_options(options, engine.vocab, engine.info.path)
 
     def accept(self, token: int) -> None:
         self._sampler.accept(token)
-        if self._grammar is not None and token not in self._vocabulary.eog:
+        if self._grammar is not None and token not in self._special.eog:
             self._grammar.accept(token)
 
     def distance(
@@ -165,7 +165,7 @@ class _Choices:
     def _draw(self, safe: np.ndarray, adversarial: np.ndarray, position: int) -> int | None:
         c = self._contrast
         alpha = c.alpha if self._window is None or position < self._window else 0.0
-        safe[self._vocabulary.banned] = -np.inf
+        safe[self._special.banned] = -np.inf
         legal = safe if self._grammar is None else self._grammar.restrict(safe, c.beta)
         ids, scores = contrast(legal, adversarial, alpha=alpha, beta=c.beta, raw=c.raw)
         return self._sampler.draw(ids, scores, position, dry_run=True) if len(ids) else None

@@ -28,7 +28,7 @@ LAYERS = (
         "runtime/__init__",
     },
     {"runtime/machine", "evaluate/__init__", "evaluate/degenerate", "evaluate/refusal"},  # text alone; see quickcheck
-    {"runtime/rows"},
+    {"runtime/embeddings"},
     {
         "pairs",
         "softpair",
@@ -48,7 +48,7 @@ LAYERS = (
     {"runtime/prefixes"},
     {"runtime/reading", "runtime/template", "runtime/choice", "runtime/lookup", "runtime/rowcosts"},
     {"runtime/decoder"},
-    {"runtime/generate", "runtime/pace"},
+    {"runtime/strategy", "runtime/draft_policy"},
     {"runtime/deferred"},
     {"runtime/prompts", "answers"},
     {"gating"},

@@ -733,9 +733,9 @@ def test_an_error_after_some_text(
         left -= 1
         if left < 0:
             raise NumericalError("the safe stream produced nan logits")
-        return contrast.against(*args, **kw)
+        return contrast.apply_contrast(*args, **kw)
 
-    monkeypatch.setattr(choice, "against", failing)
+    monkeypatch.setattr(choice, "apply_contrast", failing)
     left = 3
     done = cli(*base, "hi", "--grammar", ENDLESS, "--strategy", "stepwise")
     assert done == Done(1, "aaa\n", "acd-run: the safe stream produced nan logits\n")

@@ -26,11 +26,11 @@ from acd_local.engine import Engine
 from acd_local.errors import InternalError, NumericalError, UsageError
 from acd_local.options import Options
 from acd_local.runtime import llama, machine, rowcosts
-from acd_local.runtime.choice import Chooser, Look
+from acd_local.runtime.choice import Chooser, SafeCandidates
+from acd_local.runtime.draft_policy import DraftPolicy, expected
 from acd_local.runtime.lookup import GREEDY, MATCH, QUOTED, REST, SAMPLED, Lookup
-from acd_local.runtime.pace import Pace, expected
-from acd_local.runtime.rowcosts import LEAST, MOST, RowClock, RowCosts
-from acd_local.runtime.streams import Feed, Streams, extend
+from acd_local.runtime.rowcosts import MAX_DRAFT, MIN_DRAFT, RowClock, RowCosts
+from acd_local.runtime.streams import DecodeRequest, Streams, extend
 from acd_local.runtime.template import Message
 from acd_local.throughput import prompts_of
 
@@ -141,8 +141,8 @@ def test_auto_says_the_same_whatever_rows_cost(
 ) -> None:
     monkeypatch.setattr(engine.decoder.row_clock, "known", costs)
     ways = []
-    pays = Pace.pays
-    monkeypatch.setattr(Pace, "pays", property(lambda pace: (ways.append(found := pays.fget(pace)), found)[1]))  # type: ignore[attr-defined]
+    pays = DraftPolicy.pays
+    monkeypatch.setattr(DraftPolicy, "pays", property(lambda pace: (ways.append(found := pays.fget(pace)), found)[1]))  # type: ignore[attr-defined]
     differing = 0
     for prompt in PROMPTS[::3]:
         one = engine.generate(prompt, given(SAMPLERS[name]).replace({"strategy": "stepwise"})).run()
@@ -398,7 +398,7 @@ def test_a_run_never_wants_more_logits_than_the_context_has(engine: Engine, monk
 
     def draft(self: Lookup, ahead: Any, most: int) -> list[int]:
         drafts[len(ahead)] = most
-        return [] if len(ahead) < 14 else [7] * min(MOST, most)
+        return [] if len(ahead) < 14 else [7] * min(MAX_DRAFT, most)
 
     monkeypatch.setattr(Lookup, "draft", draft)
     recorded = Recorded(engine.decoder.contexts[0], monkeypatch)
@@ -436,15 +436,15 @@ def test_rows_with_logits_have_to_fit_one_batch(tiny: Callable[..., Path]) -> No
         streams = Streams(model, n_ctx=1024, outputs=16)
         try:
             cache = streams.slots[0].safe
-            (rows,) = extend([Feed(cache, list(range(5, 25)), [i in (3, 19) for i in range(20)])])
+            (rows,) = extend([DecodeRequest(cache, list(range(5, 25)), [i in (3, 19) for i in range(20)])])
             expected = [fresh_logits(model, list(range(5, 25))[: i + 1]) for i in (3, 19)]
             assert rows.shape == (2, model.n_vocab)
             assert np.abs(rows - np.stack(expected)).max() < TOLERANCE
-            (rows,) = extend([Feed(cache, [7], start=4)])
+            (rows,) = extend([DecodeRequest(cache, [7], start=4)])
             assert cache.tokens == [5, 6, 7, 8, 7]
             assert np.abs(rows[0] - fresh_logits(model, [5, 6, 7, 8, 7])).max() < TOLERANCE
             with pytest.raises(InternalError, match="one batch"):
-                extend([Feed(cache, [5] * 600, [True] * 600)])
+                extend([DecodeRequest(cache, [5] * 600, [True] * 600)])
         finally:
             streams.close()
 
@@ -452,8 +452,8 @@ def test_rows_with_logits_have_to_fit_one_batch(tiny: Callable[..., Path]) -> No
 # -- how far ahead -----------------------------------------------------------------------------------------------------
 
 
-def look(*scores: float) -> Look:
-    return Look(0, np.arange(len(scores), dtype=np.int32), np.array(scores, np.float32), None)
+def look(*scores: float) -> SafeCandidates:
+    return SafeCandidates(0, np.arange(len(scores), dtype=np.int32), np.array(scores, np.float32), None)
 
 
 def test_the_gap_is_between_the_two_best() -> None:
@@ -462,25 +462,25 @@ def test_the_gap_is_between_the_two_best() -> None:
 
 
 def test_a_run_ends_where_a_change_is_likely() -> None:
-    pace = Pace(RowCosts(pair=1.8, fixed=0.7, each=0.45), alpha=0.5, greedy=True)
+    pace = DraftPolicy(RowCosts(pair=1.8, fixed=0.7, each=0.45), alpha=0.5, greedy=True)
     assert pace.goes_on(1.0, 1)
     assert pace.goes_on(1 - pace.chance(look(3.0, 1.0)), 1)
     assert not pace.goes_on(1 - pace.chance(look(3.0, 2.95)), 1)
     assert not pace.goes_on(1.0, 16)
-    weak = Pace(RowCosts(), alpha=0.1, greedy=True)
+    weak = DraftPolicy(RowCosts(), alpha=0.1, greedy=True)
     assert weak.chance(look(3.0, 2.8)) < pace.chance(look(3.0, 2.8))
 
 
 def test_readers_of_slow_models_do_not_wait_long_for_the_next_words() -> None:
     assert RowCosts(seconds=0.007).longest_run == 16
     assert RowCosts(seconds=0.05).longest_run == 8
-    slow = Pace(RowCosts(seconds=0.2), alpha=0.5, greedy=True)
+    slow = DraftPolicy(RowCosts(seconds=0.2), alpha=0.5, greedy=True)
     assert slow.goes_on(1.0, 3)
     assert not slow.goes_on(1.0, 4)
 
 
 def test_a_pace_learns_from_its_answer() -> None:
-    pace = Pace(RowCosts(pair=1.9, fixed=0.7, each=0.45), alpha=0.5, greedy=True)
+    pace = DraftPolicy(RowCosts(pair=1.9, fixed=0.7, each=0.45), alpha=0.5, greedy=True)
     before = pace.chance(look(3.0, 2.0))
     for _ in range(40):
         pace.learn(look(3.0, 2.0), changed=True)
@@ -492,7 +492,7 @@ def test_a_pace_learns_from_its_answer() -> None:
 
 
 def test_what_is_about_as_dear_goes_on_as_it_was() -> None:
-    pace, ways = Pace(RowCosts(pair=2.0, fixed=0.7, each=0.45, ahead=1.0), alpha=0.5, greedy=True), []
+    pace, ways = DraftPolicy(RowCosts(pair=2.0, fixed=0.7, each=0.45, ahead=1.0), alpha=0.5, greedy=True), []
     for rows in (18, 20, 22, 20):
         for _ in range(100):
             pace.spend([1] * rows, 10)
@@ -502,7 +502,7 @@ def test_what_is_about_as_dear_goes_on_as_it_was() -> None:
 
 @pytest.mark.parametrize("rare", [True, False])
 def test_a_pace_learns_from_positions_side_by_side(rare: bool) -> None:
-    pace = Pace(RowCosts(pair=1.9, fixed=0.7, each=0.45), alpha=0.5, greedy=rare)
+    pace = DraftPolicy(RowCosts(pair=1.9, fixed=0.7, each=0.45), alpha=0.5, greedy=rare)
     assert pace.pays == rare  # greedy answers change less
     for _ in range(3):
         for i in range(400):
@@ -523,14 +523,14 @@ def test_the_expected_cost_knows_of_alpha_and_temperature() -> None:
 def test_the_forecast_is_what_running_ahead_costs(engine: Engine, temp: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lookup, "draft", lambda *_: [])
     found: list[tuple[float, int]] = []
-    add = Pace._add
-    monkeypatch.setattr(Pace, "_add", lambda self, *what: (found.append(what), add(self, *what))[1])
+    add = DraftPolicy._add
+    monkeypatch.setattr(DraftPolicy, "_add", lambda self, *what: (found.append(what), add(self, *what))[1])
     per_token = []
     asked = {"temp": temp, "max_tokens": 150, "seed": 3, "alpha": 0.3, "grammar": "root ::= [a-z ]+"}
     for strategy in ("deferred", "auto"):
         found.clear()
         if strategy == "auto":
-            monkeypatch.setattr(Pace, "pays", False)
+            monkeypatch.setattr(DraftPolicy, "pays", False)
         for prompt in PROMPTS:
             engine.generate(prompt, Options(**asked, strategy=strategy)).run()
         per_token.append(sum(spent for spent, _ in found) / sum(n for _, n in found))
@@ -538,29 +538,31 @@ def test_the_forecast_is_what_running_ahead_costs(engine: Engine, temp: float, m
 
 
 def test_quotations_are_as_long_as_rows_are_cheap() -> None:
-    usual, dear = (Pace(RowCosts(1.9, fixed, each), alpha=0.5, greedy=True) for fixed, each in ((0.9, 0.4), (0.0, 1.0)))
+    usual, dear = (
+        DraftPolicy(RowCosts(1.9, fixed, each), alpha=0.5, greedy=True) for fixed, each in ((0.9, 0.4), (0.0, 1.0))
+    )
     assert usual.quote(GREEDY, alone=False) == 4
     assert usual.quote(0.3, alone=False) == 0
     assert usual.quote(1.0, alone=False) == 15
     assert dear.quote(0.99, alone=False) == dear.quote(0.99, alone=True) == 0
-    gpu = Pace(RowCosts(pair=1.05, fixed=0.95, each=0.05), alpha=0.5, greedy=True)
+    gpu = DraftPolicy(RowCosts(pair=1.05, fixed=0.95, each=0.05), alpha=0.5, greedy=True)
     assert gpu.quote(0.5, alone=True) == 0 < gpu.quote(GREEDY, alone=True)
-    assert Pace(RowCosts(seconds=0.2), alpha=0.5, greedy=True).quote(1.0, alone=False) == 3
+    assert DraftPolicy(RowCosts(seconds=0.2), alpha=0.5, greedy=True).quote(1.0, alone=False) == 3
 
 
 def test_cheap_batches_make_running_ahead_pay_and_dear_ones_do_not() -> None:
-    assert Pace(RowCosts(pair=2.0, fixed=0.8, each=0.3), alpha=0.5, greedy=False).pays
-    assert not Pace(RowCosts(pair=1.8, fixed=0.3, each=0.8), alpha=0.5, greedy=True).pays
-    assert not Pace(RowCosts(pair=1.05, fixed=0.9, each=0.05), alpha=0.5, greedy=True).pays  # a GPU
+    assert DraftPolicy(RowCosts(pair=2.0, fixed=0.8, each=0.3), alpha=0.5, greedy=False).pays
+    assert not DraftPolicy(RowCosts(pair=1.8, fixed=0.3, each=0.8), alpha=0.5, greedy=True).pays
+    assert not DraftPolicy(RowCosts(pair=1.05, fixed=0.9, each=0.05), alpha=0.5, greedy=True).pays  # a GPU
 
 
 def test_running_ahead_does_not_pay_where_what_its_batches_save_goes_into_handling_them() -> None:
     near, clear = (RowCosts(pair=pair, fixed=0.7, each=0.45) for pair in (1.75, 1.85))
     assert near.pair > expected(near, 0.5, greedy=True)
-    assert not Pace(near, alpha=0.5, greedy=True).pays
-    assert Pace(clear, alpha=0.5, greedy=True).pays
-    assert Pace(replace(near, ahead=1.0), alpha=0.5, greedy=True).pays
-    assert not Pace(replace(clear, ahead=1.3), alpha=0.5, greedy=True).pays
+    assert not DraftPolicy(near, alpha=0.5, greedy=True).pays
+    assert DraftPolicy(clear, alpha=0.5, greedy=True).pays
+    assert DraftPolicy(replace(near, ahead=1.0), alpha=0.5, greedy=True).pays
+    assert not DraftPolicy(replace(clear, ahead=1.3), alpha=0.5, greedy=True).pays
 
 
 def test_drafts_continue_what_came_before() -> None:
@@ -575,7 +577,7 @@ def test_drafts_continue_what_came_before() -> None:
 
 
 def test_drafts_grow_while_they_come_true_and_rest_when_they_fail() -> None:
-    lookup, pace = Lookup([1, 2, 3]), Pace(RowCosts(1.9, 0.9, 0.4), alpha=0.5, greedy=True)
+    lookup, pace = Lookup([1, 2, 3]), DraftPolicy(RowCosts(1.9, 0.9, 0.4), alpha=0.5, greedy=True)
     lengths = []
     for right in (4, 8, 0, 0, 0, 0):
         lengths.append(pace.quote(lookup.chance, alone=False))
@@ -693,7 +695,7 @@ def test_how_many_rows_runs_take_is_measured_beside_what_is_usual(tmp_path: Path
     clock.settle()
     assert clock.known is not None
     assert (clock.known.ahead, clock.known.typical) == (1.0, 1.12)
-    assert Pace(clock.known, alpha=0.5, greedy=True).cost == pytest.approx(
+    assert DraftPolicy(clock.known, alpha=0.5, greedy=True).cost == pytest.approx(
         1.12 * expected(clock.known, 0.5, greedy=True)
     )
 
@@ -723,8 +725,8 @@ def test_runs_and_steps_of_an_answer_are_timed(tiny: Callable[..., Path], monkey
 def test_readers_do_not_wait_for_long_runs_before_it_is_known_what_rows_cost(
     tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pace, "goes_on", lambda pace, survival, drafted: drafted < pace.costs.longest_run)
-    for patience, longest in ((60.0, MOST), (0.0, LEAST)):
+    monkeypatch.setattr(DraftPolicy, "goes_on", lambda pace, survival, drafted: drafted < pace.costs.longest_run)
+    for patience, longest in ((60.0, MAX_DRAFT), (0.0, MIN_DRAFT)):
         monkeypatch.setattr("acd_local.runtime.deferred.PATIENCE", patience)
         with Engine(tiny("chatml", seed=4), pair=DEFAULT, ctx_size=512, threads=1) as engine:
             monkeypatch.setattr(engine.decoder.row_clock, "settle", lambda: None)

@@ -123,7 +123,7 @@ class Counted:
         self.rows: list[int] = []
 
     def __call__(self, work: Sequence[tuple[Cache, Sequence[int]]]) -> list[np.ndarray]:
-        self.rows.append(sum(len(feed.tokens) for feed in work))
+        self.rows.append(sum(len(request.tokens) for request in work))
         return extend(work)
 
 

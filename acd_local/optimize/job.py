@@ -23,7 +23,7 @@ from acd_local.optimize.anchors import Instruction
 from acd_local.optimize.repeat import Repeat
 from acd_local.optimize.stages import private_folder, private_lines
 from acd_local.pairs import PromptPair
-from acd_local.runtime import gguf_header, probe, rows
+from acd_local.runtime import embeddings, gguf_header, probe
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.threads import default_threads
@@ -231,7 +231,7 @@ def check_architecture(info: GGUFInfo) -> None:
             f"{', '.join(sorted(known))}"
         )
     rope.check(info.path, info.architecture)
-    if reason := rows.refusal(info.architecture):
+    if reason := embeddings.refusal(info.architecture):
         raise ModelError(f"{name}: soft prompts do not work with {info.architecture} models: {reason}")
 
 

@@ -151,7 +151,9 @@ class OpeningScorer:
         if isinstance(prompt, tuple):
             return self._template.encode([*prompt, Message("user", user)])
         if isinstance(prompt, SoftPrompt):
-            return self._template.encode([Message("user", user)], rows=self._model.rows.add(prompt.rows, prompt.digest))
+            return self._template.encode(
+                [Message("user", user)], rows=self._model.embeddings.add(prompt.rows, prompt.digest)
+            )
         return self._template.encode([Message("system", prompt), Message("user", user)])
 
 

@@ -19,10 +19,10 @@ from acd_local.runtime.lifetime import CLOSED
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.prefixes import PrefixStore, common_prefix
 from acd_local.runtime.reading import Reader, read_at_once
-from acd_local.runtime.rowcosts import MOST, RowClock
-from acd_local.runtime.streams import Cache, Feed, Layout, Rows, Slot, Streams, extend
+from acd_local.runtime.rowcosts import MAX_DRAFT, RowClock
+from acd_local.runtime.streams import Cache, DecodeBatch, DecodeRequest, Layout, Slot, Streams, extend
 
-FEW = 2  # conversations whose safe streams may run ahead; more are decoded together
+RUNNING_AHEAD = 2  # conversations whose safe streams may run ahead; more are decoded together
 
 
 class Decoder:
@@ -74,11 +74,11 @@ class Decoder:
             kv_type=kv_type,
             threads=threads,
             lock=self._lock,
-            # A run has MOST tokens at most, drafts from the conversation included.
-            outputs=MOST if conversations <= FEW else 1,
+            # A run has MAX_DRAFT tokens at most, drafts from the conversation included.
+            outputs=MAX_DRAFT if conversations <= RUNNING_AHEAD else 1,
         )
         self.slots, self.contexts = self._streams.slots, self._streams.contexts
-        self.can_defer = model.rewinds and conversations <= FEW
+        self.can_defer = model.rewinds and conversations <= RUNNING_AHEAD
         several = conversations > 1 if system_apart is None else False
         self.prefixes = PrefixStore(eager=several or not model.rewinds, exact=system_apart is True)
         self.row_clock = RowClock(figures)
@@ -184,7 +184,9 @@ class Decoder:
         """Whether a prompt that another answer's cancel interrupted can go on in the batches that it would have had."""
         return len(self.contexts) == 1 and not self.model.keeps_state
 
-    def extend(self, work: Rows, cancels: Sequence[CancelToken], meter: PromptMeter | None = None) -> list[Logits]:
+    def extend(
+        self, work: DecodeBatch, cancels: Sequence[CancelToken], meter: PromptMeter | None = None
+    ) -> list[Logits]:
         """Decode rows, stopped by any of `cancels`; see `streams.extend`.
 
         Args:
@@ -196,14 +198,14 @@ class Decoder:
         with self._decoding(cancels):
             before = self._seconds()
             logits = extend(work, meter)
-            lengths = {len(feed.tokens) for feed in work}
+            lengths = {len(request.tokens) for request in work}
             if len(work) <= 2 and len(lengths) == 1:
                 self.row_clock.note(len(work), lengths.pop(), self._seconds() - before)
             return logits
 
     def prepare(
         self, work: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], cancel: CancelToken, meter: PromptMeter
-    ) -> Rows:
+    ) -> DecodeBatch:
         """Bring caches as far as they come without a prompt's new part, and return the rows that are left to decode.
 
         Args:
@@ -214,13 +216,13 @@ class Decoder:
             EngineClosedError, ContextError, llama.DecodeAborted.
         """
 
-        def counted(rows: Rows) -> None:
+        def counted(rows: DecodeBatch) -> None:
             self.extend(rows, [cancel], meter)
             meter.settle(rows)
 
         with self.open():
             self.prefixes.prepare(work, counted)
-        return [Feed(cache, tokens[len(cache.tokens) :]) for cache, tokens, _ in work]
+        return [DecodeRequest(cache, tokens[len(cache.tokens) :]) for cache, tokens, _ in work]
 
     @contextmanager
     def reading(self, layers: tuple[int, ...], cancels: Sequence[CancelToken]) -> Iterator[Reader]:
@@ -306,9 +308,9 @@ class PromptMeter:
             done = sum(common_prefix(cache.tokens, tokens) for cache, tokens in self._streams)
             self._on_progress(done, self._total)
 
-    def settle(self, rows: Rows) -> None:
+    def settle(self, rows: DecodeBatch) -> None:
         """Count all of these as decoded."""
-        self._settled += sum(len(feed.tokens) for feed in rows)
+        self._settled += sum(len(request.tokens) for request in rows)
         self.decoded = self._before = self._settled
 
     def pause(self) -> None:

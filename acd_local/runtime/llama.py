@@ -1,4 +1,4 @@
-"""The one module that talks to llama.cpp, through llama-cpp-python's low-level C API.
+"""Talks to llama.cpp, as no other module does, through llama-cpp-python's low-level C API.
 
 It offers rows in and logits out, operations on KV sequences, text to tokens and back, and samplers; failures come out
 as this package's errors. If the binding changes, this file changes and no other.
@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 
 from acd_local.errors import InternalError, ModelError, NumericalError, OutOfMemoryError, UsageError
 from acd_local.runtime import lifetime, machine
+from acd_local.runtime.embeddings import EmbeddingTable
 from acd_local.runtime.lifetime import DecodeAborted as DecodeAborted
 from acd_local.runtime.lifetime import Owned
-from acd_local.runtime.rows import RowTable
 from acd_local.runtime.threads import openmp_settings
 
 with openmp_settings():
@@ -183,7 +183,7 @@ class Model:
     Attributes:
         owned: llama.cpp's memory of it, and whether that can be used.
         n_params: how many weights the model has.
-        rows: embedding rows, which `Context.decode` takes by negative ids.
+        embeddings: embedding rows, which `Context.decode` takes by negative ids.
         row_positions: positions that llama.cpp reads per embedding row: 4 for M-RoPE, else 1.
         rewinds: whether a cache can always forget its last tokens alone: no recurrent state, no sliding window.
         rope_by_n_ctx: whether the size of a context decides how positions turn.
@@ -228,7 +228,7 @@ class Model:
         self.rewinds = not self.keeps_state and self.n_swa == 0
         input_width, architecture = int(C.llama_model_n_embd_inp(pointer)), self.metadata("general.architecture") or ""
         self.rope_by_n_ctx = bool(self.metadata(f"{architecture}.rope.scaling.original_context_length"))
-        self.rows = RowTable(self.n_embd, input_width, architecture)
+        self.embeddings = EmbeddingTable(self.n_embd, input_width, architecture)
         self.row_positions = 4 if int(C.llama_model_rope_type(pointer)) in _SEVERAL_POSITIONS else 1
 
     def metadata(self, key: str) -> str | None:
@@ -448,7 +448,7 @@ class Context:
         self._memory = C.llama_get_memory(pointer)
         self.n_batch = int(C.llama_n_batch(pointer))
         C.llama_set_abort_callback(pointer, _abort_if_flag_set, ctypes.cast(flag, ctypes.c_void_p))
-        self._rows = _BatchRows(self.n_batch, model.rows, model.row_positions)
+        self._rows = _BatchRows(self.n_batch, model.embeddings, model.row_positions)
         self._view = LogitsView(np.empty((0, 0), np.float32))
         self._view_of = (0, 0)
         self.seconds = 0.0  # spent inside llama.cpp by decode() and logits(), for the benchmark
@@ -457,7 +457,7 @@ class Context:
         """Run one batch of rows, all arguments of shape (rows,), rows <= n_batch (llama_decode).
 
         Args:
-            tokens: token ids, or the negative ids of embedding rows (`Model.rows`), not both in one batch.
+            tokens: token ids, or the negative ids of embedding rows (`Model.embeddings`), not both in one batch.
             captured_alone: stop behind the last captured layer. The logits are then none, and of later layers the
                 cache holds nothing for these rows: what follows them may be captured, and no more.
 
@@ -634,10 +634,10 @@ class _BatchRows:
     """A llama_batch over numpy memory, filled by slices instead of element by element.
 
     It holds token ids (`token`, embd is NULL) or embedding rows (`embd`, token is NULL); llama.cpp reads n_embd_inp
-    numbers per row without a check, which is what RowTable makes sure of.
+    numbers per row without a check, which is what EmbeddingTable makes sure of.
     """
 
-    def __init__(self, capacity: int, table: RowTable, row_positions: int) -> None:
+    def __init__(self, capacity: int, table: EmbeddingTable, row_positions: int) -> None:
         self._table = table
         self._row_positions = row_positions
         self._embd = np.empty((0, table.width), np.float32)

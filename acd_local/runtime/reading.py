@@ -16,7 +16,7 @@ from acd_local.errors import ContextError
 from acd_local.runtime import llama
 from acd_local.runtime.llama import Logits, States
 from acd_local.runtime.prefixes import common_prefix
-from acd_local.runtime.streams import Cache, Feed, extend
+from acd_local.runtime.streams import Cache, DecodeRequest, extend
 
 READ_TOKENS = 1024  # of a conversation that are read at once, at most
 LEAST_TOKENS = 256
@@ -111,7 +111,7 @@ class Reader:
             if on_batch is not None:
                 on_batch(rows)
 
-        (logits,) = extend([Feed(self.cache, tokens[kept:])], collect)
+        (logits,) = extend([DecodeRequest(self.cache, tokens[kept:])], collect)
         found.append(self._context.captured())
         return np.concatenate(found, axis=1)[:, start - kept :], logits[0]
 

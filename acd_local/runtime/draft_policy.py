@@ -1,4 +1,4 @@
-"""How far the safe stream runs ahead of the adversarial one, and whether it does.
+"""Decides whether the safe stream runs ahead of the adversarial one, and how far.
 
 The rule is the marginal value theorem's: go on while one more token promises more than the answer's tokens cost on
 average. A token that is drafted now counts only if no choice before it turns out to be another.
@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from acd_local.runtime.choice import Look
+from acd_local.runtime.choice import SafeCandidates
 from acd_local.runtime.rowcosts import RowCosts
 
 # By the gap between the two best plausible tokens, in nats at alpha 0.5: how often the contrast changes the choice,
@@ -34,7 +34,7 @@ MEMORY = 96.0  # tokens: what was seen longer ago fades
 ENTER, LEAVE = 0.95, 1.05
 
 
-class Pace:
+class DraftPolicy:
     """Decides run lengths for one answer, and learns from it alone: the same answer has the same pace.
 
     Args:
@@ -64,9 +64,9 @@ class Pace:
         self._pays = self.cost * self.costs.ahead < bound * self.costs.pair
         return self._pays
 
-    def chance(self, look: Look) -> float:
+    def chance(self, candidates: SafeCandidates) -> float:
         """How likely the contrast changes an open choice."""
-        i = self._bucket(look)
+        i = self._bucket(candidates)
         return self._changed[i] / self._seen[i]
 
     def goes_on(self, survival: float, drafted: int) -> bool:
@@ -94,9 +94,9 @@ class Pace:
                 best, most = k, saved
         return best
 
-    def learn(self, look: Look, *, changed: bool) -> None:
+    def learn(self, candidates: SafeCandidates, *, changed: bool) -> None:
         """What the contrast did to an open choice."""
-        i = self._bucket(look)
+        i = self._bucket(candidates)
         self._seen[i] += 1
         self._changed[i] += changed
         if self._seen[i] > MEMORY:
@@ -107,11 +107,11 @@ class Pace:
         """A run took batches of so many rows of one stream; `tokens` came out."""
         self._add(sum(map(self.costs.rows, batches)), tokens)
 
-    def beside(self, look: Look | None, *, changed: bool) -> None:
-        """A position was decided side by side; `look`: None where the contrast could not change it."""
-        self._add(self._forecast.see(None if look is None else self.chance(look), changed, self.cost), 1)
-        if look is not None:
-            self.learn(look, changed=changed)
+    def beside(self, candidates: SafeCandidates | None, *, changed: bool) -> None:
+        """A position was decided side by side; `candidates`: None where the contrast could not change it."""
+        self._add(self._forecast.see(None if candidates is None else self.chance(candidates), changed, self.cost), 1)
+        if candidates is not None:
+            self.learn(candidates, changed=changed)
 
     def _add(self, spent: float, tokens: int) -> None:
         self._spent += spent
@@ -120,15 +120,15 @@ class Pace:
             self._spent *= MEMORY / self._tokens
             self._tokens = MEMORY
 
-    def _bucket(self, look: Look) -> int:
-        return bisect(EDGES, look.gap * self._scale)
+    def _bucket(self, candidates: SafeCandidates) -> int:
+        return bisect(EDGES, candidates.gap * self._scale)
 
 
 class Forecast:
     """Reckons what running ahead would cost at positions that are decided otherwise.
 
-    Runs end where `Pace` would end them. What is drafted behind a change is in vain: it is counted by the positions
-    that follow, which have the same kinds of gaps.
+    Runs end where `DraftPolicy` would end them. What is drafted behind a change is in vain: it is counted by the
+    positions that follow, which have the same kinds of gaps.
     """
 
     def __init__(self, costs: RowCosts) -> None:
@@ -142,7 +142,7 @@ class Forecast:
 
         Args:
             chance: how likely the contrast changes it; None: it cannot.
-            cost: of a token so far, see `Pace.cost`.
+            cost: of a token so far, see `DraftPolicy.cost`.
         """
         spent = 1.0
         self._pending += 1

@@ -17,9 +17,9 @@ from acd_local.engine import Engine
 from acd_local.errors import NumericalError
 from acd_local.options import Options
 from acd_local.runtime import llama
-from acd_local.runtime.choice import Chooser, ContrastSettings, Vocabulary
-from acd_local.runtime.generate import advance, stepwise
+from acd_local.runtime.choice import Chooser, ContrastSettings, SpecialTokens
 from acd_local.runtime.sampling import GrammarGuard, TokenSampler, position_seed
+from acd_local.runtime.strategy import advance, stepwise
 from acd_local.runtime.template import Message
 
 QUESTION = "How do I get red wine out of a carpet?"
@@ -146,7 +146,7 @@ def loop(
 ) -> list[int]:
     chooser = Chooser(
         TokenSampler(vocab, Options(temp=0.0), 1),
-        Vocabulary(vocab, llama.ATTR_CONTROL),
+        SpecialTokens(vocab, llama.ATTR_CONTROL),
         ContrastSettings(settings.get("alpha", 0.5), settings.get("beta", 0.1)),
         grammar=None if gbnf is None else GrammarGuard(vocab, gbnf),
     )
@@ -190,10 +190,10 @@ def test_candidates_are_gathered_only_where_they_can_be_drawn(vocab: llama.Vocab
         (ContrastSettings(0.5, 0.0, window=3), Options(temp=0.0), False),  # position 3 is the first behind it
         (ContrastSettings(0.5, 0.0, window=4), Options(temp=0.0), True),
     ):
-        chooser = Chooser(TokenSampler(vocab, options, 1), Vocabulary(vocab, llama.ATTR_CONTROL), contrast)
-        look = chooser.look(row(vocab, t40=2.0, t41=1.9), 3)
-        assert (len(look.ids) > 2) is many
-        assert look.ids[look.scores.argmax()] == 40
+        chooser = Chooser(TokenSampler(vocab, options, 1), SpecialTokens(vocab, llama.ATTR_CONTROL), contrast)
+        candidates = chooser.candidates(row(vocab, t40=2.0, t41=1.9), 3)
+        assert (len(candidates.ids) > 2) is many
+        assert candidates.ids[candidates.scores.argmax()] == 40
 
 
 def test_a_window_contrasts_only_its_first_tokens(tiny: Callable[..., Path]) -> None:
@@ -256,4 +256,4 @@ def test_tokens_that_the_model_file_suppresses_are_never_said(tiny: Callable[...
     writer.close()
     with llama.Model(path) as model:
         assert model.vocab.suppressed_tokens() == {40, 41}
-        assert {40, 41} <= set(Vocabulary(model.vocab, llama.ATTR_CONTROL).banned.tolist())
+        assert {40, 41} <= set(SpecialTokens(model.vocab, llama.ATTR_CONTROL).banned.tolist())

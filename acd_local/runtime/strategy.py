@@ -1,9 +1,9 @@
-"""Execution strategies: what is decoded when, until an answer's tokens are chosen.
+"""Defines execution strategies: what is decoded when, until an answer's tokens are chosen.
 
-A strategy knows token ids and logits, no text, no templates and no caches: it yields its steps, and rows that it needs
-decoded. Whoever drives it decides how they are decoded: alone, or together with other conversations. Which tokens come
-out is `choice.Chooser`'s matter; strategies differ in time alone. `stepwise` is the plain one: both streams, token by
-token. `deferred.deferred` lets the safe stream run ahead.
+A strategy knows token ids and logits, no text, no templates and no caches: it yields its choices, and requests for rows
+to be decoded. Whoever drives it decides how they are decoded: alone, or together with other conversations. Which tokens
+come out is `choice.Chooser`'s matter; strategies differ in time alone. `stepwise` is the plain one: both streams, token
+by token. `deferred.deferred` lets the safe stream run ahead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
 
-from acd_local.runtime.choice import Chooser, Step
+from acd_local.runtime.choice import Chooser, TokenChoice
 from acd_local.runtime.llama import Logits
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ StreamLogits = tuple[Logits, Logits | None]
 
 
 @dataclass(frozen=True)
-class Need:
+class StreamRequest:
     """Rows of one stream to be decoded.
 
     Attributes:
@@ -38,8 +38,8 @@ class Need:
     wanted: Sequence[bool] | None = None
 
 
-# Needs are decoded together, and answered by the logits of each, shape (wanted rows, n_vocab).
-Strategy: TypeAlias = Generator[Step | Sequence[Need], list[Logits], None]
+# Requests are decoded together, and answered by the logits of each, shape (wanted rows, n_vocab).
+Strategy: TypeAlias = Generator[TokenChoice | Sequence[StreamRequest], list[Logits], None]
 
 
 def stepwise(first: StreamLogits, chooser: Chooser, *, limit: int, start: int = 0) -> Strategy:
@@ -54,15 +54,15 @@ def stepwise(first: StreamLogits, chooser: Chooser, *, limit: int, start: int = 
     """
     safe, adversarial = first
     for position in range(start, limit):
-        step = chooser.choose(chooser.look(safe, position), adversarial)
-        if step is None:
+        choice = chooser.choose(chooser.candidates(safe, position), adversarial)
+        if choice is None:
             return
-        yield step
-        if step.ends or position + 1 == limit:
+        yield choice
+        if choice.ends or position + 1 == limit:
             return
         both: tuple[Stream, ...] = ("safe", "adversarial")
         streams = both if chooser.settings.contrasts(position + 1) else both[:1]
-        logits = yield [Need(stream, position, [step.token]) for stream in streams]
+        logits = yield [StreamRequest(stream, position, [choice.token]) for stream in streams]
         safe, adversarial = logits[0][0], logits[1][0] if len(logits) > 1 else None
 
 

@@ -1,4 +1,4 @@
-"""Embedding rows as ids: how a soft prompt travels among tokens, and which architectures can read it.
+"""Gives embedding rows ids, by which a soft prompt travels among tokens, and tells which architectures can read them.
 
 Negative ids in a token sequence stand for rows of a model's table. Every distinct prompt gets ids of its own, so that
 comparing sequences of ids compares the rows too: caches, snapshots and prefixes need to know nothing about them.
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from acd_local.errors import PairError
 
-Rows = NDArray[np.float32]
+Embeddings = NDArray[np.float32]
 
 # Architectures of llama.cpp whose graphs need the token's id, or take a row for a piece of an image (src/models).
 _REFUSED = {
@@ -38,7 +38,7 @@ def refusal(architecture: str) -> str | None:
     return _REFUSED.get(architecture)
 
 
-class RowTable:
+class EmbeddingTable:
     """The rows that a model has been given, by id.
 
     Args:
@@ -55,11 +55,11 @@ class RowTable:
         self._architecture = architecture
         # As llama.cpp computes it: sqrtf, in float32.
         self._scale = np.float32(math.sqrt(width)) if architecture in _SCALED else None
-        self._rows: Rows = np.empty((0, width), np.float32)
+        self._rows: Embeddings = np.empty((0, width), np.float32)
         self._ids: dict[str, range] = {}
         self._lock = threading.Lock()
 
-    def add(self, rows: Rows, digest: str) -> range:
+    def add(self, rows: Embeddings, digest: str) -> range:
         """The ids of a prompt's rows, shape (n, width); the same for the same `digest`.
 
         Raises:
@@ -74,7 +74,7 @@ class RowTable:
                 self._ids[digest] = range(-first - 1, -len(self._rows) - 1, -1)
             return self._ids[digest]
 
-    def _check(self, rows: Rows) -> None:
+    def _check(self, rows: Embeddings) -> None:
         if self._reason is not None:
             raise PairError(f"soft prompts do not work with {self._architecture} models: {self._reason}")
         if rows.ndim != 2 or rows.shape[1] != self.width or len(rows) == 0:
@@ -82,7 +82,7 @@ class RowTable:
         if not np.isfinite(rows).all():
             raise PairError("a soft prompt holds a value that is not finite")
 
-    def take(self, ids: Sequence[int] | NDArray[np.int32]) -> Rows:
+    def take(self, ids: Sequence[int] | NDArray[np.int32]) -> Embeddings:
         """The rows that negative ids stand for, shape (ids, width), scaled as llama.cpp wants them.
 
         Raises:
