@@ -17,7 +17,7 @@ from acd_local.runtime.choice import Chooser, SafeCandidates, TokenChoice
 from acd_local.runtime.draft_policy import DraftPolicy
 from acd_local.runtime.llama import Logits
 from acd_local.runtime.lookup import Lookup
-from acd_local.runtime.rowcosts import MIN_DRAFT, PATIENCE, RowClock, RowCosts
+from acd_local.runtime.rowcosts import MIN_DRAFT, PATIENCE, RowClock
 from acd_local.runtime.strategy import Strategy, StreamLogits, StreamRequest, advance, stepwise
 
 # The adversarial stream is this far behind at most; a batch takes 512 rows.
@@ -79,28 +79,9 @@ def deferred(
     """
     answer = list(said)
     yield from _lead(first, chooser, min(len(said) + lead, limit), answer, clock)
-    lookup.extend(answer)
-    behind = len(answer) - 1  # answer tokens that the adversarial stream holds
-    over = len(answer) == len(said) or chooser.ends(answer[-1])
-    while not over and len(answer) < limit:
-        started = time.perf_counter()
-        runs_ahead = always_ahead or policy.pays or not chooser.settings.contrasts(len(answer))
-        if runs_ahead or lookup.draft([], policy.quote(lookup.chance, alone=True)):
-            until = math.inf if clock is None else started + PATIENCE
-            run = yield from _draft_run(answer, chooser, policy, lookup, limit, runs_ahead, until)
-            choices, behind = yield from _catch_up(answer, behind, run, chooser, policy)
-            if clock is not None and not run.quotes:
-                clock.note_run(run.batches, len(choices), time.perf_counter() - started, policy.expected)
-        else:
-            choices, behind = yield from _side_by_side(answer, behind, chooser, policy)
-            if clock is not None:
-                clock.note_step(time.perf_counter() - started)
-        yield from choices
-        said = [choice.token for choice in choices]
-        answer += said
-        lookup.extend(said)
-        behind = min(behind, len(answer) - 1)  # after a change the last token is another
-        over = not choices or choices[-1].ends
+    if len(answer) > len(said) and not chooser.ends(answer[-1]):
+        lookup.extend(answer)
+        yield from _Deferral(answer, len(answer) - 1, limit, chooser, policy, lookup, clock).rest(always_ahead)
 
 
 def _lead(first: StreamLogits, chooser: Chooser, limit: int, answer: list[int], clock: RowClock | None) -> Strategy:
@@ -119,133 +100,169 @@ def _lead(first: StreamLogits, chooser: Chooser, limit: int, answer: list[int], 
                 clock.note_step(time.perf_counter() - started)
 
 
-def _draft_run(
-    answer: Sequence[int],
-    chooser: Chooser,
-    policy: DraftPolicy,
-    lookup: Lookup,
-    limit: int,
-    runs_ahead: bool,
-    until: float,
-) -> Generator[Sequence[StreamRequest], list[Logits], _Run]:
-    """Draft until a change is likely, or until every choice so far is one that the contrast cannot change.
+@dataclass
+class _Deferral:
+    """An answer in the making, of which the safe stream holds all but the last token, the adversarial one less.
 
-    Args:
-        runs_ahead: without drafts from the conversation too.
-        until: after this time (time.perf_counter) no further than MIN_DRAFT tokens.
+    Attributes:
+        answer: its tokens so far, at least one. behind: how many of them the adversarial stream holds.
+        limit: tokens at most.
     """
-    drafting, run = _Draft(chooser), _Run()
-    while True:
-        position = len(answer) + len(run.tokens)
-        last = run.tokens[-1] if run.tokens else answer[-1]
-        most = min(limit - position, policy.costs.longest_run - len(run.tokens))
-        draft = lookup.draft(run.tokens, min(most - 1, policy.quote(lookup.chance, alone=not runs_ahead)))
-        if run.tokens and not (runs_ahead or draft):
-            return run
-        tokens = [last, *draft]
-        (rows,) = yield [StreamRequest("safe", position - 1, tokens, [True] * len(tokens))]
-        run.batches.append(len(tokens))
-        run.quotes = run.quotes or bool(draft)
-        right = 0
-        for logits, drafted in zip(rows, [*draft, None], strict=True):
+
+    answer: list[int]
+    behind: int
+    limit: int
+    chooser: Chooser
+    policy: DraftPolicy
+    lookup: Lookup
+    clock: RowClock | None
+
+    def rest(self, always_ahead: bool) -> Strategy:
+        """Choose the rest of the answer."""
+        answer, policy = self.answer, self.policy
+        choices: list[TokenChoice] = []
+        while len(answer) < self.limit:
+            started = time.perf_counter()
+            alone = not (always_ahead or policy.pays) and self.chooser.settings.contrasts(len(answer))
+            if alone and not self.lookup.draft([], policy.quote(self.lookup.chance, alone=True)):
+                choices = yield from self._side_by_side()
+                if self.clock is not None:
+                    self.clock.note_step(time.perf_counter() - started)
+            else:
+                run = yield from self._run_ahead(alone, math.inf if self.clock is None else started + PATIENCE)
+                choices = yield from self._catch_up(run)
+                if self.clock is not None and not run.quotes:
+                    self.clock.note_run(run.batches, len(choices), time.perf_counter() - started, policy.expected)
+            yield from choices
+            if not choices:
+                return
+            said = [choice.token for choice in choices]
+            answer += said
+            self.lookup.extend(said)
+            self.behind = min(self.behind, len(answer) - 1)  # after a change the last token is another
+            if choices[-1].ends:
+                return
+
+    def _side_by_side(self) -> Generator[Sequence[StreamRequest], list[Logits], list[TokenChoice]]:
+        """One position, as `stepwise` decides it."""
+        answer, behind = self.answer, self.behind
+        safe, adversarial = yield [
+            StreamRequest("safe", len(answer) - 1, answer[-1:]),
+            StreamRequest("adversarial", behind, answer[behind:]),
+        ]
+        self.behind = len(answer)
+        candidates = self.chooser.candidates(safe[0], len(answer))
+        choice = self.chooser.choose(candidates, adversarial[0])
+        if choice is None:
+            return []
+        is_open = self.chooser.is_open(candidates)
+        self.policy.beside(candidates if is_open else None, changed=choice.token != choice.safe_choice)
+        return [choice]
+
+    def _run_ahead(self, quoting: bool, until: float) -> Generator[Sequence[StreamRequest], list[Logits], _Run]:
+        """Draft until a change is likely, or until every choice so far is one that the contrast cannot change.
+
+        Args:
+            quoting: only as long as there are drafts from the conversation.
+            until: after this time (time.perf_counter) no further than MIN_DRAFT tokens.
+        """
+        drafting, run, policy, lookup = _Draft(self.chooser), _Run(), self.policy, self.lookup
+        while True:
+            position = len(self.answer) + len(run.tokens)
+            last = run.tokens[-1] if run.tokens else self.answer[-1]
+            most = min(self.limit - position, policy.costs.longest_run - len(run.tokens))
+            draft = lookup.draft(run.tokens, min(most - 1, policy.quote(lookup.chance, alone=quoting)))
+            if run.tokens and quoting and not draft:
+                return run
+            tokens = [last, *draft]
+            (rows,) = yield [StreamRequest("safe", position - 1, tokens, [True] * len(tokens))]
+            run.batches.append(len(tokens))
+            run.quotes = run.quotes or bool(draft)
+            right = self._follow(run, drafting, rows, draft)
+            if right is None:
+                return run
+            if draft:
+                lookup.learn(len(draft), right)
+            waits = any(map(self.chooser.needs_adversary, run.seen))
+            late = len(run.tokens) >= MIN_DRAFT and time.perf_counter() > until
+            if late or not waits or not policy.goes_on(run.survival, len(run.tokens)):
+                return run
+
+    def _follow(self, run: _Run, drafting: _Draft, rows: Logits, draft: Sequence[int]) -> int | None:
+        """Go on with the safe stream's own choices; how many tokens of the draft were right, None: the run ends."""
+        for right, (logits, drafted) in enumerate(zip(rows, [*draft, None], strict=True)):
+            position = len(self.answer) + len(run.tokens)
             try:
-                candidates = drafting.candidates(logits, position + right)
+                candidates = drafting.candidates(logits, position)
             except NumericalError:
                 if run.seen:  # what was said before is not lost: the next run meets the same logits
-                    return run
+                    return None
                 raise
             run.seen.append(candidates)
             if len(candidates.ids) == 0:
-                return run
+                return None
             token = drafting.draft_token(candidates)
             run.tokens.append(token)
-            if chooser.is_open(candidates):
-                run.survival *= 1 - policy.chance(candidates)
-            if chooser.ends(token) or len(answer) + len(run.tokens) == limit:
-                return run
+            if self.chooser.is_open(candidates):
+                run.survival *= 1 - self.policy.chance(candidates)
+            if self.chooser.ends(token) or position + 1 == self.limit:
+                return None
             if token != drafted:
+                return right
+        return len(draft)
+
+    def _catch_up(self, run: _Run) -> Generator[Sequence[StreamRequest], list[Logits], list[TokenChoice]]:
+        """Let the adversarial stream see the run, as far as it can change a choice; return the choices."""
+        answer, behind = self.answer, self.behind
+        wanted = [self.chooser.needs_adversary(candidates) for candidates in run.seen]
+        rows: list[Logits | None] = [None] * len(wanted)
+        if True in wanted:
+            last = len(wanted) - wanted[::-1].index(True)
+            # The logits of a position come from the token before it.
+            self.behind = len(answer) + last - 1
+            pending = [*answer, *run.tokens][behind : self.behind]
+            found = yield from self._see(behind, pending, [False] * (len(pending) - last) + wanted[:last], run)
+            logits = iter(found)
+            rows = [next(logits) if needed else None for needed in wanted]
+        elif len(answer) - behind > BEHIND and self.chooser.settings.contrasts(len(answer)):
+            self.behind = len(answer) - 1
+            pending = answer[behind:-1]
+            yield [StreamRequest("adversarial", behind, pending, [False] * len(pending))]
+        choices = self._check(run, rows)
+        if not run.quotes:  # what quotations cost says nothing of other runs
+            self.policy.spend(run.batches, len(choices))
+        return choices
+
+    def _see(
+        self, start: int, tokens: Sequence[int], wanted: Sequence[bool], run: _Run
+    ) -> Generator[Sequence[StreamRequest], list[Logits], list[Logits]]:
+        """Decode the adversarial stream's rows together, or one by one where that costs less; the wanted logits."""
+        if self.policy.costs.rows(len(tokens)) <= len(tokens):
+            run.batches.append(len(tokens))
+            (rows,) = yield [StreamRequest("adversarial", start, tokens, wanted)]
+            return list(rows)
+        found: list[Logits] = []
+        for i, token in enumerate(tokens):
+            run.batches.append(1)
+            (rows,) = yield [StreamRequest("adversarial", start + i, [token], wanted[i : i + 1])]
+            found.extend(rows)
+        return found
+
+    def _check(self, run: _Run, rows: Sequence[Logits | None]) -> list[TokenChoice]:
+        """The run's choices up to the first that is another than was drafted."""
+        choices: list[TokenChoice] = []
+        for candidates, token, logits in zip(run.seen, [*run.tokens, None], rows, strict=False):
+            try:
+                choice = self.chooser.choose(candidates, logits)
+            except NumericalError:
+                if choices:  # as above
+                    break
+                raise
+            if choice is None:
                 break
-            right += 1
-        if draft:
-            lookup.learn(len(draft), right)
-        waits = any(map(chooser.needs_adversary, run.seen))
-        late = len(run.tokens) >= MIN_DRAFT and time.perf_counter() > until
-        if late or not waits or not policy.goes_on(run.survival, len(run.tokens)):
-            return run
-
-
-def _catch_up(
-    answer: Sequence[int], behind: int, run: _Run, chooser: Chooser, policy: DraftPolicy
-) -> Generator[Sequence[StreamRequest], list[Logits], tuple[list[TokenChoice], int]]:
-    """Let the adversarial stream see the run, as far as it can change a choice; the choices, and what it holds then."""
-    wanted = [chooser.needs_adversary(candidates) for candidates in run.seen]
-    rows: list[Logits | None] = [None] * len(wanted)
-    if True in wanted:
-        last = len(wanted) - wanted[::-1].index(True)
-        # The logits of a position come from the token before it.
-        end = len(answer) + last - 1
-        pending = [*answer, *run.tokens][behind:end]
-        asked = [False] * (len(pending) - last) + wanted[:last]
-        found, batches = yield from _decode_adversarial(behind, pending, asked, policy.costs)
-        run.batches += batches
-        behind, logits = end, iter(found)
-        rows = [next(logits) if needed else None for needed in wanted]
-    elif len(answer) - behind > BEHIND and chooser.settings.contrasts(len(answer)):
-        pending = list(answer[behind:-1])
-        yield [StreamRequest("adversarial", behind, pending, [False] * len(pending))]
-        behind = len(answer) - 1
-    choices = _check(run, rows, chooser, policy)
-    if not run.quotes:  # what quotations cost says nothing of other runs
-        policy.spend(run.batches, len(choices))
-    return choices, behind
-
-
-def _decode_adversarial(
-    start: int, tokens: Sequence[int], wanted: Sequence[bool], costs: RowCosts
-) -> Generator[Sequence[StreamRequest], list[Logits], tuple[list[Logits], list[int]]]:
-    """Decode the adversarial stream's rows together, or one by one where that costs less; logits, and batch sizes."""
-    if costs.rows(len(tokens)) <= len(tokens):
-        (rows,) = yield [StreamRequest("adversarial", start, tokens, wanted)]
-        return list(rows), [len(tokens)]
-    found: list[Logits] = []
-    for i, token in enumerate(tokens):
-        (rows,) = yield [StreamRequest("adversarial", start + i, [token], wanted[i : i + 1])]
-        found.extend(rows)
-    return found, [1] * len(tokens)
-
-
-def _side_by_side(
-    answer: Sequence[int], behind: int, chooser: Chooser, policy: DraftPolicy
-) -> Generator[Sequence[StreamRequest], list[Logits], tuple[list[TokenChoice], int]]:
-    """One position side by side, as `stepwise` does."""
-    requests = [
-        StreamRequest("safe", len(answer) - 1, answer[-1:]),
-        StreamRequest("adversarial", behind, answer[behind:]),
-    ]
-    safe, adversarial = yield requests
-    candidates = chooser.candidates(safe[0], len(answer))
-    choice = chooser.choose(candidates, adversarial[0])
-    if choice is None:
-        return [], len(answer)
-    policy.beside(candidates if chooser.is_open(candidates) else None, changed=choice.token != choice.safe_choice)
-    return [choice], len(answer)
-
-
-def _check(run: _Run, rows: Sequence[Logits | None], chooser: Chooser, policy: DraftPolicy) -> list[TokenChoice]:
-    """The run's choices up to the first that is another than was drafted."""
-    choices: list[TokenChoice] = []
-    for candidates, token, logits in zip(run.seen, [*run.tokens, None], rows, strict=False):
-        try:
-            choice = chooser.choose(candidates, logits)
-        except NumericalError:
-            if choices:  # as above
+            choices.append(choice)
+            if self.chooser.is_open(candidates):
+                self.policy.learn(candidates, changed=choice.token != token)
+            if choice.token != token:
                 break
-            raise
-        if choice is None:
-            break
-        choices.append(choice)
-        if chooser.is_open(candidates):
-            policy.learn(candidates, changed=choice.token != token)
-        if choice.token != token:
-            break
-    return choices
+        return choices
