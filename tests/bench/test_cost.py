@@ -66,18 +66,8 @@ def test_memory_over_plain_and_a_cache(tiny: Callable[..., Path]) -> None:
 
 
 def test_memory_is_measured_with_the_pair_that_was_asked_for(tiny: Callable[..., Path]) -> None:
-    model, settings = str(tiny("chatml")), {"threads": 1, "ctx_size": 512}
-    assert memory.peak_mb(measuring.SHARED, model, pair=None, **settings) > 10
     with pytest.raises(InternalError, match="no-such-pair"):
-        memory.peak_mb(measuring.SHARED, model, pair="no-such-pair", **settings)
-
-
-def test_every_case_has_its_memory(acd: Run, tiny: Callable[..., Path]) -> None:
-    code, out, err = acd("bench", str(tiny("chatml")), "--json", *SMALL)
-    assert code == 0, err
-    found = json.loads(out)
-    assert all(case["peak_mb"] > 10 for case in found["cases"])
-    assert found["peak_over_plain_and_kv_mb"] is not None and found["kv_mb"] > 0
+        memory.peak_mb(measuring.SHARED, str(tiny("chatml")), pair="no-such-pair", threads=1, ctx_size=512)
 
 
 def test_models_that_cannot_run_ahead_are_measured_too(tiny: Callable[..., Path]) -> None:
@@ -100,11 +90,14 @@ def test_too_little_to_measure_is_refused(tokens: int, rounds: int) -> None:
 
 
 def test_the_table_has_all_groups(acd: Run, tiny: Callable[..., Path]) -> None:
-    code, out, err = acd("bench", str(tiny("chatml")), "--no-memory", *SMALL)
+    code, out, err = acd("bench", str(tiny("chatml")), *SMALL)
     assert code == 0
     lines = out.splitlines()
     assert "round 1 of 1" in err
     assert lines[3].startswith("plain llama.cpp")
+    for line in lines[3:7]:  # peak memory, 10^6 bytes
+        assert line.endswith(" MB") and float(line.split()[-2]) > 10
+    assert lines[7].startswith("peak over plain + one KV cache of ")
     for name in measuring.STRATEGIES:
         assert sum(line.startswith(name + " ") for line in lines) >= 3
     assert "pair default, alpha 0.5, beta 0.1" in lines[0]
@@ -113,34 +106,30 @@ def test_the_table_has_all_groups(acd: Run, tiny: Callable[..., Path]) -> None:
     assert sum("first token of a question of" in line for line in lines) == 1
 
 
-def test_json_holds_all_groups(acd: Run, tiny: Callable[..., Path]) -> None:
-    code, out, err = acd("bench", str(tiny("chatml")), "--quantize", "q8_0", "--no-memory", "--json", *SMALL)
+def test_json_holds_all_groups(acd: Run, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    pair = tmp_path / "calm.toml"
+    pair.write_text('format = 1\nname = "calm"\nsafe = "Be kind."\nadversarial = "Be rude."\nalpha = 0.0\nbeta = 0.2\n')
+    given = ("--quantize", "q8_0", "--no-memory", "--json", "--pair", str(pair))
+    code, out, err = acd("bench", str(tiny("chatml")), *given, *SMALL)
     assert code == 0
     assert "q8_0" in err
     found = json.loads(out)
     assert found["cases"][0]["case"] == "plain llama.cpp"
     assert set(found["cases"][0]) >= {"case", "ratio_to_plain"}
-    assert (found["pair"], found["alpha"], found["beta"]) == ("default", 0.5, 0.1)
+    assert (found["pair"], found["alpha"], found["beta"]) == ("calm", 0.0, 0.2)
     for group in ("strategies", "sampled", "repeat"):
         assert [case["case"] for case in found[group]] == list(measuring.STRATEGIES)
         assert all(case["ratio_to_plain"] > 0 for case in found[group])
+        assert found[group][0]["compared_share"] == 0  # alpha 0: nothing is contrasted
         assert found["auto_against_best"][group] > 0
     assert found["first_token"]["ways"]["plain llama.cpp"]["ratio_to_plain"] == 1
 
 
-def test_the_pair_decides_what_is_contrasted(acd: Run, tiny: Callable[..., Path], tmp_path: Path) -> None:
-    model, pair = str(tiny("chatml")), tmp_path / "calm.toml"
-    pair.write_text('format = 1\nname = "calm"\nsafe = "Be kind."\nadversarial = "Be rude."\nalpha = 0.0\nbeta = 0.1\n')
-    shares = []
-    for given in ((), ("--pair", str(pair))):
-        code, out, _ = acd("bench", model, "--no-memory", "--json", *given, *SMALL)
-        assert code == 0
-        shares.append({c["case"]: c["compared_share"] for c in json.loads(out)["strategies"]}["stepwise"])
-    assert shares == [1, 0]
-    for mode in ((), ("--parallel", "2")):
-        code, out, err = acd("bench", model, *mode, "--pair", "no-such-pair", *SMALL)
-        assert (code, out) == (5, "")
-        assert "no-such-pair" in err.splitlines()[-1]
+@pytest.mark.parametrize("mode", [(), ("--parallel", "2")])
+def test_a_missing_pair_is_said_in_one_line(acd: Run, tiny: Callable[..., Path], mode: tuple[str, ...]) -> None:
+    code, out, err = acd("bench", str(tiny("chatml")), *mode, "--pair", "no-such-pair", *SMALL)
+    assert (code, out) == (5, "")
+    assert "no-such-pair" in err.splitlines()[-1]
 
 
 def test_prompts_per_minute(acd: Run, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
