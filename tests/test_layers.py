@@ -122,8 +122,10 @@ LAYERS = (
         "fit/training",
         "fit/workbench",
     },
-    {"bench", "throughput"},
-    {"latency", "speed", "peers"},
+    {"bench/__init__", "bench/questions", "bench/rounds"},
+    {"bench/measuring", "bench/throughput"},
+    {"bench/first_token", "bench/memory"},
+    {"bench/cost"},
     {  # for PyInstaller, and run by it
         "__pyinstaller/__init__",
         "__pyinstaller/hook-acd_local",
@@ -140,7 +142,7 @@ CIRCLES = {
 # Names of other libraries that are public in spite of their underscore: of named tuples, ctypes and os.
 PUBLIC_UNDERSCORES = {"_replace", "_asdict", "_fields_", "_exit"}
 # Children that a check starts as a process of its own, where they talk to their parent over stdout.
-SPEAKERS = {"runtime/probe", "runtime/grammar", "bench"}
+SPEAKERS = {"runtime/probe", "runtime/grammar", "bench/memory"}
 
 
 def layer_of(module: str) -> int:
@@ -207,8 +209,7 @@ def test_underscore_names_stay_in_their_module(module: str) -> None:
 
 
 def test_one_module_alone_imports_llama_cpp() -> None:
-    # peers measures the binding's own high-level class, which nothing here uses.
-    assert [m for m in MODULES if "llama_cpp" in imports(m)] == ["peers", "runtime/llama"]
+    assert [m for m in MODULES if "llama_cpp" in imports(m)] == ["runtime/llama"]
 
 
 def test_one_module_alone_imports_llguidance_and_not_at_the_start() -> None:
@@ -246,4 +247,4 @@ def test_light_modules_stay_light(module: str) -> None:
 def test_only_the_optimizer_imports_torch() -> None:
     users = {m for m in MODULES if imports(m) & {"torch", "transformers"}}
     assert users
-    assert all(m.startswith("optimize/") or m == "peers" for m in users)  # peers measures transformers, if it is there
+    assert all(m.startswith("optimize/") for m in users)

@@ -68,7 +68,7 @@ def test_the_wheel_holds_package_and_prompts_and_nothing_else(dist: Path) -> Non
     assert {"acd_local/py.typed", "acd_local/prompts/default.toml"} <= set(files)
     metadata = {name for name in files if name.startswith("acd_local-") and ".dist-info/" in name}
     data = {f"acd_local/evaluate/{name}" for name in ("methods.toml", "smoke.jsonl", "report.css", "report.js")}
-    data |= {"acd_local/fit/texts.toml"}
+    data |= {"acd_local/fit/texts.toml", "acd_local/bench/questions.toml"}
     data |= {f"acd_local/optimize/data/{path.name}" for path in (ROOT / "acd_local/optimize/data").iterdir()}
     data |= {
         "acd_local/quickcheck.jsonl",

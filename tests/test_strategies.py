@@ -22,6 +22,7 @@ from manual import DEFAULT
 from reference import TOLERANCE, fresh_logits
 
 from acd_local.answers import Answer
+from acd_local.bench.questions import many_prompts
 from acd_local.engine import Engine
 from acd_local.errors import InternalError, NumericalError, UsageError
 from acd_local.options import Options
@@ -32,7 +33,6 @@ from acd_local.runtime.lookup import GREEDY, MATCH, QUOTED, REST, SAMPLED, Looku
 from acd_local.runtime.rowcosts import MAX_DRAFT, MIN_DRAFT, RowClock, RowCosts
 from acd_local.runtime.streams import DecodeRequest, Streams, extend
 from acd_local.runtime.template import Message
-from acd_local.throughput import prompts_of
 
 PROMPTS = (
     "How do I get red wine out of a carpet?",
@@ -167,7 +167,7 @@ def test_texts_of_a_tiny_model_differ_at_near_ties_alone(tiny: Callable[..., Pat
 @pytest.mark.parametrize("temp", [0.0, 0.8])
 def test_texts_of_the_demo_model_differ_at_near_ties_alone(demo: Path, temp: float) -> None:
     """Quantized activations: its logits vary with the shape of a batch. `-s` prints what is found."""
-    prompts = [prompt for number in range(9) for prompt in prompts_of(number)][:MANY]
+    prompts = [prompt for number in range(9) for prompt in many_prompts(number)][:MANY]
     assert len(prompts) == MANY
     with Engine(demo, pair="default", ctx_size=1024) as engine:
         differing = compared(engine, prompts, {"temp": temp, "max_tokens": 24}, 0.3)

@@ -1,4 +1,6 @@
-"""The same contrast through what else one would take today, in turns with this package's own, in one process.
+"""Measure the same contrast through what else one would take today, in turns with this package's own, in one process.
+
+    python benchmarks/peers.py MODEL [--pair NAME|FILE] [--tokens 64] [--rounds 5] [--json]
 
 Two `llama_cpp.Llama` objects of one file, the adversarial one asked from a logits processor of the other; and
 transformers' classifier-free guidance on the same weights as bf16, with the contrast's weight and without a mask.
@@ -7,17 +9,23 @@ transformers' classifier-free guidance on the same weights as bf16, with the con
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
+import script
 
-from acd_local.bench import QUESTIONS, Ask, Case, Measured, by_strategy, check_counts, median, warm_up
+from acd_local.bench.measuring import by_strategy, warm_up
+from acd_local.bench.questions import text_of
+from acd_local.bench.rounds import Case, Measured, Progress, Way, cases_of, check_counts, in_turns, median
+from acd_local.cli.shell import one_line
 from acd_local.engine import Engine, measured_pair
 from acd_local.errors import AcdError, InternalError
 from acd_local.generation import resolve_contrast
@@ -52,11 +60,25 @@ class Report:
     def summary(self) -> dict[str, Any]:
         """Medians, JSON types."""
         head = {name: getattr(self, name) for name in ("model", "threads", "tokens", "rounds", "left_out")}
-        rows = [
-            {"case": c.name, "tokens_per_second": median(c.tokens_per_second), "ratio_to_acd": median(c.ratio)}
-            for c in self.cases
-        ]
-        return head | {"cases": rows}
+        return head | {"cases": list(self._rows())}
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        for case in self.cases:
+            yield {
+                "case": case.name,
+                "tokens_per_second": median(case.tokens_per_second),
+                "ratio_to_acd": median(case.ratio),
+            }
+
+    def lines(self) -> Iterator[str]:
+        work = f"up to {self.tokens} tokens x {self.rounds} rounds"
+        yield f"{one_line(self.model)}: {self.threads} threads, {work}, medians"
+        yield f"{'':<24}{'tokens/s':>10}{'time over acd':>16}"
+        for row in self._rows():
+            speed, ratio = ("-" if row[n] is None else f"{row[n]:.2f}" for n in ("tokens_per_second", "ratio_to_acd"))
+            yield f"{row['case']:<24}{speed:>10}{ratio:>16}"
+        for name, why in self.left_out.items():
+            yield f"left out: {name}: {one_line(why)}"
 
 
 def run(
@@ -67,9 +89,9 @@ def run(
     pair: str | None = None,
     threads: int | None = None,
     ctx_size: int = 2048,
-    progress: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda line: None,
 ) -> Report:
-    """Answer QUESTIONS greedily by each, with the engine's own prompts, alpha and beta."""
+    """Answer questions greedily by each, with the engine's own prompts, alpha and beta."""
     check_counts(tokens, rounds)
     with ExitStack() as stack:
         engine = stack.enter_context(Engine(model, threads=threads, ctx_size=ctx_size, pair=measured_pair(model, pair)))
@@ -82,26 +104,23 @@ def run(
                 peers[name] = load(stack, engine, settings, tokens)
             except (AcdError, ValueError, ImportError) as error:
                 left_out[name] = " ".join(str(error).split())
-        cases = {name: Case(name) for name in (OURS, *peers)}
-        progress("warming up")
         warm_up(engine, tokens)
-        for number in range(rounds + 1):
-            progress(f"round {number} of {rounds}" if number else "a first round that does not count")
-            text = QUESTIONS[number % len(QUESTIONS)]
-            prompt = _prompt(engine, text, tokens)
-            asks: dict[str, Ask] = {OURS: partial(by_strategy, engine, "auto", text, tokens)}
-            asks |= {name: partial(ask, prompt) for name, ask in peers.items()}
-            found = {name: asks[name]() for name in (asks if number % 2 else list(asks)[::-1])}
-            ours = found[OURS]
-            if number and ours.steps:
-                for name, case in cases.items():
-                    case.add(found[name], ours.seconds / ours.steps * found[name].steps)
+
+        def ours(number: int) -> Measured:
+            return by_strategy(engine, "auto", text_of("questions", number), tokens)
+
+        def theirs(peer: Peer, number: int) -> Measured:
+            return peer(_prompt(engine, text_of("questions", number), tokens))
+
+        ways: dict[tuple[str, str], Way] = {("", OURS): ours}
+        ways |= {("", name): partial(theirs, peer) for name, peer in peers.items()}
+        found = in_turns(ways, rounds, progress, warm_up=True)
         return Report(
             model=engine.info.name or engine.info.path.name,
             threads=engine.threads,
             tokens=tokens,
             rounds=rounds,
-            cases=list(cases.values()),
+            cases=list(cases_of(found, OURS)[""].values()),
             left_out=left_out,
         )
 
@@ -134,8 +153,6 @@ class _Clock:
 
 
 def _llamas(stack: ExitStack, engine: Engine, settings: ContrastSettings, tokens: int) -> Peer:
-    import llama_cpp
-
     def load() -> Any:
         n = engine.threads
         llama = llama_cpp.Llama(
@@ -214,13 +231,16 @@ def _load_bf16(path: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from acd_local.optimize.weights import quiet
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.bfloat16)
+        return model.eval()
+    except (ValueError, NotImplementedError, KeyError, OSError) as error:
+        raise ImportError(f"transformers cannot load this file: {' '.join(str(error).split())[:200]}") from None
 
-    with quiet():
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), gguf_file=path.name, dtype=torch.bfloat16
-            )
-            return model.eval()
-        except (ValueError, NotImplementedError, KeyError, OSError) as error:
-            raise ImportError(f"transformers cannot load this file: {' '.join(str(error).split())[:200]}") from None
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return script.run(run, script.arguments(__doc__), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
