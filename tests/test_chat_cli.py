@@ -711,7 +711,7 @@ def test_history_is_private_and_never_in_the_way(tmp_path: Path) -> None:
 # --- On a terminal ----------------------------------------------------------------------------------------------------
 
 ENDLESS = 'root ::= [a-z] " "? root'  # no answer ends by itself
-ANSWER = "(?:[a-z] ?){20}"  # some of it: a screen that is drawn anew has long runs of spaces
+SOME_ANSWER = "(?:[a-z] ?){20}"  # some of it: a screen that is drawn anew has long runs of spaces
 
 
 class Terminal:
@@ -779,7 +779,7 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(on_terminal: Terminal, tmp_
     for question in ("What is blue?", "And\x1b\rred?"):  # Alt-Enter begins a new line
         t.type(f"{question}\r")
         t.wait_for("…")
-        t.wait_for(ANSWER)
+        t.wait_for(SOME_ANSWER)
         t.type("\x03")
         t.wait_for(r"\(stopped\)")
         t.wait_for("tokens/s")
@@ -798,7 +798,7 @@ def test_sigterm_ends_the_chat_during_an_answer(on_terminal: Terminal) -> None:
     t.wait_for("alpha 0.4")
     t.type("What is blue?\r")
     t.wait_for("…")
-    t.wait_for(ANSWER)
+    t.wait_for(SOME_ANSWER)
     os.kill(t.pid, signal.SIGTERM)
     assert t.exit_code() == 143
 
