@@ -67,7 +67,7 @@ class Engine:
         soft: as given.
         info: what the model file's header says. n_params: how many weights it has.
         n_ctx: tokens that each stream holds.
-        decoder: owns the model and its caches. template, vocab, vocabulary, prompts: of the model, for measuring.
+        decoder: owns the model and its caches. template, vocab, special_tokens, prompts: of the model, for measuring.
 
     Raises:
         ModelError, PairError, UsageError, OutOfMemoryError.

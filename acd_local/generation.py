@@ -204,7 +204,7 @@ class Generation:
     """One answer in the making: builds the prompt, decodes it, runs the loop, turns tokens into text.
 
     Args:
-        prompts, vocabulary: of the decoder's model.
+        prompts, special: of the decoder's model.
 
     Attributes:
         meter: what the rows are to be counted with while they are the prompt's.
@@ -218,7 +218,7 @@ class Generation:
         self.request = request
         self._prompts = prompts
         self._special = special
-        self._in_force = request.contrast if request.gating is None else _NO_CONTRAST
+        self._contrast = request.contrast if request.gating is None else _NO_CONTRAST
         self._decided: GateRecord | None = None
         self.result: Answer | None = None
         self.meter: PromptMeter | None = None
@@ -238,6 +238,11 @@ class Generation:
     @property
     def text(self) -> str:
         return "".join(self._said)
+
+    @property
+    def _tokens(self) -> list[int]:
+        """What was chosen so far."""
+        return [record.token for record in self._records]
 
     def pieces(self) -> Generator[str, None, None]:
         """Drive the steps alone."""
@@ -290,7 +295,7 @@ class Generation:
         self, slot: Slot, prompt: Prompt, guard: Guard | None, beside: Callable[[], Sequence[CancelToken]] | None
     ) -> Generator[StepEvent, list[Logits], FinishReason]:
         """Decode the prompt and say the answer, but for text that is held back; return why it ended."""
-        prompt, first = yield from self._begin(slot, prompt, beside or tuple)
+        prompt, first = yield from self._decode_first(slot, prompt, beside or tuple)
         self._prompt, self._first_logits = prompt, time.perf_counter()
         chooser = self._chooser(prompt, guard)
         watch = self._watch(prompt, slot)
@@ -315,7 +320,7 @@ class Generation:
                 if (switched := (yield from self._switch_to_pair(slot))) is None:
                     return "length"
                 prompt, first = switched
-                self._prompt, chooser.settings = prompt, self._in_force
+                self._prompt, chooser.settings = prompt, self._contrast
                 strategy = self.strategy(chooser, prompt, first, deferring=beside is None)
                 event = next(strategy, None)
             else:
@@ -327,18 +332,18 @@ class Generation:
         self.result = self._finish("cancelled", self._started)
         return self.result
 
-    def _begin(
+    def _decode_first(
         self, slot: Slot, prompt: Prompt, beside: Callable[[], Sequence[CancelToken]]
     ) -> Generator[StepEvent, list[Logits], tuple[Prompt, StreamLogits]]:
         """The prompt that answers, decoded, and the logits behind it. Where there is a gate, `prompt` is its base's."""
         gating = self.request.gating
         if gating is not None:
-            probability, logits = yield from self._read(gating, slot, prompt, beside)
+            probability, logits = yield from self._ask_gate(gating, slot, prompt, beside)
             decision = gating.settings.decide(probability)
             self._decided = GateRecord(probability, decision, 0 if decision == "contrast" else None)
             self._tell(GateDecision(probability, decision))
             if decision == "contrast":
-                self._in_force = self.request.contrast
+                self._contrast = self.request.contrast
                 prompt = self._build(self.request.framing)
             elif not gating.is_base(decision):
                 prompt = self._build(AS_IS)
@@ -348,7 +353,7 @@ class Generation:
         self._tell_dropped(prompt)
         return prompt, (yield from self._decode_prompt(slot, prompt))
 
-    def _read(
+    def _ask_gate(
         self, gating: Gating, slot: Slot, prompt: Prompt, beside: Callable[[], Sequence[CancelToken]]
     ) -> Generator[StepEvent, list[Logits], tuple[float, Logits | None]]:
         """See `GateReader.read_prompt`; another answer's cancel makes it begin again, once that was seen to."""
@@ -394,7 +399,7 @@ class Generation:
         """Read the answer again; whether it goes on under the pair."""
         assert self.request.gating is not None
         with reading(self.decoder, self._prompts, self.request.gating, [self.cancel]) as reader:
-            turns = watch.look(reader, [record.token for record in self._records])
+            turns = watch.look(reader, self._tokens)
         position, probability = watch.looks[-1]
         assert self._decided is not None
         self._decided = replace(self._decided, looks=tuple(watch.looks), contrast_from=position if turns else None)
@@ -404,14 +409,14 @@ class Generation:
 
     def _switch_to_pair(self, slot: Slot) -> Generator[StepEvent, list[Logits], tuple[Prompt, StreamLogits] | None]:
         """The pair's prompt and the answer so far, decoded, and the logits behind it; None: there is no room."""
-        said = [record.token for record in self._records]
+        said = self._tokens
         try:
             prompt = self._build(self.request.framing)
         except ContextError:
             return None
         if prompt.room <= len(said):
             return None
-        self._in_force = replace(self.request.contrast, begin=len(said))
+        self._contrast = replace(self.request.contrast, begin=len(said))
         self._tell_dropped(prompt)
         return prompt, (yield from self._decode_prompt(slot, prompt, said))
 
@@ -456,7 +461,7 @@ class Generation:
         return Chooser(
             TokenSampler(decoder.model.vocab, request.options, request.seed, prompt.safe, n_ctx=decoder.n_ctx),
             self._special,
-            self._in_force,
+            self._contrast,
             grammar=guard,
             divergence=request.divergence,
             trace=request.trace,
@@ -469,9 +474,9 @@ class Generation:
             first: the logits behind what was said.
             deferring: whether the safe stream may run ahead, where the options and the decoder allow it.
         """
-        decoder, options, alpha = self.decoder, self.request.options, self._in_force.alpha
+        decoder, options, alpha = self.decoder, self.request.options, self._contrast.alpha
         costs, asked = decoder.row_clock.known, options.strategy
-        said = [record.token for record in self._records]
+        said = self._tokens
         if asked == "stepwise" or not deferring or not decoder.can_defer:
             return stepwise(first, chooser, limit=prompt.room, start=len(said))
         return deferred(
@@ -508,14 +513,14 @@ class Generation:
 
     def _used(self, prompt: Prompt) -> tuple[int, int]:
         """Tokens of either stream: the prompt, and the answer but for its last token."""
-        n, contrast = len(self._records), self._in_force
+        n, contrast = len(self._records), self._contrast
         seen = n if contrast.window is None else min(n, contrast.begin + contrast.window)
         adversarial = 0 if prompt.adversarial is None else len(prompt.adversarial) + max(0, seen - 1)
         return len(prompt.safe) + max(0, n - 1), adversarial
 
     def _finish(self, reason: FinishReason, ended: float) -> Answer:
         """The finished answer; without a prompt where it ended before that was known."""
-        prompt, records, s = self._prompt, self._records, self._in_force
+        prompt, records, s = self._prompt, self._records, self._contrast
         completion = sum(1 for r in records if r.token not in self._special.eog)
         seconds = ended - self._first_logits if records else 0.0
         return Answer(
