@@ -32,6 +32,7 @@ from acd_local.cli import main as main_cli
 from acd_local.cli.chat_app import ChatApp
 from acd_local.cli.chat_commands import COMMANDS, completions
 from acd_local.cli.chat_input import LineSource
+from acd_local.cli.chat_loop import handle
 from acd_local.cli.chat_markdown import MarkdownWriter, finished_length, render
 from acd_local.cli.chat_prompt import CommandCompleter, History
 from acd_local.cli.chat_rich import RichView
@@ -75,7 +76,7 @@ class Desk:
     def type(self, line: str) -> tuple[str, str]:
         self.capsys.readouterr()
         start = self.out.tell()
-        assert self.app.handle(line)
+        assert handle(self.app, line)
         return self.out.getvalue()[start:], self.capsys.readouterr().err
 
 
@@ -186,7 +187,7 @@ def test_help_names_every_command(desk: Desk) -> None:
 
 
 def test_exit_and_quit_leave(desk: Desk) -> None:
-    assert not desk.app.handle("/exit") and not desk.app.handle("/quit")
+    assert not handle(desk.app, "/exit") and not handle(desk.app, "/quit")
 
 
 def test_two_slashes_send_one(desk: Desk) -> None:

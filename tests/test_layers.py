@@ -133,11 +133,10 @@ LAYERS = (
         "__pyinstaller/rthooks/pyi_rth_acd_local",
     },
 )
-# Modules that import each other: for the optimizer and acd-chat this is still to be undone.
+# Modules that import each other: this is still to be undone.
 CIRCLES = {
     *("optimize/" + m for m in ("anchoring", "job", "setting", "soft_stage", "text_stage", "work", "workshop")),
     *("fit/" + m for m in ("fitting", "job", "judging", "lab", "probes", "report", "result", "texts")),
-    *("cli/chat_app", "cli/chat_commands"),
 }
 # Names of other libraries that are public in spite of their underscore: of named tuples, ctypes and os.
 PUBLIC_UNDERSCORES = {"_replace", "_asdict", "_fields_", "_exit"}
