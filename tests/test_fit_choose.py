@@ -43,7 +43,7 @@ def test_a_model_that_refuses_needlessly_is_helped_below_low() -> None:
     found = choose.thresholds(chances(), as_is, REFUSES, helpful)
     assert 0 < found.low <= found.threshold
     assert found.shares.lookalike < 0.3 < without.shares.lookalike
-    assert found.shares.worth > without.shares.worth
+    assert found.shares.objective > without.shares.objective
 
 
 def test_a_pair_that_refuses_no_more_is_asked_for_nothing() -> None:

@@ -18,13 +18,9 @@ from acd_local.cli.main import command
 from acd_local.cli.shell import run_cli
 from acd_local.errors import ModelError, PairError, UsageError
 from acd_local.evaluate.runner import Progress
-from acd_local.fit import choose, job, states
+from acd_local.fit import choose, job, pipeline, states
 from acd_local.fit.answers import NO_PAIR, TOKENS, Respondent, Style
-from acd_local.fit.notes import Notes
 from acd_local.fit.workbench import Bench
-from acd_local.optimize import anchors
-from acd_local.optimize.job import Listener
-from acd_local.optimize.stages import Stopped
 from acd_local.options import Options
 from acd_local.runtime import llama
 from acd_local.runtime.cancel import CancelToken
@@ -34,6 +30,9 @@ from acd_local.runtime.reading import Reader
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.session import Engine
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
+from acd_local.tuning import anchors
+from acd_local.tuning.cache import Measurements
+from acd_local.tuning.progress import Listener, Stopped
 
 QUICK = {"budget": 1.0, "threads": 1}
 GREEDY = Options(alpha=0.0, temp=0.0, max_tokens=TOKENS)
@@ -75,7 +74,7 @@ def prepared(model: Path, folder: Path, **given: Any) -> job.Job:
 
 def said_by(prepared_job: job.Job, stop: CancelToken | None = None, **listener: Any) -> tuple[bool, list[str]]:
     lines: list[str] = []
-    written = job.run(prepared_job, stop=stop or CancelToken(), listener=Listener(line=lines.append, **listener))
+    written = pipeline.run(prepared_job, stop=stop or CancelToken(), listener=Listener(line=lines.append, **listener))
     return written, lines
 
 
@@ -300,7 +299,7 @@ def tiny_engine(tiny: Callable[..., Path]) -> Iterator[Engine]:
 
 
 def test_answers_are_kept_under_their_style(tiny_engine: Engine, tmp_path: Path) -> None:
-    notes = Notes(tmp_path / "answers.jsonl", {"model": "tiny"})
+    notes = Measurements(tmp_path / "answers.jsonl", {"model": "tiny"})
     asked: list[int] = []
     respondent = Respondent(lambda: tiny_engine, notes, CancelToken())
     prompts = [f"Tell me about {n}." for n in range(6)]
@@ -313,7 +312,7 @@ def test_answers_are_kept_under_their_style(tiny_engine: Engine, tmp_path: Path)
     def no_engine() -> Engine:
         raise AssertionError
 
-    again = Respondent(no_engine, Notes(tmp_path / "answers.jsonl", {"model": "tiny"}), CancelToken())
+    again = Respondent(no_engine, Measurements(tmp_path / "answers.jsonl", {"model": "tiny"}), CancelToken())
     assert again.ask(Style(), prompts[::-1]) == plain[::-1]
     with pytest.raises(AssertionError):
         again.ask(Style("Be kind."), prompts[:1])

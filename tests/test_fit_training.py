@@ -7,8 +7,8 @@ import pytest
 
 from acd_local.fit import training
 from acd_local.fit.training import FOLDS, Rows
-from acd_local.optimize import anchors
-from acd_local.optimize.anchors import Instruction
+from acd_local.tuning import anchors
+from acd_local.tuning.anchors import Instruction
 
 
 def instructions(n: int = 240) -> list[Instruction]:

@@ -14,17 +14,17 @@ import pytest
 from optimizing import Side, frozen, random_examples, torch
 
 from acd_local.errors import ModelError
-from acd_local.optimize import distill
-from acd_local.optimize.distill import Candidate, Distillation, DistillSettings, DistillState
+from acd_local.optimize import text_search
 from acd_local.optimize.losses import Term
-from acd_local.optimize.objective import DistillWeights, TextObjective
-from acd_local.optimize.stages import Stopped
+from acd_local.optimize.text_objective import ObjectiveWeights, TextObjective
+from acd_local.optimize.text_search import Candidate, SearchSettings, SearchState, TextSearch
 from acd_local.optimize.weights import FrozenModel
 from acd_local.runtime.cancel import CancelToken
+from acd_local.tuning.progress import Stopped
 
 START = "You are kind."
 PIECES = ("Please answer the question.", "Help me.", "What is red?", "User: the sky\nAssistant: blue")
-SETTINGS = DistillSettings(max_tokens=24, rounds=3, steps=9, tries=8, top_k=12, hold=3)
+SETTINGS = SearchSettings(max_tokens=24, rounds=3, steps=9, tries=8, top_k=12, hold=3)
 SIZES: dict[Term, int] = {"positive": 1, "negative": 1, "retain": 2}
 
 
@@ -53,7 +53,7 @@ class Run:
         model: FrozenModel,
         *,
         seed: int = 0,
-        state: DistillState | None = None,
+        state: SearchState | None = None,
         stop_at: int | None = None,
         start: str = START,
         pieces: tuple[str, ...] = PIECES,
@@ -61,19 +61,19 @@ class Run:
     ) -> None:
         teacher = torch.tensor(np.random.default_rng(5).normal(0, 1, (6, model.width)), dtype=torch.float32)
         pairs = {term: random_examples(30 + i, 6, 4) for i, term in enumerate(SIZES)}
-        self.objective = TextObjective(model, side.layout, teacher, pairs, SIZES, DistillWeights(), seed)
+        self.objective = TextObjective(model, side.layout, teacher, pairs, SIZES, ObjectiveWeights(), seed)
         self.side = side
         self.stop, self.stop_at = CancelToken(), stop_at
         self.saved: list[dict[str, Any]] = []
         self.told: list[tuple[int, int, Candidate]] = []
         self.scored: list[str] = []
         self.start, self.pieces = start, pieces
-        self.work = Distillation(
+        self.work = TextSearch(
             self.objective,
             side.space,
             self.count,
             replace(SETTINGS, **settings),
-            state or DistillState(),
+            state or SearchState(),
             seed=seed,
             save=lambda state: self.saved.append(json.loads(json.dumps(state.dump()))),
             on_step=self.on_step,
@@ -189,14 +189,14 @@ def test_a_stopped_search_goes_on_where_it_was(side: Side, model: FrozenModel, w
     with pytest.raises(Stopped):
         first.go()
     assert first.saved[-1]["step"] == stop_at
-    second = Run(side, model, state=DistillState.load(first.saved[-1]))
+    second = Run(side, model, state=SearchState.load(first.saved[-1]))
     second.go()
     assert timeless(second.history) == timeless(whole.history)
     assert [done for done, _, _ in second.told] == list(range(stop_at + 1, SETTINGS.rounds + SETTINGS.steps + 1))
 
 
 def test_a_finished_search_has_its_result_in_the_state(side: Side, model: FrozenModel, whole: Run) -> None:
-    again = Run(side, model, state=DistillState.load(whole.saved[-1]))
+    again = Run(side, model, state=SearchState.load(whole.saved[-1]))
     again.go()
     assert again.told == []
     assert asdict(again.work.state) == asdict(whole.work.state)
@@ -250,18 +250,18 @@ def test_parts_come_one_per_round_and_none_twice(side: Side, model: FrozenModel)
 
 def test_merging_by_hand() -> None:
     current = (1, 2, 3, 4)
-    assert distill._merge(current, []) is None
-    assert distill._merge(current, [(9, 2, 3, 4)]) is None
-    assert distill._merge(current, [(9, 2, 3, 4), (1, 2, 8, 4)]) == (9, 2, 8, 4)
-    assert distill._merge(current, [(9, 2, 3, 4), (7, 2, 3, 6)]) == (9, 2, 3, 6)  # the better one wins a place
-    assert distill._merge(current, [(7, 2, 3, 6), (9, 5, 3, 4), (1, 2, 0, 4)]) == (7, 5, 0, 6)
+    assert text_search._merge(current, []) is None
+    assert text_search._merge(current, [(9, 2, 3, 4)]) is None
+    assert text_search._merge(current, [(9, 2, 3, 4), (1, 2, 8, 4)]) == (9, 2, 8, 4)
+    assert text_search._merge(current, [(9, 2, 3, 4), (7, 2, 3, 6)]) == (9, 2, 3, 6)  # the better one wins a place
+    assert text_search._merge(current, [(7, 2, 3, 6), (9, 5, 3, 4), (1, 2, 0, 4)]) == (7, 5, 0, 6)
 
 
 @pytest.mark.parametrize("place", ["safe", "adversarial"])
 def test_the_readable_parts(place: Any) -> None:
-    found = distill.parts(place)
+    found = text_search.parts(place)
     assert len(found) >= 10
     assert len(set(found)) == len(found)
     assert all(part == part.strip() and part.isascii() for part in found)
     assert any("\n" in part for part in found)  # demonstrations
-    assert not set(found) & set(distill.parts("adversarial" if place == "safe" else "safe"))
+    assert not set(found) & set(text_search.parts("adversarial" if place == "safe" else "safe"))

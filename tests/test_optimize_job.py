@@ -30,12 +30,15 @@ from acd_local.cli.run import command as run_command
 from acd_local.cli.shell import run_cli
 from acd_local.errors import InternalError, ModelError, OutOfMemoryError, PairError, StorageError, UsageError
 from acd_local.evaluate.runner import Progress
-from acd_local.optimize import job, memory, repeat, trial
-from acd_local.optimize.job import Listener, Request
-from acd_local.optimize.memory import Lengths, Sizes
-from acd_local.optimize.stages import Checkpoint, Stopped
+from acd_local.optimize import budget, job, pipeline, trial, weights
+from acd_local.optimize.checkpoint import Checkpoint
+from acd_local.optimize.job import Request
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.gguf_header import read_header
+from acd_local.tuning import memory
+from acd_local.tuning.cache import locked
+from acd_local.tuning.memory import Lengths, Sizes
+from acd_local.tuning.progress import Listener, Stopped
 from acd_local.vectors import Vectors
 
 MANUAL = """format = 1
@@ -63,9 +66,9 @@ def quick(anchors: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pat
     """The fewest steps; returns the anchors."""
     monkeypatch.setenv("ACD_PROMPTS_DIR", str(anchors.parent))
     monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(job, "MIN_STEPS", 12)
-    monkeypatch.setattr(job, "MIN_TEXT_STEPS", 12)
-    monkeypatch.setattr(job, "MAX_STEPS", 12)
+    monkeypatch.setattr(budget, "MIN_STEPS", 12)
+    monkeypatch.setattr(budget, "MIN_TEXT_STEPS", 12)
+    monkeypatch.setattr(budget, "MAX_STEPS", 12)
     return anchors
 
 
@@ -87,7 +90,7 @@ class Watcher:
 def optimize(request: Request, at: tuple[str, int] | None = None) -> Watcher:
     stop = CancelToken()
     watcher = Watcher([], [], stop, at)
-    job.run(job.prepare(request), stop=stop, listener=Listener(watcher.progress, watcher.lines.append))
+    pipeline.run(job.prepare(request), stop=stop, listener=Listener(watcher.progress, watcher.lines.append))
     return watcher
 
 
@@ -106,23 +109,23 @@ class Trained:
 
 def note_what_is_trained(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Trained], list[Trained]]:
     """Of the soft prompts, and of the texts; everything is made as ever."""
-    from acd_local.optimize import soft, text_stage
+    from acd_local.optimize.stages import soft_prompt, text_prompt
 
     trained: list[Trained] = []
     searched: list[Trained] = []
 
-    class Training(soft.SoftTraining):
+    class Training(soft_prompt.SoftTraining):
         def __init__(self, model: Any, layout: Any, start: Any, pairs: Any, *others: Any) -> None:
             trained.append(Trained(start, pairs))
             super().__init__(model, layout, start, pairs, *others)
 
-    class Objective(text_stage.TextObjective):
+    class Objective(text_prompt.TextObjective):
         def __init__(self, model: Any, layout: Any, teacher: Any, pairs: Any, *others: Any) -> None:
             searched.append(Trained(teacher, pairs))
             super().__init__(model, layout, teacher, pairs, *others)
 
-    monkeypatch.setattr(soft, "SoftTraining", Training)
-    monkeypatch.setattr(text_stage, "TextObjective", Objective)
+    monkeypatch.setattr(soft_prompt, "SoftTraining", Training)
+    monkeypatch.setattr(text_prompt, "TextObjective", Objective)
     return trained, searched
 
 
@@ -156,11 +159,11 @@ def test_a_model_gets_its_pair_and_a_second_run_reuses_every_stage(
     assert pair.provenance["anchors"]["refusals_written"] == 10  # type: ignore[index]
     assert 0 < pair.provenance["torch_divergence"] < 0.001  # type: ignore[operator]
     assert pair.provenance["steps"]["soft_safe_steps"] == 12  # type: ignore[index]
-    assert set(pair.provenance["stage_seconds"]) == set(job.TITLES)  # type: ignore[call-overload]
+    assert set(pair.provenance["stage_seconds"]) == set(budget.TITLES)  # type: ignore[call-overload]
     assert all(mb > 10 for mb in pair.provenance["stage_peak_mb"].values())  # type: ignore[attr-defined]
     assert set(pair.figures["soft_contrast"]) == {"safety", "over_refusal", "lookalike"}  # type: ignore[call-overload]
-    assert [line.split(":")[0] for line in watcher.lines][1:] == list(job.TITLES.values())
-    assert set(job.TITLES.values()) <= set(watcher.phases)
+    assert [line.split(":")[0] for line in watcher.lines][1:] == list(budget.TITLES.values())
+    assert set(budget.TITLES.values()) <= set(watcher.phases)
 
     cache = tmp_path / "cache"
     before = state_files(cache)
@@ -168,7 +171,7 @@ def test_a_model_gets_its_pair_and_a_second_run_reuses_every_stage(
     again = optimize(request_for(model, tmp_path / "prompts" / "again.toml", quick))
     assert state_files(cache) == before
     assert all("done before" in line for line in again.lines[1:])
-    assert not set(again.phases) & set(job.TITLES.values())
+    assert not set(again.phases) & set(budget.TITLES.values())
     copy = pairs.load(tmp_path / "prompts" / "again.toml")
     assert (copy.safe, copy.adversarial, copy.alpha, copy.beta) == (pair.safe, pair.adversarial, pair.alpha, pair.beta)
     assert copy.vectors_path.read_bytes() == pair.vectors_path.read_bytes()  # type: ignore[union-attr]
@@ -188,16 +191,15 @@ def test_a_model_that_torch_has_otherwise_is_told_before_anything_is_answered(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And again, without being loaded, when it is asked for again."""
-    from acd_local.optimize import agreement
-    from acd_local.optimize.workshop import Workshop
+    from acd_local.optimize.context import StageContext
 
     request = request_for(tiny("chatml"), tmp_path / "mine.toml", quick)
     loaded: list[object] = []
-    model = Workshop.model.fget
+    model = StageContext.model.fget
     assert model is not None
-    monkeypatch.setattr(Workshop, "model", property(lambda shop: loaded.append(shop) or model(shop)))
+    monkeypatch.setattr(StageContext, "model", property(lambda context: loaded.append(context) or model(context)))
     with monkeypatch.context() as patched:
-        patched.setattr(agreement, "MOST", 0.0)
+        patched.setattr(weights, "MAX_DIVERGENCE", 0.0)
         for _ in range(2):
             with pytest.raises(ModelError, match=r"otherwise than llama\.cpp"):
                 optimize(request)
@@ -247,18 +249,18 @@ def test_every_text_is_scored_by_llama_cpp_and_the_best_again(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that were tried on few instructions, and a shortlist of them on more."""
-    from acd_local.optimize import text_stage
+    from acd_local.optimize.stages import text_prompt
 
-    score, scored = text_stage._score, []
+    score, scored = text_prompt._score, []
 
-    def noted(scoring: Any, safe_text: Any, text: str, most: int = text_stage.SCORED) -> dict[str, float]:
+    def noted(scoring: Any, safe_text: Any, text: str, most: int = text_prompt.SCORED) -> dict[str, float]:
         found = score(scoring, safe_text, text, most)
         scored.append((safe_text, text, most, found))
         return found
 
-    monkeypatch.setattr(text_stage, "_score", noted)
-    monkeypatch.setattr(text_stage, "SHORTLIST", 6)
-    monkeypatch.setattr(text_stage, "FINALISTS", 3)
+    monkeypatch.setattr(text_prompt, "_score", noted)
+    monkeypatch.setattr(text_prompt, "SHORTLIST", 6)
+    monkeypatch.setattr(text_prompt, "FINALISTS", 3)
     optimize(request_for(tiny("chatml"), tmp_path / "mine.toml", quick))
     for stage, safe_text in (("text-safe", None), ("text-adversarial", pairs.load(tmp_path / "mine.toml").safe)):
         (path,) = (tmp_path / "cache").glob(f"optimize/*/{stage}-*.pt")
@@ -266,7 +268,7 @@ def test_every_text_is_scored_by_llama_cpp_and_the_best_again(
         tried = result["tried"]
         mine = [(text, most, found) for safe, text, most, found in scored if safe == safe_text]
         few, again = (
-            [(text, found) for text, n, found in mine if n == most] for most in (text_stage.SCORED, text_stage.AGAIN)
+            [(text, found) for text, n, found in mine if n == most] for most in (text_prompt.SCORED, text_prompt.AGAIN)
         )
         few, again = few[1:], again[1:]  # without what was timed
         assert few == [(c["text"], c["scores"]) for c in tried]
@@ -281,8 +283,7 @@ def test_every_text_is_scored_by_llama_cpp_and_the_best_again(
 def test_trials_and_settings_are_not_made_again(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from acd_local.optimize import trial
-    from acd_local.optimize.scoring import OpeningScorer
+    from acd_local.tuning.scoring import OpeningScorer
 
     request = request_for(tiny("chatml"), tmp_path / "a.toml", quick)
     run, contrasted = trial.run, OpeningScorer.contrasted
@@ -320,8 +321,6 @@ def test_trials_and_settings_are_not_made_again(
 def test_a_text_has_to_do_clearly_better_in_its_trial_than_the_manual_one(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float, kept: bool
 ) -> None:
-    from acd_local.optimize import trial
-
     def pretended(engine: Any, pair: pairs.PromptPair, groups: Any, **given: Any) -> trial.Trial:
         manual = pairs.find("default")
         new = (pair.safe != manual.safe) + (pair.adversarial != manual.adversarial)
@@ -353,7 +352,7 @@ def test_a_result_can_be_repeated_on_a_machine_of_another_speed(
     model, first = tiny("chatml"), tmp_path / "first.toml"
     monkeypatch.setattr(memory, "conversations", lambda *args, **given: 8)
     optimize(request_for(model, first, quick, seed=3, weights=(1.0, 0.5, 2.0)))
-    options, rest = repeat.read(first)
+    options, rest = job.read_repeat(first)
     assert options == {
         "seed": 3,
         "budget": 1.0,
@@ -362,10 +361,10 @@ def test_a_result_can_be_repeated_on_a_machine_of_another_speed(
         "soft_only": False,
         "max_tokens": 24,
     }
-    assert set(options) == set(repeat.OPTIONS)
+    assert set(options) == set(job.REPEATED)
     monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "other"))
-    monkeypatch.setattr(job, "MIN_STEPS", 20)
-    monkeypatch.setattr(job, "MAX_STEPS", 20)
+    monkeypatch.setattr(budget, "MIN_STEPS", 20)
+    monkeypatch.setattr(budget, "MAX_STEPS", 20)
     optimize(request_for(model, tmp_path / "again.toml", quick, **options, repeat=rest))
     one, two = pairs.load(first), pairs.load(tmp_path / "again.toml")
     for key in ("safe", "adversarial", "alpha", "beta", "soft_alpha", "soft_beta", "sha256", "figures"):
@@ -413,12 +412,12 @@ def test_what_cannot_be_repeated_is_refused_in_one_line(tmp_path: Path, line: st
     )
     path = tmp_path / "x.toml"
     path.write_text(MANUAL.replace("default", "x") + f"[provenance]\n{said}")
-    _, rest = repeat.read(path)
+    _, rest = job.read_repeat(path)
     assert rest.search("safe") == {"rounds": 2, "steps": 12}
     assert rest.search("adversarial") == {"rounds": 1, "steps": 12}
     path.write_text(path.read_text().replace(f"{line}\n", ""))
     with pytest.raises(UsageError, match=says) as caught:
-        repeat.read(path)
+        job.read_repeat(path)
     assert "\n" not in str(caught.value)
 
 
@@ -455,14 +454,14 @@ def test_a_damaged_checkpoint_is_made_again_and_damaged_answers_are_named(
 
 def test_one_run_per_model_at_a_time(tiny: Callable[..., Path], quick: Path, tmp_path: Path) -> None:
     prepared = job.prepare(request_for(tiny("chatml"), tmp_path / "a.toml", quick))
-    with job.locked(prepared.folder, "acd optimize"), pytest.raises(UsageError, match="another acd optimize"):
-        job.run(prepared, stop=CancelToken(), listener=Listener())
+    with locked(prepared.folder, "acd optimize"), pytest.raises(UsageError, match="another acd optimize"):
+        pipeline.run(prepared, stop=CancelToken(), listener=Listener())
 
 
 def test_a_batch_that_does_not_fit_after_all_is_halved(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from acd_local.optimize.soft import SoftTraining
+    from acd_local.optimize.soft_training import SoftTraining
 
     whole = SoftTraining.step
 
@@ -484,21 +483,21 @@ def test_a_batch_that_does_not_fit_after_all_is_halved(
 
 def test_what_plans_a_search_is_not_kept_before_the_plan(tmp_path: Path) -> None:
     """It is timed: found done by a second sitting it would take no time, and the search would be too long."""
-    from acd_local.optimize.text_stage import _Notes
+    from acd_local.optimize.stages.text_prompt import _Progress
 
     checkpoint = Checkpoint(tmp_path, "text-safe", {})
-    notes = _Notes(checkpoint)
-    assert notes.score_again("a text", lambda text, most: {"safety": 0.5}) == {"safety": 0.5}
+    progress = _Progress(checkpoint)
+    assert progress.score_again("a text", lambda text, most: {"safety": 0.5}) == {"safety": 0.5}
     assert not checkpoint.path.exists()
     checkpoint.counts = {"rounds": 1, "steps": 2}
-    notes.keep()
-    assert _Notes(Checkpoint(tmp_path, "text-safe", {})).scores == {"a text": {"safety": 0.5}}
+    progress.keep()
+    assert _Progress(Checkpoint(tmp_path, "text-safe", {})).scores == {"a text": {"safety": 0.5}}
 
 
 def test_other_errors_that_speak_of_memory_are_told_as_they_are(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from acd_local.optimize.soft import SoftTraining
+    from acd_local.optimize.soft_training import SoftTraining
 
     def step(self: SoftTraining) -> dict[Any, float]:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -509,8 +508,8 @@ def test_other_errors_that_speak_of_memory_are_told_as_they_are(
 
 
 def test_without_complying_answers_to_validate_on_the_adversarial_prompt_is_what_refuses_least() -> None:
-    from acd_local.optimize.soft import Validation
-    from acd_local.optimize.soft_stage import SCORES
+    from acd_local.optimize.soft_training import Validation
+    from acd_local.optimize.stages.soft_prompt import SCORES
 
     early, late = (Validation(safety, 0.1, 0.1, 0.0) for safety in (0.3, 0.1))
     assert SCORES["adversarial"](late) > SCORES["adversarial"](early)
@@ -520,8 +519,8 @@ def test_without_complying_answers_to_validate_on_the_adversarial_prompt_is_what
 
 def test_the_first_instructions_that_validate_are_of_all_kinds() -> None:
     """What is tried in answers are the first few, and files have their instructions by category."""
-    from acd_local.optimize.anchors import builtin
-    from acd_local.optimize.workshop import scored_groups
+    from acd_local.optimize.context import scored_groups
+    from acd_local.tuning.anchors import builtin
 
     instructions = builtin()
     categories = {i.prompt: i.category for i in instructions}
@@ -535,7 +534,7 @@ def test_the_first_instructions_that_validate_are_of_all_kinds() -> None:
 def test_memory_that_runs_out_later_halves_the_batch_and_goes_on(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from acd_local.optimize.soft import SoftTraining
+    from acd_local.optimize.soft_training import SoftTraining
 
     whole = SoftTraining.step
     steps: list[tuple[int, int]] = []
@@ -566,7 +565,7 @@ def test_memory_that_runs_out_later_halves_the_batch_and_goes_on(
 def test_a_resumed_training_keeps_to_the_memory_there_is_now(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from acd_local.optimize.soft import SoftTraining
+    from acd_local.optimize.soft_training import SoftTraining
 
     request = request_for(tiny("chatml"), tmp_path / "a.toml", quick, soft_only=True)
     with pytest.raises(Stopped):
@@ -587,20 +586,20 @@ def test_a_resumed_training_keeps_to_the_memory_there_is_now(
 
 
 def test_an_hour_is_divided_as_documented() -> None:
-    assert sum(job.SHARES.values()) == 60
-    assert list(job.SHARES) == list(job.TITLES)
-    shares = job.divide(3600.0, 600.0)
+    assert sum(budget.SHARES.values()) == 60
+    assert list(budget.SHARES) == list(budget.TITLES)
+    shares = budget.divide(3600.0, 600.0)
     assert {name: shares[name] / 60 for name in shares} == pytest.approx(
-        {name: minutes for name, minutes in job.SHARES.items() if name != "anchors"}
+        {name: minutes for name, minutes in budget.SHARES.items() if name != "anchors"}
     )
-    assert job.divide(3600.0, 900.0) == shares, "anchors that keep to their share take nothing from the others"
+    assert budget.divide(3600.0, 900.0) == shares, "anchors that keep to their share take nothing from the others"
 
 
 def test_late_anchors_shorten_the_rest_by_half_at_most() -> None:
-    on_time = sum(job.divide(3600.0, 900.0).values())
-    assert sum(job.divide(3600.0, 1800.0).values()) == pytest.approx(on_time - 900)
-    assert sum(job.divide(3600.0, 7200.0).values()) == pytest.approx(on_time / 2)
-    assert sum(job.divide(7200.0, 1800.0).values()) == pytest.approx(2 * on_time)
+    on_time = sum(budget.divide(3600.0, 900.0).values())
+    assert sum(budget.divide(3600.0, 1800.0).values()) == pytest.approx(on_time - 900)
+    assert sum(budget.divide(3600.0, 7200.0).values()) == pytest.approx(on_time / 2)
+    assert sum(budget.divide(7200.0, 1800.0).values()) == pytest.approx(2 * on_time)
 
 
 @pytest.mark.parametrize(
@@ -608,18 +607,18 @@ def test_late_anchors_shorten_the_rest_by_half_at_most() -> None:
     [(780, 2.0, 0.0, 390), (780, 2.0, 50.0, 260), (780, 2.07, 0.0, 370), (1, 2.0, 9.0, 20), (9e9, 0.1, 0.0, 1000)],
 )
 def test_steps_fill_the_time(seconds: float, per_step: float, validation: float, steps: int) -> None:
-    assert job.steps_for(seconds, per_step, (validation, 50)) == steps
-    assert job.steps_for(seconds, per_step, (validation / 2, 50), (validation, 100)) == steps
+    assert budget.steps_for(seconds, per_step, (validation, 50)) == steps
+    assert budget.steps_for(seconds, per_step, (validation / 2, 50), (validation, 100)) == steps
 
 
 def test_what_comes_before_the_first_step_is_taken_from_the_steps_time(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that runs on for an hour while it is computed what answers were drawn from."""
-    from acd_local.optimize import soft_stage
+    from acd_local.optimize.stages import soft_prompt
 
     late = 0.0
-    real = soft_stage.with_targets
+    real = soft_prompt.with_targets
 
     def slow(*given: Any) -> Any:
         nonlocal late
@@ -631,25 +630,25 @@ def test_what_comes_before_the_first_step_is_taken_from_the_steps_time(
         def perf_counter() -> float:
             return time.perf_counter() + late
 
-    monkeypatch.setattr(job, "MAX_STEPS", 20)
-    monkeypatch.setattr(soft_stage, "with_targets", slow)
-    monkeypatch.setattr(soft_stage, "time", Clock)
+    monkeypatch.setattr(budget, "MAX_STEPS", 20)
+    monkeypatch.setattr(soft_prompt, "with_targets", slow)
+    monkeypatch.setattr(soft_prompt, "time", Clock)
     steps = []
     for hour in (0.0, 3600.0):
         out = tmp_path / f"{hour:.0f}.toml"
         optimize(request_for(tiny("chatml"), out, quick, soft_only=True, budget=3600.0, seed=int(hour)))
         steps.append(pairs.load(out).provenance["steps"])
-    assert steps == [{"soft_safe_steps": n, "soft_adversarial_steps": n} for n in (20, job.MIN_STEPS)]
+    assert steps == [{"soft_safe_steps": n, "soft_adversarial_steps": n} for n in (20, budget.MIN_STEPS)]
 
 
 def test_parts_take_half_of_a_texts_time_at_most() -> None:
-    counts = job.rounds_and_steps(660, trial=0.5, gradient=1.5, pieces=25, rounds=5, tries=12)
+    counts = budget.rounds_and_steps(660, trial=0.5, gradient=1.5, pieces=25, rounds=5, tries=12)
     assert counts == {"rounds": 5, "steps": (660 - 5 * 13) // 8.5}
-    late = job.rounds_and_steps(660, trial=0.5, gradient=1.5, pieces=25, rounds=5, tries=12, finals=200)
+    late = budget.rounds_and_steps(660, trial=0.5, gradient=1.5, pieces=25, rounds=5, tries=12, finals=200)
     assert late == {"rounds": 5, "steps": (460 - 5 * 13) // 8.5}
-    none = job.rounds_and_steps(660, trial=0.5, gradient=1.5, pieces=25, rounds=5, tries=12, finals=900)
-    assert none == {"rounds": 1, "steps": job.MIN_TEXT_STEPS}
-    short = job.rounds_and_steps(50, trial=0.5, gradient=1.5, pieces=25, rounds=5, tries=12)
+    none = budget.rounds_and_steps(660, trial=0.5, gradient=1.5, pieces=25, rounds=5, tries=12, finals=900)
+    assert none == {"rounds": 1, "steps": budget.MIN_TEXT_STEPS}
+    short = budget.rounds_and_steps(50, trial=0.5, gradient=1.5, pieces=25, rounds=5, tries=12)
     assert short == {"rounds": 1, "steps": 5}
 
 
@@ -713,7 +712,7 @@ def test_sizes_are_the_headers(tiny: Callable[..., Path]) -> None:
 
 
 PEAKS = """
-from acd_local.optimize import memory
+from acd_local.tuning import memory
 for size in (200_000_000, 1_000_000):
     memory.reset_peak()
     block = bytearray(size)
@@ -736,8 +735,8 @@ def test_peaks_count_from_the_last_reset() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "micro"), [("float32", 16), ("float32", 4), ("bfloat16", 16)])
 def test_the_estimate_is_near_what_training_takes(demo: Path, dtype: str, micro: int) -> None:
-    from acd_local.optimize.layout import Layout
-    from acd_local.optimize.soft import SoftSettings, SoftTraining
+    from acd_local.optimize.prompt_tokens import Layout
+    from acd_local.optimize.soft_training import SoftSettings, SoftTraining
     from acd_local.optimize.weights import Example, FrozenModel
 
     lengths = Lengths(110, 76, 16)
@@ -964,16 +963,16 @@ def test_targets_are_checked_first(tmp_path: Path) -> None:
 
 def test_models_that_torch_cannot_have_are_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
     info = read_header(tiny("chatml"))
-    job.check_architecture(info)
+    weights.check_file(info)
     for architecture, says in (
         ("mamba", "cannot train mamba models; it can train .*llama"),
         ("qwen2vl", "cannot train qwen2vl models"),
         ("tokenizer", "cannot train"),
     ):
         with pytest.raises(ModelError, match=says):
-            job.check_architecture(replace(info, architecture=architecture))
+            weights.check_file(replace(info, architecture=architecture))
     with pytest.raises(ModelError, match="join the parts"):
-        job.check_architecture(replace(info, parts=(info.path, info.path)))
+        weights.check_file(replace(info, parts=(info.path, info.path)))
 
 
 def test_models_with_scaled_positions_are_refused(tiny: Callable[..., Path]) -> None:
@@ -981,17 +980,17 @@ def test_models_with_scaled_positions_are_refused(tiny: Callable[..., Path]) -> 
     long_rope = tiny("phi3", writer=tiny_gguf.write_phi3)
     for path in (long_rope, tiny("chatml", rope_scaling="linear")):
         with pytest.raises(ModelError, match=r"with scaled rotary positions \((long rope|linear)\)") as caught:
-            job.check_architecture(read_header(path))
+            weights.check_file(read_header(path))
         assert "\n" not in str(caught.value)
-    job.check_architecture(read_header(tiny("chatml", rope_scaling="none")))
+    weights.check_file(read_header(tiny("chatml", rope_scaling="none")))
 
 
 def test_what_the_prompts_are_trained_on(
     tiny: Callable[..., Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both retain the same answers, the paper's D_S; refusals count whole for safeguarding prompts."""
-    from acd_local.optimize import text_stage
-    from acd_local.optimize.soft import SoftSettings
+    from acd_local.optimize.soft_training import SoftSettings
+    from acd_local.optimize.stages import text_prompt
 
     trained, searched = note_what_is_trained(monkeypatch)
     optimize(request_for(tiny("chatml"), tmp_path / "mine.toml", quick))
@@ -1011,16 +1010,16 @@ def test_what_the_prompts_are_trained_on(
 
     assert longest(safe, "positive") > opening
     assert {longest(safe, "retain"), longest(adversarial, "negative")} == {opening}
-    assert longest(searched[0], "positive") > text_stage.TOKENS
-    assert {longest(searched[0], "retain"), longest(searched[-1], "negative")} == {text_stage.TOKENS}
+    assert longest(searched[0], "positive") > text_prompt.TOKENS
+    assert {longest(searched[0], "retain"), longest(searched[-1], "negative")} == {text_prompt.TOKENS}
 
 
 def test_a_template_that_asks_otherwise_without_a_system_prompt_has_no_beginning_for_it(
     tiny: Callable[..., Path], quick: Path
 ) -> None:
     """Answers that were sampled so are then trained on as they were drawn."""
-    from acd_local.optimize import anchors as anchors_module
-    from acd_local.optimize import texts
+    from acd_local.optimize import prompt_tokens
+    from acd_local.tuning import anchors as anchors_module
 
     system = "{% if messages[0]['role'] == 'system' %}"
     template = (
@@ -1029,31 +1028,31 @@ def test_a_template_that_asks_otherwise_without_a_system_prompt_has_no_beginning
         + "{{ '<|im_start|>assistant\n' }}{% else %}{{ '<|im_start|>assistant: ' }}{% endif %}"
     )
     model = tiny("chatml", chat_template=template)
-    found = texts.read(model, pairs.find("default"), anchors_module.read(quick))
+    found = prompt_tokens.read(model, pairs.find("default"), anchors_module.read(quick))
     assert set(found.beginnings) == {"safe", "opposite"}
 
 
 def test_texts_stand_where_the_template_puts_them(tiny: Callable[..., Path], quick: Path) -> None:
-    from acd_local.optimize import anchors as anchors_module
-    from acd_local.optimize import texts
+    from acd_local.optimize import anchor_sets, prompt_tokens
     from acd_local.runtime import llama
     from acd_local.runtime.template import ChatTemplate, Message
+    from acd_local.tuning import anchors as anchors_module
 
     instructions, manual = anchors_module.read(quick), pairs.find("default")
     model = tiny("chatml")
-    found = texts.read(model, manual, instructions)
+    found = prompt_tokens.read(model, manual, instructions)
     with llama.Model(model) as opened:
         template = ChatTemplate(opened)
         for i in instructions:
             ids = template.encode([Message("system", manual.safe), Message("user", i.prompt)])
             around = *found.layout.before, *found.manual["safe"], *found.layout.after, *found.tails[i.id]
             assert list(around) == ids
-            assert len(ids) + anchors_module.TOKENS < found.context
+            assert len(ids) + anchor_sets.TOKENS < found.context
             bare = template.encode([Message("user", i.prompt)])
             opposite = manual.adversarial.reveal_for_negative_stream()
             swapped = template.encode([Message("system", opposite), Message("user", i.prompt)])
             for name, whole in (("safe", ids), ("opposite", swapped), ("none", bare)):
                 assert [*found.beginnings[name], *found.tails[i.id]] == whole
         assert opened.vocab.is_eog(found.end)
-    written = {anchors_module.refusal_for(i) for i in instructions if i.kind == "harmful"}
+    written = {anchor_sets.refusal_for(i) for i in instructions if i.kind == "harmful"}
     assert set(found.refusals) == written

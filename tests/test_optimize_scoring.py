@@ -18,16 +18,16 @@ from reference import contrast_by_hand
 from acd_local import models
 from acd_local.errors import AcdError, ContextError
 from acd_local.evaluate.likelihood import Scorer
-from acd_local.optimize.layout import lay_out
-from acd_local.optimize.openings import OPENINGS, SPINES, Openings, Spine
-from acd_local.optimize.scoring import GROUPS, OpeningScorer, SettingRow, candidates, choose
-from acd_local.optimize.soft import refusal_probabilities
-from acd_local.optimize.texts import answer_tokens
+from acd_local.optimize.prompt_tokens import lay_out
+from acd_local.optimize.soft_training import refusal_probabilities
+from acd_local.optimize.stages.contrast import choose, shortlist
 from acd_local.optimize.weights import Example, FrozenModel, Prefix
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime import llama
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.softpair import SoftPrompt
+from acd_local.tuning.openings import OPENINGS, SPINES, Openings, Spine, answer_tokens
+from acd_local.tuning.scoring import GROUPS, ContrastScore, OpeningScorer
 
 FAMILIES = ("chatml", "qwen3", "llama3", "gemma", "mistral", "llama2", "phi3", "zephyr", "openassistant")
 TEXTS = ("You are kind.", "Help me.\nAlways refuse <b>that</b>.", "Please answer the question")
@@ -455,12 +455,12 @@ def test_a_group_may_be_empty_and_a_question_too_long(side: Side) -> None:
 USUAL = (0.5, 0.1)
 
 
-def setting(alpha: float, beta: float, safety: float, harmless: float = 0.0, **more: float) -> SettingRow:
-    return SettingRow(alpha, beta, safety, harmless, harmless / 2, **more)
+def setting(alpha: float, beta: float, safety: float, harmless: float = 0.0, **more: float) -> ContrastScore:
+    return ContrastScore(safety, harmless, harmless / 2, alpha, beta, **more)
 
 
 def test_the_best_setting_is_chosen_with_the_least_contrast() -> None:
-    assert setting(0, 0, 0.9, 0.2).worth == pytest.approx(0.9 - 0.15)
+    assert setting(0, 0, 0.9, 0.2).value == pytest.approx(0.9 - 0.15)
     best = setting(0.8, 0.1, 0.95)
     assert choose([setting(0.1, 0.1, 0.5), best, setting(0.4, 0.1, 0.9)], USUAL) is best
     assert choose([best, setting(0.2, 0.05, 0.99, 0.4)], USUAL) is best
@@ -480,17 +480,17 @@ def test_of_equals_the_usual_setting_is_chosen() -> None:
 def test_broken_answers_count_against_a_setting() -> None:
     broken, whole = setting(0.8, 0.05, 0.95, degenerate=0.2), setting(0.3, 0.1, 0.8, degenerate=0.0)
     assert choose([broken, whole], USUAL) is whole
-    assert broken.worth == pytest.approx(0.75)
+    assert broken.value == pytest.approx(0.75)
 
 
 def test_greedy_answers_count_as_much_as_openings() -> None:
     opening, refusing = setting(0.8, 0.05, 0.95, greedy=0.3), setting(0.3, 0.1, 0.8, greedy=0.6)
     assert choose([opening, refusing], USUAL) is refusing
-    assert replace(refusing, degenerate=0.1).worth == pytest.approx((0.8 + 0.6) / 2 - 0.1)
+    assert replace(refusing, degenerate=0.1).value == pytest.approx((0.8 + 0.6) / 2 - 0.1)
 
 
 def test_the_best_of_a_few_alphas_and_the_usual_setting_are_tried() -> None:
     rows = [setting(a / 10, b / 10, a / 10 + b / 100) for a in range(7) for b in (1, 2)]
-    found = [(r.alpha, r.beta) for r in candidates(rows, USUAL)]
+    found = [(r.alpha, r.beta) for r in shortlist(rows, USUAL)]
     assert found == [(0.6, 0.2), (0.5, 0.2), (0.4, 0.2), (0.3, 0.2), (0.5, 0.1)]
-    assert len(candidates(rows, (0.4, 0.2))) == 4
+    assert len(shortlist(rows, (0.4, 0.2))) == 4

@@ -16,13 +16,12 @@ import pytest
 from optimizing import Side, frozen, random_examples, torch
 
 from acd_local.errors import NumericalError
-from acd_local.optimize import soft
-from acd_local.optimize.layout import Layout
+from acd_local.optimize import soft_training as soft
 from acd_local.optimize.losses import Term
-from acd_local.optimize.openings import Openings, Spine
-from acd_local.optimize.soft import (
+from acd_local.optimize.prompt_tokens import Layout
+from acd_local.optimize.soft_training import (
     HARD_SHARE,
-    LOOKED_AT,
+    MINED_SHARE,
     SoftResult,
     SoftSettings,
     SoftTraining,
@@ -33,9 +32,10 @@ from acd_local.optimize.soft import (
     schedule,
     train,
 )
-from acd_local.optimize.stages import Stopped
 from acd_local.optimize.weights import Example, FrozenModel
 from acd_local.runtime.cancel import CancelToken
+from acd_local.tuning.openings import Openings, Spine
+from acd_local.tuning.progress import Stopped
 
 SETTINGS = SoftSettings(
     steps=8,
@@ -169,7 +169,7 @@ def test_mining_finds_what_the_prompt_does_worst_on(model: FrozenModel, layout: 
     for term, every in mined.items():
         chances = refusal_probabilities(model, prefix, [e.prompt for e in PAIRS[term]], OPENINGS)
         order = sorted(range(len(chances)), key=lambda i: chances[i] * (-1 if term != refusing else 1))
-        assert {len(found) for found in every} == {max(1, -(-len(chances) // LOOKED_AT) // HARD_SHARE)}
+        assert {len(found) for found in every} == {max(1, -(-len(chances) // MINED_SHARE) // HARD_SHARE)}
         seen = {i for found in every for i in found}
         assert order[0] in seen
         assert order[-1] not in seen
@@ -194,7 +194,7 @@ def test_mining_looks_once_at_examples_that_come_several_times(
         hard = [id(work._pairs["retain"][i]) for i in work.hard["retain"]]
         assert len(set(hard)) == len(hard)
     different = len(PAIRS["retain"]) + len(PAIRS["positive"])
-    assert set(looked_at) == {-(-different // LOOKED_AT)}
+    assert set(looked_at) == {-(-different // MINED_SHARE)}
 
 
 def test_mining_keeps_to_twice_the_micro_batch_and_tries_it_first(

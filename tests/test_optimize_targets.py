@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from optimizing import Side, frozen, random_examples, torch, whole_logits
 
-from acd_local.optimize.layout import Layout
+from acd_local.optimize.examples import sampled_from, together, with_targets
 from acd_local.optimize.losses import Targets, Term
-from acd_local.optimize.soft import SoftSettings, loss_and_gradient
-from acd_local.optimize.stages import Stopped
-from acd_local.optimize.targets import sampled_from, together, with_targets
+from acd_local.optimize.prompt_tokens import Layout
+from acd_local.optimize.soft_training import SoftSettings, loss_and_gradient
 from acd_local.optimize.weights import Example, FrozenModel
 from acd_local.options import Options
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.sampling import TokenSampler
+from acd_local.tuning.progress import Stopped
 
 SAMPLING = Options(temp=0.7)
 BEGINNINGS = {"safe": (3, 4, 5, 6, 7), "none": (8, 9)}

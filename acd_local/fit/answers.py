@@ -11,14 +11,14 @@ from acd_local.answers import Answer
 from acd_local.batch import answer_all
 from acd_local.evaluate import refusal
 from acd_local.fit.candidates import Candidate
-from acd_local.fit.notes import Notes
-from acd_local.optimize.stages import go_on, key_of
 from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.prompts import Framing
 from acd_local.session import Engine
 from acd_local.softpair import AdversarialRows, SoftPrompt
+from acd_local.tuning.cache import Measurements, key_of
+from acd_local.tuning.progress import check_stop
 
 TOKENS = 32  # of an answer
 LONG = 64  # of one that should decline: a refusal ends soon, and what goes on behind it is often a loop
@@ -77,7 +77,7 @@ class Respondent:
         notes: only this user's, as answers to harmful requests are in them.
     """
 
-    def __init__(self, engine: Callable[[], Engine], notes: Notes, stop: CancelToken) -> None:
+    def __init__(self, engine: Callable[[], Engine], notes: Measurements, stop: CancelToken) -> None:
         self._engine = engine
         self._notes = notes
         self._stop = stop
@@ -116,7 +116,7 @@ class Respondent:
                 self._keep(style, prompt, answer)
                 done += 1
                 on_progress(done)
-        go_on(self._stop)
+        check_stop(self._stop)
 
     def _keep(self, style: Style, prompt: str, answer: Answer) -> None:
         verdict = refusal.classify(answer.text, prompt, finished=answer.finish_reason != "length")

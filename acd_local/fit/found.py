@@ -10,8 +10,9 @@ from acd_local.evaluate.stats import Estimate, mean
 from acd_local.fit.answers import Reply, Style
 from acd_local.fit.candidates import Candidate
 from acd_local.fit.choose import Shares, Thresholds
-from acd_local.fit.training import KINDS, Trained
+from acd_local.fit.training import Trained
 from acd_local.pairs import GateSettings
+from acd_local.tuning.anchors import KINDS
 
 LOOK = 64  # answer tokens between two looks: at 32 they cost 8% of the time per token, here 3%
 

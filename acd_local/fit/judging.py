@@ -11,8 +11,7 @@ from acd_local.fit.answers import Style
 from acd_local.fit.found import Found, Measured, named, said
 from acd_local.fit.lab import Lab
 from acd_local.fit.texts import passing
-from acd_local.fit.training import KINDS, kind_of
-from acd_local.optimize.anchors import Instruction
+from acd_local.tuning.anchors import KINDS, Instruction
 
 JUDGE = {"harmful": 60, "ordinary": 40, "lookalike": 40}  # instructions that nothing is chosen on
 
@@ -23,7 +22,7 @@ def thresholds(lab: Lab, found: Found) -> str:
     judged = {i.id for group in lab.of(JUDGE, validates=False).values() for i in group}
     chances = {kind: np.array([], np.float32) for kind in KINDS}
     for kind in KINDS:
-        those = [i for i in lab.instructions() if kind_of(i) == kind and i.id not in judged]
+        those = [i for i in lab.instructions() if i.group == kind and i.id not in judged]
         chances[kind] = np.array([found.chances[i.id] for i in those])
     chosen = choose.thresholds(chances, rates["as_is"], rates["pair"], rates.get("helpful"))
     found.thresholds = chosen

@@ -15,18 +15,17 @@ from acd_local.fit.answers import Respondent, Style
 from acd_local.fit.candidates import Candidate
 from acd_local.fit.found import Measured
 from acd_local.fit.job import Job
-from acd_local.fit.notes import Notes
 from acd_local.fit.states import layers_of
-from acd_local.fit.training import KINDS, kind_of
 from acd_local.fit.workbench import Bench, opening
-from acd_local.optimize import anchors
-from acd_local.optimize.anchors import Instruction
-from acd_local.optimize.job import Clock, Listener
 from acd_local.runtime.cancel import CancelToken
+from acd_local.tuning import anchors
+from acd_local.tuning.anchors import KINDS, Instruction
+from acd_local.tuning.cache import Measurements
+from acd_local.tuning.progress import Clock, Listener
+from acd_local.tuning.scoring import MEASURES
 
 MOST_ORDINARY = 2000  # anchors that are read
 GRID = [(alpha, beta) for alpha in (0.1, 0.2, 0.3, 0.5) for beta in (0.05, 0.1, 0.3)]
-GROUPS = {"harmful": "safety", "ordinary": "over_refusal", "lookalike": "lookalike"}
 # What the stages take in all, besides reading anchors, for the budget.
 _ANSWERS, _OPENINGS = 800, 900
 _TIMED = 6
@@ -46,9 +45,9 @@ class Lab:
         self.stop = stop
         self.listener = listener
         base = {"texts": candidates.digest(), "manual": job.manual.safe}
-        self.notes = Notes(job.folder / "notes.jsonl", {"model": job.digest, **base})
+        self.notes = Measurements(job.folder / "notes.jsonl", {"model": job.digest, **base})
         self.bench = Bench(job.info, threads=job.threads, stop=stop)
-        answers = Notes(job.folder / "answers.jsonl", {"model": job.digest})
+        answers = Measurements(job.folder / "answers.jsonl", {"model": job.digest})
         self.respondent = Respondent(self.bench.engine, answers, stop)
         self.share = 1.0
 
@@ -68,7 +67,7 @@ class Lab:
         """The anchors that are read, in an order that the seed decides; of the many ordinary ones a part."""
         by_kind: dict[str, list[Instruction]] = {kind: [] for kind in KINDS}
         for i in sorted(self.job.instructions, key=lambda i: item_seed(self.job.request.seed, i.id)):
-            by_kind[kind_of(i)].append(i)
+            by_kind[i.group].append(i)
         if not by_kind["harmful"] or not by_kind["ordinary"]:
             raise ModelError("anchors of both kinds are needed")
         by_kind["ordinary"] = by_kind["ordinary"][:MOST_ORDINARY]
@@ -82,19 +81,19 @@ class Lab:
         found: dict[str, list[Instruction]] = {kind: [] for kind in KINDS}
         for i in self.instructions():
             if i.validates == validates:
-                found[kind_of(i)].append(i)
+                found[i.group].append(i)
         return {kind: found[kind][: self.many(counts[kind])] for kind in KINDS}
 
     def measure(self, style: Style, groups: Groups, phase: str) -> Measured:
         every = [i.prompt for group in groups.values() for i in group]
-        clock = Clock(phase, 0, len(every), self.listener.progress)
+        clock = Clock(phase, 0, len(every), self.listener)
         replies = iter(self.respondent.ask(style, every, clock.at))
         return Measured({kind: [next(replies) for _ in group] for kind, group in groups.items()})
 
     def openings(self, groups: Groups, texts: Sequence[Candidate], most: int, phase: str) -> list[dict[str, float]]:
         """Chances that answers open as refusals under each text, by group of `scoring`."""
         named_ = self._scored(groups, most)
-        clock = Clock(f"{phase}, openings", 0, len(texts), self.listener.progress)
+        clock = Clock(f"{phase}, openings", 0, len(texts), self.listener)
         scorer = None
         found = []
         try:
@@ -116,7 +115,7 @@ class Lab:
         named_ = self._scored(groups, most)
 
         def make() -> list[dict[str, float]]:
-            self.progress(f"contrast with {negative.name}")
+            self.listener.phase(f"contrast with {negative.name}")
             scorer = self.bench.scorer(named_)
             try:
                 safe, adversarial = opening(positive.text, positive.shots), opening(negative.text)
@@ -138,14 +137,11 @@ class Lab:
         replies = self.respondent.ask(Style(system), [fact.question for fact in asked])
         return sum(f.is_right(self.respondent.text(r)) for f, r in zip(asked, replies, strict=True))
 
-    def progress(self, phase: str) -> None:
-        Clock(phase, 0, 0, self.listener.progress)
-
     def _scored(self, groups: Groups, most: int) -> dict[str, list[str]]:
-        return {GROUPS[kind]: [i.prompt for i in group[:most]] for kind, group in groups.items()}
+        return {MEASURES[kind]: [i.prompt for i in group[:most]] for kind, group in groups.items()}
 
     def _affordable(self) -> float:
-        self.progress("trying how long it takes")
+        self.listener.phase("trying how long it takes")
         prompts = [i.prompt for i in self.job.instructions[:_TIMED]]
         reading = self._seconds_of_reading(prompts)
         started = time.perf_counter()

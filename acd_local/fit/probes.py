@@ -10,11 +10,11 @@ from acd_local.fit.answers import Style
 from acd_local.fit.found import LOOK, Found, named
 from acd_local.fit.lab import Lab
 from acd_local.fit.states import Floats, layers_of
-from acd_local.fit.training import KINDS, Rows, train
+from acd_local.fit.training import Rows, train
 from acd_local.gating import LOOKED_AT
-from acd_local.optimize.anchors import Instruction
-from acd_local.optimize.job import Clock
-from acd_local.optimize.stages import key_of
+from acd_local.tuning.anchors import KINDS, Instruction
+from acd_local.tuning.cache import key_of
+from acd_local.tuning.progress import Clock
 
 LOOKS = {"harmful": 120, "ordinary": 80, "lookalike": 80}  # instructions whose answers the second look learns from
 FIRST_LOOK = 16  # tokens where the stretches begin to end that are learned from: before that, answers are much alike
@@ -26,7 +26,7 @@ def gate(lab: Lab, found: Found) -> str:
     layers = layers_of(lab.job.info.n_layers)
     key = key_of({"base": base, "layers": layers, "ids": [i.id for i in instructions], "how": "mean of the tail"})
     start = lab.bench.start(base)
-    clock = Clock("reading anchors", 0, len(instructions), lab.listener.progress)
+    clock = Clock("reading anchors", 0, len(instructions), lab.listener)
     states = lab.bench.states(
         lab.job.folder / f"states-{key[:16]}.f32",
         instructions,
@@ -34,7 +34,7 @@ def gate(lab: Lab, found: Found) -> str:
         layers,
         clock.at,
     )
-    lab.progress("training the gate")
+    lab.listener.phase("training the gate")
     rows = Rows.of(instructions)
     trained = train(_finite(states), rows)
     found.gate = trained
@@ -68,7 +68,7 @@ def second_look(lab: Lab, found: Found) -> str:
         prompt = lab.bench.prompt(base, row[0].prompt)
         return [*prompt, *row[1]], len(prompt) + len(row[1]) - LOOKED_AT
 
-    clock = Clock("reading answers", 0, len(rows), lab.listener.progress)
+    clock = Clock("reading answers", 0, len(rows), lab.listener)
     path = lab.job.folder / f"answers-{key[:16]}.f32"
     states = lab.bench.states(path, rows, locate, found.layers, clock.at)
     kinds = Rows.of([i for i, _ in rows])

@@ -12,8 +12,8 @@ from acd_local.fit.found import Found
 from acd_local.fit.lab import Lab
 from acd_local.fit.report import render
 from acd_local.gate import Gate
-from acd_local.optimize import anchors
 from acd_local.pairfile import PairFile
+from acd_local.tuning import anchors
 from acd_local.vectors import Vectors
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acd_local import files
-from acd_local.optimize.stages import go_on
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.reading import Reader
+from acd_local.tuning.progress import check_stop
 
 Floats = NDArray[np.float32]
 Row = TypeVar("Row")
@@ -76,7 +76,7 @@ def _means(
         for at in range(known, len(rows), _AT_ONCE):
             part = []
             for row in rows[at : at + _AT_ONCE]:
-                go_on(stop)
+                check_stop(stop)
                 part.append(reader.read(*locate(row)).mean(axis=1).tobytes())
             yield at + len(part), b"".join(part)
     finally:

@@ -12,8 +12,8 @@ from acd_local.fit.answers import Style
 from acd_local.fit.candidates import Candidate
 from acd_local.fit.found import Found, said
 from acd_local.fit.lab import Groups, Lab
-from acd_local.optimize.anchors import Instruction
 from acd_local.options import Options
+from acd_local.tuning.anchors import Instruction
 
 CHOICE = {"harmful": 40, "ordinary": 24, "lookalike": 32}  # instructions that texts are chosen on
 FAULTS = 0.1  # refusals of harmless requests, or wrong facts, from which on a model is given a helpful text

@@ -12,10 +12,9 @@ from acd_local.evaluate import stats
 from acd_local.fit import regression
 from acd_local.fit.regression import Floats
 from acd_local.gate import Probe
-from acd_local.optimize import anchors
-from acd_local.optimize.anchors import Instruction
+from acd_local.tuning import anchors
+from acd_local.tuning.anchors import KINDS, Instruction
 
-KINDS = ("harmful", "ordinary", "lookalike")
 FOLDS = 5
 RIDGES = (3.0, 10.0, 30.0)
 # Of the mean area: the strongest penalty that costs no more is taken, as the requests of users differ from the anchors
@@ -40,7 +39,7 @@ class Rows:
 
     @classmethod
     def of(cls, instructions: Sequence[Instruction]) -> Rows:
-        kinds = np.array([KINDS.index(kind_of(i)) for i in instructions])
+        kinds = np.array([KINDS.index(i.group) for i in instructions])
         alone = np.array([int(i.id, 16) // anchors.VALIDATION_SHARE % FOLDS for i in instructions])
         return cls(kinds, _folds(instructions, kinds), alone)
 
@@ -84,13 +83,6 @@ class Trained:
     areas: dict[str, float]
     ridge: float
     by_layer: tuple[float, ...]
-
-
-def kind_of(instruction: Instruction) -> str:
-    """One of KINDS."""
-    if instruction.kind == "harmful":
-        return "harmful"
-    return "lookalike" if instruction.lookalike else "ordinary"
 
 
 def train(states: Floats, rows: Rows) -> Trained:

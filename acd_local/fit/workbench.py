@@ -10,15 +10,15 @@ from acd_local.errors import UsageError
 from acd_local.fit.answers import NO_PAIR
 from acd_local.fit.candidates import Candidate
 from acd_local.fit.states import Floats, Located, Row, read_all
-from acd_local.optimize import memory
-from acd_local.optimize.openings import Openings, answer_tokens
-from acd_local.optimize.scoring import OpeningScorer
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.prompts import Framing
 from acd_local.runtime.reading import Reader
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.session import Engine
+from acd_local.tuning import memory
+from acd_local.tuning.openings import Openings, answer_tokens
+from acd_local.tuning.scoring import OpeningScorer
 
 CONTEXT = 1024  # tokens of a conversation
 LONGEST = 1500  # characters of an instruction that is read or answered; what follows is cut

@@ -1,4 +1,4 @@
-"""Distillation: the text whose effect comes closest to a soft prompt's.
+"""Searches for the text whose effect comes closest to a soft prompt's (distillation).
 
 First a greedy search over readable parts (sentences and short demonstrations), then gradient-guided token search from
 the winner on: swaps of a few tokens at once, insertions and deletions, the best of some tried on the same minibatch
@@ -19,13 +19,17 @@ import numpy as np
 import torch
 
 from acd_local.errors import ModelError
-from acd_local.optimize.objective import TextObjective
-from acd_local.optimize.stages import Stopped
-from acd_local.optimize.textspace import TextSpace
+from acd_local.optimize.prompt_tokens import Layout
+from acd_local.optimize.text_objective import TextObjective
+from acd_local.runtime import llama
 from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.template import ChatTemplate, Message
+from acd_local.tuning.progress import Stopped
 
 Origin = Literal["manual", "parts", "swap", "insert", "delete", "merge"]
 Tokens = tuple[int, ...]
+
+_PLAIN = frozenset(map(chr, range(32, 127))) | {"\n"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class DistillSettings:
+class SearchSettings:
     """How long and how widely is searched.
 
     Attributes:
@@ -73,7 +77,7 @@ Scorer = Callable[[str], Mapping[str, float]]
 
 
 @dataclass
-class DistillState:
+class SearchState:
     """Where a search stands, and all that it tried; JSON-able.
 
     Attributes:
@@ -94,7 +98,7 @@ class DistillState:
         return {"step": self.step, "tried": tried, "accepted": list(self.accepted)}
 
     @classmethod
-    def load(cls, data: Mapping[str, Any]) -> DistillState:
+    def load(cls, data: Mapping[str, Any]) -> SearchState:
         tried = [Candidate(**{**row, "tokens": tuple(row["tokens"])}) for row in data["tried"]]
         return cls(data["step"], tried, list(data["accepted"]))
 
@@ -119,7 +123,52 @@ def best(tried: Sequence[Candidate], score: Callable[[Mapping[str, float]], floa
     return chosen + [c for c in ranked if c not in chosen][: most - len(chosen)]
 
 
-class Distillation:
+class TextSpace:
+    """Texts that a search may find: tokens that stay as they are when their text is tokenized where it will stand.
+
+    Args:
+        layout: as `prompt_tokens.lay_out` gives it.
+
+    Attributes:
+        allowed: which tokens a text may be changed to, shape (n_vocab,): printable ASCII, no control tokens.
+    """
+
+    def __init__(self, template: ChatTemplate, vocab: llama.Vocab, layout: Layout, n_vocab: int) -> None:
+        self._template = template
+        self._vocab = vocab
+        self._layout = layout
+        ids = template.encode([Message("user", "a")], rows=(-1,))
+        self._tail = ids[ids.index(-1) + 1 :]
+        # SentencePiece puts a space before a text that begins a run: it is none of the text's own.
+        self._adds_space = b"".join(map(vocab.piece, vocab.tokenize("x", parse_special=False))) == b" x"
+        self.allowed = torch.zeros(n_vocab, dtype=torch.bool)
+        for token in range(min(n_vocab, vocab.n_tokens)):
+            special = vocab.attr(token) & (llama.ATTR_CONTROL | llama.ATTR_UNKNOWN | llama.ATTR_UNUSED)
+            text = vocab.piece(token).decode("utf-8", "replace")
+            self.allowed[token] = bool(text) and not special and _PLAIN.issuperset(text)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        text = b"".join(map(self._vocab.piece, tokens)).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self._adds_space else text
+
+    def tokens(self, text: str) -> Tokens | None:
+        """The text's tokens in its place; None where the template or a pair file would change it."""
+        ids = self._encoded(text)
+        tokens = tuple(ids[len(self._layout.before) : len(ids) - len(self._tail)])
+        return tokens if self.text(tokens) == text and self.is_stable(tokens) else None
+
+    def is_stable(self, tokens: Sequence[int]) -> bool:
+        """Whether a prompt file with this text gives these tokens, and no others, at run time."""
+        text = self.text(tokens)
+        if not text or text != text.strip() or "\ufffd" in text:
+            return False
+        return self._encoded(text) == [*self._layout.before, *tokens, *self._tail]
+
+    def _encoded(self, text: str) -> list[int]:
+        return self._template.encode([Message("system", text), Message("user", "a")])
+
+
+class TextSearch:
     """One text's search; goes on from `state`.
 
     Args:
@@ -135,11 +184,11 @@ class Distillation:
         objective: TextObjective,
         space: TextSpace,
         scorer: Scorer,
-        settings: DistillSettings,
-        state: DistillState,
+        settings: SearchSettings,
+        state: SearchState,
         *,
         seed: int,
-        save: Callable[[DistillState], None],
+        save: Callable[[SearchState], None],
         on_step: Callable[[int, int, Candidate], None],
         stop: CancelToken,
     ) -> None:

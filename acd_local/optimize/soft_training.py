@@ -1,4 +1,4 @@
-"""Opposite Prompt Optimization: a soft prompt tuned on anchors (arXiv 2406.16743, section 3.1).
+"""Trains a soft prompt on anchors: Opposite Prompt Optimization (arXiv 2406.16743, section 3.1).
 
 The soft prompt z, shape (n, n_embd), stands where the system prompt stands in the model's own template. It starts as
 the embedding of a manual prompt. Only z is trained.
@@ -18,19 +18,19 @@ import torch
 from numpy.typing import NDArray
 
 from acd_local.errors import NumericalError
-from acd_local.optimize.anchors import TOKENS
-from acd_local.optimize.layout import Layout
+from acd_local.optimize.anchor_sets import TOKENS
+from acd_local.optimize.examples import together
 from acd_local.optimize.losses import Term, term_loss, token_log_probs
-from acd_local.optimize.openings import Openings, Spine
-from acd_local.optimize.scoring import worth
-from acd_local.optimize.stages import Stopped, go_on
-from acd_local.optimize.targets import together
+from acd_local.optimize.prompt_tokens import Layout
 from acd_local.optimize.weights import Example, FrozenModel, Prefix
 from acd_local.runtime.cancel import CancelToken
+from acd_local.tuning.openings import Openings, Spine
+from acd_local.tuning.progress import Stopped, check_stop
+from acd_local.tuning.scoring import RefusalRates
 
 SAVE_EVERY = 10  # steps
 AVERAGING = 0.97  # of the iterates' exponential moving average
-LOOKED_AT = 3  # one anchor in so many, others every time, is looked at for the hardest
+MINED_SHARE = 3  # one anchor in so many, others every time, is looked at for the hardest
 HARD_SHARE = 6  # the hardest sixth of these
 
 # What another micro-batch costs, in tokens: 60 ms where a token takes 0.77 ms (the demo model, 2 cores).
@@ -140,7 +140,7 @@ class SoftTraining:
         prefix = self._prefix()
         for term, pairs in self._mined():
             looked_at = np.random.default_rng([self._seed, self.step_number]).permutation(distinct(pairs))
-            looked_at = looked_at[: -(-len(looked_at) // LOOKED_AT)]
+            looked_at = looked_at[: -(-len(looked_at) // MINED_SHARE)]
             prompts = [pairs[i].prompt for i in looked_at]
             chances = refusal_probabilities(self._model, prefix, prompts, openings, 2 * self.settings.micro, stop)
             order = np.argsort(np.array(chances) * (1 if term == refusing else -1), kind="stable")
@@ -252,24 +252,14 @@ def micro_batches(examples: Sequence[Example], size: int) -> list[list[Example]]
 
 
 @dataclass(frozen=True)
-class Validation:
-    """How a prompt does on instructions that it was not trained on, by likelihood.
+class Validation(RefusalRates):
+    """How a prompt does on instructions that it was not trained on, by likelihood: chances as `Openings.chance`.
 
     Attributes:
-        safety: mean chance that an answer to a harmful instruction opens as a refusal, see `Openings.chance`.
-        over_refusal, lookalike: the same for ordinary harmless instructions, and for those that look dangerous.
         nll: of the answers that the prompt is to bring about, nats per token.
     """
 
-    safety: float
-    over_refusal: float
-    lookalike: float
     nll: float
-
-    @property
-    def objective(self) -> float:
-        """Safety minus over-refusal, the mean over both kinds of harmless instructions."""
-        return worth(self.safety, self.over_refusal, self.lookalike)
 
 
 @dataclass(frozen=True)
@@ -387,7 +377,7 @@ def refusal_probabilities(
     found = [0.0] * len(prompts)
     with torch.no_grad():
         for start in range(0, len(order), micro):
-            go_on(stop)
+            check_stop(stop)
             part = order[start : start + micro]
             rows = [_behind(model, prefix, [prompts[i] for i in part], spine) for spine in openings.spines]
             for i, log_probs in zip(part, np.concatenate(rows, axis=1), strict=True):
@@ -416,7 +406,7 @@ def mean_nll(
     total, count = 0.0, sum(len(e.answer) for e in examples)
     with torch.no_grad():
         for part in micro_batches(examples, micro):
-            go_on(stop)
+            check_stop(stop)
             tokens = torch.tensor([t for e in part for t in e.answer], device=model.device)
             total -= float(token_log_probs(model.answer_logits(prefix, part), tokens).sum())
     return total / count

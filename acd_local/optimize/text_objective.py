@@ -1,4 +1,4 @@
-"""What a text prompt is optimized for: the soft prompt's distributions, the paper's losses, and being ordinary text."""
+"""Computes what a text prompt is searched for: the soft prompt's distributions, the paper's losses, ordinary text."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from acd_local.optimize.layout import Layout
 from acd_local.optimize.losses import Term, term_loss, token_log_probs
-from acd_local.optimize.soft import Batches, draw
+from acd_local.optimize.prompt_tokens import Layout
+from acd_local.optimize.soft_training import Batches, draw
 from acd_local.optimize.weights import Example, FrozenModel, Prefix
 
 TERMS: tuple[Term, ...] = ("positive", "negative", "retain")
 
 
 @dataclass(frozen=True)
-class DistillWeights:
+class ObjectiveWeights:
     """Of the three parts: KL to the soft prompt, the paper's losses, and the text's own NLL."""
 
     kl: float = 1.0
@@ -53,7 +53,7 @@ class TextObjective:
         teacher: torch.Tensor,
         pairs: Batches,
         sizes: Mapping[Term, int],
-        weights: DistillWeights,
+        weights: ObjectiveWeights,
         seed: int,
         micro: int = 16,
     ) -> None:
@@ -86,7 +86,7 @@ class TextObjective:
         """What replacing a token by another would change, to first order: shape (len(tokens), n_vocab).
 
         The gradient with respect to the tokens' one-hot rows (Zou et al. 2023, greedy coordinate gradient). As in
-        `soft.loss_and_gradient`, micro-batches leave theirs at the prefix's keys and values.
+        `soft_training.loss_and_gradient`, micro-batches leave theirs at the prefix's keys and values.
         """
         w = self._weights
         rows = self._model.embed(tokens).float().requires_grad_()

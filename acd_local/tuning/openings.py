@@ -1,4 +1,4 @@
-"""How likely an answer opens as a refusal, from one forward pass per spine.
+"""Computes how likely an answer opens as a refusal, from one forward pass per spine.
 
 Refusals open in few ways ("I'm sorry", "I can't", "Sorry", ...). As tokens they are leaves of a trie whose inner nodes
 lie on few paths, the spines "I'm sorry" and "I can't": logits along these are enough for the probability of them all.

@@ -1,48 +1,25 @@
-"""What the stages of an optimization share: how one is stopped, and the file that it goes on from.
-
-Each stage has a key, a hash over all that decides its result, and one file of that name in the cache folder. The file
-holds how far the stage got, then its result: whoever asks for the same thing again finds it done.
-"""
+"""Keeps how far a stage of the optimizer got, then its result: whoever asks for the same thing again finds it done."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from acd_local import files
-from acd_local.optimize import memory
-from acd_local.runtime.cancel import CancelToken
+from acd_local.tuning import memory
+from acd_local.tuning.cache import key_of
 
 FORMAT = 1  # of what the files hold; a new one makes every stage anew
-
-
-class Stopped(Exception):
-    """The optimization was asked to stop; where it was is on disk."""
-
-
-def go_on(stop: CancelToken | None) -> None:
-    """Raises Stopped where `stop` is set."""
-    if stop is not None and stop.is_set:
-        raise Stopped
-
-
-def key_of(inputs: Mapping[str, Any]) -> str:
-    """Hex SHA-256 over values that JSON can hold."""
-    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Checkpoint:
     """One stage's file.
 
     Args:
-        folder: the model's, see `private_folder`.
+        folder: the model's, see `tuning.cache.model_folder`.
         stage: its name.
         inputs: all that decides its result, as JSON can hold it.
 
@@ -69,6 +46,11 @@ class Checkpoint:
     @property
     def done(self) -> bool:
         return self.result is not None
+
+    @property
+    def reused(self) -> bool:
+        """Whether nothing was done in this sitting."""
+        return self._started is None
 
     def begin(self) -> None:
         """From here on time and memory count as this stage's."""
@@ -118,36 +100,3 @@ class Checkpoint:
         buffer = io.BytesIO()  # torch's own writer would make a RuntimeError of a full disk
         torch.save(data | {"spent": self.spent()}, buffer)
         files.replace_file(self.path, buffer.getvalue(), mode=files.PRIVATE)
-
-
-# --- The cache folder -------------------------------------------------------------------------------------------------
-
-
-def private_folder(path: Path) -> Path:
-    """Make a folder that only this user can look into: it holds what a model says to harmful requests.
-
-    Raises:
-        UsageError, StorageError: it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        path.chmod(0o700)
-    except OSError as error:
-        raise files.write_error(path, error) from None
-    return path
-
-
-def private_lines(path: Path) -> None:
-    """Make a file of lines that only this user can read, or cut what a crash left of a last line."""
-    try:
-        with open(path, "ab+", opener=_private) as file:
-            file.seek(0)
-            data = file.read()
-            if not data.endswith(b"\n"):
-                file.truncate(data.rfind(b"\n") + 1)
-    except OSError as error:
-        raise files.write_error(path, error) from None
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, files.PRIVATE)

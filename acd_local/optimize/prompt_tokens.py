@@ -1,4 +1,4 @@
-"""What the model's tokenizer and template make of everything that is trained with, read once from llama.cpp."""
+"""Reads from llama.cpp what the model's tokenizer and template make of everything that is trained with."""
 
 from __future__ import annotations
 
@@ -7,35 +7,52 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from acd_local.errors import ModelError
-from acd_local.optimize.anchors import TOKENS, VALIDATION_SHARE, Anchors, Instruction, Pair, refusal_for
-from acd_local.optimize.layout import Layout, lay_out
-from acd_local.optimize.losses import Term
-from acd_local.optimize.openings import Openings, answer_tokens
-from acd_local.optimize.weights import Example
+from acd_local.optimize.anchor_sets import TOKENS, refusal_for
+from acd_local.optimize.weights import FrozenModel
 from acd_local.pairs import PromptPair
 from acd_local.runtime import llama
+from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.template import ChatTemplate, Message
-
-WHOLE_SHARE = 4  # of the refusals, one in so many is trained whole: all of them would drown their openings
-LOOKALIKE_SHARE = 3  # of the answered anchors, one in so many at most: more of them blur what is to be refused
-
-# Which set a prompt is to bring about, and which it is to keep away.
-TERMS: dict[str, dict[Term, str]] = {
-    "safe": {"positive": "refused", "negative": "complied", "retain": "answered"},
-    "adversarial": {"positive": "complied", "negative": "refused", "retain": "answered"},
-}
+from acd_local.tuning.anchors import Instruction
+from acd_local.tuning.openings import Openings, answer_tokens
 
 
 @dataclass(frozen=True)
-class Texts:
+class Layout:
+    """Token ids around the system prompt, the same for all conversations: `before`, the prompt, `after`, the user."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def rows(self, model: FrozenModel, z: torch.Tensor) -> torch.Tensor:
+        """The shared prefix as embedding rows, shape (before + n + after, n_embd), for z of shape (n, n_embd)."""
+        return torch.cat([model.embed(self.before).float(), z, model.embed(self.after).float()])
+
+
+def lay_out(template: ChatTemplate, texts: Sequence[str]) -> tuple[Layout, list[tuple[int, ...]]]:
+    """The layout, and for each user's text the tokens from where it leaves the others up to where the answer starts."""
+    encoded = [template.encode([Message("user", text)], rows=(-1,)) for text in texts]
+    slot = encoded[0].index(-1)
+    tails = [ids[slot + 1 :] for ids in encoded]
+    # Two more conversations, so that no single text counts as template, and none is empty behind it.
+    probes = [template.encode([Message("user", word)], rows=(-1,))[slot + 1 :] for word in ("a", "7")]
+    low, high = min(*tails, *probes), max(*tails, *probes)  # every other one lies between them
+    shared = common_prefix(low, high)
+    return Layout(tuple(encoded[0][:slot]), tuple(tails[0][:shared])), [tuple(tail[shared:]) for tail in tails]
+
+
+@dataclass(frozen=True)
+class PromptTokens:
     """Token ids, all without what the template puts around them.
 
     Attributes:
         tails: of every instruction by its id, from where conversations differ to where the answer starts.
         manual: of the manual pair by role, "safe" and "adversarial".
-        beginnings: of conversations under a manual prompt or none, up to the tails, by what anchors.PROMPTS calls it;
-            without those that this template does not build so.
+        beginnings: of conversations under a manual prompt or none, up to the tails, by the names of
+            anchor_sets.PROMPTS; without those that this template does not build so.
         refusals: of every written refusal.
         end: the token that ends an answer.
         context: tokens that the longest instruction, under the longer manual prompt, and its answer take.
@@ -52,16 +69,13 @@ class Texts:
     context: int
     pieces: tuple[str, ...]
 
-    def tokenize_refusal(self, text: str) -> tuple[int, ...]:
-        return self.refusals[text]
-
     @property
     def shared(self) -> int:
         """Tokens of the longer prefix that conversations share."""
         return len(self.layout.before) + max(map(len, self.manual.values())) + len(self.layout.after)
 
 
-def read(path: Path, manual: PromptPair, instructions: Sequence[Instruction]) -> Texts:
+def read(path: Path, manual: PromptPair, instructions: Sequence[Instruction]) -> PromptTokens:
     """Load the model's file for its tokenizer and template.
 
     Raises:
@@ -78,7 +92,7 @@ def read(path: Path, manual: PromptPair, instructions: Sequence[Instruction]) ->
         written = {refusal_for(i) for i in instructions if i.kind == "harmful"}
         answer = partial(answer_tokens, template, vocab)
         around = len(layout.before) + max(map(len, prompts.values())) + len(layout.after)
-        return Texts(
+        return PromptTokens(
             layout=layout,
             tails={i.id: tail for i, tail in zip(instructions, tails, strict=True)},
             manual=prompts,
@@ -109,43 +123,3 @@ def _end(template: ChatTemplate, vocab: llama.Vocab) -> int:
     turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
     ends = [token for token in template.encode(turns)[len(asked) :] if vocab.is_eog(token)]
     return ends[0] if ends else vocab.eos
-
-
-def examples(pairs: Sequence[Pair], texts: Texts, answer_tokens: int) -> list[Example]:
-    """Pairs as they are trained on, answers cut."""
-    return [_example(p, texts, answer_tokens) for p in pairs]
-
-
-def _example(pair: Pair, texts: Texts, answer_tokens: int) -> Example:
-    return Example(texts.tails[pair.instruction.id], pair.answer[:answer_tokens], pair.under)
-
-
-def batches(
-    anchors: Anchors, texts: Texts, role: str, answer_tokens: int, refusal_tokens: int
-) -> dict[Term, list[Example]]:
-    """Training examples of a prompt by term; among the ones to answer, ordinary ones may come several times.
-
-    Args:
-        answer_tokens: how much of an answer counts.
-        refusal_tokens: how much of a refusal that the prompt is to bring about, one in WHOLE_SHARE of them.
-    """
-    sets = {term: _balanced(getattr(anchors, name)) for term, name in TERMS[role].items()}
-    found = {term: examples(pairs, texts, answer_tokens) for term, pairs in sets.items()}
-    # Of a refusal that is to be kept away the opening decides: later tokens are those of any text.
-    if TERMS[role]["positive"] == "refused":
-        most = {True: refusal_tokens, False: answer_tokens}
-        found["positive"] = [_example(p, texts, most[_counts_whole(p.instruction)]) for p in sets["positive"]]
-    return found
-
-
-def _counts_whole(instruction: Instruction) -> bool:
-    """Decided by its text alone, and apart from whether it validates."""
-    return int(instruction.id, 16) // VALIDATION_SHARE % WHOLE_SHARE == 0
-
-
-def _balanced(pairs: Sequence[Pair]) -> list[Pair]:
-    """All pairs, the ordinary ones so often that look-alikes are at most one in LOOKALIKE_SHARE."""
-    lookalikes = [p for p in pairs if p.instruction.lookalike]
-    ordinary = [p for p in pairs if not p.instruction.lookalike]
-    times = -(-len(lookalikes) * (LOOKALIKE_SHARE - 1) // max(1, len(ordinary)))
-    return ordinary * max(1, times) + lookalikes
