@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from acd_local.fit import training
-from acd_local.fit.training import FOLDS, Rows
+from acd_local.fit import gate_training as training
+from acd_local.fit.gate_training import FOLDS, Rows
 from acd_local.tuning import anchors
 from acd_local.tuning.anchors import Instruction
 

@@ -40,7 +40,7 @@ class Rows:
     @classmethod
     def of(cls, instructions: Sequence[Instruction]) -> Rows:
         kinds = np.array([KINDS.index(i.group) for i in instructions])
-        alone = np.array([int(i.id, 16) // anchors.VALIDATION_SHARE % FOLDS for i in instructions])
+        alone = np.array([i.number // anchors.VALIDATION_SHARE % FOLDS for i in instructions])
         return cls(kinds, _folds(instructions, kinds), alone)
 
     @property
@@ -93,11 +93,11 @@ def train(states: Floats, rows: Rows) -> Trained:
     """
     n_layers = states.shape[1]
     middle = {
-        ridge: _worth(rows.areas(held_out(states[:, n_layers // 2], rows, rows.folds, ridge))) for ridge in RIDGES
+        ridge: _mean_area(rows.areas(held_out(states[:, n_layers // 2], rows, rows.folds, ridge))) for ridge in RIDGES
     }
-    ridge = max(r for r, worth in middle.items() if worth >= max(middle.values()) - TOLERATED)
+    ridge = max(r for r, area in middle.items() if area >= max(middle.values()) - TOLERATED)
     scores = [held_out(states[:, column], rows, rows.folds, ridge) for column in range(n_layers)]
-    alone = [_worth(rows.areas(s)) for s in scores]
+    alone = [_mean_area(rows.areas(s)) for s in scores]
     column = int(np.argmax(alone))
     slope, shift = regression.calibrate(scores[column], rows.harmful, rows.weights)
     found = regression.fit(states[:, column], rows.harmful, rows.weights, ridge)
@@ -123,7 +123,7 @@ def held_out(states: Floats, rows: Rows, folds: NDArray[np.int64], ridge: float)
     return found
 
 
-def _worth(areas: dict[str, float]) -> float:
+def _mean_area(areas: dict[str, float]) -> float:
     return float(np.mean(list(areas.values()))) if areas else 0.0
 
 

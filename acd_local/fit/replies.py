@@ -71,7 +71,7 @@ class Reply:
 
 
 class Respondent:
-    """Asks an engine, and what was asked before the notes.
+    """Asks an engine, and its notes about what was asked before.
 
     Args:
         notes: only this user's, as answers to harmful requests are in them.

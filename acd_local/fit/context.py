@@ -1,22 +1,25 @@
-"""Measures for the stages of a fit, and keeps what was measured."""
+"""Gives the stages of a fit what they share: the job, its model and instructions, and what is measured with them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from acd_local.errors import ModelError
 from acd_local.evaluate.sets import item_seed
 from acd_local.fit import candidates
-from acd_local.fit.answers import Respondent, Style
 from acd_local.fit.candidates import Candidate
-from acd_local.fit.found import Measured
 from acd_local.fit.job import Job
+from acd_local.fit.measured import Measured
+from acd_local.fit.model import FitModel, opening
+from acd_local.fit.replies import Respondent, Style
 from acd_local.fit.states import layers_of
-from acd_local.fit.workbench import Bench, opening
 from acd_local.runtime.cancel import CancelToken
 from acd_local.tuning import anchors
 from acd_local.tuning.anchors import KINDS, Instruction
@@ -24,7 +27,7 @@ from acd_local.tuning.cache import Measurements
 from acd_local.tuning.progress import Clock, Listener
 from acd_local.tuning.scoring import MEASURES
 
-MOST_ORDINARY = 2000  # anchors that are read
+MAX_ORDINARY = 2000  # ordinary anchors that are read
 GRID = [(alpha, beta) for alpha in (0.1, 0.2, 0.3, 0.5) for beta in (0.05, 0.1, 0.3)]
 # What the stages take in all, besides reading anchors, for the budget.
 _ANSWERS, _OPENINGS = 800, 900
@@ -33,11 +36,13 @@ _TIMED = 6
 Groups = Mapping[str, Sequence[Instruction]]
 
 
-class Lab:
-    """A job's model, its instructions, and what is asked of them; to be closed.
+class FitContext:
+    """One run of a job; to be closed.
 
     Attributes:
+        notes: what was measured, and the time of every stage.
         share: of everything, what the budget allows; see `plan`.
+        figures, tables: what stages leave for the pair's file and for the page.
     """
 
     def __init__(self, job: Job, stop: CancelToken, listener: Listener) -> None:
@@ -46,13 +51,22 @@ class Lab:
         self.listener = listener
         base = {"texts": candidates.digest(), "manual": job.manual.safe}
         self.notes = Measurements(job.folder / "notes.jsonl", {"model": job.digest, **base})
-        self.bench = Bench(job.info, threads=job.threads, stop=stop)
+        self.model = FitModel(job.info, threads=job.threads, stop=stop)
         answers = Measurements(job.folder / "answers.jsonl", {"model": job.digest})
-        self.respondent = Respondent(self.bench.engine, answers, stop)
+        self.respondent = Respondent(self.model.engine, answers, stop)
         self.share = 1.0
+        self.figures: dict[str, Any] = {}
+        self.tables: dict[str, list[dict[str, Any]]] = {}
 
     def close(self) -> None:
-        self.bench.close()
+        self.model.close()
+
+    @cached_property
+    def own(self) -> str:
+        """The template's own system prompt; empty: there is none."""
+        return self.model.template.default_system()
+
+    # -- how much, and of what -----------------------------------------------------------------------------------------
 
     def plan(self) -> None:
         """Decide once how much of everything the budget allows."""
@@ -65,12 +79,11 @@ class Lab:
 
     def instructions(self) -> list[Instruction]:
         """The anchors that are read, in an order that the seed decides; of the many ordinary ones a part."""
-        by_kind: dict[str, list[Instruction]] = {kind: [] for kind in KINDS}
-        for i in sorted(self.job.instructions, key=lambda i: item_seed(self.job.request.seed, i.id)):
-            by_kind[i.group].append(i)
+        ordered = sorted(self.job.instructions, key=lambda i: item_seed(self.job.request.seed, i.id))
+        by_kind = {kind: [i for i in ordered if i.group == kind] for kind in KINDS}
         if not by_kind["harmful"] or not by_kind["ordinary"]:
             raise ModelError("anchors of both kinds are needed")
-        by_kind["ordinary"] = by_kind["ordinary"][:MOST_ORDINARY]
+        by_kind["ordinary"] = by_kind["ordinary"][:MAX_ORDINARY]
         found = []
         for group in by_kind.values():
             found += group[: max(round(len(group) * self.share), min(len(group), 40))]
@@ -78,11 +91,10 @@ class Lab:
 
     def of(self, counts: Mapping[str, int], *, validates: bool) -> dict[str, list[Instruction]]:
         """Instructions of each kind that validate, or do not, among those that are read."""
-        found: dict[str, list[Instruction]] = {kind: [] for kind in KINDS}
-        for i in self.instructions():
-            if i.validates == validates:
-                found[i.group].append(i)
-        return {kind: found[kind][: self.many(counts[kind])] for kind in KINDS}
+        every = [i for i in self.instructions() if i.validates == validates]
+        return {kind: [i for i in every if i.group == kind][: self.many(counts[kind])] for kind in KINDS}
+
+    # -- measuring -----------------------------------------------------------------------------------------------------
 
     def measure(self, style: Style, groups: Groups, phase: str) -> Measured:
         every = [i.prompt for group in groups.values() for i in group]
@@ -92,41 +104,30 @@ class Lab:
 
     def openings(self, groups: Groups, texts: Sequence[Candidate], most: int, phase: str) -> list[dict[str, float]]:
         """Chances that answers open as refusals under each text, by group of `scoring`."""
-        named_ = self._scored(groups, most)
+        scored = _scored(groups, most)
         clock = Clock(f"{phase}, openings", 0, len(texts), self.listener)
-        scorer = None
-        found = []
-        try:
-            for n, text in enumerate(texts, 1):
-                inputs = {"text": [text.text, text.shots], "groups": named_}
-                row = self.notes.get("openings", inputs)
-                if row is None:
-                    scorer = scorer or self.bench.scorer(named_)
-                    row = scorer.alone(opening(text.text, text.shots))
-                    self.notes.keep("openings", inputs, row)
-                found.append(row)
-                clock.at(n)
-        finally:
-            if scorer is not None:
-                scorer.close()
-        return found
+        inputs = [{"text": [text.text, text.shots], "groups": scored} for text in texts]
+        if any(self.notes.get("openings", one) is None for one in inputs):
+            with closing(self.model.scorer(scored)) as scorer:
+                for n, (text, one) in enumerate(zip(texts, inputs, strict=True), 1):
+                    before = opening(text.text, text.shots)
+                    self.notes.memo("openings", one, lambda before=before: scorer.alone(before))  # type: ignore[misc]
+                    clock.at(n)
+        return [self.notes.get("openings", one) for one in inputs]
 
     def contrasted(self, positive: Candidate, negative: Candidate, groups: Groups, most: int) -> list[dict[str, float]]:
-        named_ = self._scored(groups, most)
+        """What the contrast does: of each alpha of the grid the row with the best beta."""
+        scored = _scored(groups, most)
 
         def make() -> list[dict[str, float]]:
             self.listener.phase(f"contrast with {negative.name}")
-            scorer = self.bench.scorer(named_)
-            try:
+            with closing(self.model.scorer(scored)) as scorer:
                 safe, adversarial = opening(positive.text, positive.shots), opening(negative.text)
                 return [asdict(row) for row in scorer.contrasted(safe, adversarial, GRID)]
-            finally:
-                scorer.close()
 
-        inputs = {"texts": [positive.text, positive.shots, negative.text], "groups": named_, "grid": GRID}
-        rows: list[dict[str, float]] = self.notes.memo("contrasted", inputs, make)
+        inputs = {"texts": [positive.text, positive.shots, negative.text], "groups": scored, "grid": GRID}
         best: dict[float, dict[str, float]] = {}
-        for row in rows:  # of each alpha the best beta
+        for row in self.notes.memo("contrasted", inputs, make):
             if row["alpha"] not in best or row["safety"] > best[row["alpha"]]["safety"]:
                 best[row["alpha"]] = row
         return list(best.values())
@@ -137,8 +138,7 @@ class Lab:
         replies = self.respondent.ask(Style(system), [fact.question for fact in asked])
         return sum(f.is_right(self.respondent.text(r)) for f, r in zip(asked, replies, strict=True))
 
-    def _scored(self, groups: Groups, most: int) -> dict[str, list[str]]:
-        return {MEASURES[kind]: [i.prompt for i in group[:most]] for kind, group in groups.items()}
+    # -- what it takes -------------------------------------------------------------------------------------------------
 
     def _affordable(self) -> float:
         self.listener.phase("trying how long it takes")
@@ -147,18 +147,19 @@ class Lab:
         started = time.perf_counter()
         self.respondent.ask(Style(), prompts)
         answering = (time.perf_counter() - started) / len(prompts)
-        anchors_read = min(len(self.job.instructions), MOST_ORDINARY + 2000)
+        anchors_read = min(len(self.job.instructions), MAX_ORDINARY + 2000)
         whole = (anchors_read + 2 * _OPENINGS) * reading + _ANSWERS * answering
         return float(np.clip(0.85 * self.job.request.budget / whole, 0.02, 1.0))
 
     def _seconds_of_reading(self, prompts: Sequence[str]) -> float:
-        reader, start = self.bench.reader(layers_of(self.job.info.n_layers)), self.bench.start(None)
-        try:
-            tokens = [self.bench.prompt(None, prompt) for prompt in prompts]
+        start, tokens = self.model.start(None), [self.model.prompt(None, prompt) for prompt in prompts]
+        with closing(self.model.reader(layers_of(self.job.info.n_layers))) as reader:
             reader.read(tokens[0], start)
             started = time.perf_counter()
             for ids in tokens[1:]:
                 reader.read(ids, start)
             return (time.perf_counter() - started) / max(1, len(tokens) - 1)
-        finally:
-            reader.close()
+
+
+def _scored(groups: Groups, most: int) -> dict[str, list[str]]:
+    return {MEASURES[kind]: [i.prompt for i in group[:most]] for kind, group in groups.items()}

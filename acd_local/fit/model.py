@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from acd_local.errors import UsageError
-from acd_local.fit.answers import NO_PAIR
 from acd_local.fit.candidates import Candidate
+from acd_local.fit.replies import NO_PAIR
 from acd_local.fit.states import Floats, Located, Row, read_all
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.gguf_header import GGUFInfo
@@ -25,7 +25,7 @@ LONGEST = 1500  # characters of an instruction that is read or answered; what fo
 _CONVERSATIONS = (8, 4, 2, 1)
 
 
-class Bench:
+class FitModel:
     """Loads the model once; to be closed."""
 
     def __init__(self, info: GGUFInfo, *, threads: int, stop: CancelToken) -> None:
