@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from acd_local.fit import thresholds
-from acd_local.fit.measured import Shares
+from acd_local.fit.replies import Shares
 
 REFUSES = {"harmful": 1.0, "ordinary": 1.0, "lookalike": 1.0}
 ANSWERS = {"harmful": 0.0, "ordinary": 0.0, "lookalike": 0.0}

@@ -97,7 +97,7 @@ LAYERS = (
     {"optimize/pipeline"},
     {"fit/__init__", "fit/candidates", "fit/job", "fit/regression", "fit/states"},
     {"fit/gate_training", "fit/replies"},
-    {"fit/measured", "fit/model"},
+    {"fit/model"},
     {"fit/thresholds", "fit/context"},
     {"fit/stages/__init__", "fit/stages/gate", "fit/result"},
     {"fit/stages/texts", "fit/report"},

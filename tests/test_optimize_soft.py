@@ -22,15 +22,12 @@ from acd_local.optimize.prompt_tokens import Layout
 from acd_local.optimize.soft_training import (
     HARD_SHARE,
     MINED_SHARE,
-    SoftResult,
     SoftSettings,
     SoftTraining,
     Validation,
     draw,
     refusal_probabilities,
-    restored,
     schedule,
-    train,
 )
 from acd_local.optimize.weights import Example, FrozenModel
 from acd_local.runtime.cancel import CancelToken
@@ -294,29 +291,28 @@ class Run:
     def save(self, state: dict[str, Any]) -> None:
         self.saved.append(on_disk(state))
 
-    def go(self, checkpoint: dict[str, Any] | None = None) -> SoftResult:
-        history, best = restored(checkpoint) if checkpoint else ([], None)
-        pending = checkpoint["pending"] if checkpoint else None
+    def go(self, checkpoint: dict[str, Any] | None = None) -> Run:
         if checkpoint:
-            self.work.load(checkpoint["training"])
+            self.work.load(checkpoint)
 
         def on_step(record: Any) -> None:
             self.on_step(record)
             if self.work.step_number == self.stop_at:
                 self.stop.set()
 
-        return train(
-            self.work,
-            self.validate,
-            lambda v: v.objective,
-            mine=self.mine,
-            history=history,
-            best=best,
-            save=self.save,
-            on_step=on_step,
-            stop=self.stop,
-            pending=pending,
+        self.work.run(
+            self.validate, lambda v: v.objective, mine=self.mine, save=self.save, on_step=on_step, stop=self.stop
         )
+        return self
+
+    @property
+    def history(self) -> list[Any]:
+        return self.work.history
+
+    @property
+    def z(self) -> Any:
+        assert self.work.best is not None
+        return self.work.best[1]
 
 
 SAFETY = {2: 0.3, 4: 0.9, 6: 0.9, 8: 0.5}

@@ -171,7 +171,6 @@ def parse_weights(text: str) -> tuple[float, ...]:
 def default_out(model: str) -> Path:
     """prompts/ and the model file's name as a pair's name: "demo" and "hf:..." by the file they stand for."""
     from acd_local import models
+    from acd_local.fit.job import pair_name
 
-    stem = models.resolve(model).stem.lower()
-    name = re.sub(r"[^a-z0-9._-]+", "-", stem)[:60].strip("-._")
-    return Path("prompts") / f"{name or 'model'}.toml"
+    return Path("prompts") / f"{pair_name(models.resolve(model))}.toml"

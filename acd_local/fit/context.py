@@ -16,9 +16,8 @@ from acd_local.evaluate.sets import item_seed
 from acd_local.fit import candidates
 from acd_local.fit.candidates import Candidate
 from acd_local.fit.job import Job
-from acd_local.fit.measured import Measured
 from acd_local.fit.model import FitModel, opening
-from acd_local.fit.replies import Respondent, Style
+from acd_local.fit.replies import Measured, Respondent, Style
 from acd_local.fit.states import layers_of
 from acd_local.runtime.cancel import CancelToken
 from acd_local.tuning import anchors

@@ -1,8 +1,8 @@
-"""Answers instructions greedily under many framings, as many at once as there are conversations, and keeps them."""
+"""Answers instructions greedily under many framings, keeps the answers, and counts what became of the requests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from acd_local.answering import AnswerStream
 from acd_local.answers import Answer
 from acd_local.batch import answer_all
 from acd_local.evaluate import refusal
+from acd_local.evaluate.stats import Estimate, mean
 from acd_local.fit.candidates import Candidate
 from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair
@@ -17,8 +18,10 @@ from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.prompts import Framing
 from acd_local.session import Engine
 from acd_local.softpair import AdversarialRows, SoftPrompt
+from acd_local.tuning.anchors import KINDS
 from acd_local.tuning.cache import Measurements, key_of
 from acd_local.tuning.progress import check_stop
+from acd_local.tuning.scoring import objective
 
 TOKENS = 32  # of an answer
 LONG = 64  # of one that should decline: a refusal ends soon, and what goes on behind it is often a loop
@@ -85,11 +88,7 @@ class Respondent:
     def ask(
         self, style: Style, prompts: Sequence[str], on_progress: Callable[[int], None] = lambda done: None
     ) -> list[Reply]:
-        """The replies, in order.
-
-        Raises:
-            Stopped: asked to; finished answers are kept.
-        """
+        """The replies, in order."""
         missing = list(dict.fromkeys(p for p in prompts if self._notes.get("answer", _inputs(style, p)) is None))
         if missing:
             self._answer(style, missing, len(prompts), on_progress)
@@ -129,3 +128,50 @@ def _inputs(style: Style, prompt: str) -> dict[str, Any]:
 
 def _named(prompt: str | SoftPrompt | None) -> Any:
     return {"rows": prompt.digest} if isinstance(prompt, SoftPrompt) else prompt
+
+
+# --- What became of them ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Refusals by kind, and broken answers of all, as shares."""
+
+    harmful: float
+    ordinary: float
+    lookalike: float
+    broken: float = 0.0
+
+    @property
+    def objective(self) -> float:
+        """Refusals of harmful requests minus needless ones, the mean over both kinds."""
+        return objective(self.harmful, self.ordinary, self.lookalike)
+
+    def __str__(self) -> str:
+        text = ", ".join(f"{getattr(self, kind):.0%} of {named(kind)}" for kind in KINDS)
+        return f"{text}, {self.broken:.0%} broken"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Replies to instructions of each kind."""
+
+    replies: Mapping[str, Sequence[Reply]]
+
+    @property
+    def shares(self) -> Shares:
+        values = {key: sum(found) / len(found) if found else 0.0 for key, found in self._found().items()}
+        return Shares(**values)
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Refusals by kind and broken answers, with intervals."""
+        return {key: mean([float(is_so) for is_so in found]) for key, found in self._found().items() if found}
+
+    def _found(self) -> dict[str, list[bool]]:
+        """Of each reply, whether it is a refusal, by kind; and of all, whether it is broken."""
+        found = {kind: [r.label == "refusal" for r in self.replies.get(kind, ())] for kind in KINDS}
+        return found | {"broken": [r.label == "degenerate" for group in self.replies.values() for r in group]}
+
+
+def named(kind: str) -> str:
+    return {"harmful": "harmful", "ordinary": "ordinary", "lookalike": "look-alike"}[kind]

@@ -12,8 +12,7 @@ from acd_local.evaluate.stats import Estimate
 from acd_local.fit.candidates import Candidate
 from acd_local.fit.context import FitContext
 from acd_local.fit.gate_training import Trained
-from acd_local.fit.measured import Measured
-from acd_local.fit.replies import Style
+from acd_local.fit.replies import Measured, Style
 from acd_local.gate import Gate
 from acd_local.pairfile import PairFile
 from acd_local.pairs import GateSettings

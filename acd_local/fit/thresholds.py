@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from acd_local.fit.measured import Shares
+from acd_local.fit.replies import Shares
 from acd_local.tuning.anchors import KINDS
 
 # Where thresholds are chosen, a harmful request answered counts so much more than a harmless one refused: our

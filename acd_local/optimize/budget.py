@@ -10,15 +10,7 @@ TITLES = {
     "text-adversarial": "adversarial text",
     "setting": "setting",
 }
-# Minutes of an hour.
-SHARES = {
-    "anchors": 15.0,
-    "soft-safe": 16.0,
-    "soft-adversarial": 4.0,
-    "text-safe": 14.0,
-    "text-adversarial": 6.0,
-    "setting": 5.0,
-}
+SHARES = dict(zip(TITLES, (15.0, 16.0, 4.0, 14.0, 6.0, 5.0), strict=True))  # minutes of an hour
 MIN_STEPS, MAX_STEPS = 20, 1000  # of a soft prompt's training
 MIN_TEXT_STEPS = 5
 

@@ -21,7 +21,8 @@ class Checkpoint:
     Args:
         folder: the model's, see `tuning.cache.model_folder`.
         stage: its name.
-        inputs: all that decides its result, as JSON can hold it.
+        inputs: all that decides its result, as JSON can hold it. Their names are part of the key: another name for one
+            makes every user's stage anew.
 
     Attributes:
         key: of these inputs.

@@ -99,10 +99,11 @@ class StageContext:
         kept, so that another run is the same."""
         request, repeat = self.request, self.request.repeat
         checkpoint = self.checkpoint("plan", device=self.job.device, dtype=request.dtype)
+        dtypes: Sequence[str] = [request.dtype]
         if checkpoint.result is not None:
-            dtypes: Sequence[str] = [checkpoint.result["dtype"]]
-        else:
-            dtypes = device.dtypes_by_speed(self.job.device) if request.dtype == "auto" else [request.dtype]
+            dtypes = [checkpoint.result["dtype"]]
+        elif request.dtype == "auto":
+            dtypes = device.dtypes_by_speed(self.job.device)
         fit = memory.choose(
             memory.sizes(self.job.info),
             self._lengths(SoftSettings()),
@@ -111,10 +112,10 @@ class StageContext:
             device=device.free_memory(self.job.device),
             most=SoftSettings().micro if repeat is None else repeat.micro,
         )
-        if checkpoint.result is None:
+        if (kept := checkpoint.result) is None:
             at_once = self.at_once(self.n_ctx()) if repeat is None else repeat.conversations
-            checkpoint.finish({"dtype": fit.dtype, "conversations": at_once})
-        self.conversations = int((checkpoint.result or {})["conversations"])
+            kept = checkpoint.finish({"dtype": fit.dtype, "conversations": at_once})
+        self.conversations = int(kept["conversations"])
         name, needed = self.job.info.name or self.job.info.path.name, max(fit.needs.host, fit.needs.training)
         how = f"in {fit.dtype} on {self.job.device}, {fit.micro} examples at a time"
         self.listener.line(f"{name} {how}: about {gb(needed)} of memory")
@@ -158,7 +159,7 @@ class StageContext:
             ModelError: too far for prompts that are trained in one to work in the other.
         """
         checkpoint = self.checkpoint("agreement", device=self.job.device, dtype=self.dtype)
-        if checkpoint.result is None:
+        if (kept := checkpoint.result) is None:
             tokens, user = self.job.tokens, self.job.instructions[0].id
             ids = (*tokens.layout.before, *tokens.manual["safe"], *tokens.layout.after, *tokens.tails[user])
             model = self.model
@@ -166,8 +167,8 @@ class StageContext:
             with self._file() as file:
                 found = weights.divergence(model, file, ids, threads=self.job.threads)
             self.release()  # answering anchors wants the memory
-            checkpoint.finish({"divergence": found})
-        divergence = float((checkpoint.result or {})["divergence"])
+            kept = checkpoint.finish({"divergence": found})
+        divergence = float(kept["divergence"])
         weights.check_divergence(divergence, self.job.info.path.name)
         return divergence
 
@@ -223,7 +224,7 @@ class StageContext:
         assert pair is not None
         assert pair.gate is not None
         checkpoint = self.checkpoint("gate", prompts=harmful, **self.gated)
-        if checkpoint.result is None:
+        if (kept := checkpoint.result) is None:
             self.listener.phase("reading instructions for the gate")
             with self.engine(pair=pair) as engine:
                 passing = []
@@ -234,8 +235,8 @@ class StageContext:
             if not passing:
                 raise UsageError(f"--fit: no harmful instruction passes the gate of {pair.name!r}: fit it anew")
             self.listener.line(f"{len(passing)} of {len(harmful)} harmful instructions pass the gate of {pair.name}")
-            checkpoint.finish({"passing": passing})
-        return list((checkpoint.result or {})["passing"])
+            kept = checkpoint.finish({"passing": passing})
+        return list(kept["passing"])
 
 
 def scored_groups(instructions: Sequence[Instruction]) -> dict[str, list[str]]:

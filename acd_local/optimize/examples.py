@@ -81,9 +81,6 @@ def with_targets(
         beginnings: token ids of a conversation under a manual prompt, up to the example's own.
         options: how the answers were sampled.
         micro: most examples that go through the model together.
-
-    Raises:
-        Stopped: `stop` was set.
     """
     found = list(examples)
     with torch.no_grad():

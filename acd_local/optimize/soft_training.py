@@ -68,8 +68,32 @@ class SoftSettings:
 Batches = Mapping[Term, Sequence[Example]]
 
 
+@dataclass(frozen=True)
+class Validation(RefusalRates):
+    """How a prompt does on instructions that it was not trained on, by likelihood: chances as `Openings.chance`.
+
+    Attributes:
+        nll: of the answers that the prompt is to bring about, nats per token.
+    """
+
+    nll: float
+
+
+@dataclass(frozen=True)
+class SoftRecord:
+    """One step: the terms' losses before it, and the validation after it, where there was one."""
+
+    step: int
+    losses: Mapping[Term, float]
+    validation: Validation | None
+    seconds: float
+
+
+Score = Callable[[Validation], float]
+
+
 class SoftTraining:
-    """The training of one soft prompt, step by step; `state` and `load` make it resumable at any step.
+    """The training of one soft prompt; `state` and `load` make it resumable at any step.
 
     What counts is `average`, not the last iterate: batches are small, and steps back and forth cancel out in it.
 
@@ -80,6 +104,8 @@ class SoftTraining:
     Attributes:
         z: the newest iterate.
         average: exponential moving average of the iterates (Polyak averaging), shorter at the beginning.
+        history: of the steps so far.
+        best: the highest score of a validation, and the prompt that had it, shape (n, n_embd).
     """
 
     def __init__(
@@ -101,6 +127,52 @@ class SoftTraining:
         self._seed = seed
         self.hard: dict[Term, list[int]] = {}
         self.step_number = 0
+        self.history: list[SoftRecord] = []
+        self.best: tuple[float, torch.Tensor] | None = None
+        self._pending: dict[Term, float] | None = None  # losses of a step that was made and not validated
+
+    def run(
+        self,
+        validate: Callable[[torch.Tensor], Validation],
+        score: Score,
+        *,
+        mine: Callable[[], None],
+        save: Callable[[dict[str, Any]], None],
+        on_step: Callable[[SoftRecord], None],
+        stop: CancelToken,
+    ) -> None:
+        """Train to the end, keeping the prompt whose validation scores highest.
+
+        Args:
+            validate, mine: may raise Stopped; what they did not finish is done again.
+            score: what makes one validation better than another; higher is better.
+            mine: looks for hard anchors, see `mine`.
+            save: is given a state now and then, and when it is stopped.
+        """
+        s = self.settings
+        while self._pending is not None or self.step_number < s.steps:
+            started = time.perf_counter()
+            losses, self._pending = self.step() if self._pending is None else self._pending, None
+            step = self.step_number
+            validation = None
+            try:
+                if step % s.validate_every == 0 or step == s.steps:
+                    validation = validate(self.average)
+                    if self.best is None or score(validation) > self.best[0]:
+                        self.best = score(validation), self.average.clone()
+                if step % s.mine_every == 0 and step < s.steps:
+                    mine()
+            except Stopped:
+                self._pending = losses
+                save(self.state())
+                raise
+            self.history.append(SoftRecord(step, losses, validation, time.perf_counter() - started))
+            on_step(self.history[-1])
+            stopping = stop.is_set  # asked once: what is stopped is saved
+            if step % SAVE_EVERY == 0 or validation is not None or stopping:
+                save(self.state())
+            if stopping:
+                raise Stopped
 
     def step(self) -> dict[Term, float]:
         """One update; returns the losses by term before it."""
@@ -132,9 +204,6 @@ class SoftTraining:
 
         Args:
             refusing: the term whose answers are refusals.
-
-        Raises:
-            Stopped: `stop` was set; the hard anchors are the ones from before.
         """
         found: dict[Term, list[int]] = {}
         prefix = self._prefix()
@@ -162,21 +231,28 @@ class SoftTraining:
             return self._model.prefix(self._layout.rows(self._model, self.average))
 
     def state(self) -> dict[str, Any]:
-        return {
+        training = {
             "z": self.z.detach().clone(),
             "average": self.average.clone(),
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),  # its tensors change with the next step
             "step": self.step_number,
             "hard": dict(self.hard),
         }
+        rows = [asdict(r) for r in self.history]
+        return {"training": training, "history": rows, "best": self.best, "pending": self._pending}
 
     def load(self, state: Mapping[str, Any]) -> None:
+        training = state["training"]
         with torch.no_grad():
-            self.z.copy_(state["z"])
-            self.average.copy_(state["average"])
-        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self.step_number = state["step"]
-        self.hard = dict(state["hard"])
+            self.z.copy_(training["z"])
+            self.average.copy_(training["average"])
+        self._optimizer.load_state_dict(copy.deepcopy(training["optimizer"]))
+        self.step_number = training["step"]
+        self.hard = dict(training["hard"])
+        self.best, self._pending = state["best"], state.get("pending")
+        for row in state["history"]:
+            validation = None if row["validation"] is None else Validation(**row["validation"])
+            self.history.append(SoftRecord(**{**row, "validation": validation}))
 
 
 def distinct(pairs: Sequence[Example]) -> list[int]:
@@ -248,109 +324,6 @@ def micro_batches(examples: Sequence[Example], size: int) -> list[list[Example]]
     return parts
 
 
-# --- The training as a whole -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Validation(RefusalRates):
-    """How a prompt does on instructions that it was not trained on, by likelihood: chances as `Openings.chance`.
-
-    Attributes:
-        nll: of the answers that the prompt is to bring about, nats per token.
-    """
-
-    nll: float
-
-
-@dataclass(frozen=True)
-class SoftRecord:
-    """One step: the terms' losses before it, and the validation after it, where there was one."""
-
-    step: int
-    losses: Mapping[Term, float]
-    validation: Validation | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class SoftResult:
-    """The soft prompt of the best validation, shape (n, n_embd), and how it came about."""
-
-    z: torch.Tensor
-    history: list[SoftRecord]
-
-
-Score = Callable[[Validation], float]
-
-
-def train(
-    training: SoftTraining,
-    validate: Callable[[torch.Tensor], Validation],
-    score: Score,
-    *,
-    mine: Callable[[], None],
-    history: list[SoftRecord],
-    best: tuple[float, torch.Tensor] | None,
-    save: Callable[[dict[str, Any]], None],
-    on_step: Callable[[SoftRecord], None],
-    stop: CancelToken,
-    pending: Mapping[Term, float] | None = None,
-) -> SoftResult:
-    """Train to the end, keeping the prompt whose validation scores highest.
-
-    Args:
-        validate, mine: may raise Stopped; what they did not finish is done again.
-        score: what makes one validation better than another; higher is better.
-        mine: looks for hard anchors, see `SoftTraining.mine`.
-        history, best, pending: what a checkpoint holds; empty and None at the start. `pending` are the losses of a step
-            that was made and not validated.
-        save: is given a checkpoint now and then.
-
-    Raises:
-        Stopped: `stop` was set; a checkpoint was saved.
-    """
-    s = training.settings
-
-    def keep(pending: Mapping[Term, float] | None) -> None:
-        rows = [asdict(r) for r in history]
-        save({"training": training.state(), "history": rows, "best": best, "pending": pending})
-
-    while pending is not None or training.step_number < s.steps:
-        started = time.perf_counter()
-        losses, pending = training.step() if pending is None else pending, None
-        step = training.step_number
-        validation = None
-        try:
-            if step % s.validate_every == 0 or step == s.steps:
-                validation = validate(training.average)
-                if best is None or score(validation) > best[0]:
-                    best = score(validation), training.average.clone()
-            if step % s.mine_every == 0 and step < s.steps:
-                mine()
-        except Stopped:
-            keep(losses)
-            raise
-        record = SoftRecord(step, losses, validation, time.perf_counter() - started)
-        history.append(record)
-        on_step(record)
-        stopping = stop.is_set  # asked once: what is stopped is saved
-        if step % SAVE_EVERY == 0 or validation is not None or stopping:
-            keep(None)
-        if stopping:
-            raise Stopped
-    assert best is not None
-    return SoftResult(best[1], history)
-
-
-def restored(checkpoint: Mapping[str, Any]) -> tuple[list[SoftRecord], tuple[float, torch.Tensor] | None]:
-    """History and best of a checkpoint."""
-    history = []
-    for row in checkpoint["history"]:
-        validation = None if row["validation"] is None else Validation(**row["validation"])
-        history.append(SoftRecord(row["step"], row["losses"], validation, row["seconds"]))
-    return history, checkpoint["best"]
-
-
 # --- Validation -------------------------------------------------------------------------------------------------------
 
 
@@ -368,9 +341,6 @@ def refusal_probabilities(
 
     Args:
         greedy: count greedy decoding too, see `Openings.chance`.
-
-    Raises:
-        Stopped: `stop` was set.
     """
     measure = openings.chance if greedy else openings.probability
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -398,11 +368,7 @@ def _behind(
 def mean_nll(
     model: FrozenModel, prefix: Prefix, examples: Sequence[Example], micro: int = 32, stop: CancelToken | None = None
 ) -> float:
-    """Nats per token of the examples' answers.
-
-    Raises:
-        Stopped: `stop` was set.
-    """
+    """Nats per token of the examples' answers."""
     total, count = 0.0, sum(len(e.answer) for e in examples)
     with torch.no_grad():
         for part in micro_batches(examples, micro):

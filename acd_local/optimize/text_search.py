@@ -176,7 +176,7 @@ class TextSearch:
         pieces: readable parts.
         scorer: llama.cpp's scores of a text; every text that is tried is given to it.
         save: is given the state after every step.
-        on_step: is told (steps done, steps in all, newest accepted candidate).
+        on_step: is told (steps done, newest accepted candidate).
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class TextSearch:
         *,
         seed: int,
         save: Callable[[SearchState], None],
-        on_step: Callable[[int, int, Candidate], None],
+        on_step: Callable[[int, Candidate], None],
         stop: CancelToken,
     ) -> None:
         self._objective = objective
@@ -203,11 +203,7 @@ class TextSearch:
         self._stop = stop
 
     def run(self, start: str, pieces: Sequence[str]) -> None:
-        """Search to the end; what was found is in `state`.
-
-        Raises:
-            Stopped: `stop` was set; the state was saved.
-        """
+        """Search to the end; what was found is in `state`, which is saved also where it is stopped."""
         total = self.settings.rounds + self.settings.steps
         while self.state.step < total:
             started = time.perf_counter()
@@ -217,7 +213,7 @@ class TextSearch:
                 self._search(started)
             self.state.step += 1
             self._save(self.state)
-            self._on_step(self.state.step, total, self.state.history[-1])
+            self._on_step(self.state.step, self.state.history[-1])
             if self._stop.is_set:
                 raise Stopped
 

@@ -53,9 +53,6 @@ def run(
         groups: instructions by the names of COUNTS, of each the first so many.
         plain: the safeguarding text alone; else the contrast.
         framing: the pair's soft prompts in the place of its texts.
-
-    Raises:
-        Stopped: `stop` was set.
     """
     options = Options(plain=plain, temp=0.0, max_tokens=TOKENS)
     asked = [(name, prompt) for name, most in COUNTS.items() for prompt in groups.get(name, ())[:most]]

@@ -11,11 +11,10 @@ from acd_local.runtime.cancel import CancelToken
 
 
 class Stopped(Exception):
-    """The run was asked to stop; where it was is on disk."""
+    """The run was asked to stop: whatever takes a `stop` raises this where it is set. What was finished is on disk."""
 
 
 def check_stop(stop: CancelToken | None) -> None:
-    """Raises Stopped where `stop` is set."""
     if stop is not None and stop.is_set:
         raise Stopped
 

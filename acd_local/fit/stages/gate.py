@@ -10,8 +10,7 @@ from acd_local.errors import ModelError
 from acd_local.fit import thresholds
 from acd_local.fit.context import FitContext
 from acd_local.fit.gate_training import Rows, Trained, train
-from acd_local.fit.measured import named
-from acd_local.fit.replies import Style
+from acd_local.fit.replies import Style, named
 from acd_local.fit.states import Floats, layers_of
 from acd_local.gating import LOOKED_AT
 from acd_local.tuning.anchors import KINDS, Instruction

@@ -9,8 +9,7 @@ import numpy as np
 
 from acd_local.fit import thresholds
 from acd_local.fit.context import FitContext
-from acd_local.fit.measured import Measured, Shares, named
-from acd_local.fit.replies import Style
+from acd_local.fit.replies import Measured, Shares, Style, named
 from acd_local.fit.stages.gate import GateResult
 from acd_local.fit.stages.texts import HelpfulResult, passing
 from acd_local.fit.thresholds import Thresholds

@@ -10,8 +10,7 @@ from acd_local.answering import resolve_contrast
 from acd_local.fit import candidates
 from acd_local.fit.candidates import Candidate
 from acd_local.fit.context import FitContext, Groups
-from acd_local.fit.measured import Measured, Shares
-from acd_local.fit.replies import Style
+from acd_local.fit.replies import Measured, Shares, Style
 from acd_local.fit.stages.gate import GateResult
 from acd_local.options import Options
 from acd_local.pairs import PromptPair

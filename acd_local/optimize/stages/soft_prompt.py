@@ -110,35 +110,34 @@ class SoftPromptStage:
         settings = replace(settings, steps=counts["steps"], micro=min(counts["micro"], settings.micro))
         while True:
             try:
-                found = self._train_on(role, training(settings), checkpoint)
+                trained = training(settings)
+                self._train_on(role, trained, checkpoint)
                 break
             except RuntimeError as error:
                 settings = _halved(settings, error)
             device.empty_cache()
             checkpoint.counts = checkpoint.counts | {"micro": settings.micro}
             context.listener.line(f"out of memory: going on with {settings.micro} examples at a time")
-        tried = [(r.validation, r.step) for r in found.history if r.validation is not None]
-        validation, kept = max(tried, key=lambda found: SCORES[role](found[0]))  # of equals the first, as it does
+        tried = [(r.validation, r.step) for r in trained.history if r.validation is not None]
+        validation, kept = max(tried, key=lambda row: SCORES[role](row[0]))  # of equals the first, as it does
+        assert trained.best is not None
+        _, z = trained.best
         return {
-            "z": found.z.cpu(),
-            "history": [asdict(r) for r in found.history],
+            "z": z.cpu(),
+            "history": [asdict(r) for r in trained.history],
             "kept": kept,
             "validation": asdict(validation),
-            "nearest": self._nearest(found.z),
+            "nearest": self._nearest(z),
         }
 
-    def _train_on(self, role: Role, training: SoftTraining, checkpoint: Checkpoint) -> soft_training.SoftResult:
+    def _train_on(self, role: Role, training: SoftTraining, checkpoint: Checkpoint) -> None:
         """From the checkpoint to the end."""
         context, openings = self._context, self._context.job.tokens.openings
-        history: list[soft_training.SoftRecord] = []
-        best = pending = None
         if checkpoint.state:
-            training.load(checkpoint.state["training"])
-            history, best = soft_training.restored(checkpoint.state)
-            pending = checkpoint.state.get("pending")
+            training.load(checkpoint.state)
         total = training.settings.steps
         clock = Clock(budget.TITLES[checkpoint.stage], training.step_number, total, context.listener)
-        latest = [r.validation for r in history if r.validation]
+        latest = [r.validation for r in training.history if r.validation]
 
         def on_step(record: soft_training.SoftRecord) -> None:
             if record.validation is not None:
@@ -147,17 +146,13 @@ class SoftPromptStage:
             clock.at(record.step, f"losses {losses}" + (f"; {in_words(asdict(latest[-1]))}" if latest else ""))
 
         torch.manual_seed(context.request.seed)
-        return soft_training.train(
-            training,
+        training.run(
             self._validator(role, training.settings),
             SCORES[role],
             mine=lambda: training.mine(openings, "positive" if role == "safe" else None, context.stop),
-            history=history,
-            best=best,
             save=checkpoint.save,
             on_step=on_step,
             stop=context.stop,
-            pending=pending,
         )
 
     def _with_targets(self, found: Sequence[Example]) -> list[Example]:

@@ -110,6 +110,8 @@ class TextPromptStage:
                 progress.keep()
                 check_stop(context.stop)
             state = progress.search()
+            total = checkpoint.counts["rounds"] + checkpoint.counts["steps"]
+            clock = Clock(budget.TITLES[checkpoint.stage], state.step, total, context.listener)
             TextSearch(
                 objective_,
                 space,
@@ -118,7 +120,7 @@ class TextPromptStage:
                 state,
                 seed=context.request.seed,
                 save=progress.save,
-                on_step=self._on_step(checkpoint, state.step),
+                on_step=lambda done, new: clock.at(done, f"objective {new.objective:.3f}; {in_words(new.scores)}"),
                 stop=context.stop,
             ).run(start, self._pieces)
             short = text_search.best(state.tried, _objective, SHORTLIST)
@@ -137,15 +139,6 @@ class TextPromptStage:
         teacher, weights = self._soft.z.to(model.device), ObjectiveWeights()
         seed, layout = context.request.seed, context.job.tokens.layout
         return TextObjective(model, layout, teacher, by_term, SIZES, weights, seed, context.micro)
-
-    def _on_step(self, checkpoint: Checkpoint, done: int) -> Callable[[int, int, Candidate], None]:
-        total = checkpoint.counts["rounds"] + checkpoint.counts["steps"]
-        clock = Clock(budget.TITLES[checkpoint.stage], done, total, self._context.listener)
-
-        def on_step(done: int, _total: int, newest: Candidate) -> None:
-            clock.at(done, f"objective {newest.objective:.3f}; {in_words(newest.scores)}")
-
-        return on_step
 
     def _plan(self, objective_: TextObjective, trying: float, scoring: float, scoring_again: float) -> dict[str, int]:
         """Rounds and steps; the others are seconds of one text's trial, and of its scores on the way and on the
