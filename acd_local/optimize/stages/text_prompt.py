@@ -20,7 +20,7 @@ from acd_local.optimize.text_search import Candidate, SearchSettings, SearchStat
 from acd_local.optimize.trial import Trial
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.tuning.progress import Clock, check_stop, seconds_of
-from acd_local.tuning.scoring import GROUPS, OpeningScorer, objective
+from acd_local.tuning.scoring import GROUPS, OpeningScorer, RefusalRates
 
 SIZES: dict[Term, int] = {"positive": 6, "negative": 2, "retain": 10}  # anchors of a minibatch
 # Tokens of their answers: openings decide. Of some refusals all: a text that only brings their openings about loops.
@@ -95,7 +95,7 @@ class TextPromptStage:
     def _search(self, checkpoint: Checkpoint) -> dict[str, Any]:
         context, start = self._context, self._context.manual[self._role]
         progress = _Progress(checkpoint)
-        objective_ = self._objective()
+        objective = self._text_objective()
         trying = 0.0
         if not checkpoint.counts:
             context.listener.phase(TRYING)
@@ -106,14 +106,14 @@ class TextPromptStage:
                 score(self._pieces[0], AGAIN)  # what the safeguarding text does is kept from then on
                 again = seconds_of(lambda: progress.score_again(start, score))
                 once = seconds_of(lambda: score(self._pieces[0]))
-                checkpoint.counts = self._plan(objective_, trying, once, again)
+                checkpoint.counts = self._plan(objective, trying, once, again)
                 progress.keep()
                 check_stop(context.stop)
             state = progress.search()
             total = checkpoint.counts["rounds"] + checkpoint.counts["steps"]
             clock = Clock(budget.TITLES[checkpoint.stage], state.step, total, context.listener)
             TextSearch(
-                objective_,
+                objective,
                 space,
                 score,
                 replace(self._settings, **checkpoint.counts),
@@ -123,14 +123,14 @@ class TextPromptStage:
                 on_step=lambda done, new: clock.at(done, f"objective {new.objective:.3f}; {in_words(new.scores)}"),
                 stop=context.stop,
             ).run(start, self._pieces)
-            short = text_search.best(state.tried, _objective, SHORTLIST)
+            short = text_search.best(state.tried, _value, SHORTLIST)
             short = [replace(c, scores=progress.score_again(c.text, score)) for c in short]
-        finals = text_search.best(short, _objective, FINALISTS)
+        finals = text_search.best(short, _value, FINALISTS)
         self._try([c.text for c in finals], progress)
         whole = state.dump()
         return _best_of(finals, progress.trials) | {key: whole[key] for key in ("tried", "accepted")}
 
-    def _objective(self) -> TextObjective:
+    def _text_objective(self) -> TextObjective:
         """On the half of shorter requests: texts are tried hundreds of times, and a long one would pad its whole
         minibatch."""
         context, model = self._context, self._context.model
@@ -140,7 +140,7 @@ class TextPromptStage:
         seed, layout = context.request.seed, context.job.tokens.layout
         return TextObjective(model, layout, teacher, by_term, SIZES, weights, seed, context.micro)
 
-    def _plan(self, objective_: TextObjective, trying: float, scoring: float, scoring_again: float) -> dict[str, int]:
+    def _plan(self, objective: TextObjective, trying: float, scoring: float, scoring_again: float) -> dict[str, int]:
         """Rounds and steps; the others are seconds of one text's trial, and of its scores on the way and on the
         shortlist."""
         if self._context.request.repeat is not None:  # what was timed has left the caches as it did then
@@ -148,8 +148,8 @@ class TextPromptStage:
         tokens = self._context.job.tokens.manual[self._role]
         return budget.rounds_and_steps(
             self._context.seconds[f"text-{self._role}"],
-            seconds_of(lambda: objective_(tokens)) + scoring,
-            seconds_of(lambda: objective_.gradient(tokens)),
+            seconds_of(lambda: objective(tokens)) + scoring,
+            seconds_of(lambda: objective.gradient(tokens)),
             len(self._pieces),
             self._settings.rounds,
             self._settings.tries,
@@ -219,7 +219,7 @@ def _best_of(finals: Sequence[Candidate], trials: Mapping[str, Mapping[str, floa
     """The chosen one, by the names of `TextPromptResult`; `trials` by text."""
 
     def rank(c: Candidate) -> tuple[float, float]:
-        return round(Trial(**trials[c.text]).value, 6), _objective(c.scores)
+        return round(Trial(**trials[c.text]).value, 6), _value(c.scores)
 
     best = max(finals, key=rank)
     manual = next((c for c in finals if c.origin == "manual"), best)
@@ -235,5 +235,5 @@ def _best_of(finals: Sequence[Candidate], trials: Mapping[str, Mapping[str, floa
     }
 
 
-def _objective(scores: Mapping[str, float]) -> float:
-    return objective(*(scores[name] for name in GROUPS))
+def _value(scores: Mapping[str, float]) -> float:
+    return RefusalRates(**scores).objective
