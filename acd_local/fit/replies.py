@@ -73,6 +73,7 @@ class Reply:
     tokens: tuple[int, ...]
 
 
+@dataclass(eq=False)
 class Respondent:
     """Asks an engine, and its notes about what was asked before.
 
@@ -80,46 +81,45 @@ class Respondent:
         notes: only this user's, as answers to harmful requests are in them.
     """
 
-    def __init__(self, engine: Callable[[], Engine], notes: Measurements, stop: CancelToken) -> None:
-        self._engine = engine
-        self._notes = notes
-        self._stop = stop
+    engine: Callable[[], Engine]
+    notes: Measurements
+    stop: CancelToken
 
     def ask(
         self, style: Style, prompts: Sequence[str], on_progress: Callable[[int], None] = lambda done: None
     ) -> list[Reply]:
         """The replies, in order."""
-        missing = list(dict.fromkeys(p for p in prompts if self._notes.get("answer", _inputs(style, p)) is None))
+        missing = list(dict.fromkeys(p for p in prompts if self.notes.get("answer", _inputs(style, p)) is None))
         if missing:
             self._answer(style, missing, len(prompts), on_progress)
-        found = [self._notes.get("answer", _inputs(style, prompt)) for prompt in prompts]
+        found = [self.notes.get("answer", _inputs(style, prompt)) for prompt in prompts]
         return [Reply(label, tuple(tokens)) for label, tokens in found]
 
     def text(self, reply: Reply) -> str:
         """What a reply says."""
-        vocab = self._engine().vocab
+        vocab = self.engine().vocab
         return b"".join(vocab.piece(t) for t in reply.tokens if not vocab.is_eog(t)).decode("utf-8", "replace")
 
     def _answer(self, style: Style, missing: Sequence[str], total: int, on_progress: Callable[[int], None]) -> None:
-        engine = self._engine()
+        engine = self.engine()
         options = Options(alpha=style.alpha, beta=style.beta, temp=0.0, max_tokens=style.tokens)
         framing, done = Framing(style.positive, style.negative, shots=style.shots), total - len(missing)
 
         def begin(prompt: str) -> AnswerStream:
-            return engine.generate(prompt, options, pair=NO_PAIR, framing=framing, cancel=self._stop)
+            return engine.generate(prompt, options, pair=NO_PAIR, framing=framing, cancel=self.stop)
 
-        for prompt, answer in answer_all(engine, missing, begin, stop=self._stop):
+        for prompt, answer in answer_all(engine, missing, begin, stop=self.stop):
             if isinstance(answer, Exception):
                 raise answer
             if answer.finish_reason != "cancelled":
                 self._keep(style, prompt, answer)
                 done += 1
                 on_progress(done)
-        check_stop(self._stop)
+        check_stop(self.stop)
 
     def _keep(self, style: Style, prompt: str, answer: Answer) -> None:
         verdict = refusal.classify(answer.text, prompt, finished=answer.finish_reason != "length")
-        self._notes.keep("answer", _inputs(style, prompt), [verdict.label, [r.token for r in answer.tokens]])
+        self.notes.keep("answer", _inputs(style, prompt), [verdict.label, [r.token for r in answer.tokens]])
 
 
 def _inputs(style: Style, prompt: str) -> dict[str, Any]:

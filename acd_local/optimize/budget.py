@@ -40,13 +40,7 @@ def steps_for(seconds: float, per_step: float, *others: tuple[float, int]) -> in
 
 
 def rounds_and_steps(
-    seconds: float,
-    trial: float,
-    gradient: float,
-    pieces: int,
-    rounds: int,
-    tries: int,
-    finals: float = 0.0,
+    seconds: float, trial: float, gradient: float, pieces: int, rounds: int, tries: int, finals: float = 0.0
 ) -> dict[str, int]:
     """How long a text is searched for: rounds over `pieces` readable parts, at most `rounds` of them and in half of the
     time, then steps of `tries` texts each; `trial` and `gradient` are seconds of one text's.

@@ -109,13 +109,7 @@ class SoftTraining:
     """
 
     def __init__(
-        self,
-        model: FrozenModel,
-        layout: Layout,
-        start: torch.Tensor,
-        pairs: Batches,
-        settings: SoftSettings,
-        seed: int,
+        self, model: FrozenModel, layout: Layout, start: torch.Tensor, pairs: Batches, settings: SoftSettings, seed: int
     ) -> None:
         self._model = model
         self._layout = layout

@@ -33,6 +33,7 @@ class _Minibatch:
     counts: Mapping[Term, int]  # of answers
 
 
+@dataclass(eq=False)
 class TextObjective:
     """kl * KL(soft || text) + opo * (L_p + L_n + L_r) + fluency * NLL(text), on a minibatch of anchors.
 
@@ -46,26 +47,18 @@ class TextObjective:
         micro: most anchors that go through the model together with gradients; without, twice as many.
     """
 
-    def __init__(
-        self,
-        model: FrozenModel,
-        layout: Layout,
-        teacher: torch.Tensor,
-        pairs: Batches,
-        sizes: Mapping[Term, int],
-        weights: ObjectiveWeights,
-        seed: int,
-        micro: int = 16,
-    ) -> None:
-        self._model = model
-        self._layout = layout
-        self._pairs = pairs
-        self._sizes = sizes
-        self._weights = weights
-        self._seed = seed
-        self._micro = micro
+    model: FrozenModel
+    layout: Layout
+    teacher: torch.Tensor
+    pairs: Batches
+    sizes: Mapping[Term, int]
+    weights: ObjectiveWeights
+    seed: int
+    micro: int = 16
+
+    def __post_init__(self) -> None:
         with torch.no_grad():
-            self._teacher = model.prefix(layout.rows(model, teacher))
+            self._teacher = self.model.prefix(self.layout.rows(self.model, self.teacher))
         self._batch = self._minibatch(0)
 
     def turn_to(self, number: int) -> None:
@@ -74,10 +67,10 @@ class TextObjective:
 
     def __call__(self, tokens: Sequence[int]) -> dict[str, float]:
         """The parts and their weighted sum "objective", lower is better, for a prompt's token ids."""
-        w = self._weights
+        w = self.weights
         with torch.no_grad():
-            prefix = self._model.prefix(self._layout.rows(self._model, self._model.embed(tokens).float()))
-            sums = [self._sums(prefix, *part) for part in self._split(2 * self._micro)]
+            prefix = self.model.prefix(self.layout.rows(self.model, self.model.embed(tokens).float()))
+            sums = [self._sums(prefix, *part) for part in self._split(2 * self.micro)]
             kl, opo = (float(torch.stack(values).sum()) for values in zip(*sums, strict=True))
             fluency = float(self._nll(prefix, tokens))
         return {"objective": w.kl * kl + w.opo * opo + w.fluency * fluency, "kl": kl, "opo": opo, "fluency": fluency}
@@ -88,11 +81,11 @@ class TextObjective:
         The gradient with respect to the tokens' one-hot rows (Zou et al. 2023, greedy coordinate gradient). As in
         `soft_training.loss_and_gradient`, micro-batches leave theirs at the prefix's keys and values.
         """
-        w = self._weights
-        rows = self._model.embed(tokens).float().requires_grad_()
-        prefix = self._model.prefix(self._layout.rows(self._model, rows))
+        w = self.weights
+        rows = self.model.embed(tokens).float().requires_grad_()
+        prefix = self.model.prefix(self.layout.rows(self.model, rows))
         leaf = prefix.leaf()
-        for part in self._split(self._micro):
+        for part in self._split(self.micro):
             kl, opo = self._sums(leaf, *part)
             (w.kl * kl + w.opo * opo).backward()  # type: ignore[no-untyped-call]
         fluency = self._nll(prefix, tokens)
@@ -101,23 +94,23 @@ class TextObjective:
         prefix.backward(leaf)
         assert rows.grad is not None
         with torch.no_grad():
-            return (rows.grad.to(self._model.dtype) @ self._model.embeddings.T).float()
+            return (rows.grad.to(self.model.dtype) @ self.model.embeddings.T).float()
 
     def _minibatch(self, number: int) -> _Minibatch:
         examples: list[Example] = []
         spans, counts = {}, {}
         at = 0
         for term in TERMS:
-            chosen = draw(self._pairs[term], self._sizes[term], number, self._seed)
+            chosen = draw(self.pairs[term], self.sizes[term], number, self.seed)
             count = sum(len(e.answer) for e in chosen)
             spans[term] = slice(at, at + count)
             at += count
             counts[term] = len(chosen)
             examples += chosen
-        tokens = torch.tensor([t for e in examples for t in e.answer], device=self._model.device)
+        tokens = torch.tensor([t for e in examples for t in e.answer], device=self.model.device)
         with torch.no_grad():
-            parts = [examples[at] for at in _even(len(examples), 2 * self._micro)]
-            logits = [self._model.answer_logits(self._teacher, part).log_softmax(1) for part in parts]
+            parts = [examples[at] for at in _even(len(examples), 2 * self.micro)]
+            logits = [self.model.answer_logits(self._teacher, part).log_softmax(1) for part in parts]
         return _Minibatch(examples, tokens, torch.cat(logits), spans, counts)
 
     def _split(self, micro: int) -> Iterator[tuple[list[Example], slice]]:
@@ -131,7 +124,7 @@ class TextObjective:
     def _sums(self, prefix: Prefix, examples: list[Example], here: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """What some of the minibatch's anchors add to KL and to the paper's losses."""
         batch = self._batch
-        student = self._model.answer_logits(prefix, examples).log_softmax(1)
+        student = self.model.answer_logits(prefix, examples).log_softmax(1)
         teacher = batch.teacher[here]
         kl = (teacher.exp() * (teacher - student)).sum() / len(batch.examples)
         log_probs = student.gather(1, batch.tokens[here][:, None])[:, 0]
@@ -143,13 +136,13 @@ class TextObjective:
 
     def _nll(self, prefix: Prefix, tokens: Sequence[int]) -> torch.Tensor:
         """Nats per token of the prompt's own text."""
-        first = len(self._layout.before)
+        first = len(self.layout.before)
         if first == 0:  # nothing predicts the first token
             first, tokens = 1, tokens[1:]
         if not tokens:
-            return torch.zeros((), device=self._model.device)
-        logits = self._model.logits(prefix.hidden[first - 1 : first - 1 + len(tokens)])
-        return -token_log_probs(logits, torch.tensor(list(tokens), device=self._model.device)).mean()
+            return torch.zeros((), device=self.model.device)
+        logits = self.model.logits(prefix.hidden[first - 1 : first - 1 + len(tokens)])
+        return -token_log_probs(logits, torch.tensor(list(tokens), device=self.model.device)).mean()
 
 
 def _even(count: int, most: int) -> list[slice]:

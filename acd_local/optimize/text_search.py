@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,6 +168,7 @@ class TextSpace:
         return self._template.encode([Message("system", text), Message("user", "a")])
 
 
+@dataclass(eq=False)
 class TextSearch:
     """One text's search; goes on from `state`.
 
@@ -179,28 +180,16 @@ class TextSearch:
         on_step: is told (steps done, newest accepted candidate).
     """
 
-    def __init__(
-        self,
-        objective: TextObjective,
-        space: TextSpace,
-        scorer: Scorer,
-        settings: SearchSettings,
-        state: SearchState,
-        *,
-        seed: int,
-        save: Callable[[SearchState], None],
-        on_step: Callable[[int, Candidate], None],
-        stop: CancelToken,
-    ) -> None:
-        self._objective = objective
-        self._space = space
-        self._scorer = scorer
-        self.settings = settings
-        self.state = state
-        self._seed = seed
-        self._save = save
-        self._on_step = on_step
-        self._stop = stop
+    objective: TextObjective
+    space: TextSpace
+    scorer: Scorer
+    settings: SearchSettings
+    state: SearchState
+    _: KW_ONLY
+    seed: int
+    save: Callable[[SearchState], None]
+    on_step: Callable[[int, Candidate], None]
+    stop: CancelToken
 
     def run(self, start: str, pieces: Sequence[str]) -> None:
         """Search to the end; what was found is in `state`, which is saved also where it is stopped."""
@@ -212,9 +201,9 @@ class TextSearch:
             else:
                 self._search(started)
             self.state.step += 1
-            self._save(self.state)
-            self._on_step(self.state.step, self.state.history[-1])
-            if self._stop.is_set:
+            self.save(self.state)
+            self.on_step(self.state.step, self.state.history[-1])
+            if self.stop.is_set:
                 raise Stopped
 
     # -- readable parts ------------------------------------------------------------------------------------------------
@@ -225,7 +214,7 @@ class TextSearch:
         texts = [f"{current}\n{p}" for p in pieces if p not in current] if current else [start, *pieces]
         found = []
         for text in texts:
-            tokens = self._space.tokens(text)
+            tokens = self.space.tokens(text)
             if tokens and len(tokens) <= self.settings.max_tokens:
                 found.append(self._try(tokens, "manual" if text == start else "parts", started))
         if not current and not found:
@@ -239,27 +228,27 @@ class TextSearch:
 
     def _search(self, started: float) -> None:
         number = self.state.step - self.settings.rounds
-        rng = np.random.default_rng([self._seed, 7, number])
-        self._objective.turn_to(1 + number // self.settings.hold)
+        rng = np.random.default_rng([self.seed, 7, number])
+        self.objective.turn_to(1 + number // self.settings.hold)
         current = self.state.history[-1].tokens
-        base = self._objective(current)["objective"]
+        base = self.objective(current)["objective"]
         places = self._ranked(current)
         found = []
         for _ in range(self.settings.tries):
             tokens, origin = self._changed(current, places, rng)
-            if self._space.is_stable(tokens):
+            if self.space.is_stable(tokens):
                 found.append(self._try(tokens, origin, started))
         better = sorted((i for i in found if self._value(i) < base), key=self._value)
         swaps = [self.state.tried[i].tokens for i in better[:4] if self.state.tried[i].origin == "swap"]
         merged = _merge(current, swaps)
-        if merged is not None and self._space.is_stable(merged):
+        if merged is not None and self.space.is_stable(merged):
             found.append(self._try(merged, "merge", started))
         self._accept_best(found, base)
 
     def _ranked(self, tokens: Tokens) -> torch.Tensor:
         """Per place the `top_k` allowed tokens that promise most, shape (len(tokens), top_k)."""
-        change = self._objective.gradient(tokens)
-        change[:, ~self._space.allowed.to(change.device)] = float("inf")
+        change = self.objective.gradient(tokens)
+        change[:, ~self.space.allowed.to(change.device)] = float("inf")
         return change.topk(self.settings.top_k, dim=1, largest=False).indices.cpu()
 
     def _changed(self, tokens: Tokens, places: torch.Tensor, rng: np.random.Generator) -> tuple[Tokens, Origin]:
@@ -279,9 +268,9 @@ class TextSearch:
 
     def _try(self, tokens: Tokens, origin: Origin, started: float) -> int:
         """The text's place in `state.tried`."""
-        text = self._space.text(tokens)
-        parts = self._objective(tokens)
-        objective, scores = parts.pop("objective"), dict(self._scorer(text))
+        text = self.space.text(tokens)
+        parts = self.objective(tokens)
+        objective, scores = parts.pop("objective"), dict(self.scorer(text))
         seconds = round(time.perf_counter() - started, 3)
         self.state.tried.append(Candidate(self.state.step, origin, text, tokens, objective, parts, scores, seconds))
         return len(self.state.tried) - 1

@@ -53,6 +53,7 @@ class TextPromptResult:
     accepted: list[int]
 
 
+@dataclass(eq=False)
 class TextPromptStage:
     """Searches the text of one role.
 
@@ -60,26 +61,25 @@ class TextPromptStage:
         safe_text: the safeguarding text that an adversarial one is to stand beside; None: a safeguarding one is sought.
     """
 
-    def __init__(
-        self, context: StageContext, sets: AnchorSets, role: Role, soft: SoftPromptResult, safe_text: str | None = None
-    ) -> None:
-        self._context = context
-        self._training = sets.part(validation=False)
-        self._role = role
-        self._soft = soft
-        self._safe_text = safe_text
-        self._pieces = text_search.parts(role)
-        self._settings = SearchSettings(max_tokens=context.request.max_tokens)
+    context: StageContext
+    sets: AnchorSets
+    role: Role
+    soft: SoftPromptResult
+    safe_text: str | None = None
+
+    def __post_init__(self) -> None:
+        self._pieces = text_search.parts(self.role)
+        self._settings = SearchSettings(max_tokens=self.context.request.max_tokens)
 
     def run(self) -> TextPromptResult:
-        context, role = self._context, self._role
+        context, role = self.context, self.role
         checkpoint = context.checkpoint(
             f"text-{role}",
-            soft=self._soft.key,
+            soft=self.soft.key,
             settings={k: v for k, v in asdict(self._settings).items() if k not in ("rounds", "steps")},
             objective=[SIZES, TOKENS, REFUSAL_TOKENS, asdict(ObjectiveWeights()), SCORED, AGAIN],
             pieces=self._pieces,
-            safe=self._safe_text,
+            safe=self.safe_text,
             trial=[trial.TOKENS, trial.COUNTS, SHORTLIST, FINALISTS, MARGIN],
             order=ORDER,
             **context.gated,
@@ -93,7 +93,7 @@ class TextPromptStage:
         return result
 
     def _search(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        context, start = self._context, self._context.manual[self._role]
+        context, start = self.context, self.context.manual[self.role]
         progress = _Progress(checkpoint)
         objective = self._text_objective()
         trying = 0.0
@@ -101,7 +101,7 @@ class TextPromptStage:
             context.listener.phase(TRYING)
             trying = seconds_of(lambda: self._try([start], progress))
         with context.scorer() as (scorer, space):
-            score = partial(_score, scorer, self._safe_text)
+            score = partial(_score, scorer, self.safe_text)
             if not checkpoint.counts:
                 score(self._pieces[0], AGAIN)  # what the safeguarding text does is kept from then on
                 again = seconds_of(lambda: progress.score_again(start, score))
@@ -133,21 +133,21 @@ class TextPromptStage:
     def _text_objective(self) -> TextObjective:
         """On the half of shorter requests: texts are tried hundreds of times, and a long one would pad its whole
         minibatch."""
-        context, model = self._context, self._context.model
-        sets = batches(self._training, context.job.tokens, self._role, TOKENS, REFUSAL_TOKENS)
+        context, model = self.context, self.context.model
+        sets = batches(self.sets.part(validation=False), context.job.tokens, self.role, TOKENS, REFUSAL_TOKENS)
         by_term = {term: sorted(e, key=lambda e: len(e.prompt))[: -(-len(e) // 2)] for term, e in sets.items()}
-        teacher, weights = self._soft.z.to(model.device), ObjectiveWeights()
+        teacher, weights = self.soft.z.to(model.device), ObjectiveWeights()
         seed, layout = context.request.seed, context.job.tokens.layout
         return TextObjective(model, layout, teacher, by_term, SIZES, weights, seed, context.micro)
 
     def _plan(self, objective: TextObjective, trying: float, scoring: float, scoring_again: float) -> dict[str, int]:
         """Rounds and steps; the others are seconds of one text's trial, and of its scores on the way and on the
         shortlist."""
-        if self._context.request.repeat is not None:  # what was timed has left the caches as it did then
-            return self._context.request.repeat.search(self._role)
-        tokens = self._context.job.tokens.manual[self._role]
+        if self.context.request.repeat is not None:  # what was timed has left the caches as it did then
+            return self.context.request.repeat.search(self.role)
+        tokens = self.context.job.tokens.manual[self.role]
         return budget.rounds_and_steps(
-            self._context.seconds[f"text-{self._role}"],
+            self.context.seconds[f"text-{self.role}"],
             seconds_of(lambda: objective(tokens)) + scoring,
             seconds_of(lambda: objective.gradient(tokens)),
             len(self._pieces),
@@ -161,7 +161,7 @@ class TextPromptStage:
         tried = {text: self._pair(text) for text in texts if text not in progress.trials}
         if not tried:
             return
-        context, plain = self._context, self._safe_text is None
+        context, plain = self.context, self.safe_text is None
         clock = Clock("trying the best texts", 0, len(tried), context.listener)
         with context.trial_engine(next(iter(tried.values()))) as engine:
             for number, (text, pair) in enumerate(tried.items(), start=1):
@@ -171,9 +171,9 @@ class TextPromptStage:
                 clock.at(number)
 
     def _pair(self, text: str) -> PromptPair:
-        if self._safe_text is None:
-            return PromptPair("trial", text, AdversarialText(self._context.manual["adversarial"]))
-        return PromptPair("trial", self._safe_text, AdversarialText(text))
+        if self.safe_text is None:
+            return PromptPair("trial", text, AdversarialText(self.context.manual["adversarial"]))
+        return PromptPair("trial", self.safe_text, AdversarialText(text))
 
 
 class _Progress:
