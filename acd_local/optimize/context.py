@@ -104,7 +104,7 @@ class StageContext:
             dtypes = [checkpoint.result["dtype"]]
         elif request.dtype == "auto":
             dtypes = device.dtypes_by_speed(self.job.device)
-        fit = memory.choose(
+        needs = memory.choose(
             memory.sizes(self.job.info),
             self._lengths(SoftSettings()),
             dtypes,
@@ -114,12 +114,12 @@ class StageContext:
         )
         if (kept := checkpoint.result) is None:
             at_once = self.at_once(self.n_ctx()) if repeat is None else repeat.conversations
-            kept = checkpoint.finish({"dtype": fit.dtype, "conversations": at_once})
+            kept = checkpoint.finish({"dtype": needs.dtype, "conversations": at_once})
         self.conversations = int(kept["conversations"])
-        name, needed = self.job.info.name or self.job.info.path.name, max(fit.needs.host, fit.needs.training)
-        how = f"in {fit.dtype} on {self.job.device}, {fit.micro} examples at a time"
+        name, needed = self.job.info.name or self.job.info.path.name, max(needs.host, needs.training)
+        how = f"in {needs.dtype} on {self.job.device}, {needs.micro} examples at a time"
         self.listener.line(f"{name} {how}: about {gb(needed)} of memory")
-        self.dtype, self.micro = fit.dtype, fit.micro
+        self.dtype, self.micro = needs.dtype, needs.micro
 
     def _lengths(self, settings: SoftSettings) -> Lengths:
         tokens = self.job.tokens

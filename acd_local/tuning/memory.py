@@ -61,19 +61,13 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes: of the weights while they are loaded (`host`), and of all while a prompt is trained (`training`)."""
-
-    host: float
-    training: float
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What was chosen: a dtype by name, examples per micro-batch, and bytes for them."""
+    """Bytes for a dtype and so many examples per micro-batch: of the weights while they are loaded (`host`), and of all
+    while a prompt is trained (`training`)."""
 
     dtype: str
     micro: int
-    needs: Needs
+    host: float
+    training: float
 
 
 def sizes(info: GGUFInfo) -> Sizes:
@@ -106,12 +100,13 @@ def estimate(size: Sizes, lengths: Lengths, dtype: str, micro: int) -> Needs:
     logits = micro * lengths.answer * size.n_vocab * 4 * _LOGITS
     loading = weights + size.file + _LOADING * 4 * size.largest
     # The file stays mapped while the quantized model is scored beside the weights.
-    return Needs(loading + _SLACK, weights + size.file + kept + keys + scores + logits + _SLACK)
+    training = weights + size.file + kept + keys + scores + logits
+    return Needs(dtype, micro, loading + _SLACK, training + _SLACK)
 
 
 def choose(
     size: Sizes, lengths: Lengths, dtypes: Sequence[str], *, host: float, device: float | None, most: int = MICRO[0]
-) -> Fit:
+) -> Needs:
     """The first dtype that fits, with the largest micro-batch that does.
 
     Args:
@@ -127,7 +122,7 @@ def choose(
         for micro in (m for m in MICRO if m <= most):
             needs = estimate(size, lengths, dtype, micro)
             if needs.host <= host and needs.training <= (host if device is None else device):
-                return Fit(dtype, micro, needs)
+                return needs
     raise OutOfMemoryError(_refusal(size, lengths, dtypes, host, device))
 
 

@@ -45,11 +45,17 @@ def run(context: StageContext) -> AnchorSets:
         cache = AnswerCache(path)
     except (ValueError, LookupError, TypeError, AttributeError):
         raise UsageError(f"{path} is damaged: remove it to have its answers sampled again") from None
-    if not checkpoint.done or not all(key in cache for key in wanted):
+    missing = [key for key in wanted if key not in cache]
+    if missing or not checkpoint.done:
         checkpoint.begin()
-        if not _sample_all(context, work, cache):
-            checkpoint.save({})
-            raise Stopped
+        clock = Clock("anchors", len(work) - len(missing), len(work), context.listener)
+        if missing:
+            many, n_ctx, seed = context.conversations, context.n_ctx(), job.request.seed
+            with context.engine(pair=job.manual, conversations=many, ctx_size=n_ctx) as engine:
+                complete = sample(engine, job.manual, work, cache, seed=seed, stop=context.stop, on_progress=clock.at)
+            if not complete:
+                checkpoint.save({})
+                raise Stopped
     records = [r for r in cache.records() if (r["id"], r["under"]) in wanted]
     records.sort(key=lambda r: (r["id"], r["under"]))  # not the order in which they were finished
     sets = anchor_sets.collect(job.instructions, records, job.tokens.refusals.__getitem__, job.tokens.end)
@@ -96,15 +102,6 @@ class AnswerCache:
         """Raises UsageError, StorageError."""
         self._records[record["id"], record["under"]] = record
         self._lines.add(record)
-
-
-def _sample_all(context: StageContext, work: Sequence[Task], cache: AnswerCache) -> bool:
-    job, done = context.job, sum((i.id, under) in cache for i, under in work)
-    clock = Clock("anchors", done, len(work), context.listener)
-    if done == len(work):
-        return True
-    with context.engine(pair=job.manual, conversations=context.conversations, ctx_size=context.n_ctx()) as engine:
-        return sample(engine, job.manual, work, cache, seed=job.request.seed, stop=context.stop, on_progress=clock.at)
 
 
 def sample(
