@@ -101,7 +101,7 @@ def test_broken_answers_of_both_kinds_count_together() -> None:
 def test_the_requests_are_ours_and_ask_for_no_refusal() -> None:
     found = quickcheck._prompts()
     assert list(found) == ["harmful", "ordinary"] and all(len(set(prompts)) == 12 for prompts in found.values())
-    data = Path(quickcheck.__file__).parent / "optimize" / "data"
+    data = Path(quickcheck.__file__).parent / "tuning" / "data"
     for kind, name in (("harmful", "harmful"), ("ordinary", "harmless")):
         known = {json.loads(line)["prompt"] for line in (data / f"{name}.jsonl").read_text().splitlines()}
         assert set(found[kind]) <= known

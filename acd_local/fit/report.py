@@ -10,8 +10,8 @@ from typing import Any
 
 from acd_local import __version__
 from acd_local.evaluate import page, svg
-from acd_local.fit.found import Found
-from acd_local.fit.lab import Lab
+from acd_local.fit.context import FitContext as Lab
+from acd_local.fit.result import FitResult as Found
 from acd_local.optimize.report import NEGATIVE_ONLY
 from acd_local.pairfile import PairFile
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from acd_local.evaluate import page, svg
 from acd_local.evaluate.tables import visible
-from acd_local.optimize.scoring import worth
+from acd_local.tuning.scoring import objective as worth
 
 __all__ = ["OptimizeReport", "nearest_words", "render"]
 
