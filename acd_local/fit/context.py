@@ -91,7 +91,7 @@ class FitContext:
     def of(self, counts: Mapping[str, int], *, validates: bool) -> dict[str, list[Instruction]]:
         """Instructions of each kind that validate, or do not, among those that are read."""
         every = [i for i in self.instructions() if i.validates == validates]
-        return {kind: [i for i in every if i.group == kind][: self.many(counts[kind])] for kind in KINDS}
+        return {kind: [i for i in every if i.group == kind][: self.many(count)] for kind, count in counts.items()}
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class FitContext:
         if any(self.notes.get("openings", one) is None for one in inputs):
             with closing(self.model.scorer(scored)) as scorer:
                 for n, (text, one) in enumerate(zip(texts, inputs, strict=True), 1):
-                    before = opening(text.text, text.shots)
+                    before = opening(text.text or None, text.shots)
                     self.notes.memo("openings", one, lambda before=before: scorer.alone(before))  # type: ignore[misc]
                     clock.at(n)
         return [self.notes.get("openings", one) for one in inputs]
