@@ -68,6 +68,8 @@ def test_the_wheel_holds_package_and_prompts_and_nothing_else(dist: Path) -> Non
     assert {"acd_local/py.typed", "acd_local/prompts/default.toml"} <= set(files)
     metadata = {name for name in files if name.startswith("acd_local-") and ".dist-info/" in name}
     data = {f"acd_local/evaluate/{name}" for name in ("methods.toml", "smoke.jsonl", "report.css", "report.js")}
+    templates = ROOT / "acd_local" / "evaluate" / "templates"
+    data |= {f"acd_local/evaluate/templates/{path.name}" for path in templates.iterdir()}
     data |= {"acd_local/fit/texts.toml"}
     data |= {f"acd_local/optimize/data/{path.name}" for path in (ROOT / "acd_local/optimize/data").iterdir()}
     data |= {
@@ -448,6 +450,16 @@ def test_bin_test_installs_the_test_tools_and_passes_arguments_on(checkout: Chec
     assert checkout.run("x", launcher=launcher) == (0, "<x>asked\n", "")
     assert checkout.run("x") == (0, "<x>asked\n", ""), "what bin/test set up serves the other launchers too"
     assert checkout.log() == []
+
+
+def test_evaluating_installs_matplotlib_on_first_use(checkout: Checkout) -> None:
+    launcher = checkout.root / "bin" / "acd"
+    assert checkout.run("eval", "--help", launcher=launcher)[1] == "<eval><--help>asked\n"
+    assert checkout.log()[-1].endswith(" -e .")
+    for arguments in (("eval", "demo"), ("fit", "demo")):
+        assert checkout.run(*arguments, launcher=launcher)[0] == 0
+    assert checkout.log()[-1].endswith(" -e .[report]")
+    assert checkout.run("models", launcher=launcher)[0] == 0 and checkout.log() == []
 
 
 def test_optimizing_installs_torch_on_first_use(checkout: Checkout) -> None:
