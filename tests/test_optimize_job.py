@@ -30,6 +30,7 @@ from acd_local.cli.run import command as run_command
 from acd_local.cli.shell import run_cli
 from acd_local.errors import InternalError, ModelError, OutOfMemoryError, PairError, StorageError, UsageError
 from acd_local.evaluate.runner import Progress
+from acd_local.files import locked
 from acd_local.optimize import job, memory, repeat, trial
 from acd_local.optimize.job import Listener, Request
 from acd_local.optimize.memory import Lengths, Sizes
@@ -455,7 +456,7 @@ def test_a_damaged_checkpoint_is_made_again_and_damaged_answers_are_named(
 
 def test_one_run_per_model_at_a_time(tiny: Callable[..., Path], quick: Path, tmp_path: Path) -> None:
     prepared = job.prepare(request_for(tiny("chatml"), tmp_path / "a.toml", quick))
-    with job.locked(prepared.folder, "acd optimize"), pytest.raises(UsageError, match="another acd optimize"):
+    with locked(prepared.folder / "lock", "taken"), pytest.raises(UsageError, match="another acd optimize"):
         job.run(prepared, stop=CancelToken(), listener=Listener())
 
 

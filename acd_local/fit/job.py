@@ -10,7 +10,7 @@ from acd_local import files, models, pairfile, pairs, vectors
 from acd_local.errors import ModelError, PairError, UsageError
 from acd_local.optimize import anchors
 from acd_local.optimize.anchors import Instruction
-from acd_local.optimize.job import Listener, digest_of, locked
+from acd_local.optimize.job import Listener, digest_of
 from acd_local.optimize.stages import private_folder
 from acd_local.pairs import PromptPair
 from acd_local.runtime import probe
@@ -108,7 +108,8 @@ def run(job: Job, *, stop: CancelToken, listener: Listener) -> bool:
     Raises:
         Stopped: `stop` was set; the same job goes on from where it was.
     """
-    with locked(job.folder, "acd fit"):
+    taken = "another acd fit works on this model: wait for it, or stop it"
+    with files.locked(job.folder / "lock", taken, private=True):
         from acd_local.fit.fitting import Fitting
 
         with Fitting(job, stop, listener) as fitting:

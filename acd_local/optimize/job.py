@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ from acd_local.gate import Gate
 from acd_local.optimize import anchors, device, rope
 from acd_local.optimize.anchors import Instruction
 from acd_local.optimize.repeat import Repeat
-from acd_local.optimize.stages import private_folder, private_lines
+from acd_local.optimize.stages import private_folder
 from acd_local.pairs import PromptPair
 from acd_local.runtime import gguf_header, probe, rows
 from acd_local.runtime.cancel import CancelToken
@@ -276,26 +275,11 @@ def run(job: Job, *, stop: CancelToken, listener: Listener) -> None:
     Raises:
         Stopped: `stop` was set; the same job goes on from where it was.
     """
-    with locked(job.folder, "acd optimize"):
+    taken = "another acd optimize works on this model: wait for it, or stop it"
+    with files.locked(job.folder / "lock", taken, private=True):
         from acd_local.optimize.work import Optimization
 
         Optimization(job, stop, listener).run()
-
-
-@contextmanager
-def locked(folder: Path, command: str) -> Iterator[None]:
-    """Holds a model's folder for this command alone; raises UsageError where another process has it."""
-    private_lines(folder / "lock")
-    with (folder / "lock").open("ab") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except BlockingIOError:
-            raise UsageError(f"another {command} works on this model: wait for it, or stop it") from None
-        yield
 
 
 def duration(seconds: float) -> str:
