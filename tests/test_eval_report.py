@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from report_pages import Page, at, checked, curves, figures, marks, parsed, texts, ticks
 from test_eval_results import METHODS, change, digest, write_run
 
+from acd_local.cli.tables import lines
 from acd_local.evaluate import page as page_
 from acd_local.evaluate import report, results, tables
 from acd_local.evaluate.drawing import CHARACTER, draw
@@ -130,14 +131,14 @@ def test_changes_count_only_beyond_their_interval_and_in_the_measures_direction(
     assert [row.cells[0].best for row in safety.rows] == [False, True, False]
     assert [row.cells[0].best for row in ability.rows] == [False, False, True]
     assert "No judge model" in safety.notes[0]
-    text = tables.lines(found)
+    text = lines(found)
     assert any(re.match(r"up +70\.0\*\+ \[60, 80\]", line) for line in text)
 
 
 def test_fewer_prompts_than_asked_for_are_marked(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", sets=("advbench", "harmfulqa"), n=12)
-    lines = (folder / "answers.jsonl").read_text().splitlines()
-    kept = [line for line in lines if not ('"acd"' in line and '"harmfulqa"' in line)][:-3]
+    records = (folder / "answers.jsonl").read_text().splitlines()
+    kept = [line for line in records if not ('"acd"' in line and '"harmfulqa"' in line)][:-3]
     (folder / "answers.jsonl").write_text("\n".join(kept) + "\n")
     safety = table(results.write(folder), "safety")
     notes = {row.name: [cell.note for cell in row.cells] for row in safety.rows}
@@ -148,9 +149,9 @@ def test_fewer_prompts_than_asked_for_are_marked(tmp_path: Path) -> None:
 
 def test_text_fits_the_terminal_and_markdown_is_a_table(full: Path) -> None:
     found = results_of(full)
-    text = tables.lines(found)
+    text = lines(found)
     assert max(map(len, text)) <= 100 and not [line for line in text if "\n" in line]
-    assert max(map(len, tables.lines(found, width=60))) <= 60
+    assert max(map(len, lines(found, width=60))) <= 60
     assert any(line.startswith("Table 1.") for line in text) and any("acd@alpha=0.8" in line for line in text)
     markdown = tables.markdown(found, ["safety", "cost"])
     blocks = [block.splitlines() for block in markdown.split("\n\n") if block.startswith("|")]
@@ -166,7 +167,7 @@ def test_markdown_and_text_hide_nothing_and_break_nowhere() -> None:
     markdown = tables.markdown(found)
     row = next(line for line in markdown.splitlines() if "50.0" in line)
     assert len(re.findall(r"(?<!\\)\|", row)) == 3 and "<img" not in markdown
-    for text in (markdown, "\n".join(tables.lines(found))):
+    for text in (markdown, "\n".join(lines(found))):
         assert not set(text) & set("\u202e\u2066\x00\x1b\u2028\ud800")
     assert "<U+202E>" in html.unescape(markdown)
 
@@ -410,7 +411,7 @@ def test_small_and_empty_runs_make_a_page(tmp_path: Path, options: dict[str, Any
     found = results.write(folder)
     page = with_script(page_of(folder))
     assert "Evaluation of SmolLM2 135M Instruct" in page.texts
-    assert any(line.startswith("SmolLM2 135M Instruct, pair default") for line in tables.lines(found)[:5])
+    assert any(line.startswith("SmolLM2 135M Instruct, pair default") for line in lines(found)[:5])
     assert (page.data() is None) == (options["n"] == 0 or options["sets"] in ((), ("truthfulqa",)))
 
 
