@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Column
 from rich.table import Table as Grid
 from rich.text import Text
@@ -29,7 +30,7 @@ def lines(results: Mapping[str, Any], width: int = WIDTH) -> list[str]:
     console = Console(file=StringIO(), width=width, color_system=None)
     tables = build(results)
     for table in tables:
-        parts += ["", _line(table.title), *_blocks(table, console), *map(_line, table.notes)]
+        parts += ["", _line(table.title), *_blocks(table, width), *map(_line, table.notes)]
     if any(cell.change for table in tables for row in table.rows for cell in row.cells):
         legend = f"* best of its column; + better, - worse than {results['base']} beyond the 95% interval of the"
         parts += ["", _line(f"{legend} paired difference")]
@@ -42,15 +43,21 @@ def _line(text: object) -> Text:
     return Text(visible(" ".join(str(text).split())))
 
 
-def _blocks(table: Table, console: Console) -> Iterator[Grid]:
+def _blocks(table: Table, width: int) -> Iterator[Grid]:
     """The table, cut between columns where it is too wide."""
     start, count = 0, len(table.columns)
     while start < count:
         end = start + 1
-        while end < count and console.measure(_block(table, start, end + 1)).maximum <= console.width:
+        while end < count and _width(_block(table, start, end + 1)) <= width:
             end += 1
         yield _block(table, start, end)
         start = end
+
+
+def _width(block: Grid) -> int:
+    """How wide it is where there is room."""
+    console = Console(width=10_000)
+    return Measurement.get(console, console.options, block).maximum
 
 
 def _block(table: Table, start: int, end: int) -> Grid:

@@ -7,7 +7,6 @@ every figure a title and a description for screen readers. Whatever is written i
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import re
 import warnings
@@ -222,42 +221,28 @@ def _limit(ax: Axes, name: str, axis: Axis) -> None:
 
 
 def _label(ax: Axes, curves: Sequence[Curve]) -> None:
-    """Writes labels beside their points, each where it hides the least of marks, lines and the labels before it."""
-    to_pixels = ax.transData.transform
-    frame = np.array([ax.get_window_extent().extents])
-    obstacles = [box for curve in curves for box in _obstacles(ax, curve)]
-    named = [(to_pixels(_values(point)), point, label, c.colour) for c in curves
-             for point, label in zip(c.points, c.labels, strict=True) if label]  # fmt: skip
-    for place, point, label, colour in sorted(named, key=lambda n: (-n[0][1], n[0][0])):
+    """Writes labels beside their points, each where it hides the least of the marks and of the labels before it."""
+    named = [(point, label, c.colour) for c in curves for point, label in zip(c.points, c.labels, strict=True)]
+    places = [ax.transData.transform(_values(point)) for point, _, _ in named]
+    taken = [(np.array([*(place - 6), *(place + 6)]), 8.0) for place in places]  # boxes, and what hiding them costs
+    for place, (point, label, colour) in sorted(zip(places, named, strict=True), key=lambda n: (-n[0][1], n[0][0])):
+        if not label:
+            continue
         text = shorten(label, 30)
         away, across, up = AROUND.T
         width = CHARACTER * len(text)
         left, bottom = place[0] + away * across - width / 2 * (1 - across), place[1] + away * up - LINE / 2
         boxes = np.stack([left, bottom, left + width, bottom + LINE], axis=1)
-        weights = np.array([weight for _, weight in obstacles])
-        hidden = _overlaps(boxes, np.array([box for box, _ in obstacles])) @ weights
-        outside = width * LINE - _overlaps(boxes, frame)[:, 0]
+        hidden = _overlaps(boxes, np.array([box for box, _ in taken])) @ [cost for _, cost in taken]
+        outside = width * LINE - _overlaps(boxes, np.array([ax.get_window_extent().extents]))[:, 0]
         best = int(np.argmin(hidden + 50 * outside + away + 2 * abs(up)))
-        obstacles.append((boxes[best], 20.0))
-        style: dict[str, Any] = {"color": COLOURS[colour % 6], "gid": f"label-{len(obstacles)}"}
+        taken.append((boxes[best], 20.0))
+        style: dict[str, Any] = {"color": COLOURS[colour % 6], "gid": f"label-{len(taken)}"}
         if away[best] > 20:
             style["arrowprops"] = {"arrowstyle": "-", "color": RULE, "linewidth": 0.75, "shrinkB": 4}
         x, y = _values(point)
         written = ax.annotate(text, (x, y), boxes[best, :2] - place + (0, 2), textcoords="offset points", **style)
         written.set_in_layout(False)
-
-
-def _obstacles(ax: Axes, curve: Curve) -> Iterable[tuple[NDArray[Any], float]]:
-    """Boxes that labels should keep off, with what each covered unit costs: marks, whiskers, lines."""
-    places = [ax.transData.transform(_values(point)) for point in curve.points]
-    for place, point in zip(places, curve.points, strict=True):
-        yield np.array([*(place - 6), *(place + 6)]), 8.0
-        x, y = (v if isinstance(v, Span) else Span(v, v, v) for v in point)
-        for low, high in (((x.low, y.value), (x.high, y.value)), ((x.value, y.low), (x.value, y.high))):
-            yield np.array([*(ax.transData.transform(low) - 1.5), *(ax.transData.transform(high) + 1.5)]), 1 / 6
-    for a, b in itertools.pairwise(places if curve.line else []):
-        for t in np.linspace(0, 1, 2 + int(math.dist(a, b) / 8)):
-            yield np.array([*(a + (b - a) * t - 2), *(a + (b - a) * t + 2)]), 1 / 6
 
 
 def _overlaps(boxes: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
