@@ -68,7 +68,6 @@ LAYERS = (
         "evaluate/tables",
         "evaluate/page",
         "evaluate/report",
-        "evaluate/svg",
         "evaluate/figures",
         "evaluate/drawing",
     },

@@ -67,7 +67,7 @@ def test_the_wheel_holds_package_and_prompts_and_nothing_else(dist: Path) -> Non
     prompts = {f"acd_local/prompts/{path.name}" for path in (ROOT / "prompts").iterdir()}
     assert {"acd_local/py.typed", "acd_local/prompts/default.toml"} <= set(files)
     metadata = {name for name in files if name.startswith("acd_local-") and ".dist-info/" in name}
-    data = {f"acd_local/evaluate/{name}" for name in ("methods.toml", "smoke.jsonl", "report.css", "report.js")}
+    data = {f"acd_local/evaluate/{name}" for name in ("methods.toml", "smoke.jsonl")}
     templates = ROOT / "acd_local" / "evaluate" / "templates"
     data |= {f"acd_local/evaluate/templates/{path.name}" for path in templates.iterdir()}
     data |= {"acd_local/fit/texts.toml"}

@@ -235,7 +235,7 @@ def _label(ax: Axes, curves: Sequence[Curve]) -> None:
         boxes = np.stack([left, bottom, left + width, bottom + LINE], axis=1)
         hidden = _overlaps(boxes, np.array([box for box, _ in taken])) @ [cost for _, cost in taken]
         outside = width * LINE - _overlaps(boxes, np.array([ax.get_window_extent().extents]))[:, 0]
-        best = int(np.argmin(hidden + 50 * outside + away + 2 * abs(up)))
+        best = int(np.argmin(hidden + 50 * outside + away + 9 * abs(abs(up) - 0.7)))  # rather off the whiskers
         taken.append((boxes[best], 20.0))
         style: dict[str, Any] = {"color": COLOURS[colour % 6], "gid": f"label-{len(taken)}"}
         if away[best] > 20:

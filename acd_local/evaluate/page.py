@@ -28,7 +28,7 @@ def render(template: str, title: str, *, script: str = "", **values: Any) -> str
 
     Args:
         template: a name in the templates folder, of one that extends base.html.
-        script: the only one that may run: a name in this folder.
+        script: the only one that may run: a name in that folder.
         values: what the template shows; base.html says what every page has.
     """
     code = asset(script) if script else Markup()
@@ -39,8 +39,8 @@ def render(template: str, title: str, *, script: str = "", **values: Any) -> str
 
 
 def asset(name: str) -> Markup:
-    """A file of ours that stands in a page as it is."""
-    return Markup(resources.files("acd_local.evaluate").joinpath(name).read_text(encoding="utf-8"))
+    """A file of the templates folder, which stands in a page as it is."""
+    return Markup(resources.files("acd_local.evaluate").joinpath(f"templates/{name}").read_text(encoding="utf-8"))
 
 
 def draw(figure: Figure) -> str:
@@ -121,7 +121,7 @@ def token(piece: str) -> str:
 
 
 _templates = jinja2.Environment(
-    loader=jinja2.FunctionLoader(lambda name: asset(f"templates/{name}")),
+    loader=jinja2.FunctionLoader(asset),
     autoescape=True,
     finalize=lambda value: value if hasattr(value, "__html__") else visible(value),
     undefined=jinja2.StrictUndefined,
