@@ -231,7 +231,7 @@ def test_a_scatter_plot_names_every_point_and_says_it_aloud() -> None:
     shapes = {n.attrib["href"] for n in root.iter("use") if len(n)}
     assert len(shapes) == 4
     place = list(METHODS).index("acd")
-    assert "family 0 acd: 76.0% (71.0 to 81.0), share, % 16.0% (11.0 to 21.0)" in [
+    assert f"family {place % 4} acd: 76.0% (71.0 to 81.0) at 16.0% (11.0 to 21.0)" in [
         t for *_, t in marks(root, place % 4)
     ]
 
@@ -289,7 +289,7 @@ def test_panels_draw_curves_over_values_of_their_own() -> None:
     assert shown.count("loss") == shown.count("way") == 1 and shown.count("step") == 2  # one legend, two axes
     assert [len(points) for points in curves(root, 0)] == [3, 3]
     said = root[1].text or ""
-    assert "left: loss: 100.0% at 0, 20.0% at 15; way: 0: 0.0% at 0, 40, kept: 100.0% at 40" in said
+    assert "left; loss: 100.0% at 0; loss: 20.0% at 15; way 0: 0.0% at 0; way: 50.0% at 20; way 40, kept: 100" in said
     assert len(marks(root, 2)) == 2
     alone = parsed(draw(Plot("k", "T", plots[:1], SHARE)))
     across, up = ticks(alone)

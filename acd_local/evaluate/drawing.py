@@ -54,17 +54,19 @@ def draw(figure: Figure) -> Markup:
 
 
 class _Drawing:
-    """A figure under way: its canvas, and by mark the text that shows under the pointer."""
+    """A figure under way: its canvas, the texts that its marks show under the pointer, and the whole in words."""
 
     def __init__(self) -> None:
         self._canvas = Canvas(figsize=(WIDTH / 72, 1), layout="constrained")
         self._hovers: dict[str, Sequence[str]] = {}
+        self._told: list[str] = []
 
     def plot(self, plot: Plot) -> None:
         self._canvas.set_figheight(5 if len(plot.panels) > 1 else 6)
         axes = self._canvas.subplots(1, max(1, len(plot.panels)), sharey=plot.shared, squeeze=False)[0]
         for ax, panel in zip(axes, plot.panels, strict=False):
             ax.set(title=shorten(panel.title, 44), xlabel=_text(panel.x.label))
+            self._told += [panel.title] if panel.title else []
             for curve in sorted(panel.curves, key=lambda c: not c.faint):
                 self._curve(ax, curve, panel.x, plot.y)
         for ax, panel in zip(axes, plot.panels, strict=False):
@@ -84,14 +86,15 @@ class _Drawing:
         self._canvas.set_figheight((90 + each * len(chart.rows)) / 72)
         ax = self._canvas.subplots()
         for i, series in enumerate(chart.series):
-            found = [(r, span) for r, span in enumerate(series.spans) if span]
-            at, spans = [r + (i - (count - 1) / 2) * pitch / each for r, _ in found], [span for _, span in found]
+            told = [f"{r}, {series.name}: {chart.x.show(s)}" for r, s in zip(chart.rows, series.spans, strict=True)]
+            self._told += told
+            found = [r for r, span in enumerate(series.spans) if span]
+            at, spans = [r + (i - (count - 1) / 2) * pitch / each for r in found], list(filter(None, series.spans))
             if not chart.dots:
                 colour = COLOURS[series.colour % 6]
                 ax.barh(at, _values(spans), height=9 / each, color=colour, alpha=0.45, linewidth=0)
             _whiskers(ax, spans, at, series.colour)
-            hovers = [f"{chart.rows[r]}, {series.name}: {chart.x.show(span)}" for r, span in found]
-            self._marks(ax, spans, at, series.colour, hovers, 7 if chart.dots else 5.5)
+            self._marks(ax, spans, at, series.colour, [told[r] for r in found], 7 if chart.dots else 5.5)
         ax.set_yticks(range(len(chart.rows)), labels=[shorten(row, 36) for row in chart.rows])
         ax.set_yticks([r + 0.5 for r in range(len(chart.rows) - 1)], minor=True)
         ax.tick_params(axis="y", which="both", length=0)
@@ -113,9 +116,11 @@ class _Drawing:
             if all(isinstance(v, Span) for v in ys):
                 lows, highs = ([getattr(v, end) for v in ys] for end in ("low", "high"))
                 ax.fill_between(_values(xs), lows, highs, color=colour, alpha=0.1, linewidth=0)
+        named = [f"{curve.name} {label}".strip() for label in curve.labels or [""] * len(xs)]
+        hovers = [f"{n}: {y.show(b)} at {x.show(a)}" for n, (a, b) in zip(named, curve.points, strict=True)]
+        if not curve.faint:
+            self._told += hovers if curve.marks else [*hovers[:1], *hovers[-1:]]  # of a mere line, its ends
         if curve.marks:
-            named = [f"{curve.name} {label}".strip() for label in curve.labels or [""] * len(xs)]
-            hovers = [f"{n}: {y.show(b)}, {x.label} {x.show(a)}" for n, (a, b) in zip(named, curve.points, strict=True)]
             self._marks(ax, xs, ys, curve.colour, hovers, 5 if curve.faint else 8, curve.faint)
 
     def _marks(
@@ -171,7 +176,10 @@ class _Drawing:
         key = "fig-" + re.sub(r"[^A-Za-z0-9]", "-", figure.key)
         names = {"role": "img", "aria-labelledby": f"{key}-t {key}-d"}
         root.attrib = {"class": "plot", "viewBox": root.attrib["viewBox"], **names}
-        for place, (tag, words) in enumerate((("title", figure.title), ("desc", figure.told()))):
+        axis = figure.y if isinstance(figure, Plot) else figure.x
+        for place, (tag, words) in enumerate(
+            (("title", figure.title), ("desc", f"{axis.label}. {'; '.join(self._told)}"))
+        ):
             root.insert(place, ElementTree.Element(tag, id=f"{key}-{tag[0]}"))
             root[place].text = _text(words, 4000)
         return Markup(ElementTree.tostring(root, encoding="unicode"))

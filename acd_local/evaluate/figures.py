@@ -1,4 +1,4 @@
-"""Describes the figures of the report pages: curves and bars with their intervals, in numbers and in words.
+"""Describes the figures of the report pages: curves and bars with their intervals, in numbers.
 
 Nothing is drawn here; `acd_local.evaluate.drawing` does that where matplotlib is installed.
 """
@@ -74,18 +74,6 @@ class Panel:
     x: Axis
     curves: Sequence[Curve]
 
-    def told(self, y: Axis) -> str:
-        """The named curves in words: points with labels or intervals one by one, of others the ends."""
-        return "; ".join(f"{c.name}: {', '.join(self._points(c, y))}" for c in self.curves if c.name and c.points)
-
-    def _points(self, curve: Curve, y: Axis) -> list[str]:
-        named = list(zip(curve.labels or [""] * len(curve.points), curve.points, strict=True))
-        if any(curve.labels):
-            named = [(label, point) for label, point in named if label]
-        elif not isinstance(curve.points[0][1], Span):
-            named = [named[0], named[-1]]
-        return [f"{label}{': ' if label else ''}{y.show(b)} at {self.x.show(a)}" for label, (a, b) in named]
-
 
 @dataclass(frozen=True)
 class Plot:
@@ -105,10 +93,6 @@ class Plot:
     more: str = ""
     shared: bool = True
     hint: str = ""
-
-    def told(self) -> str:
-        """The figure in words."""
-        return f"{self.y.label}. " + ". ".join(f"{p.title}: {p.told(self.y)}" for p in self.panels)
 
 
 @dataclass(frozen=True)
@@ -131,14 +115,6 @@ class BarChart:
     x: Axis
     more: str = ""
     dots: bool = False
-
-    def told(self) -> str:
-        """The figure in words."""
-        rows = (
-            f"{row}: " + ", ".join(f"{s.name} {self.x.show(s.spans[i])}" for s in self.series)
-            for i, row in enumerate(self.rows)
-        )
-        return f"{self.x.label}. {'; '.join(rows)}"
 
 
 Figure = Plot | BarChart
