@@ -418,7 +418,7 @@ def test_small_and_empty_runs_make_a_page(tmp_path: Path, options: dict[str, Any
 def test_without_matplotlib_a_page_says_what_is_missing(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_figures = page_of(full)
     assert "acd-local[report]" not in with_figures
-    monkeypatch.setattr(page_.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(page_, "_drawing", lambda: None)
     text = report.render(results_of(full), results.load(full).answers)
     page = with_script(text)
     assert "<figure>" not in text and "pip install 'acd-local[report]'" in page.shown

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import logging
 import math
-from importlib import resources, util
+from importlib import resources
 from typing import Any
 
 import jinja2
@@ -44,17 +44,23 @@ def asset(name: str) -> Markup:
 
 
 def draw(figure: Figure) -> str:
-    """The figure as SVG; empty where matplotlib (the extra "report") is missing."""
-    if not can_draw():
-        return ""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would tell of the folders that it makes
-    from acd_local.evaluate import drawing
-
-    return drawing.draw(figure)
+    """The figure as SVG; empty where nothing can be drawn."""
+    module = _drawing()
+    return module.draw(figure) if module else ""
 
 
 def can_draw() -> bool:
-    return util.find_spec("matplotlib") is not None
+    return _drawing() is not None
+
+
+def _drawing() -> Any:
+    """The module that draws; None where matplotlib (the extra "report") is missing, or cannot be imported."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would tell of the folders that it makes
+    try:
+        from acd_local.evaluate import drawing
+    except ImportError:
+        return None
+    return drawing
 
 
 def _compared(table: Table) -> list[bool]:
