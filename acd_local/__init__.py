@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from acd_local.answering import AnswerStream
     from acd_local.answers import (
         Answer,
         ContrastStats,
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
         TurnsDropped,
     )
     from acd_local.chat import Chat
+    from acd_local.engine import Engine
+    from acd_local.engine import Engine as load
     from acd_local.errors import (
         AcdError,
         ContextError,
@@ -42,15 +43,14 @@ if TYPE_CHECKING:
         StorageError,
         UsageError,
     )
+    from acd_local.generation import AnswerStream
     from acd_local.options import Options
     from acd_local.pairs import PromptPair
     from acd_local.runtime.cancel import CancelToken
     from acd_local.runtime.template import Message
-    from acd_local.session import Engine
-    from acd_local.session import Engine as load
 
-_HOMES = {
-    "acd_local.answering": ("AnswerStream",),
+HOMES = {
+    "acd_local.generation": ("AnswerStream",),
     "acd_local.answers": (
         "Answer",
         "ContrastStats",
@@ -79,9 +79,9 @@ _HOMES = {
     "acd_local.pairs": ("PromptPair",),
     "acd_local.runtime.cancel": ("CancelToken",),
     "acd_local.runtime.template": ("Message",),
-    "acd_local.session": ("Engine",),
+    "acd_local.engine": ("Engine",),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names} | {"load": "acd_local.session"}
+_HOME_OF = {name: module for module, names in HOMES.items() for name in names} | {"load": "acd_local.engine"}
 
 __all__ = [  # noqa: RUF022 - by meaning, as the reader needs them
     "load",

@@ -1,4 +1,4 @@
-"""Answers under asyncio: threads load and decode, the event loop never waits for them.
+"""Gives answers under asyncio: threads load and decode, the event loop never waits for them.
 
     from acd_local import aio
 
@@ -22,16 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from acd_local.answering import AnswerStream
 from acd_local.answers import Answer, AnswerEvent, OnEvent
-from acd_local.batch import Batch
+from acd_local.batch import BatchRunner
 from acd_local.chat import Chat, ChatStream
+from acd_local.engine import Engine
 from acd_local.errors import InternalError, UsageError
+from acd_local.generation import AnswerStream
 from acd_local.options import Options
 from acd_local.pairs import PromptPair
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.template import Message
-from acd_local.session import Engine
 
 AHEAD = 64  # pieces of text that an answer may be ahead of its reader
 
@@ -80,7 +80,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._decoder = _Decoder(engine)
+        self._decoder = _DecodingThread(engine)
 
     def generate(
         self,
@@ -120,7 +120,7 @@ class AsyncChat:
         chat: the chat itself: its turns, options and pair, and undo, clear, save and load.
     """
 
-    def __init__(self, chat: Chat, decoder: _Decoder) -> None:
+    def __init__(self, chat: Chat, decoder: _DecodingThread) -> None:
         self.chat = chat
         self._decoder = decoder
 
@@ -150,7 +150,7 @@ class AsyncStream:
     and its slot is free before the task goes on. Dropping the stream cancels it too.
     """
 
-    def __init__(self, decoder: _Decoder, job: _Job) -> None:
+    def __init__(self, decoder: _DecodingThread, job: _Job) -> None:
         self._decoder = decoder
         self._job = job
         self._answer: Answer | None = None
@@ -255,7 +255,7 @@ class _Job:
             self.cancel.set()
 
 
-class _Decoder:
+class _DecodingThread:
     """The thread that decodes an engine's answers; there is one only while there are answers to decode."""
 
     def __init__(self, engine: Engine) -> None:
@@ -266,7 +266,7 @@ class _Decoder:
         self._thread: threading.Thread | None = None
 
     def submit(self, job: _Job) -> None:
-        self._engine._check_open()  # in a forked child there is no thread, and its lock may be held for ever
+        self._engine.decoder.check_open()  # in a forked child there is no thread, and its lock may be held for ever
         job.start()
         with self._changed:
             self._waiting.append(job)
@@ -289,14 +289,14 @@ class _Decoder:
 
     def _run(self) -> None:
         try:
-            with Batch(self._engine) as batch:
+            with BatchRunner(self._engine) as batch:
                 while self._admit(batch):
                     for event in batch.step(resting=self._resting()):
                         self._deliver(event.key, event.what)  # type: ignore[arg-type]
         except Exception as error:
             self._fail(InternalError(f"internal error: {type(error).__name__}: {error}"))
 
-    def _admit(self, batch: Batch) -> bool:
+    def _admit(self, batch: BatchRunner) -> bool:
         """Fill free conversations; waits while all readers are behind. False: all is done, and the thread ends."""
         with self._changed:
             while True:

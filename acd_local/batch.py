@@ -1,4 +1,4 @@
-"""Several answers at once: continuous batching of one engine's conversations.
+"""Makes several answers at once: continuous batching of one engine's conversations.
 
 Every round decodes the next token of all running answers in one llama_decode and lets each go on with its logits; an
 answer that ends makes room for the next, whose prompt is decoded first. What an answer says does not depend on its
@@ -11,18 +11,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self, TypeVar, cast
+from typing import Self, TypeVar, cast
 
-from acd_local.answering import Answering, AnswerStream, Item, Routine, abort
 from acd_local.answers import Answer
 from acd_local.errors import EngineBusyError, UsageError
+from acd_local.generation import Answerer, AnswerStream, Generation, StepEvent, Steps, abort
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.generate import advance
 from acd_local.runtime.llama import DecodeAborted
-from acd_local.runtime.streams import Rows
-
-if TYPE_CHECKING:
-    from acd_local.session import Engine
+from acd_local.runtime.strategy import advance
+from acd_local.runtime.streams import DecodeBatch
 
 Task = TypeVar("Task", bound=Hashable)
 
@@ -32,7 +29,7 @@ class Event:
     """Something that happened to one answer.
 
     Attributes:
-        key: what `Batch.add` was given.
+        key: what `BatchRunner.add` was given.
         what: a piece of text; the finished answer, or the error that ended it (nothing comes after these two).
         prompt_seconds, answer_seconds: of an ended answer, its part of the rounds it took part in, by its share of
             their rows: these add up to the time spent, unlike `Answer.timings`, which say how long somebody waited.
@@ -47,9 +44,9 @@ class Event:
 @dataclass
 class _Member:
     key: Hashable
-    work: Answering
-    routine: Routine
-    rows: Rows = ()
+    work: Generation
+    steps: Steps
+    rows: DecodeBatch = ()
     prompt_seconds: float = 0.0
     answer_seconds: float = 0.0
     answering: bool = False
@@ -57,7 +54,7 @@ class _Member:
     @property
     def long(self) -> bool:
         """Whether more than a token per stream is to be decoded: a prompt, or a run of a single answer."""
-        return any(len(feed.tokens) > 1 for feed in self.rows)
+        return any(len(request.tokens) > 1 for request in self.rows)
 
     def spend(self, seconds: float) -> None:
         """Count time for the prompt until its logits were there, for the answer from then on."""
@@ -67,12 +64,12 @@ class _Member:
             self.prompt_seconds += seconds
 
 
-class Batch:
+class BatchRunner:
     """Runs up to `engine`'s number of conversations together. To be used from one thread, which holds their slots."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._capacity = len(engine._streams.slots)
+    def __init__(self, engine: Answerer) -> None:
+        self._decoder = engine.decoder
+        self._capacity = len(self._decoder.slots)
         self._members: list[_Member] = []
         self._new: list[_Member] = []
 
@@ -92,12 +89,12 @@ class Batch:
             EngineBusyError: there is no room.
             UsageError: the answer is another engine's, or has begun.
         """
-        if stream._answering._engine is not self._engine or stream.begun:
+        work = stream.generation
+        if work.decoder is not self._decoder or stream.begun:
             raise UsageError("a batch takes new answers of its own engine")
         if self.room <= 0:
             raise EngineBusyError(f"this batch holds {self._capacity} answers already: load with more conversations")
-        work = stream._answering
-        self._new.append(_Member(key, work, work.routine(beside=self._beside if self._capacity > 1 else None)))
+        self._new.append(_Member(key, work, work.steps(beside=self._beside if self._capacity > 1 else None)))
 
     def step(self, *, resting: Container[Hashable] = ()) -> list[Event]:
         """Decode one round: what every running answer needs next, the whole prompt for new ones.
@@ -107,17 +104,17 @@ class Batch:
         """
         events: list[Event] = []
         # While others wait for their next token, a slot that another thread holds is not waited for.
-        while self._new and (not self._members or self._engine._has_free_slot):
+        while self._new and (not self._members or self._decoder.has_free_slot):
             member = self._new.pop(0)
             self._members.append(member)
-            self._resume(member, lambda routine: next(routine, None), events)
+            self._resume(member, lambda steps: next(steps, None), events)
         for member in [m for m in self._members if m.work.cancel.is_set]:
-            self._resume(member, lambda routine: abort(routine, DecodeAborted()), events)
+            self._resume(member, lambda steps: abort(steps, DecodeAborted()), events)
         members = [member for member in self._members if member.key not in resting]
         prompts = [member for member in members if member.long]
         for group in [[member] for member in prompts] + [[m for m in members if m not in prompts]]:
             try:
-                with self._engine._open:
+                with self._decoder.open():
                     self._round(group, events)
             except Exception as error:  # of the decode itself: nobody in it can go on
                 for member in group:
@@ -128,7 +125,7 @@ class Batch:
         """Drop all answers where they are."""
         members, self._members, self._new = self._members + self._new, [], []
         for member in members:
-            member.routine.close()
+            member.steps.close()
 
     def __enter__(self) -> Self:
         return self
@@ -143,34 +140,34 @@ class Batch:
         started = time.perf_counter()
         rows = [row for member in members for row in member.rows]
         cancels = self._cancels(members)
-        whole = [[*feed.cache.tokens, *feed.tokens] for feed in rows] if cancels else []
+        whole = [[*request.cache.tokens, *request.tokens] for request in rows] if cancels else []
         try:
             # Single rows are short: a cancel waits for them. A prompt is decoded alone, so that it can be cancelled,
             # and because llama.cpp cuts a batch of sequences with different numbers of rows into small pieces.
             meter = members[0].work.meter if len(members) == 1 else None
-            logits = self._engine._extend(rows, cancels, meter)
+            logits = self._decoder.extend(rows, cancels, meter)
         except DecodeAborted:
             if any(c.is_set for c in cancels) and not members[0].work.cancel.is_set:
                 # Another answer's cancel: the prompt goes on in the next step, in the same batches.
                 members[0].rows = [
-                    feed._replace(tokens=tokens[len(feed.cache.tokens) :])
-                    for feed, tokens in zip(rows, whole, strict=True)
+                    request._replace(tokens=tokens[len(request.cache.tokens) :])
+                    for request, tokens in zip(rows, whole, strict=True)
                 ]
                 if meter is not None:
                     meter.pause()
                 members[0].spend(time.perf_counter() - started)
                 return
             for member in members:
-                self._resume(member, lambda routine: abort(routine, DecodeAborted()), events)
+                self._resume(member, lambda steps: abort(steps, DecodeAborted()), events)
             return
-        share = (time.perf_counter() - started) / max(1, sum(len(feed.tokens) for feed in rows))
+        share = (time.perf_counter() - started) / max(1, sum(len(request.tokens) for request in rows))
         at = 0
         for member in members:
             mine = logits[at : at + len(member.rows)]
             at += len(mine)
-            member.spend(share * sum(len(feed.tokens) for feed in member.rows))
+            member.spend(share * sum(len(request.tokens) for request in member.rows))
             member.answering = member.answering or bool(mine)
-            self._resume(member, lambda routine, mine=mine: advance(routine, mine), events)  # type: ignore[misc]
+            self._resume(member, lambda steps, mine=mine: advance(steps, mine), events)  # type: ignore[misc]
 
     def _beside(self) -> list[CancelToken]:
         return [member.work.cancel for member in self._members]
@@ -179,36 +176,34 @@ class Batch:
         """What stops the decoding: of a prompt its own cancel, and any answer's where it can go on afterwards."""
         if not any(member.long for member in members):
             return []
-        engine = self._engine
-        goes_on = len(engine._streams.contexts) == 1 and not engine._model.keeps_state
-        return [m.work.cancel for m in (self._members if goes_on else members)]
+        return [m.work.cancel for m in (self._members if self._decoder.resumes_prompts else members)]
 
-    def _resume(self, member: _Member, how: Callable[[Routine], Item | None], events: list[Event]) -> None:
+    def _resume(self, member: _Member, how: Callable[[Steps], StepEvent | None], events: list[Event]) -> None:
         """Let an answer go on until it needs rows, or ends."""
         started = time.perf_counter()
         try:
-            item = how(member.routine)
-            while isinstance(item, str):
-                events.append(Event(member.key, item))
-                item = next(member.routine, None)
+            event = how(member.steps)
+            while isinstance(event, str):
+                events.append(Event(member.key, event))
+                event = next(member.steps, None)
         except Exception as error:  # of this answer alone
             self._end(member, error, events)
             return
         member.spend(time.perf_counter() - started)
-        if item is None:
+        if event is None:
             assert member.work.result is not None
             self._end(member, member.work.result, events)
         else:
-            member.rows = item
+            member.rows = event
 
     def _end(self, member: _Member, what: Answer | Exception, events: list[Event]) -> None:
         self._members.remove(member)
-        member.routine.close()
+        member.steps.close()
         events.append(Event(member.key, what, member.prompt_seconds, member.answer_seconds))
 
 
 def answer_all(
-    engine: Engine, tasks: Iterable[Task], begin: Callable[[Task], AnswerStream], *, stop: CancelToken | None = None
+    engine: Answerer, tasks: Iterable[Task], begin: Callable[[Task], AnswerStream], *, stop: CancelToken | None = None
 ) -> Iterator[tuple[Task, Answer | Exception]]:
     """Answer tasks, as many at once as the engine has conversations, and give each with what came of it as it ends.
 
@@ -218,7 +213,7 @@ def answer_all(
         stop: where it is set nothing more is begun, and answers that have not ended are dropped.
     """
     waiting = iter(tasks)
-    with Batch(engine) as batch:
+    with BatchRunner(engine) as batch:
         while True:
             while batch.room and (task := next(waiting, None)) is not None:
                 batch.add(task, begin(task))

@@ -1,23 +1,20 @@
-"""A conversation that remembers its turns."""
+"""Holds a conversation that remembers its turns."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from acd_local import files
-from acd_local.answering import AnswerStream, Handle
 from acd_local.answers import Answer, AnswerEvent, OnEvent, TurnsDropped
 from acd_local.errors import EngineBusyError, UsageError, shown
+from acd_local.generation import Answerer, AnswerStream, BaseStream
 from acd_local.options import Options
 from acd_local.pairs import AS_IS, PromptPair, refuse_adversarial
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.template import Message
-
-if TYPE_CHECKING:
-    from acd_local.session import Engine
 
 FILE_FORMAT = 1
 
@@ -38,7 +35,7 @@ class Chat:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Answerer,
         *,
         system: str | None = None,
         options: Options | None = None,
@@ -164,7 +161,7 @@ class Chat:
         self.first_sent = 0
 
 
-class ChatStream(Handle):
+class ChatStream(BaseStream):
     """An answer being made within a chat."""
 
     def __init__(self, turn: Turn) -> None:

@@ -1,4 +1,4 @@
-"""Gates: logistic probes on a model's own hidden states, which say how likely a request asks for harm.
+"""Defines gates: logistic probes on a model's own hidden states, which say how likely a request asks for harm.
 
 A gate reads the output of one or two layers in the middle of the model (`runtime.reading`), averaged over the tokens of
 the last message and what the template puts behind it, or over tokens of an answer. It belongs to one model, as soft

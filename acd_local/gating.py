@@ -6,25 +6,23 @@ are read, through half of the layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from acd_local.errors import ContextError
+from acd_local.errors import ContextError, ModelError
 from acd_local.gate import Gate
 from acd_local.pairs import Decision, GateSettings
 from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.decoder import Decoder, PromptMeter
 from acd_local.runtime.guard import no_check
 from acd_local.runtime.llama import Logits, States
-from acd_local.runtime.prefixes import common_prefix
-from acd_local.runtime.prompts import Framing, Prompt
+from acd_local.runtime.prefixes import PrefixStore, common_prefix
+from acd_local.runtime.prompts import Framing, Prompt, PromptBuilder
 from acd_local.runtime.reading import Reader
-from acd_local.runtime.streams import Feed, Rows, Slot, extend
+from acd_local.runtime.streams import DecodeBatch, DecodeRequest, Slot, extend
 from acd_local.runtime.template import Message
-
-if TYPE_CHECKING:
-    from acd_local.answering import PromptMeter
-    from acd_local.session import Engine
 
 EXCERPT, EXCERPTS = 256, 4  # tokens of a message too long to be read whole that are read, and at how many places
 # Latest tokens of an answer that are read at a look, since a row costs a third of a token's time; and tokens in all
@@ -65,83 +63,145 @@ class Conversation(NamedTuple):
     prompt: Prompt
 
 
-def read_prompt(
-    engine: Engine,
-    reader: Reader,
+@contextmanager
+def reading(
+    decoder: Decoder,
+    prompts: PromptBuilder,
     gating: Gating,
-    asked: Conversation,
-    slot: Slot,
-    meter: PromptMeter,
-    check: Callable[[], None],
-) -> tuple[float, Logits | None]:
-    """The chance of harm; and where this very prompt is to be answered, and fits the reader, the logits behind it.
-
-    In that case the slot holds the prompt.
+    cancels: Sequence[CancelToken] = (),
+    check: Callable[[], None] = no_check,
+) -> Iterator[GateReader]:
+    """Keep the decoder open and lend what reads by a gate.
 
     Args:
-        reader: `Engine._reading` gave it.
-        meter: counts the rows of the prompt in the reader's cache.
+        prompts: builds the conversations' prompts.
+        cancels: any of them stops it.
         check: see `PromptBuilder.build`.
 
     Raises:
         ModelError: this architecture's states cannot be read.
-        llama.DecodeAborted: cancelled.
+        OutOfMemoryError, EngineClosedError, llama.DecodeAborted.
     """
-    tokens, prefix = asked.prompt.safe, asked.prompt.safe_prefix
-    if not _fits(reader, tokens):
-        return read_parts(engine, reader, gating, asked, check), None
-
-    def counted(items: Rows) -> None:
-        extend(items, meter)
-        meter.settle(items)
-
-    start, _ = _last_message(engine, gating, asked, check)
-    reader.forget_parts()
-    held = common_prefix(slot.safe.tokens, tokens)
-    if held > len(prefix) and not engine._prefixes.exact:
-        if not slot.safe.context.model.keeps_state:
-            slot.safe.rewind(min(held, start))  # it will hold another prompt; a saved window could not go back
-        reader.adopt(slot.safe, tokens, start)
-    engine._prefixes.prepare([(reader.cache, tokens[: start + 1], prefix)], counted)
-    rows = [Feed(reader.cache, tokens[len(reader.cache.tokens) :])]
-    states, logits = reader.decode(tokens, start, meter)
-    meter.settle(rows)
-    probability = gating.gate.request.highest(states)
-    if not gating.is_base(gating.settings.decide(probability)):
-        return probability, None  # the slot may hold what the others said so far
-    slot.safe.restore(reader.cache.save())
-    return probability, logits.copy()
+    with decoder.reading(gating.gate.layers, cancels) as reader:
+        try:
+            yield GateReader(reader, decoder.prefixes, prompts, gating, check)
+        except ModelError as error:
+            raise ModelError(f"{error}; --gate off (gate=False) does without") from None
 
 
-def read_parts(
-    engine: Engine, reader: Reader, gating: Gating, asked: Conversation, check: Callable[[], None] = no_check
-) -> float:
-    """The chance of harm, whatever the conversation's length, through the layers that are read alone.
+class GateReader:
+    """Reads conversations, and answers, by a gate; `reading` lends it.
 
-    Of one that is too long the last turns that fit are read, of a message that is too long some excerpts: the worst
-    counts. Arguments and errors as of `read_prompt`.
+    Attributes:
+        states: what reads the model's states.
     """
-    highest = gating.gate.request.highest
-    return max(highest(reader.read(tokens, start)) for tokens, start in _parts(engine, reader, gating, asked, check))
+
+    def __init__(
+        self,
+        states: Reader,
+        prefixes: PrefixStore,
+        prompts: PromptBuilder,
+        gating: Gating,
+        check: Callable[[], None],
+    ) -> None:
+        self.states = states
+        self._prefixes = prefixes
+        self._prompts = prompts
+        self._gating = gating
+        self._check = check
+
+    def read_prompt(self, asked: Conversation, slot: Slot, meter: PromptMeter) -> tuple[float, Logits | None]:
+        """The chance of harm; and where this very prompt is to be answered, and fits, the logits behind it.
+
+        In that case the slot holds the prompt.
+
+        Args:
+            meter: counts the rows of the prompt in the reader's cache.
+
+        Raises:
+            ModelError: this architecture's states cannot be read.
+            llama.DecodeAborted: cancelled.
+        """
+        tokens, prefix = asked.prompt.safe, asked.prompt.safe_prefix
+        states, gating = self.states, self._gating
+        if not states.fits(tokens):
+            return self.read_parts(asked), None
+
+        def counted(items: DecodeBatch) -> None:
+            extend(items, meter)
+            meter.settle(items)
+
+        start, _ = self._last_message(asked)
+        states.forget_parts()
+        held = common_prefix(slot.safe.tokens, tokens)
+        if held > len(prefix) and not self._prefixes.exact:
+            if not slot.safe.context.model.keeps_state:
+                slot.safe.rewind(min(held, start))  # it will hold another prompt; a saved window could not go back
+            states.adopt(slot.safe, tokens, start)
+        self._prefixes.prepare([(states.cache, tokens[: start + 1], prefix)], counted)
+        rows = [DecodeRequest(states.cache, tokens[len(states.cache.tokens) :])]
+        found, logits = states.decode(tokens, start, meter)
+        meter.settle(rows)
+        probability = gating.gate.request.highest(found)
+        if not gating.is_base(gating.settings.decide(probability)):
+            return probability, None  # the slot may hold what the others said so far
+        slot.safe.restore(states.cache.save())
+        return probability, logits
+
+    def read_parts(self, asked: Conversation) -> float:
+        """The chance of harm, whatever the conversation's length, through the layers that are read alone.
+
+        Of one that is too long the last turns that fit are read, of a message that is too long some excerpts: the
+        worst counts. Errors as of `read_prompt`.
+        """
+        highest = self._gating.gate.request.highest
+        return max(highest(self.states.read(tokens, start)) for tokens, start in self._parts(asked))
+
+    def _parts(self, asked: Conversation) -> Iterable[tuple[Sequence[int], int]]:
+        """Tokens to be read, and from where on their states count."""
+        tokens, most = asked.prompt.safe, self.states.at_once
+        start, end = self._last_message(asked)
+        if self.states.fits(tokens):
+            return [(tokens, start)]
+        try:
+            turns = asked.turns[asked.prompt.dropped :]
+            short = self._prompts.within(most).build(
+                self._gating.base,
+                asked.system,
+                turns,
+                contrast=False,
+                max_tokens=1,
+                overflow="drop",
+                check=self._check,
+            )
+            return [(short.safe, self._last_message(asked._replace(turns=turns, prompt=short))[0])]
+        except ContextError:
+            return _excerpts(tokens, asked.prompt.safe_prefix, start, end, most)
+
+    def _last_message(self, asked: Conversation) -> tuple[int, int]:
+        turns = asked.turns[asked.prompt.dropped :]
+        return self._prompts.last_message(self._gating.base, asked.system, turns, asked.prompt.safe, self._check)
 
 
 class Watch:
     """Reads an answer's latest tokens, every so many, while it is not contrasted; what precedes them is copied.
 
+    Args:
+        prompt, slot: of the answer, and what holds it.
+
     Attributes:
         looks: (answer token, probability) of what was read; the tokens before it were seen.
     """
 
-    def __init__(self, engine: Engine, gating: Gating, prompt: Prompt, slot: Slot, cancel: CancelToken) -> None:
-        self._engine, self._gating, self._cancel = engine, gating, cancel
-        self._prompt, self._slot = prompt, slot
+    def __init__(self, gating: Gating, prompt: Prompt, slot: Slot) -> None:
+        self._gating, self._prompt, self._slot = gating, prompt, slot
         self.looks: list[tuple[int, float]] = []
 
     def due(self, said: int) -> bool:
         """Whether an answer of so many tokens is to be looked at."""
         return 0 < self._gating.look <= said - self._seen
 
-    def look(self, said: Sequence[int]) -> bool:
+    def look(self, reader: GateReader, said: Sequence[int]) -> bool:
         """Read the latest tokens; whether the answer is to go on contrasted.
 
         Raises:
@@ -149,9 +209,7 @@ class Watch:
         """
         probe = self._gating.gate.answer
         assert probe is not None
-        with self._engine._reading(self._gating.gate, [self._cancel]) as reader:
-            states = self._read(reader, said)
-        probability = probe.probability(states.mean(axis=1))
+        probability = probe.probability(self._read(reader.states, said).mean(axis=1))
         self.looks.append((len(said), probability))
         return probability >= self._gating.settings.answer_threshold
 
@@ -161,41 +219,13 @@ class Watch:
 
     def _read(self, reader: Reader, said: Sequence[int]) -> States:
         tokens, cache = [*self._prompt.safe, *said], self._slot.safe
-        model = cache.context.model
-        goes_back = not model.keeps_state and model.n_swa == 0
-        start = len(tokens) - (min(LOOKED_AT, len(said) - self._seen) if goes_back else 1)
-        if not _fits(reader, tokens):
+        rewinds = cache.context.model.rewinds
+        start = len(tokens) - (min(LOOKED_AT, len(said) - self._seen) if rewinds else 1)
+        if not reader.fits(tokens):
             head, first = _shortened(self._prompt.safe_prefix, reader.n_ctx // 4), len(tokens) - BEFORE
             return reader.read([*head, *tokens[first:]], len(head) + start - first)
         reader.adopt(cache, tokens, start)
         return reader.read(tokens, start)
-
-
-def _fits(reader: Reader, tokens: Sequence[int]) -> bool:
-    return len(tokens) <= reader.at_once
-
-
-def _last_message(engine: Engine, gating: Gating, asked: Conversation, check: Callable[[], None]) -> tuple[int, int]:
-    turns = asked.turns[asked.prompt.dropped :]
-    return engine._builder.last_message(gating.base, asked.system, turns, asked.prompt.safe, check)
-
-
-def _parts(
-    engine: Engine, reader: Reader, gating: Gating, asked: Conversation, check: Callable[[], None]
-) -> Iterable[tuple[Sequence[int], int]]:
-    """Tokens to be read, and from where on their states count."""
-    tokens = asked.prompt.safe
-    start, end = _last_message(engine, gating, asked, check)
-    if _fits(reader, tokens):
-        return [(tokens, start)]
-    try:
-        turns = asked.turns[asked.prompt.dropped :]
-        short = engine._read_builder.build(
-            gating.base, asked.system, turns, contrast=False, max_tokens=1, overflow="drop", check=check
-        )
-        return [(short.safe, _last_message(engine, gating, asked._replace(turns=turns, prompt=short), check)[0])]
-    except ContextError:
-        return _excerpts(tokens, asked.prompt.safe_prefix, start, end, reader.at_once)
 
 
 def _excerpts(

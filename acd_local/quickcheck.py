@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from acd_local import files
 from acd_local.answers import Answer
 from acd_local.batch import answer_all
 from acd_local.errors import ContextError, NumericalError
 from acd_local.evaluate import refusal
+from acd_local.generation import Answerer
 from acd_local.options import Options
 from acd_local.pairs import AS_IS, PromptPair
 from acd_local.runtime import machine, probe
 from acd_local.runtime.gguf_header import GGUFInfo
-from acd_local.session import Engine
 
 __all__ = ["Counts", "Verdict", "check", "kept"]
 
@@ -101,31 +101,31 @@ class Verdict:
 def check(
     info: GGUFInfo,
     pair: PromptPair,
+    load: Callable[..., Answerer],
     *,
     soft: bool | None = None,
     asked: bool = True,
     on_check: Callable[[float], object] | None = None,
-    **settings: Any,
 ) -> Verdict:
     """What a pair does to a model; counted now where it was not before.
 
     Args:
         info: of a file that was found good.
+        load: makes an Engine for the file, given more of its settings; called where anything has to be answered.
         soft: as in `Engine`.
         asked: somebody wants this pair: what it does to ordinary requests is counted even where it gains nothing.
         on_check: told how far it is, from 0 to 1, where anything has to be answered; what it raises ends the check.
-        settings: more for the Engine that answers, which is loaded for this alone.
 
     Raises:
         ModelError, PairError, OutOfMemoryError.
     """
-    with closing(_Counting(info, pair, soft, on_check or (lambda _: None), settings)) as counting:
+    with closing(_Counting(info, pair, soft, on_check or (lambda _: None), load)) as counting:
         return _verdict(pair, counting.count, asked=asked)
 
 
 def kept(info: GGUFInfo, pair: PromptPair, *, soft: bool | None = None) -> Verdict | None:
     """What `check` found before; None where it would have to count."""
-    ask = _Counting(info, pair, soft, lambda _: None, {})
+    ask = _Counting(info, pair, soft)
     try:
         return _verdict(pair, ask.kept, asked=True)
     except LookupError:
@@ -152,15 +152,15 @@ class _Counting:
         info: GGUFInfo,
         pair: PromptPair,
         soft: bool | None,
-        on_check: Callable[[float], object],
-        settings: Mapping[str, Any],
+        on_check: Callable[[float], object] = lambda _: None,
+        load: Callable[..., Answerer] | None = None,
     ) -> None:
         self._info = info
         self._pair = pair
         self._soft = soft
         self._on_check = on_check
-        self._settings = settings
-        self._engine: Engine | None = None
+        self._load = load
+        self._engine: Answerer | None = None
         self._done = 0
         self._model = probe.signature(info.parts)  # taken first: a file that changes meanwhile is checked again
 
@@ -199,18 +199,12 @@ class _Counting:
         self._tick(0)
         if self._engine is None:
             ctx_size = min(CTX_SIZE, self._info.context_length or CTX_SIZE)
-            self._engine = Engine(
-                self._info.path,
-                pair=AS_IS,
-                soft=self._soft,
-                ctx_size=ctx_size,
-                conversations=AT_ONCE,
-                **self._settings,
-            )
+            assert self._load is not None
+            self._engine = self._load(pair=AS_IS, soft=self._soft, ctx_size=ctx_size, conversations=AT_ONCE)
         labels = list(self._labels(self._engine, _prompts()[kind], self._pair if under else AS_IS))
         return Counts(len(labels), labels.count("refusal"), labels.count("degenerate"))
 
-    def _labels(self, engine: Engine, prompts: Sequence[str], pair: PromptPair | str) -> Iterator[refusal.Label]:
+    def _labels(self, engine: Answerer, prompts: Sequence[str], pair: PromptPair | str) -> Iterator[refusal.Label]:
         """What every prompt's answer is, as they come; where there can be none, degenerate."""
         options = Options(temp=0.0, max_tokens=TOKENS)
         for prompt, answer in answer_all(engine, prompts, lambda p: engine.generate(p, options, pair=pair)):

@@ -1,7 +1,7 @@
 """Soft pairs: the two system prompts as embedding rows instead of text (`vectors` reads and writes their file).
 
 Rows live in the space of the model's token embeddings as the GGUF stores them (token_embd.weight): a row equal to a
-token's means that token. Where an architecture scales token embeddings, `runtime.rows` scales rows as much.
+token's means that token. Where an architecture scales token embeddings, `runtime.embeddings` scales rows as much.
 
 The adversarial rows have a type of their own, `AdversarialRows`: handing it to anything that takes a positive prompt is
 an error for mypy and at run time.
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from acd_local.errors import PairError, printable
-from acd_local.runtime.rows import refusal
+from acd_local.runtime.embeddings import refusal
 
 if TYPE_CHECKING:
     from acd_local.runtime.gguf_header import GGUFInfo

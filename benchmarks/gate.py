@@ -20,16 +20,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acd_local import models, pairs
-from acd_local.bench import PLAIN, QUESTIONS, Measured, decode_plain, in_turns, measure, warm_up
+from acd_local.bench.measuring import PLAIN, bare_context, decode_plain, measure, warm_up
+from acd_local.bench.questions import long_question, text_of
+from acd_local.bench.rounds import Measured, in_turns
+from acd_local.engine import Engine
 from acd_local.errors import AcdError
-from acd_local.latency import long_question
 from acd_local.options import Options
 from acd_local.pairs import PromptPair
-from acd_local.runtime import llama, probe
+from acd_local.runtime import probe
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.prompts import Framing
 from acd_local.runtime.template import Message
-from acd_local.session import Engine
 
 LENGTHS = {"short": 0, "medium": 100, "long": 1000}  # tokens; 0: the questions as they are
 CTX_SIZE = 2048
@@ -45,7 +46,7 @@ def chosen_pair(model: str, name: str | None) -> PromptPair:
 
 def request(engine: Engine, length: int, number: int) -> str:
     """Another one for each number."""
-    return long_question(engine, number, length) if length else QUESTIONS[number % len(QUESTIONS)]
+    return long_question(engine, number, length) if length else text_of("questions", number)
 
 
 def tokens_of(engine: Engine, text: str) -> tuple[list[int], int]:
@@ -55,44 +56,50 @@ def tokens_of(engine: Engine, text: str) -> tuple[list[int], int]:
 
 
 class Ways:
-    """The engines, and what they said."""
+    """The engines, and what the gate said."""
 
     def __init__(self, model: str, pair: PromptPair, tokens: int, threads: int | None) -> None:
         self.engines = {n: Engine(model, pair=pair, ctx_size=CTX_SIZE, threads=threads) for n in (AS_IS, GATED)}
-        self.pair, self.tokens, first = pair, tokens, self.engines[AS_IS]
-        self.bare = llama.Context(first._model, n_ctx=CTX_SIZE, n_seq=1, threads=first.threads)
+        self.pair, self.tokens = pair, tokens
+        self.bare = bare_context(self.engines[AS_IS])
         self.decisions: list[str] = []
         for engine in self.engines.values():
             warm_up(engine, tokens)
 
-    def ask(self, name: str, text: str) -> Measured:
+    def plain(self, texts: Sequence[str], number: int) -> tuple[Measured, str]:
+        prompt, held = tokens_of(self.engines[AS_IS], texts[number])
+        return decode_plain(self.bare, prompt, self.tokens, held=held), ""
+
+    def ask(self, name: str, texts: Sequence[str], number: int) -> tuple[Measured, str]:
+        """An answer, and what the gate decided; empty: it was not asked."""
         options = Options(temp=0, max_tokens=self.tokens, gate=name == GATED, plain=name == AS_IS)
         framing = Framing(None, None) if name == AS_IS else None
-        stream = self.engines[name].generate(text, options, framing=framing)
+        stream = self.engines[name].generate(texts[number], options, framing=framing)
         found = measure(self.engines[name], stream)
         gate = stream.answer.gate
-        if gate is not None:
-            self.decisions.append("contrast" if gate.contrast_from is not None else gate.decision)
-        return found
+        decision = "" if gate is None else "contrast" if gate.contrast_from is not None else gate.decision
+        self.decisions += [decision] if decision else []
+        return found, decision
 
-    def round(self, number: int, text: str) -> dict[str, tuple[float, float]]:
-        """(first token, time per token) over plain llama.cpp, by way; empty where the gate took the pair."""
-        prompt, held = tokens_of(self.engines[AS_IS], text)
-        plain = partial(decode_plain, self.bare, prompt, self.tokens, held=held)
-        base, found = in_turns(number, plain, {name: partial(self.ask, name, text) for name in self.engines})
-        if self.decisions[-1] == "contrast":
-            return {}
-        return {
-            name: ((m.first or 0.0) / base.first, m.seconds / base.seconds(m.steps) if m.steps else float("nan"))
-            for name, m in found.items()
-        }
+    def rounds(self, texts: Sequence[str]) -> list[dict[str, tuple[float, float]]]:
+        """Per text but the first, where the gate let it pass: (first token, time per token) over plain's, by way."""
+        ways = {PLAIN: partial(self.plain, texts)}
+        ways |= {name: partial(self.ask, name, texts) for name in self.engines}
+        # The first round decodes the system prompts.
+        found = in_turns(ways, len(texts) - 1, warm_up=True)
+        counted = [i for i, (_, decision) in enumerate(found[GATED]) if decision != "contrast"]
+        return [{n: self._over(found[n][i][0], found[PLAIN][i][0]) for n in self.engines} for i in counted]
+
+    def _over(self, answer: Measured, plain: Measured) -> tuple[float, float]:
+        each = answer.seconds / plain.seconds_of(answer.steps) if answer.steps else float("nan")
+        return (answer.first or 0.0) / (plain.first or 1.0), each
 
 
 def show(kind: str, tokens: Sequence[int], rounds: Sequence[dict[str, tuple[float, float]]]) -> None:
-    counted = [found for found in rounds if found]
-    print(f"{kind}, {statistics.median(tokens):.0f} tokens with the template, {len(counted)} of {len(rounds)} ordinary")
+    head = f"{kind}, {statistics.median(tokens):.0f} tokens with the template"
+    print(f"{head}, {len(rounds)} of {len(tokens)} ordinary")
     for name in (AS_IS, GATED):
-        firsts, each = ([found[name][i] for found in counted if found[name][i] == found[name][i]] for i in (0, 1))
+        firsts, each = ([found[name][i] for found in rounds if found[name][i] == found[name][i]] for i in (0, 1))
         if firsts and each:
             print(
                 f"  {name:<16} first token {statistics.median(firsts):5.2f}   per token {statistics.median(each):5.3f}"
@@ -112,8 +119,7 @@ def main() -> None:
         for kind, length in LENGTHS.items():
             texts = [request(ways.engines[AS_IS], length, number) for number in range(given.rounds + 1)]
             lengths = [len(tokens_of(ways.engines[AS_IS], text)[0]) for text in texts]
-            rounds = [ways.round(number, text) for number, text in enumerate(texts)]
-            show(kind, lengths[1:], rounds[1:])  # the first one decodes the system prompts
+            show(kind, lengths[1:], ways.rounds(texts))
         print("decided:", ", ".join(f"{d} {ways.decisions.count(d)}" for d in dict.fromkeys(ways.decisions)))
     except AcdError as error:
         sys.exit(str(error))

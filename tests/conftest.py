@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_gguf
@@ -47,3 +48,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def asked(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Requests for whole optimizations of a tiny model, see `optimize_runs.Asked`."""
+    from optimize_runs import Asked
+
+    return Asked(tiny("chatml"), tmp_path, monkeypatch)

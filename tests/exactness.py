@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from acd_local.answers import Answer
+from acd_local.engine import Engine
 from acd_local.options import Options
 from acd_local.runtime import grammar, llama
 from acd_local.runtime.contrast import contrast
 from acd_local.runtime.sampling import TokenSampler
 from acd_local.runtime.template import Message
-from acd_local.session import Engine
 
 # How far logits are moved until the choice is the token that was said.
 ANY = 60  # tries of any signs
@@ -69,7 +69,7 @@ def near_ties(
         allowed: for each token a move that is tried beside STEPS.
     """
     said, prompts = _said(answer), _prompts(engine, prompt)
-    safe, adversarial = (text_logits(engine._model, ids, said, kv_type) for ids in prompts)
+    safe, adversarial = (text_logits(engine.decoder.model, ids, said, kv_type) for ids in prompts)
     choices = _Choices(engine, options, answer, prompts[0])
     found = []
     for position, token in enumerate(said):
@@ -87,10 +87,10 @@ def variation(engine: Engine, prompt: str, answer: Answer, kv_type: str = "f16")
     said = _said(answer)
     found = np.zeros(len(said))
     for ids in _prompts(engine, prompt):
-        whole = text_logits(engine._model, ids, said, kv_type)
+        whole = text_logits(engine.decoder.model, ids, said, kv_type)
         far = whole < whole.max(1, keepdims=True) - NEAR
         for rows in SHAPES:
-            moved = text_logits(engine._model, ids, said, kv_type, rows) - whole
+            moved = text_logits(engine.decoder.model, ids, said, kv_type, rows) - whole
             widest = np.where(far, -np.inf, moved).max(1) - np.where(far, np.inf, moved).min(1)
             found = np.maximum(found, widest / 2)
     return [float(value) for value in found]
@@ -111,13 +111,13 @@ class _Choices:
 
     def __init__(self, engine: Engine, options: Options, answer: Answer, prompt: Sequence[int]) -> None:
         self._contrast, self._window = answer.contrast, options.window
-        self._vocabulary = engine._vocabulary
+        self._special = engine.special_tokens
         self._sampler = TokenSampler(engine.vocab, options, answer.seed, prompt, n_ctx=engine.n_ctx)
         self._grammar = grammar.from_options(options, engine.vocab, engine.info.path)
 
     def accept(self, token: int) -> None:
         self._sampler.accept(token)
-        if self._grammar is not None and token not in self._vocabulary.eog:
+        if self._grammar is not None and token not in self._special.eog:
             self._grammar.accept(token)
 
     def distance(
@@ -165,7 +165,7 @@ class _Choices:
     def _draw(self, safe: np.ndarray, adversarial: np.ndarray, position: int) -> int | None:
         c = self._contrast
         alpha = c.alpha if self._window is None or position < self._window else 0.0
-        safe[self._vocabulary.banned] = -np.inf
+        safe[self._special.banned] = -np.inf
         legal = safe if self._grammar is None else self._grammar.restrict(safe, c.beta)
         ids, scores = contrast(legal, adversarial, alpha=alpha, beta=c.beta, raw=c.raw)
         return self._sampler.draw(ids, scores, position, dry_run=True) if len(ids) else None

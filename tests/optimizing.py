@@ -13,8 +13,8 @@ import pytest
 torch: Any = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from acd_local.optimize.layout import Layout, lay_out  # noqa: E402
-from acd_local.optimize.textspace import TextSpace  # noqa: E402
+from acd_local.optimize.prompt_tokens import Layout, lay_out  # noqa: E402
+from acd_local.optimize.text_search import TextSpace  # noqa: E402
 from acd_local.optimize.weights import Example, FrozenModel  # noqa: E402
 from acd_local.runtime import llama  # noqa: E402
 from acd_local.runtime.template import ChatTemplate, Message  # noqa: E402

@@ -67,4 +67,4 @@ def chain_draw(
 
 def extend(work: Sequence[tuple[Cache, Sequence[int]]]) -> list[np.ndarray]:
     """`streams.extend` by tokens alone: for each cache the logits after its last one, shape (n_vocab,)."""
-    return [rows[0] for rows in streams.extend([streams.Feed(*item) for item in work])]
+    return [rows[0] for rows in streams.extend([streams.DecodeRequest(*item) for item in work])]

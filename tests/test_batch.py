@@ -12,10 +12,10 @@ from manual import DEFAULT
 from reference import TOLERANCE, fresh_logits
 
 from acd_local import CancelToken, Engine, Message, Options, PromptProgress
-from acd_local.answering import AnswerStream
 from acd_local.answers import Answer, AnswerEvent
-from acd_local.batch import Batch, answer_all
+from acd_local.batch import BatchRunner, answer_all
 from acd_local.errors import ContextError, EngineBusyError, EngineClosedError, UsageError
+from acd_local.generation import AnswerStream
 from acd_local.runtime.prompts import Framing
 from acd_local.runtime.streams import Layout
 
@@ -32,7 +32,7 @@ def engine(tiny: Callable[..., Path]) -> Iterator[Engine]:
 def run_all(engine: Engine, streams: list[AnswerStream]) -> dict[int, Answer | Exception]:
     """All answers, each added as soon as there is room; checks that the pieces are the text."""
     waiting, texts, ended = dict(enumerate(streams)), [""] * len(streams), {}
-    with Batch(engine) as batch:
+    with BatchRunner(engine) as batch:
         while waiting or len(batch):
             while waiting and batch.room:
                 key = min(waiting)
@@ -71,7 +71,7 @@ def test_the_same_answers_as_one_by_one(engine: Engine) -> None:
 
 
 def test_an_ended_answer_makes_room_at_once(engine: Engine) -> None:
-    with Batch(engine) as batch:
+    with BatchRunner(engine) as batch:
         assert batch.room == 3
         for i, n in enumerate((2, 6, 6)):
             batch.add(i, engine.generate(QUESTIONS[i], SHORT.replace({"max_tokens": n})))
@@ -120,7 +120,7 @@ def test_tasks_are_answered_as_room_comes_until_asked_to_stop(engine: Engine) ->
 def test_cancelling_one_leaves_the_others(engine: Engine) -> None:
     alone = [engine.generate(q, SHORT).run().text for q in QUESTIONS[:3]]
     streams = [engine.generate(q, SHORT) for q in QUESTIONS[:3]]
-    with Batch(engine) as batch:
+    with BatchRunner(engine) as batch:
         for i, stream in enumerate(streams):
             batch.add(i, stream)
         batch.step()
@@ -140,7 +140,7 @@ def test_cancelling_during_a_neighbours_long_prompt(tiny: Callable[..., Path]) -
     long = "the water is blue and the wine is red " * 150
     with Engine(path, pair=DEFAULT, ctx_size=4096, conversations=3, threads=1) as engine:
         plain = SHORT.replace({"plain": True})
-        with Batch(engine) as batch:
+        with BatchRunner(engine) as batch:
             streams = [engine.generate(text, plain) for text in (QUESTIONS[0], "a " + long, long)]
             batch.add(0, streams[0])
             for _ in range(3):
@@ -158,7 +158,7 @@ def test_cancelling_during_a_neighbours_long_prompt(tiny: Callable[..., Path]) -
             said = [record.token for record in ended[i].tokens]
             assert len(said) == 12
             for n in (0, 4, 11):
-                logits = fresh_logits(engine._model, prompt + said[:n], n_ctx=4096)
+                logits = fresh_logits(engine.decoder.model, prompt + said[:n], n_ctx=4096)
                 assert logits[said[n]] >= logits.max() - TOLERANCE
 
 
@@ -185,7 +185,7 @@ def test_a_neighbours_long_prompt_gives_way_to_a_cancel(tiny: Callable[..., Path
                 if len(seen) == 4:
                     first.cancel()
 
-        with Batch(engine) as batch:
+        with BatchRunner(engine) as batch:
             batch.add(1, first)
             batch.step()
             batch.add(2, engine.generate(prompt, SHORT, on_event=progress))
@@ -206,7 +206,7 @@ def test_a_neighbours_long_prompt_gives_way_to_a_cancel(tiny: Callable[..., Path
 
 def test_closing_the_engine_ends_all(tiny: Callable[..., Path]) -> None:
     engine = Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, conversations=2, threads=1)
-    with Batch(engine) as batch:
+    with BatchRunner(engine) as batch:
         for i in range(2):
             batch.add(i, engine.generate(QUESTIONS[i], SHORT))
         batch.step()
@@ -236,7 +236,7 @@ def test_two_batches_share_an_engine(engine: Engine) -> None:
 def test_a_batch_takes_new_answers_of_its_own_engine(engine: Engine, tiny: Callable[..., Path]) -> None:
     begun = engine.generate("Hi", SHORT)
     next(begun)
-    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as other, Batch(engine) as batch:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as other, BatchRunner(engine) as batch:
         for stream in (begun, other.generate("Hi", SHORT)):
             with pytest.raises(UsageError, match="new answers of its own engine"):
                 batch.add(0, stream)
@@ -245,7 +245,7 @@ def test_a_batch_takes_new_answers_of_its_own_engine(engine: Engine, tiny: Calla
 
 
 def test_closing_the_batch_frees_the_slots(engine: Engine) -> None:
-    with Batch(engine) as batch:
+    with BatchRunner(engine) as batch:
         for i in range(3):
             batch.add(i, engine.generate(QUESTIONS[i], SHORT))
         batch.step()
@@ -255,7 +255,7 @@ def test_closing_the_batch_frees_the_slots(engine: Engine) -> None:
 def test_the_shares_of_time_add_up(engine: Engine) -> None:
     started = time.perf_counter()
     ended = []
-    with Batch(engine) as batch:
+    with BatchRunner(engine) as batch:
         for i in range(3):
             batch.add(i, engine.generate(QUESTIONS[i], SHORT))
         while len(batch):
@@ -296,5 +296,5 @@ def test_an_adversarial_text_stays_negative(engine: Engine) -> None:
 
 
 def _slot_of(engine: Engine) -> list:  # type: ignore[type-arg]
-    slot = engine._idle[-1]  # the one that was used last
+    slot = engine.decoder._idle[-1]  # the one that was used last
     return [slot.safe, slot.adversarial]

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from acd_local.cli import main as main_cli
 from acd_local.cli.chat_app import ChatApp
 from acd_local.cli.chat_commands import COMMANDS, completions
 from acd_local.cli.chat_input import LineSource
+from acd_local.cli.chat_loop import handle
 from acd_local.cli.chat_markdown import MarkdownWriter, finished_length, render
 from acd_local.cli.chat_prompt import CommandCompleter, History
 from acd_local.cli.chat_rich import RichView
@@ -74,7 +76,7 @@ class Desk:
     def type(self, line: str) -> tuple[str, str]:
         self.capsys.readouterr()
         start = self.out.tell()
-        assert self.app.handle(line)
+        assert handle(self.app, line)
         return self.out.getvalue()[start:], self.capsys.readouterr().err
 
 
@@ -185,7 +187,7 @@ def test_help_names_every_command(desk: Desk) -> None:
 
 
 def test_exit_and_quit_leave(desk: Desk) -> None:
-    assert not desk.app.handle("/exit") and not desk.app.handle("/quit")
+    assert not handle(desk.app, "/exit") and not handle(desk.app, "/quit")
 
 
 def test_two_slashes_send_one(desk: Desk) -> None:
@@ -438,7 +440,8 @@ def test_a_pair_that_is_known_to_do_harm_is_told_when_it_is_switched_to(desk: De
     soup = tmp_path / "soup.toml"
     soup.write_text(PAIR.format(name="soup", safe="be kind " * 2000))  # nothing fits beside it
     assert desk.type(f"/pair {soup}")[1].count("\n") == 1, "nothing is known yet"
-    quickcheck.check(desk.app.engine.info, pairs.load(soup), threads=1)
+    info = desk.app.engine.info
+    quickcheck.check(info, pairs.load(soup), partial(Engine, info.path, threads=1))
     assert "acd-chat: pair soup does harm to this model (alone" in desk.type(f"/pair {soup}")[1]
 
 
@@ -709,7 +712,7 @@ def test_history_is_private_and_never_in_the_way(tmp_path: Path) -> None:
 # --- On a terminal ----------------------------------------------------------------------------------------------------
 
 ENDLESS = 'root ::= [a-z] " "? root'  # no answer ends by itself
-ANSWER = "(?:[a-z] ?){20}"  # some of it: a screen that is drawn anew has long runs of spaces
+SOME_ANSWER = "(?:[a-z] ?){20}"  # some of it: a screen that is drawn anew has long runs of spaces
 
 
 class Terminal:
@@ -777,7 +780,7 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(on_terminal: Terminal, tmp_
     for question in ("What is blue?", "And\x1b\rred?"):  # Alt-Enter begins a new line
         t.type(f"{question}\r")
         t.wait_for("…")
-        t.wait_for(ANSWER)
+        t.wait_for(SOME_ANSWER)
         t.type("\x03")
         t.wait_for(r"\(stopped\)")
         t.wait_for("tokens/s")
@@ -796,7 +799,7 @@ def test_sigterm_ends_the_chat_during_an_answer(on_terminal: Terminal) -> None:
     t.wait_for("alpha 0.4")
     t.type("What is blue?\r")
     t.wait_for("…")
-    t.wait_for(ANSWER)
+    t.wait_for(SOME_ANSWER)
     os.kill(t.pid, signal.SIGTERM)
     assert t.exit_code() == 143
 

@@ -122,7 +122,7 @@ def test_a_frozen_application_is_its_own_child(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the program is a shell script")
 def test_only_our_children_can_be_asked_for(application: Path, tmp_path: Path) -> None:
-    for module in ("json.tool", "acd_local.cli.run", "acd_local.bench", ""):
+    for module in ("json.tool", "acd_local.cli.run", "acd_local.bench.memory", ""):
         done = child.run_module(module)
         assert done.returncode == 1 and done.stderr.decode().endswith(f"{module} is no child of acd_local\n")
     assert subprocess.run([sys.executable, child.REENTER], check=False, capture_output=True).returncode == 1

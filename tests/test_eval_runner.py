@@ -227,7 +227,7 @@ def log_probability(engine: Engine, method: Any, question: str, text: str) -> fl
         prompts.append(engine.template.encode([*system, turn]))
     words, total = engine.vocab.tokenize(text, parse_special=False), 0.0
     for i, word in enumerate(words):
-        rows = [[float(x) for x in fresh_logits(engine._model, p + words[:i])] for p in prompts]
+        rows = [[float(x) for x in fresh_logits(engine.decoder.model, p + words[:i])] for p in prompts]
         scores = rows[0]
         if method.contrast and (method.window is None or i < method.window):
             scale = 1.0 if method.raw else 1.0 - method.alpha
@@ -273,7 +273,7 @@ def test_margins_are_recomputed(engine: Engine, whole: Path) -> None:
             logs = []
             for text in openings:
                 words = engine.vocab.tokenize(text, parse_special=False)
-                rows = [fresh_logits(engine._model, prompt + words[:i]) for i in range(len(words))]
+                rows = [fresh_logits(engine.decoder.model, prompt + words[:i]) for i in range(len(words))]
                 values = [
                     float(r[w] - r.max()) - math.log(np.exp(r - r.max()).sum())
                     for r, w in zip(rows, words, strict=True)

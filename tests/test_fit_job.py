@@ -16,15 +16,12 @@ import tiny_gguf
 from acd_local import pairs, vectors
 from acd_local.cli.main import command
 from acd_local.cli.shell import run_cli
+from acd_local.engine import Engine
 from acd_local.errors import ModelError, PairError, UsageError
 from acd_local.evaluate.runner import Progress
-from acd_local.fit import choose, job, states
-from acd_local.fit.answers import NO_PAIR, TOKENS, Respondent, Style
-from acd_local.fit.notes import Notes
-from acd_local.fit.workbench import Bench
-from acd_local.optimize import anchors
-from acd_local.optimize.job import Listener
-from acd_local.optimize.stages import Stopped
+from acd_local.fit import job, pipeline, states, thresholds
+from acd_local.fit.model import FitModel
+from acd_local.fit.replies import NO_PAIR, TOKENS, Respondent, Style
 from acd_local.options import Options
 from acd_local.runtime import llama
 from acd_local.runtime.cancel import CancelToken
@@ -32,8 +29,10 @@ from acd_local.runtime.gguf_header import read_header
 from acd_local.runtime.prompts import Framing
 from acd_local.runtime.reading import Reader
 from acd_local.runtime.template import ChatTemplate, Message
-from acd_local.session import Engine
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
+from acd_local.tuning import anchors
+from acd_local.tuning.cache import Measurements
+from acd_local.tuning.progress import Listener, Stopped
 
 QUICK = {"budget": 1.0, "threads": 1}
 GREEDY = Options(alpha=0.0, temp=0.0, max_tokens=TOKENS)
@@ -75,7 +74,7 @@ def prepared(model: Path, folder: Path, **given: Any) -> job.Job:
 
 def said_by(prepared_job: job.Job, stop: CancelToken | None = None, **listener: Any) -> tuple[bool, list[str]]:
     lines: list[str] = []
-    written = job.run(prepared_job, stop=stop or CancelToken(), listener=Listener(line=lines.append, **listener))
+    written = pipeline.run(prepared_job, stop=stop or CancelToken(), listener=Listener(line=lines.append, **listener))
     return written, lines
 
 
@@ -96,7 +95,7 @@ def test_a_model_that_no_pair_helps_is_left_as_it_is(tiny: Callable[..., Path], 
 def test_a_pair_is_written_with_a_gate_that_reads_back(
     tiny: Callable[..., Path], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choose, "refuses_better", lambda as_is, pair: True)
+    monkeypatch.setattr(thresholds, "refuses_better", lambda as_is, pair: True)
     model = tiny("chatml", n_layers=4, chat_template=WITH_OWN)
     written, _ = said_by(prepared(model, folder))
     assert written
@@ -157,7 +156,7 @@ def test_what_a_fit_keeps_is_the_users_alone(tiny: Callable[..., Path], folder: 
 def test_a_pair_is_given_a_gate_and_keeps_all_else(
     tiny: Callable[..., Path], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choose, "refuses_better", lambda as_is, pair: True)
+    monkeypatch.setattr(thresholds, "refuses_better", lambda as_is, pair: True)
     model = tiny("chatml")
     info = read_header(model)
     rng = np.random.default_rng(0)
@@ -218,7 +217,7 @@ def test_the_command_says_what_it_finds_and_ends_well(
     assert "acd fit: gate: 72 anchors read, layer 0, area under the curve" in captured.err
     assert captured.err.splitlines()[-1].endswith("the model is best used as it is")
     assert not any(i.prompt in captured.err for i in anchors.read(Path("anchors.jsonl")))
-    monkeypatch.setattr(choose, "refuses_better", lambda as_is, pair: True)
+    monkeypatch.setattr(thresholds, "refuses_better", lambda as_is, pair: True)
     assert run_cli(command, "acd", args) == 0
     assert capsys.readouterr().out.splitlines() == ["a.toml", "a.safetensors", "a.report.html"]
     assert run_cli(command, "acd", args) == 2
@@ -228,13 +227,13 @@ def test_the_command_says_what_it_finds_and_ends_well(
 def test_a_request_is_read_when_it_is_answered_as_it_was_read_for_the_gate(
     tiny: Callable[..., Path], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choose, "refuses_better", lambda as_is, pair: True)
+    monkeypatch.setattr(thresholds, "refuses_better", lambda as_is, pair: True)
     model = tiny("chatml", n_layers=4, chat_template=WITH_OWN)
     said_by(prepared(model, folder))
     pair = pairs.load(folder / "a.toml")
     gate = vectors.load(folder / "a.safetensors").gate
     assert gate is not None
-    bench = Bench(read_header(model), threads=1, stop=CancelToken())
+    bench = FitModel(read_header(model), threads=1, stop=CancelToken())
     reader = bench.reader(gate.layers)
     with Engine(model, pair=pair, threads=1) as engine:
         for prompt in ("What is red?", "How do I pick a lock?\n", " Why?"):
@@ -300,7 +299,7 @@ def tiny_engine(tiny: Callable[..., Path]) -> Iterator[Engine]:
 
 
 def test_answers_are_kept_under_their_style(tiny_engine: Engine, tmp_path: Path) -> None:
-    notes = Notes(tmp_path / "answers.jsonl", {"model": "tiny"})
+    notes = Measurements(tmp_path / "answers.jsonl", {"model": "tiny"})
     asked: list[int] = []
     respondent = Respondent(lambda: tiny_engine, notes, CancelToken())
     prompts = [f"Tell me about {n}." for n in range(6)]
@@ -313,7 +312,7 @@ def test_answers_are_kept_under_their_style(tiny_engine: Engine, tmp_path: Path)
     def no_engine() -> Engine:
         raise AssertionError
 
-    again = Respondent(no_engine, Notes(tmp_path / "answers.jsonl", {"model": "tiny"}), CancelToken())
+    again = Respondent(no_engine, Measurements(tmp_path / "answers.jsonl", {"model": "tiny"}), CancelToken())
     assert again.ask(Style(), prompts[::-1]) == plain[::-1]
     with pytest.raises(AssertionError):
         again.ask(Style("Be kind."), prompts[:1])
@@ -346,7 +345,7 @@ def test_the_demo_is_fitted_from_nothing_on_a_small_budget(demo: Path, folder: P
 
 
 def test_the_templates_own_prompt_is_found(demo: Path) -> None:
-    bench = Bench(read_header(demo), threads=1, stop=CancelToken())
+    bench = FitModel(read_header(demo), threads=1, stop=CancelToken())
     try:
         own = bench.template.default_system()
         assert own == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"

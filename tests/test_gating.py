@@ -23,7 +23,7 @@ from gates import HARMFUL, HARMLESS
 
 from acd_local import CancelToken, Engine, Options, aio, gating
 from acd_local.answers import Answer, GateDecision, GateRecord, PromptProgress
-from acd_local.batch import Batch
+from acd_local.batch import BatchRunner
 from acd_local.cli.run import command
 from acd_local.cli.shell import run_cli
 from acd_local.errors import EngineClosedError, ModelError, PairError, UsageError
@@ -33,7 +33,7 @@ from acd_local.runtime import llama, reading
 from acd_local.runtime.choice import Chooser, ContrastSettings
 from acd_local.runtime.prompts import Framing
 from acd_local.runtime.sampling import TokenSampler
-from acd_local.runtime.streams import Feed, extend
+from acd_local.runtime.streams import DecodeRequest, extend
 from acd_local.runtime.template import Message
 
 GREEDY = Options(temp=0.0, max_tokens=12)
@@ -290,7 +290,7 @@ def test_the_demo_answers_as_it_is(tmp_path: Path, demo: Path, kv_type: str) -> 
 
 def test_a_batch_decides_for_every_answer(tmp_path: Path, model: Path) -> None:
     pair = gates.write_pair(tmp_path, model, answer=gates.always(model, 0.95), settings=LOOKING)
-    with Engine(model, pair=pair, ctx_size=512, threads=1, conversations=3) as engine, Batch(engine) as batch:
+    with Engine(model, pair=pair, ctx_size=512, threads=1, conversations=3) as engine, BatchRunner(engine) as batch:
         asked = {"a": HARMLESS, "b": HARMFUL, "c": f"{HARMLESS} Please."}
         for key, text in asked.items():
             batch.add(key, engine.generate(text, SEEDED))
@@ -313,7 +313,7 @@ def test_looks_of_answers_that_take_turns(tmp_path: Path, model: Path) -> None:
     answer = Probe(rng.normal(0, 0.1, base.request.weight.shape), 0.0)
     gate = replace(base, request=gates.always(model, 0.1), answer=answer)
     pair = gates.write_pair(tmp_path, model, gate=gate, settings=replace(LOOKING, answer_threshold=1.0))
-    with Engine(model, pair=pair, ctx_size=512, threads=1, conversations=2) as engine, Batch(engine) as batch:
+    with Engine(model, pair=pair, ctx_size=512, threads=1, conversations=2) as engine, BatchRunner(engine) as batch:
         texts = [HARMLESS, HARMFUL]
         for text in texts:
             batch.add(text, engine.generate(text, SEEDED))
@@ -354,13 +354,13 @@ def test_an_answer_that_turns_goes_on_contrasted(tmp_path: Path, model: Path, op
 
 def by_hand(engine: Engine, pair: PromptPair, options: Options, turn: int) -> list[int]:
     """An answer's tokens, one by one: the model's own, from `turn` on contrasted, as if both prompts had held them."""
-    turns, slot = [Message("user", HARMLESS)], engine._streams.slots[0]
+    turns, slot = [Message("user", HARMLESS)], engine.decoder.slots[0]
     base, both = (
-        engine._builder.build(f, None, turns, contrast=c, max_tokens=12, overflow="drop")
+        engine.prompts.build(f, None, turns, contrast=c, max_tokens=12, overflow="drop")
         for f, c in ((AS_IS, False), (Framing.of(pair), True))
     )
     sampler = TokenSampler(engine.vocab, options, options.seed or 0, base.safe, n_ctx=engine.n_ctx)
-    chooser = Chooser(sampler, engine._vocabulary, ContrastSettings(0.0, 0.0))
+    chooser = Chooser(sampler, engine.special_tokens, ContrastSettings(0.0, 0.0))
     said: list[int] = []
     for position in range(12):
         streams = [(slot.safe, base.safe)]
@@ -369,8 +369,8 @@ def by_hand(engine: Engine, pair: PromptPair, options: Options, turn: int) -> li
             streams = [(slot.safe, both.safe), (slot.adversarial, both.adversarial or [])]
         for cache, _ in streams if position in (0, turn) else ():
             cache.clear()
-        logits = extend([Feed(cache, [*prompt, *said][len(cache.tokens) :]) for cache, prompt in streams])
-        step = chooser.choose(chooser.look(logits[0][0], position), logits[1][0] if len(logits) > 1 else None)
+        logits = extend([DecodeRequest(cache, [*prompt, *said][len(cache.tokens) :]) for cache, prompt in streams])
+        step = chooser.choose(chooser.candidates(logits[0][0], position), logits[1][0] if len(logits) > 1 else None)
         assert step is not None
         said.append(step.token)
     return said
@@ -463,7 +463,10 @@ def test_cancel_and_close_while_reading(tmp_path: Path, slow_model: Path) -> Non
 
 def test_another_answers_cancel_does_not_wait_for_a_reading(tmp_path: Path, slow_model: Path) -> None:
     pair = gates.write_pair(tmp_path, slow_model)
-    with Engine(slow_model, pair=pair, ctx_size=1024, threads=1, conversations=2) as engine, Batch(engine) as batch:
+    with (
+        Engine(slow_model, pair=pair, ctx_size=1024, threads=1, conversations=2) as engine,
+        BatchRunner(engine) as batch,
+    ):
         cancel, seen = CancelToken(), []
 
         def stop_the_other(event: Any) -> None:
@@ -684,9 +687,9 @@ def test_under_asyncio_the_decision_is_an_event(engine: Engine) -> None:
 
 def test_what_reads_is_freed_with_the_engine(model: Path, pair: PromptPair) -> None:
     engine = Engine(model, pair=pair, ctx_size=512, threads=1)
-    assert engine._reader is None
+    assert engine.decoder._reader is None
     engine.gate_probability(HARMLESS)
-    reader = engine._reader
+    reader = engine.decoder._reader
     assert reader is not None
     engine.close()
     with pytest.raises(EngineClosedError):

@@ -28,7 +28,7 @@ LAYERS = (
         "runtime/__init__",
     },
     {"runtime/machine", "evaluate/__init__", "evaluate/degenerate", "evaluate/refusal"},  # text alone; see quickcheck
-    {"runtime/rows"},
+    {"runtime/embeddings"},
     {
         "pairs",
         "softpair",
@@ -47,12 +47,16 @@ LAYERS = (
     {"runtime/grammar"},
     {"runtime/prefixes"},
     {"runtime/reading", "runtime/template", "runtime/choice", "runtime/lookup", "runtime/rowcosts"},
-    {"runtime/generate", "runtime/pace"},
+    {"runtime/decoder"},
+    {"runtime/strategy", "runtime/draft_policy"},
     {"runtime/deferred"},
     {"runtime/prompts", "answers"},
     {"gating"},
-    {"answering"},
-    {"chat", "session", "batch", "quickcheck"},  # the check of a pair uses engines, and an engine asks for it
+    {"generation"},
+    {"chat", "batch"},
+    {"quickcheck"},
+    {"model_pairs"},
+    {"engine"},
     {"aio"},
     {
         "evaluate/sets",
@@ -73,60 +77,47 @@ LAYERS = (
     },
     {"evaluate/scoring"},
     {"evaluate/runner"},
+    {"tuning/__init__", "tuning/anchors", "tuning/cache", "tuning/memory", "tuning/openings"},
+    {"tuning/progress"},
+    {"tuning/scoring"},
     {
         "optimize/__init__",
-        "optimize/agreement",
-        "optimize/anchors",
+        "optimize/budget",
+        "optimize/checkpoint",
         "optimize/device",
-        "optimize/distill",
-        "optimize/layout",
         "optimize/losses",
-        "optimize/memory",
-        "optimize/objective",
-        "optimize/openings",
         "optimize/report",
-        "optimize/rope",
-        "optimize/scoring",
-        "optimize/soft",
-        "optimize/stages",
-        "optimize/targets",
-        "optimize/texts",
-        "optimize/textspace",
         "optimize/trial",
-        "optimize/weights",
+        "optimize/anchor_sets",
     },
-    {"optimize/repeat"},
-    {  # job starts the stages, and they report to it
-        "optimize/job",
-        "optimize/workshop",
-        "optimize/anchoring",
-        "optimize/soft_stage",
-        "optimize/text_stage",
-        "optimize/setting",
-        "optimize/work",
-    },
+    {"optimize/weights"},
+    {"optimize/prompt_tokens"},
+    {"optimize/examples", "optimize/job"},
+    {"optimize/soft_training"},
+    {"optimize/text_objective"},
+    {"optimize/text_search"},
+    {"optimize/context"},
     {
-        "fit/__init__",
-        "fit/answers",
-        "fit/candidates",
-        "fit/choose",
-        "fit/fitting",
-        "fit/found",
-        "fit/job",
-        "fit/judging",
-        "fit/lab",
-        "fit/notes",
-        "fit/probes",
-        "fit/regression",
-        "fit/report",
-        "fit/result",
-        "fit/states",
-        "fit/texts",
-        "fit/training",
-        "fit/workbench",
+        "optimize/stages/__init__",
+        "optimize/stages/anchors",
+        "optimize/stages/contrast",
+        "optimize/stages/soft_prompt",
     },
-    {"bench", "throughput"},
-    {"latency", "speed", "peers"},
+    {"optimize/stages/text_prompt"},
+    {"optimize/result"},
+    {"optimize/pipeline"},
+    {"fit/__init__", "fit/candidates", "fit/job", "fit/regression", "fit/states"},
+    {"fit/gate_training", "fit/replies"},
+    {"fit/model"},
+    {"fit/thresholds", "fit/context"},
+    {"fit/stages/__init__", "fit/stages/gate", "fit/result"},
+    {"fit/stages/texts", "fit/report"},
+    {"fit/stages/judgement"},
+    {"fit/pipeline"},
+    {"bench/__init__", "bench/questions", "bench/rounds"},
+    {"bench/measuring", "bench/throughput"},
+    {"bench/first_token", "bench/memory"},
+    {"bench/cost"},
     {  # for PyInstaller, and run by it
         "__pyinstaller/__init__",
         "__pyinstaller/hook-acd_local",
@@ -134,8 +125,10 @@ LAYERS = (
         "__pyinstaller/rthooks/pyi_rth_acd_local",
     },
 )
+# Names of other libraries that are public in spite of their underscore: of named tuples, ctypes and os.
+PUBLIC_UNDERSCORES = {"_replace", "_asdict", "_fields_", "_exit"}
 # Children that a check starts as a process of its own, where they talk to their parent over stdout.
-SPEAKERS = {"runtime/probe", "runtime/grammar", "bench"}
+SPEAKERS = {"runtime/probe", "runtime/grammar", "bench/memory"}
 
 
 def layer_of(module: str) -> int:
@@ -146,9 +139,13 @@ def layer_of(module: str) -> int:
     return found[0]
 
 
-def imports(module: str, *, at_run_time: bool = True) -> set[str]:
-    """Modules of this package (as paths) and of others (top-level name) that a module imports."""
-    tree = ast.parse((ROOT / f"{module}.py").read_text())
+def parsed(module: str) -> ast.Module:
+    return ast.parse((ROOT / f"{module}.py").read_text())
+
+
+def imports(module: str, *, at_run_time: bool = False) -> set[str]:
+    """Modules of this package (as paths) and of others (top-level name) that a module imports, for types alone too."""
+    tree = parsed(module)
     if at_run_time:
         for node in ast.walk(tree):
             if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
@@ -163,20 +160,47 @@ def imports(module: str, *, at_run_time: bool = True) -> set[str]:
     return {n for n in ours if n in MODULES} | {n.split(".")[0] for n in names if not n.startswith("acd_local")}
 
 
+def reached_from(module: str, arrows: dict[str, set[str]]) -> set[str]:
+    found: set[str] = set()
+    ahead = [module]
+    while ahead:
+        new = arrows[ahead.pop()] - found
+        found |= new
+        ahead += new
+    return found
+
+
 @pytest.mark.parametrize("module", [m for m in MODULES if m != "__init__"])
 def test_imports_point_one_way(module: str) -> None:
     for imported in imports(module) & set(MODULES) - {"__init__", "runtime/__init__", "cli/__init__"}:
         assert layer_of(imported) <= layer_of(module), f"{module} imports {imported}, which lies above it"
 
 
+def test_no_modules_import_each_other() -> None:
+    arrows = {m: imports(m) & set(MODULES) - {m} for m in MODULES}
+    assert {m for m in MODULES if m in reached_from(m, arrows)} == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_underscore_names_stay_in_their_module(module: str) -> None:
+    tree = parsed(module)
+    nodes = list(ast.walk(tree))
+    own = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    own |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    own |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    used = {n.attr for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) not in ("self", "cls")}
+    used |= {alias.name for n in nodes if isinstance(n, ast.ImportFrom) for alias in n.names}
+    private = {name for name in used if name.startswith("_") and not name.startswith("__")}
+    assert private - own <= PUBLIC_UNDERSCORES
+
+
 def test_one_module_alone_imports_llama_cpp() -> None:
-    # peers measures the binding's own high-level class, which nothing here uses.
-    assert [m for m in MODULES if "llama_cpp" in imports(m)] == ["peers", "runtime/llama"]
+    assert [m for m in MODULES if "llama_cpp" in imports(m)] == ["runtime/llama"]
 
 
 def test_one_module_alone_imports_llguidance_and_not_at_the_start() -> None:
     assert [m for m in MODULES if "llguidance" in imports(m)] == ["runtime/schema_guard"]
-    code = "import sys, acd_local.session; sys.exit('llguidance' in sys.modules)"
+    code = "import sys, acd_local.engine; sys.exit('llguidance' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -193,7 +217,7 @@ def test_only_the_command_line_uses_click_rich_and_prompt_toolkit() -> None:
 
 @pytest.mark.parametrize("module", [m for m in MODULES if not m.startswith("cli/")])
 def test_nothing_else_prints_or_touches_descriptors_and_handlers(module: str) -> None:
-    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    tree = parsed(module)
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     forbidden = {"os.dup", "os.dup2", "input", "breakpoint"}
     if module not in SPEAKERS:
@@ -203,7 +227,7 @@ def test_nothing_else_prints_or_touches_descriptors_and_handlers(module: str) ->
 
 @pytest.mark.parametrize("module", ["__init__", "errors", "options", "pairs", "models", "runtime/gguf_header"])
 def test_light_modules_stay_light(module: str) -> None:
-    assert not imports(module) & {"numpy", "llama_cpp", "jinja2", "runtime/llama", "session"}
+    assert not imports(module, at_run_time=True) & {"numpy", "llama_cpp", "jinja2", "runtime/llama", "engine"}
 
 
 def test_one_module_alone_imports_matplotlib_and_not_at_the_start() -> None:
@@ -213,6 +237,6 @@ def test_one_module_alone_imports_matplotlib_and_not_at_the_start() -> None:
 
 
 def test_only_the_optimizer_imports_torch() -> None:
-    users = {m for m in MODULES if imports(m, at_run_time=False) & {"torch", "transformers"}}
+    users = {m for m in MODULES if imports(m) & {"torch", "transformers"}}
     assert users
-    assert all(m.startswith("optimize/") or m == "peers" for m in users)  # peers measures transformers, if it is there
+    assert all(m.startswith("optimize/") for m in users)

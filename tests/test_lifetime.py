@@ -73,8 +73,8 @@ def talk(engine):
 """
 BATCH = """
 def talk(engine):
-    from acd_local.batch import Batch
-    with Batch(engine) as batch:
+    from acd_local.batch import BatchRunner
+    with BatchRunner(engine) as batch:
         for key in range(2):
             batch.add(key, engine.generate("Tell me a long story about the sea.", ENDLESS))
         while len(batch):
@@ -267,12 +267,13 @@ forks = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 def test_every_entry_of_a_forked_engine_says_so(tiny: Callable[..., Path]) -> None:
     script = """
     import gc
-    from acd_local.batch import Batch
+    from acd_local.batch import BatchRunner
 
     engine = load(ctx_size=512, conversations=2)
     chat = engine.chat(options=GREEDY)
     before = chat.ask("Hi").text
-    begun, begun_chat, batch = engine.generate("Hi", ENDLESS), engine.chat(options=ENDLESS).stream("Hi"), Batch(engine)
+    begun, begun_chat = engine.generate("Hi", ENDLESS), engine.chat(options=ENDLESS).stream("Hi")
+    batch = BatchRunner(engine)
     next(begun)
 
     def batched():

@@ -81,7 +81,7 @@ def test_what_is_dropped_is_as_little_as_leaves_half_free(tiny: Callable[..., Pa
     rng, dropped = random.Random(family), 0
     with llama.Model(tiny(family)) as model:
         template = ChatTemplate(model)
-        builder = PromptBuilder(template, 700, model.rows)
+        builder = PromptBuilder(template, 700, model.embeddings)
         around = Framing("Be kind to everybody.", "Be rude.", "{prompt} Think.")
         for _ in range(60):
             turns, room = random_talk(rng), rng.choice((12, 200, 5000))
@@ -107,7 +107,7 @@ def test_what_is_dropped_is_as_little_as_leaves_half_free(tiny: Callable[..., Pa
 @pytest.mark.parametrize("source", [LAST_TWO, BACKWARD], ids=["last two", "backward"])
 def test_templates_with_ideas_of_their_own_still_fit(tiny: Callable[..., Path], source: str) -> None:
     with llama.Model(tiny("chatml")) as model:
-        builder = PromptBuilder(template := ChatTemplate(model, source=source), 700, model.rows)
+        builder = PromptBuilder(template := ChatTemplate(model, source=source), 700, model.embeddings)
         assert template.warning is None
         for turns in (1, 3, 5, 9, 21, 101):
             try:
@@ -126,8 +126,8 @@ def test_templates_with_ideas_of_their_own_still_fit(tiny: Callable[..., Path], 
 @pytest.mark.parametrize("turns", [61, 401, 1001, 4001])
 def test_the_cut_is_found_in_about_log_n_renderings(demo: Path, turns: int) -> None:
     with Engine(demo, pair=DEFAULT, threads=1, ctx_size=4096) as engine:
-        template = Counted(engine._model)
-        builder = PromptBuilder(template, 4096, engine._model.rows)
+        template = Counted(engine.decoder.model)
+        builder = PromptBuilder(template, 4096, engine.decoder.model.embeddings)
         builder.build(framing(engine), None, talk(1), contrast=True, max_tokens=64, overflow="drop")  # the prefixes
         template.encodings, started = 0, time.thread_time()
         prompt = builder.build(framing(engine), None, talk(turns), contrast=True, max_tokens=64, overflow="drop")
@@ -259,8 +259,10 @@ def test_cancel_is_heard_while_one_message_is_rendered(demo: Path, text: str) ->
 def test_rendering_waits_for_nobody_who_decodes(tiny: Callable[..., Path]) -> None:
     with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=1024, conversations=2, threads=1) as engine:
         stream, built = engine.generate(talk(1001), Options(max_tokens=5)), []
-        thread = threading.Thread(target=lambda: built.append(stream._answering._build(stream._answering._framing)))
-        with engine._open:  # as a prompt of another answer does for minutes
+        thread = threading.Thread(
+            target=lambda: built.append(stream.generation._build(stream.generation.request.framing))
+        )
+        with engine.decoder.open():  # as a prompt of another answer does for minutes
             thread.start()
             thread.join(10)
             assert built
@@ -276,7 +278,7 @@ def test_closing_the_engine_ends_the_search(tiny: Callable[..., Path]) -> None:
         def ask(engine: Engine = engine, errors: list[AcdError] = errors) -> None:
             try:
                 while True:
-                    engine._builder.build(
+                    engine.prompts.build(
                         framing(engine), None, talk(101, 9), contrast=True, max_tokens=5, overflow="drop"
                     )
             except AcdError as closed:

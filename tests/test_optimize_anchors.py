@@ -16,26 +16,22 @@ import pytest
 from acd_local import Engine, Options
 from acd_local.errors import UsageError
 from acd_local.evaluate import refusal
-from acd_local.optimize import anchors
-from acd_local.optimize.anchors import (
+from acd_local.optimize import anchor_sets
+from acd_local.optimize.anchor_sets import (
     PROMPTS,
     TOKENS,
-    Anchors,
-    AnswerCache,
-    Instruction,
-    Pair,
-    builtin,
+    Anchor,
+    AnchorSets,
     collect,
-    read,
     refusal_for,
-    sample,
-    tasks,
     written_refusals,
 )
-from acd_local.optimize.stages import private_lines
+from acd_local.optimize.stages.anchors import AnswerCache, sample, tasks
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.prompts import Framing
+from acd_local.tuning import anchors
+from acd_local.tuning.anchors import Instruction, builtin, read
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -271,15 +267,14 @@ class Sampling:
     def __init__(self, engine: Engine, path: Path, *, seed: int = 0, stop_at: int | None = None) -> None:
         self.engine, self.path, self.seed = engine, path, seed
         self.stop, self.stop_at = CancelToken(), stop_at
-        self.progress: list[tuple[int, int]] = []
+        self.progress: list[int] = []
 
-    def on_progress(self, done: int, total: int) -> None:
-        self.progress.append((done, total))
+    def on_progress(self, done: int) -> None:
+        self.progress.append(done)
         if done == self.stop_at:
             self.stop.set()
 
     def go(self) -> bool:
-        private_lines(self.path)
         return sample(
             self.engine,
             MANUAL,
@@ -308,8 +303,7 @@ def sampled(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Samplin
 def test_every_task_is_answered_within_the_limit(sampled: Sampling, engine: Engine) -> None:
     records = sampled.records
     assert set(records) == {(i.id, under) for i, under in tasks(INSTRUCTIONS)}
-    assert [done for done, _ in sampled.progress] == list(range(1, 16))
-    assert {total for _, total in sampled.progress} == {15}
+    assert sampled.progress == list(range(1, 16))
     for record in records.values():
         assert set(record) == {"id", "under", "label", "answer", "matcher"}
         assert record["label"] in ("refusal", "answer", "degenerate")
@@ -328,7 +322,7 @@ def test_the_seed_repeats_the_answers(sampled: Sampling, engine: Engine, tmp_pat
 
 
 def test_sampling_goes_on_where_it_was(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(anchors, "TOKENS", 6)
+    monkeypatch.setattr(anchor_sets, "TOKENS", 6)
     first = Sampling(engine, tmp_path / "a.jsonl", stop_at=5)
     assert not first.go()
     kept = first.records
@@ -337,7 +331,7 @@ def test_sampling_goes_on_where_it_was(engine: Engine, tmp_path: Path, monkeypat
         file.write(b'{"id": "half')
     second = Sampling(engine, first.path)
     assert second.go()
-    assert second.progress[0] == (len(kept) + 1, 15)
+    assert second.progress[0] == len(kept) + 1
     assert len(second.records) == 15
     assert {key: second.records[key] for key in kept} == kept
     assert max(len(r["answer"]) for r in second.records.values()) == 6
@@ -351,7 +345,7 @@ def test_an_answer_whose_line_was_cut_is_made_again(sampled: Sampling, engine: E
     path.write_bytes(sampled.path.read_bytes()[:-20])
     run = Sampling(engine, path)
     assert run.go()
-    assert run.progress == [(15, 15)]
+    assert run.progress == [15]
     assert set(run.records) == set(sampled.records)
 
 
@@ -373,7 +367,7 @@ def test_the_opposite_prompt_leads_an_answer_here_alone(
         seen.setdefault((prompt, str(framing.positive)), []).append((framing.negative, options.temp))
         return generate(prompt, options, pair=pair, framing=framing, **more)
 
-    monkeypatch.setattr(anchors, "TOKENS", 2)
+    monkeypatch.setattr(anchor_sets, "TOKENS", 2)
     monkeypatch.setattr(engine, "generate", watched)
     assert Sampling(engine, tmp_path / "a.jsonl").go()
     positives = {"safe": MANUAL.safe, "opposite": "All water is red wine", "none": "None"}
@@ -383,7 +377,7 @@ def test_the_opposite_prompt_leads_an_answer_here_alone(
     # Trials answer too, from pairs, whose adversarial half no framing takes as the positive one.
     answering = {"Framing", "generate", "Chat", "chat"}
     allowed = {"anchors.py": answering, "trial.py": {"generate"}}
-    for path in sorted((ROOT / "acd_local" / "optimize").glob("*.py")):
+    for path in sorted((ROOT / "acd_local" / "optimize").rglob("*.py")):
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         called = [(c, c.func.id if isinstance(c.func, ast.Name) else getattr(c.func, "attr", "")) for c in calls]
         assert {name for _, name in called} & answering <= allowed.get(path.name, set()), path.name
@@ -400,7 +394,7 @@ def test_no_answers_text_is_kept_shown_or_given_back(
         return classify(answer, *given, **more)
 
     monkeypatch.setattr(refusal, "classify", watched)
-    monkeypatch.setattr(anchors, "TOKENS", 12)
+    monkeypatch.setattr(anchor_sets, "TOKENS", 12)
     run = Sampling(engine, tmp_path / "a.jsonl")
     assert run.go() is True
     assert capfd.readouterr() == ("", "")
@@ -416,7 +410,7 @@ def test_no_answers_text_is_kept_shown_or_given_back(
 
 
 def test_nothing_in_the_optimizer_prints() -> None:
-    for path in sorted((ROOT / "acd_local" / "optimize").glob("*.py")):
+    for path in sorted((ROOT / "acd_local" / "optimize").rglob("*.py")):
         tree = ast.parse(path.read_text())
         called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
         assert not called & {"print", "open_console"}, path.name
@@ -456,12 +450,12 @@ def test_answers_are_sorted_by_kind_and_label() -> None:
         record(Instruction("of another set", "harmful"), "safe", "refusal", [8]),
     ]
     found = collect([*HARMFUL, *HARMLESS], records, tokens_of, END)
-    assert found.refused[0] == Pair(HARMFUL[0], (1,), "safe")
-    assert found.complied == (Pair(HARMFUL[0], (2,), "opposite"), Pair(HARMFUL[1], (4,), "none"))
-    assert found.answered == (Pair(HARMLESS[0], (5,), "safe"),)
+    assert found.refused[0] == Anchor(HARMFUL[0], (1,), "safe")
+    assert found.complied == (Anchor(HARMFUL[0], (2,), "opposite"), Anchor(HARMFUL[1], (4,), "none"))
+    assert found.answered == (Anchor(HARMLESS[0], (5,), "safe"),)
     assert found.written == 3
     for pair, instruction in zip(found.refused[1:], HARMFUL[1:], strict=True):
-        assert pair == Pair(instruction, (*tokens_of(refusal_for(instruction)), END))
+        assert pair == Anchor(instruction, (*tokens_of(refusal_for(instruction)), END))
 
 
 def test_a_model_that_refuses_enough_speaks_for_itself() -> None:
@@ -477,14 +471,14 @@ def test_a_model_that_refuses_enough_speaks_for_itself() -> None:
 def test_no_instruction_is_in_both_parts() -> None:
     found = builtin()
     harmful, harmless = ([i for i in found if i.kind == kind] for kind in ("harmful", "harmless"))
-    sets = Anchors(
-        tuple(Pair(i, (n,)) for i in harmful for n in range(3)),
-        tuple(Pair(i, (n,)) for i in harmful for n in range(2)),
-        tuple(Pair(i, (1,)) for i in harmless),
+    sets = AnchorSets(
+        tuple(Anchor(i, (n,)) for i in harmful for n in range(3)),
+        tuple(Anchor(i, (n,)) for i in harmful for n in range(2)),
+        tuple(Anchor(i, (1,)) for i in harmless),
     )
     training, validation = (sets.part(validation=v) for v in (False, True))
 
-    def ids(part: Anchors) -> set[str]:
+    def ids(part: AnchorSets) -> set[str]:
         return {p.instruction.id for p in (*part.refused, *part.complied, *part.answered)}
 
     assert not ids(training) & ids(validation)

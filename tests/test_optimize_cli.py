@@ -24,7 +24,8 @@ from acd_local.cli import optimize
 from acd_local.cli.main import command
 from acd_local.cli.shell import run_cli
 from acd_local.errors import UsageError
-from acd_local.optimize import anchors, job, memory
+from acd_local.optimize import budget
+from acd_local.tuning import anchors, memory
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = "from acd_local.cli.main import main; main()"
@@ -49,8 +50,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     monkeypatch.setenv("ACD_PROMPTS_DIR", str(tmp_path / "pairs"))
     monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(job, "MIN_STEPS", 10)
-    monkeypatch.setattr(job, "MAX_STEPS", 10)
+    monkeypatch.setattr(budget, "MIN_STEPS", 10)
+    monkeypatch.setattr(budget, "MAX_STEPS", 10)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -15,13 +15,11 @@ from optimizing import Side, frozen, random_examples, slow_terms, torch, whole_l
 from tiny_gguf import write_gemma2
 
 from acd_local.evaluate.likelihood import Scorer
-from acd_local.optimize import texts as texts_module
-from acd_local.optimize.anchors import Anchors, Instruction, Pair
-from acd_local.optimize.layout import Layout
+from acd_local.optimize.anchor_sets import Anchor, AnchorSets
+from acd_local.optimize.examples import LOOKALIKE_SHARE, WHOLE_SHARE, batches
 from acd_local.optimize.losses import MAX_LOG_P, Term, term_loss, token_log_probs
-from acd_local.optimize.objective import DistillWeights, TextObjective
-from acd_local.optimize.openings import Openings, Spine
-from acd_local.optimize.soft import (
+from acd_local.optimize.prompt_tokens import Layout, PromptTokens
+from acd_local.optimize.soft_training import (
     PART_COST,
     SoftSettings,
     loss_and_gradient,
@@ -29,8 +27,10 @@ from acd_local.optimize.soft import (
     micro_batches,
     refusal_probabilities,
 )
-from acd_local.optimize.texts import Texts
+from acd_local.optimize.text_objective import ObjectiveWeights, TextObjective
 from acd_local.optimize.weights import Example, FrozenModel
+from acd_local.tuning.anchors import Instruction
+from acd_local.tuning.openings import Openings, Spine
 
 ONES: dict[Term, float] = {"positive": 1.0, "negative": 1.0, "retain": 1.0}
 OTHERS: dict[Term, float] = {"positive": 0.5, "negative": 2.0, "retain": 3.0}
@@ -113,33 +113,35 @@ def test_the_roles_swap_the_sets(model: FrozenModel, layout: Layout, z: Any, lik
     sets = {"refused": likely[:3], "complied": likely[3:], "answered": random_examples(3, 4)}
     instructions = {e: Instruction(f"{name} {i}", "harmful") for name, es in sets.items() for i, e in enumerate(es)}
     tails = {i.id: e.prompt for e, i in instructions.items()}
-    anchors = Anchors(**{name: tuple(Pair(instructions[e], e.answer) for e in es) for name, es in sets.items()})
-    texts = Texts(layout, tails, {}, {}, {}, Openings(()), 0, 0, ())
+    anchors = AnchorSets(**{name: tuple(Anchor(instructions[e], e.answer) for e in es) for name, es in sets.items()})
+    texts = PromptTokens(layout, tails, {}, {}, {}, Openings(()), 0, 0, ())
     for role, terms in (
         ("safe", {"positive": "refused", "negative": "complied", "retain": "answered"}),
         ("adversarial", {"positive": "complied", "negative": "refused", "retain": "answered"}),
     ):
         wanted, wanted_gradient = slow(model, layout, z, {t: sets[name] for t, name in terms.items()}, ONES)
-        losses, gradient = fast(model, layout, z, texts_module.batches(anchors, texts, role, 99, 99))
+        losses, gradient = fast(model, layout, z, batches(anchors, texts, role, 99, 99))
         assert losses == pytest.approx(wanted, rel=CLOSE)
         assert float((gradient - wanted_gradient).abs().max()) < CLOSE * float(wanted_gradient.abs().max())
 
 
 def test_some_of_the_refusals_that_are_to_come_about_count_whole() -> None:
     instructions = [Instruction(f"instruction {i}", "harmful") for i in range(200)]
-    texts = Texts(Layout((), ()), {i.id: (k,) for k, i in enumerate(instructions)}, {}, {}, {}, Openings(()), 0, 0, ())
-    pairs = tuple(Pair(i, tuple(range(9))) for i in instructions)
-    anchors = Anchors(pairs, pairs, pairs)
+    texts = PromptTokens(
+        Layout((), ()), {i.id: (k,) for k, i in enumerate(instructions)}, {}, {}, {}, Openings(()), 0, 0, ()
+    )
+    pairs = tuple(Anchor(i, tuple(range(9))) for i in instructions)
+    anchors = AnchorSets(pairs, pairs, pairs)
     lengths = {}
     for role in ("safe", "adversarial"):
-        cut = texts_module.batches(anchors, texts, role, answer_tokens=2, refusal_tokens=7)
+        cut = batches(anchors, texts, role, answer_tokens=2, refusal_tokens=7)
         for term, found in cut.items():
             assert [e.prompt for e in found] == [(k,) for k in range(200)]
             assert all(e.answer == tuple(range(len(e.answer))) for e in found)
             lengths[role, term] = Counter(len(e.answer) for e in found)
     whole = lengths.pop(("safe", "positive"))
     assert set(whole) == {2, 7}
-    assert whole[7] / 200 == pytest.approx(1 / texts_module.WHOLE_SHARE, abs=0.1)
+    assert whole[7] / 200 == pytest.approx(1 / WHOLE_SHARE, abs=0.1)
     assert all(found == {2: 200} for found in lengths.values())
 
 
@@ -149,12 +151,12 @@ def test_ordinary_instructions_come_so_often_that_lookalikes_stay_few(
 ) -> None:
     instructions = [Instruction(f"{k}", "harmless", lookalike=k < lookalikes) for k in range(ordinary + lookalikes)]
     tails = {i.id: (k,) for k, i in enumerate(instructions)}
-    texts = Texts(Layout((), ()), tails, {}, {}, {}, Openings(()), 0, 0, ())
-    anchors = Anchors((), (), tuple(Pair(i, (1,)) for i in instructions))
-    found = texts_module.batches(anchors, texts, "safe", 9, 9)["retain"]
+    texts = PromptTokens(Layout((), ()), tails, {}, {}, {}, Openings(()), 0, 0, ())
+    anchors = AnchorSets((), (), tuple(Anchor(i, (1,)) for i in instructions))
+    found = batches(anchors, texts, "safe", 9, 9)["retain"]
     counts = Counter(e.prompt[0] for e in found)
     assert [counts[k] for k in range(len(instructions))] == [1] * lookalikes + [times] * ordinary
-    assert lookalikes / len(found) <= 1 / texts_module.LOOKALIKE_SHARE < lookalikes / (len(found) - ordinary)
+    assert lookalikes / len(found) <= 1 / LOOKALIKE_SHARE < lookalikes / (len(found) - ordinary)
 
 
 def test_a_term_counts_by_its_weight_and_its_own_answers(
@@ -327,7 +329,7 @@ def test_mean_nll_is_per_token(model: FrozenModel, layout: Layout, z: Any) -> No
 # -- the objective of a text -------------------------------------------------------------------------------------------
 
 TEXT = (34, 120, 7, 301, 44)
-WEIGHTS = DistillWeights(kl=1.0, opo=0.7, fluency=0.3)
+WEIGHTS = ObjectiveWeights(kl=1.0, opo=0.7, fluency=0.3)
 SIZES: dict[Term, int] = {"positive": 2, "negative": 2, "retain": 3}
 
 

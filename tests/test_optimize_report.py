@@ -16,7 +16,8 @@ from report_pages import checked, curves, figure, marks, texts
 from acd_local.evaluate.page import FIGURE_SPACE
 from acd_local.optimize import report
 from acd_local.optimize.report import OptimizeReport, nearest_words, render
-from acd_local.optimize.scoring import SettingRow, choose
+from acd_local.optimize.stages.contrast import choose
+from acd_local.tuning.scoring import ContrastScore
 
 NASTY = "</script></p><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\"'\u202e\u2066\x00\x1b[31m\u2028\ud800"
 
@@ -308,9 +309,9 @@ def test_settings_make_a_table_of_alpha_and_beta(full: str) -> None:
 def test_the_framed_setting_has_the_largest_number() -> None:
     """Over-refusal on look-alikes counts in the table as it does where the setting is chosen."""
     rows = [
-        SettingRow(0.1, 0.1, 0.5, 0.02, 0.05),
-        SettingRow(0.5, 0.1, 0.6, 0.05, 0.3),
-        SettingRow(0.8, 0.1, 0.3, 0, 0),
+        ContrastScore(0.5, 0.02, 0.05, 0.1, 0.1),
+        ContrastScore(0.6, 0.05, 0.3, 0.5, 0.1),
+        ContrastScore(0.3, 0, 0, 0.8, 0.1),
     ]
     chosen = choose(rows, (0.5, 0.2))
     made = [asdict(row) | {"chosen": row is chosen} for row in rows]
@@ -321,7 +322,10 @@ def test_the_framed_setting_has_the_largest_number() -> None:
 
 
 def test_what_came_of_a_setting_in_answers_stands_beside_it() -> None:
-    rows = [SettingRow(0.1, 0.1, 0.5, 0.02, 0.04, greedy=0.25, degenerate=0.125), SettingRow(0.5, 0.1, 0.6, 0.05, 0.3)]
+    rows = [
+        ContrastScore(0.5, 0.02, 0.04, 0.1, 0.1, greedy=0.25, degenerate=0.125),
+        ContrastScore(0.6, 0.05, 0.3, 0.5, 0.1),
+    ]
     page = render(OptimizeReport(model={"name": "tiny"}, setting_rows=[asdict(row) for row in rows]))
     assert re.findall(r'<span class="range">([^<]*)</span>', page) == [
         "50.0 / 2.0 / 4.0, greedy 25.0, broken 12.5",

@@ -11,7 +11,7 @@ from optimizing import torch
 from reference import fresh_logits
 
 from acd_local.errors import ModelError
-from acd_local.optimize import agreement, rope
+from acd_local.optimize import weights
 from acd_local.optimize.weights import FrozenModel
 from acd_local.runtime import llama
 
@@ -35,7 +35,7 @@ def test_its_logits_are_llama_cpps(tiny: Callable[..., Path], rope_freqs: bool) 
 def test_the_factors_matter(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny("chatml", rope_freqs=True)
     tokens = np.random.default_rng(1).integers(5, 300, 200).tolist()
-    monkeypatch.setattr(rope, "bring_along", lambda model, path: None)
+    monkeypatch.setattr(weights, "bring_rope_factors", lambda model, path: None)
     model = FrozenModel(path)
     with torch.no_grad():
         found = model.logits(model.prefix(model.embed(tokens).float()).hidden[-1:])[0].numpy()
@@ -49,13 +49,13 @@ def test_torch_is_compared_with_llama_cpp(tiny: Callable[..., Path], monkeypatch
     tokens = np.random.default_rng(1).integers(5, 300, 200).tolist()
     model = FrozenModel(path)
     with llama.Model(path) as file:
-        near = agreement.divergence(model, file, tokens, threads=1)
+        near = weights.divergence(model, file, tokens, threads=1)
         assert 0 < near < 0.001
-        agreement.check(near, path.name)
+        weights.check_divergence(near, path.name)
 
-        monkeypatch.setattr(rope, "bring_along", lambda model, path: None)
+        monkeypatch.setattr(weights, "bring_rope_factors", lambda model, path: None)
         other = FrozenModel(path)
-        far = agreement.divergence(other, file, tokens, threads=1)
+        far = weights.divergence(other, file, tokens, threads=1)
         wanted = [torch.from_numpy(fresh_logits(file, tokens[: n + 1])).log_softmax(0) for n in range(199)]
     with torch.no_grad():
         mine = other.logits(other.prefix(other.embed(tokens).float()).hidden).log_softmax(1)
@@ -64,11 +64,11 @@ def test_torch_is_compared_with_llama_cpp(tiny: Callable[..., Path], monkeypatch
     assert far > 10 * near
 
 
-@pytest.mark.parametrize("found", [agreement.MOST * 1.01, float("nan")])
+@pytest.mark.parametrize("found", [weights.MAX_DIVERGENCE * 1.01, float("nan")])
 def test_a_file_that_transformers_reads_otherwise_is_one_line(found: float) -> None:
-    agreement.check(agreement.MOST, "model.gguf")
+    weights.check_divergence(weights.MAX_DIVERGENCE, "model.gguf")
     with pytest.raises(ModelError, match=r"^model\.gguf: .* reads its file otherwise than llama\.cpp") as caught:
-        agreement.check(found, "model.gguf")
+        weights.check_divergence(found, "model.gguf")
     assert "\n" not in str(caught.value)
 
 
@@ -77,4 +77,4 @@ def test_factors_that_have_no_place_are_refused(tiny: Callable[..., Path]) -> No
     model = FrozenModel(path).model
     model.model.rotary_emb.rope_type = "llama3"  # as if transformers had read them itself
     with pytest.raises(ModelError, match=r"cannot give this model the file's rope_freqs\.weight"):
-        rope.bring_along(model, path)
+        weights.bring_rope_factors(model, path)

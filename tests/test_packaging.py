@@ -68,10 +68,9 @@ def test_the_wheel_holds_package_and_prompts_and_nothing_else(dist: Path) -> Non
     assert {"acd_local/py.typed", "acd_local/prompts/default.toml"} <= set(files)
     metadata = {name for name in files if name.startswith("acd_local-") and ".dist-info/" in name}
     data = {f"acd_local/evaluate/{name}" for name in ("methods.toml", "smoke.jsonl")}
-    templates = ROOT / "acd_local" / "evaluate" / "templates"
-    data |= {f"acd_local/evaluate/templates/{path.name}" for path in templates.iterdir()}
-    data |= {"acd_local/fit/texts.toml"}
-    data |= {f"acd_local/optimize/data/{path.name}" for path in (ROOT / "acd_local/optimize/data").iterdir()}
+    data |= {"acd_local/fit/texts.toml", "acd_local/bench/questions.toml"}
+    for folder in ("acd_local/evaluate/templates", "acd_local/optimize/data", "acd_local/tuning/data"):
+        data |= {f"{folder}/{path.name}" for path in (ROOT / folder).iterdir()}
     data |= {
         "acd_local/quickcheck.jsonl",
         "acd_local/runtime/sample.gguf",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,7 @@ def test_broken_answers_of_both_kinds_count_together() -> None:
 def test_the_requests_are_ours_and_ask_for_no_refusal() -> None:
     found = quickcheck._prompts()
     assert list(found) == ["harmful", "ordinary"] and all(len(set(prompts)) == 12 for prompts in found.values())
-    data = Path(quickcheck.__file__).parent / "optimize" / "data"
+    data = Path(quickcheck.__file__).parent / "tuning" / "data"
     for kind, name in (("harmful", "harmful"), ("ordinary", "harmless")):
         known = {json.loads(line)["prompt"] for line in (data / f"{name}.jsonl").read_text().splitlines()}
         assert set(found[kind]) <= known
@@ -220,17 +221,21 @@ def test_a_chat_as_it_is(tiny: Callable[..., Path], tmp_path: Path) -> None:
 # -- the check ---------------------------------------------------------------------------------------------------------
 
 
+def check(path: Path, pair: PromptPair, on_check: Callable[[float], object] | None = None) -> Verdict:
+    return quickcheck.check(probe.verify(path), pair, partial(Engine, path, threads=1), on_check=on_check)
+
+
 def test_counts_are_kept_for_the_file_and_the_pair(model: Path, tmp_path: Path) -> None:
     def told(pair: PromptPair, path: Path = model) -> list[float]:
         seen: list[float] = []
-        quickcheck.check(probe.verify(path), pair, threads=1, on_check=seen.append)
+        check(path, pair, seen.append)
         return seen
 
     one = pairs.load(write(tmp_path, "one"))
     assert quickcheck.kept(probe.verify(model), one) is None
     assert told(one)[0] == 0 and told(one) == []
     verdict = quickcheck.kept(probe.verify(model), one)
-    assert verdict is not None and verdict == quickcheck.check(probe.verify(model), one)
+    assert verdict is not None and verdict == check(model, one)
     assert (verdict.harmful[0].n, verdict.pair) == (12, "one")
     other = told(pairs.load(write(tmp_path, "other", "alpha = 2\n")))
     assert other and other[0] == 0.25, "the model alone was counted before"
@@ -257,7 +262,7 @@ def test_it_can_be_stopped_and_keeps_what_it_counted(model: Path) -> None:
 def test_requests_that_do_not_fit_are_broken_answers(model: Path, tmp_path: Path) -> None:
     long = pairs.load(write(tmp_path, "one"))
     long = PromptPair("long", "be kind " * 2000, long.adversarial)
-    verdict = quickcheck.check(probe.verify(model), long, threads=1)
+    verdict = check(model, long)
     assert verdict.harmful[1] == Counts(12, 0, 12) and verdict.harms
 
 

@@ -25,8 +25,8 @@ from acd_local.cli import progress, run
 from acd_local.cli.progress import StatusLine
 from acd_local.cli.run import command
 from acd_local.cli.shell import AnswerWriter, Interrupts, run_cli, short_line
+from acd_local.engine import Engine
 from acd_local.options import Options
-from acd_local.session import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = "from acd_local.cli.run import main; main()"
@@ -733,9 +733,9 @@ def test_an_error_after_some_text(
         left -= 1
         if left < 0:
             raise NumericalError("the safe stream produced nan logits")
-        return contrast.against(*args, **kw)
+        return contrast.apply_contrast(*args, **kw)
 
-    monkeypatch.setattr(choice, "against", failing)
+    monkeypatch.setattr(choice, "apply_contrast", failing)
     left = 3
     done = cli(*base, "hi", "--grammar", ENDLESS, "--strategy", "stepwise")
     assert done == Done(1, "aaa\n", "acd-run: the safe stream produced nan logits\n")

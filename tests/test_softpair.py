@@ -20,19 +20,19 @@ from manual import made_for
 from reference import TOLERANCE, contrast_by_hand, extend
 
 from acd_local import Engine, Message, Options, pairs, vectors
-from acd_local.answering import resolve_contrast
 from acd_local.answers import Answer
-from acd_local.batch import Batch
+from acd_local.batch import BatchRunner
 from acd_local.cli.run import command
 from acd_local.cli.shell import run_cli
 from acd_local.errors import ContextError, InternalError, PairError, UsageError
 from acd_local.evaluate import methods
 from acd_local.evaluate.likelihood import Scorer, contrasted, log_softmax
+from acd_local.generation import resolve_contrast
 from acd_local.pairs import AdversarialText, PromptPair
-from acd_local.runtime import llama, rows
+from acd_local.runtime import llama
+from acd_local.runtime.embeddings import EmbeddingTable, refusal
 from acd_local.runtime.gguf_header import GGUFInfo, read_header
 from acd_local.runtime.prompts import Framing
-from acd_local.runtime.rows import RowTable
 from acd_local.runtime.sampling import TokenSampler
 from acd_local.runtime.streams import Cache
 from acd_local.runtime.template import ChatTemplate
@@ -192,7 +192,7 @@ def test_architectures_that_cannot_read_rows_are_refused_by_name(info: GGUFInfo,
     with pytest.raises(PairError, match=f"do not work with {architecture} models: ."):
         pair_for(there).check(there)
     with pytest.raises(PairError, match=f"do not work with {architecture} models: ."):
-        RowTable(WIDTH, WIDTH, architecture).add(random_rows(0), "x")
+        EmbeddingTable(WIDTH, WIDTH, architecture).add(random_rows(0), "x")
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -412,8 +412,8 @@ def test_rows_that_equal_tokens_give_the_tokens_logits(tiny: Callable[..., Path]
     rng = np.random.default_rng(0)
     with llama.Model(path) as model:
         tokens = rng.integers(5, 400, 700).tolist()
-        ids = list(model.rows.add(embeddings[tokens[10:50]], "a"))
-        long = list(model.rows.add(embeddings[tokens[100:620]], "b"))
+        ids = list(model.embeddings.add(embeddings[tokens[10:50]], "a"))
+        long = list(model.embeddings.add(embeddings[tokens[100:620]], "b"))
         found = []
         for a, b in (
             (tokens[:60], tokens),
@@ -445,14 +445,14 @@ def test_the_logits_are_torchs(tiny: Callable[..., Path]) -> None:
     with torch.no_grad():
         wanted = reference(inputs_embeds=sequence[None]).logits[0, -1].numpy()
     with llama.Model(path) as model:
-        ids = model.rows.add(soft, "x")
+        ids = model.embeddings.add(soft, "x")
         found = logits_of(model, [*tokens[:4], *ids, *tokens[4:]])
     assert np.abs(found - wanted).max() < TORCH_TOLERANCE
     assert wanted.std() > 1
 
 
 def test_a_table_gives_each_prompt_ids_of_its_own() -> None:
-    table = RowTable(WIDTH, WIDTH, "llama")
+    table = EmbeddingTable(WIDTH, WIDTH, "llama")
     one, two = random_rows(1), random_rows(2, 3)
     ids = table.add(one, "one")
     assert table.add(one, "one") == ids == range(-1, -7, -1)
@@ -468,24 +468,24 @@ def test_a_table_takes_no_rows_of_another_width() -> None:
     """llama.cpp would read past the end of a narrow row."""
     for wrong in (random_rows(0, 4, 63), random_rows(0, 4, 65), random_rows(0)[0], random_rows(0)[:0]):
         with pytest.raises(PairError, match="do not fit a model that is 64 wide"):
-            RowTable(WIDTH, WIDTH, "llama").add(wrong, "x")
+            EmbeddingTable(WIDTH, WIDTH, "llama").add(wrong, "x")
     with pytest.raises(PairError, match="reads 256 numbers per row, not the 64"):
-        RowTable(WIDTH, 4 * WIDTH, "qwen3vl").add(random_rows(0), "x")
+        EmbeddingTable(WIDTH, 4 * WIDTH, "qwen3vl").add(random_rows(0), "x")
     with pytest.raises(PairError, match="not finite"):
-        RowTable(WIDTH, WIDTH, "llama").add(np.full((2, WIDTH), np.nan, np.float32), "x")
+        EmbeddingTable(WIDTH, WIDTH, "llama").add(np.full((2, WIDTH), np.nan, np.float32), "x")
 
 
 def test_only_gemma3_rows_are_scaled() -> None:
     given = random_rows(0)
     for architecture, factor in (("gemma3", 8.0), ("gemma2", 1.0), ("llama", 1.0)):
-        table = RowTable(WIDTH, WIDTH, architecture)
+        table = EmbeddingTable(WIDTH, WIDTH, architecture)
         assert (table.take(table.add(given, "x")) == factor * given).all()
-    assert rows.refusal("gemma3") is rows.refusal("llama") is None
+    assert refusal("gemma3") is refusal("llama") is None
 
 
 def test_a_batch_holds_one_kind(model: Path) -> None:
     with llama.Model(model) as loaded, llama.Context(loaded, n_ctx=256, n_seq=2) as context:
-        ids = loaded.rows.add(random_rows(0), "x")
+        ids = loaded.embeddings.add(random_rows(0), "x")
         for wrong in ([ids[0], 5], [-99]):
             with pytest.raises(InternalError, match="tokens and embedding rows"):
                 context.decode(wrong, [0] * len(wrong), range(len(wrong)), [0] * len(wrong))
@@ -515,16 +515,16 @@ def test_the_contrast_is_recomputed_from_the_logits(engine: Engine) -> None:
     soft = engine.soft_pair()
     answer = engine.generate("What is water?", SHORT).run()
     assert (answer.contrast.alpha, answer.contrast.beta) == (0.3, 0.1)
-    table = engine._model.rows
+    table = engine.decoder.model.embeddings
     sequences = []
     for prompt in (soft.safe, soft.adversarial.reveal_for_negative_stream()):
         ids = table.add(prompt.rows, prompt.digest)
         sequences.append(engine.template.encode([Message("user", "What is water?")], rows=ids))
     assert answer.prompt_tokens == len(sequences[0])
     assert answer.context_used[1] - answer.context_used[0] == 3  # the adversarial prompt has three rows more
-    banned = set(engine._vocabulary.banned.tolist())
+    banned = set(engine.special_tokens.banned.tolist())
     for record in answer.tokens:
-        safe, adversarial = (logits_of(engine._model, ids) for ids in sequences)
+        safe, adversarial = (logits_of(engine.decoder.model, ids) for ids in sequences)
         scores = contrast_by_hand(safe.tolist(), adversarial.tolist(), 0.3, 0.1, banned)
         assert scores[record.token] > max(scores.values()) - TOLERANCE
         for ids in sequences:
@@ -580,7 +580,7 @@ def test_a_batch_gives_the_same_answers(engine: Engine, model: Path, folder: Pat
     alone = [engine.generate(q, SHORT).run().text for q in questions]
     with Engine(model, pair=str(folder / "one.toml"), ctx_size=512, threads=1, soft=True, conversations=3) as many:
         waiting, found = dict(enumerate(questions)), {}
-        with Batch(many) as batch:
+        with BatchRunner(many) as batch:
             while waiting or len(batch):
                 while waiting and batch.room:
                     key = min(waiting)
@@ -641,7 +641,7 @@ def test_a_cancel_in_the_middle_of_rows_leaves_a_good_cache(
         answer = stream.run()
         monkeypatch.undo()
         assert answer.finish_reason == "cancelled"
-        held = engine._streams.slots[0].safe.tokens
+        held = engine.decoder.slots[0].safe.tokens
         assert 0 < sum(t < 0 for t in held) < 500
         assert engine.generate("What is red?", SHORT).run().text == wanted.text
 
@@ -828,15 +828,15 @@ def test_the_worker_answers_with_soft_prompts(engine: Engine, model: Path, folde
 
 def test_likelihoods_under_soft_prompts_are_those_of_the_logits(engine: Engine) -> None:
     soft, words = engine.soft_pair(), engine.vocab.tokenize("blue water", parse_special=False)
-    table = engine._model.rows
+    table = engine.decoder.model.embeddings
     sides = [table.add(p.rows, p.digest) for p in (soft.safe, soft.adversarial.reveal_for_negative_stream())]
     prompts = [engine.template.encode([Message("user", "What?")], rows=ids) for ids in sides]
     settings = resolve_contrast(Options(), engine.pair, soft=True)
-    with Scorer(engine._model, n_streams=2, n_ctx=512, threads=1) as scorer:
+    with Scorer(engine.decoder.model, n_streams=2, n_ctx=512, threads=1) as scorer:
         for _ in range(2):  # the second time from the caches
             found = scorer.logprobs(prompts, words, [(0, 1, settings)])[0]
             for i, word in enumerate(words):
-                safe, adversarial = (logits_of(engine._model, [*p, *words[:i]]) for p in prompts)
+                safe, adversarial = (logits_of(engine.decoder.model, [*p, *words[:i]]) for p in prompts)
                 assert found[i] == pytest.approx(log_softmax(contrasted(safe, adversarial, settings), word), abs=0.2)
 
 
@@ -1018,6 +1018,6 @@ def test_acd_pairs_shows_and_checks_soft_prompts(folder: Path, tmp_path: Path, i
 def test_safetensors_is_loaded_when_it_is_needed() -> None:
     import subprocess
 
-    script = "import sys, acd_local.session; assert 'safetensors' not in sys.modules"
+    script = "import sys, acd_local.engine; assert 'safetensors' not in sys.modules"
     root = Path(__file__).resolve().parents[1]
     subprocess.run([sys.executable, "-c", script], check=True, cwd=root, timeout=60)

@@ -22,17 +22,17 @@ from manual import DEFAULT
 from reference import TOLERANCE, fresh_logits
 
 from acd_local.answers import Answer
+from acd_local.bench.questions import many_prompts
+from acd_local.engine import Engine
 from acd_local.errors import InternalError, NumericalError, UsageError
 from acd_local.options import Options
 from acd_local.runtime import llama, machine, rowcosts
-from acd_local.runtime.choice import Chooser, Look
+from acd_local.runtime.choice import Chooser, SafeCandidates
+from acd_local.runtime.draft_policy import DraftPolicy, expected
 from acd_local.runtime.lookup import GREEDY, MATCH, QUOTED, REST, SAMPLED, Lookup
-from acd_local.runtime.pace import Pace, expected
-from acd_local.runtime.rowcosts import LEAST, MOST, RowClock, RowCosts
-from acd_local.runtime.streams import Feed, Streams, extend
+from acd_local.runtime.rowcosts import MAX_DRAFT, MIN_DRAFT, RowClock, RowCosts
+from acd_local.runtime.streams import DecodeRequest, Streams, extend
 from acd_local.runtime.template import Message
-from acd_local.session import Engine
-from acd_local.throughput import prompts_of
 
 PROMPTS = (
     "How do I get red wine out of a carpet?",
@@ -67,7 +67,7 @@ def tokens(answer: Answer) -> list[int]:
 def engine(tiny: Callable[..., Path]) -> Iterator[Engine]:
     """What rows cost is fixed, so that the machine does not decide what is tested."""
     with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
-        engine._row_clock.known = RowCosts(pair=1.9, fixed=0.9, each=0.4)
+        engine.decoder.row_clock.known = RowCosts(pair=1.9, fixed=0.9, each=0.4)
         yield engine
 
 
@@ -139,10 +139,10 @@ BORDERLINE = RowCosts(pair=2.2, fixed=0.9, each=0.4)
 def test_auto_says_the_same_whatever_rows_cost(
     engine: Engine, name: str, costs: RowCosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine._row_clock, "known", costs)
+    monkeypatch.setattr(engine.decoder.row_clock, "known", costs)
     ways = []
-    pays = Pace.pays
-    monkeypatch.setattr(Pace, "pays", property(lambda pace: (ways.append(found := pays.fget(pace)), found)[1]))  # type: ignore[attr-defined]
+    pays = DraftPolicy.pays
+    monkeypatch.setattr(DraftPolicy, "pays", property(lambda pace: (ways.append(found := pays.fget(pace)), found)[1]))  # type: ignore[attr-defined]
     differing = 0
     for prompt in PROMPTS[::3]:
         one = engine.generate(prompt, given(SAMPLERS[name]).replace({"strategy": "stepwise"})).run()
@@ -167,7 +167,7 @@ def test_texts_of_a_tiny_model_differ_at_near_ties_alone(tiny: Callable[..., Pat
 @pytest.mark.parametrize("temp", [0.0, 0.8])
 def test_texts_of_the_demo_model_differ_at_near_ties_alone(demo: Path, temp: float) -> None:
     """Quantized activations: its logits vary with the shape of a batch. `-s` prints what is found."""
-    prompts = [prompt for number in range(9) for prompt in prompts_of(number)][:MANY]
+    prompts = [prompt for number in range(9) for prompt in many_prompts(number)][:MANY]
     assert len(prompts) == MANY
     with Engine(demo, pair="default", ctx_size=1024) as engine:
         differing = compared(engine, prompts, {"temp": temp, "max_tokens": 24}, 0.3)
@@ -205,7 +205,7 @@ def test_what_was_said_before_an_error_is_not_lost(
     """Logits are broken from one position on, whenever they are decoded."""
     said, texts = [], {}
     seq = 0 if stream == "safe" else 1
-    decode, logits, last = engine._streams.contexts[0].decode, engine._streams.contexts[0].logits, []
+    decode, logits, last = engine.decoder.contexts[0].decode, engine.decoder.contexts[0].logits, []
 
     def decoding(tokens: Any, seqs: Any, positions: Any, outputs: Any) -> None:
         last[:] = [(s, p) for s, p, o in zip(seqs, positions, outputs, strict=True) if o]
@@ -218,8 +218,8 @@ def test_what_was_said_before_an_error_is_not_lost(
                 row[:] = np.nan
         return found
 
-    monkeypatch.setattr(engine._streams.contexts[0], "decode", decoding)
-    monkeypatch.setattr(engine._streams.contexts[0], "logits", breaking)
+    monkeypatch.setattr(engine.decoder.contexts[0], "decode", decoding)
+    monkeypatch.setattr(engine.decoder.contexts[0], "logits", breaking)
     prompts = (engine.pair.safe, engine.pair.adversarial.reveal_for_negative_stream())
     said += [len(engine.template.encode([Message("system", p), Message("user", PROMPTS[3])])) for p in prompts]
     for strategy in ("stepwise", "deferred"):
@@ -265,7 +265,7 @@ def test_a_cancelled_run_says_nothing_more(engine: Engine) -> None:
     options = Options(temp=0.0, max_tokens=N, strategy="deferred", beta=0.0, alpha=1e-6)
     stream = engine.generate(PROMPTS[3], options)
     for _ in stream:
-        if (said := len(stream._answering._records)) > 3:
+        if (said := len(stream.generation._records)) > 3:
             break
     stream.cancel()
     answer = stream.run()
@@ -316,7 +316,7 @@ class Recorded:
 def test_the_adversarial_stream_takes_several_tokens_at_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"beta": 0.5}
     both(engine, PROMPTS[3], options)  # the system prompts are decoded
-    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    recorded = Recorded(engine.decoder.contexts[0], monkeypatch)
     one, other = both(engine, PROMPTS[3], options)
     assert tokens(one) == tokens(other)
     stepwise, deferred = recorded.batches[: len(one.tokens)], recorded.batches[len(one.tokens) :]
@@ -331,9 +331,9 @@ def test_the_adversarial_stream_takes_several_tokens_at_once(engine: Engine, mon
 
 
 def test_rows_are_taken_one_by_one_where_a_small_batch_is_dear(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded, sizes = Recorded(engine._streams.contexts[0], monkeypatch), []
+    recorded, sizes = Recorded(engine.decoder.contexts[0], monkeypatch), []
     for fixed in (0.9, 2.0):  # with the latter 2 and 3 rows cost 2.6 and 2.9, and 4 rows 3.2
-        monkeypatch.setattr(engine._row_clock, "known", RowCosts(pair=2.1, fixed=fixed, each=0.3))
+        monkeypatch.setattr(engine.decoder.row_clock, "known", RowCosts(pair=2.1, fixed=fixed, each=0.3))
         found = set()
         for prompt in PROMPTS:
             recorded.batches.clear()
@@ -348,7 +348,7 @@ def test_rows_are_taken_one_by_one_where_a_small_batch_is_dear(engine: Engine, m
 
 
 def test_beyond_the_window_the_adversarial_stream_rests(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    recorded = Recorded(engine.decoder.contexts[0], monkeypatch)
     answer = engine.generate(PROMPTS[1], Options(temp=0.0, max_tokens=N, window=4, strategy="deferred")).run()
     assert len(answer.tokens) > 10
     rows = [batch for batch in recorded.batches if batch[1] and batch[2]]
@@ -361,7 +361,7 @@ def test_quotations_are_drafted_without_a_contrast_too(
     engine: Engine, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**options, "grammar": 'root ::= "' + "red green blue black white " * 8 + '"', "max_tokens": 300}
-    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    recorded = Recorded(engine.decoder.contexts[0], monkeypatch)
     one, other = both(engine, PROMPTS[0], options)
     assert tokens(one) == tokens(other)
     assert other.text.startswith("red green blue black white red")
@@ -373,7 +373,7 @@ def test_after_a_window_the_next_turn_catches_up_in_one_batch(engine: Engine, mo
     chat = engine.chat(options=Options(temp=0.0, max_tokens=N, window=4))
     said = len(chat.ask(PROMPTS[3]).tokens)
     assert said > 20
-    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    recorded = Recorded(engine.decoder.contexts[0], monkeypatch)
     answer = chat.ask(PROMPTS[0])
     safe, adversarial, _ = recorded.batches[0]
     # Text that is read as other tokens than were said is decoded anew in the safe stream too.
@@ -385,7 +385,7 @@ def test_repetitions_are_drafted(engine: Engine, monkeypatch: pytest.MonkeyPatch
     """Under this grammar every token is the only one: the safe stream takes what came before in one batch."""
     grammar = 'root ::= "' + "red green blue black white " * 8 + '"'
     options = {"grammar": grammar, "max_tokens": 300, "beta": 1.0}
-    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    recorded = Recorded(engine.decoder.contexts[0], monkeypatch)
     one, other = both(engine, PROMPTS[0], options)
     assert one.text == other.text
     assert other.text.startswith("red green blue black white red")
@@ -398,10 +398,10 @@ def test_a_run_never_wants_more_logits_than_the_context_has(engine: Engine, monk
 
     def draft(self: Lookup, ahead: Any, most: int) -> list[int]:
         drafts[len(ahead)] = most
-        return [] if len(ahead) < 14 else [7] * min(MOST, most)
+        return [] if len(ahead) < 14 else [7] * min(MAX_DRAFT, most)
 
     monkeypatch.setattr(Lookup, "draft", draft)
-    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    recorded = Recorded(engine.decoder.contexts[0], monkeypatch)
     engine.generate(PROMPTS[3], Options(temp=0.0, max_tokens=N, strategy="deferred", beta=0.0, alpha=1e-6)).run()
     assert drafts[14] == 1
     assert max(batch[2] for batch in recorded.batches) == 16
@@ -423,7 +423,7 @@ def test_choosers_are_cloned_where_a_second_token_is_drafted(engine: Engine, mon
     fork = Chooser.fork
     monkeypatch.setattr(Chooser, "fork", lambda self: (forks.append(1), fork(self))[1])
     monkeypatch.setattr(Lookup, "draft", lambda *_: [])
-    recorded = Recorded(engine._streams.contexts[0], monkeypatch)
+    recorded = Recorded(engine.decoder.contexts[0], monkeypatch)
     options = {"temp": 0.0, "max_tokens": 12, "strategy": "deferred", "grammar": "root ::= [a-z ]+"}
     engine.generate(PROMPTS[0], Options(**options, beta=1.0)).run()  # nothing is open: runs of one token
     assert forks == []
@@ -436,15 +436,15 @@ def test_rows_with_logits_have_to_fit_one_batch(tiny: Callable[..., Path]) -> No
         streams = Streams(model, n_ctx=1024, outputs=16)
         try:
             cache = streams.slots[0].safe
-            (rows,) = extend([Feed(cache, list(range(5, 25)), [i in (3, 19) for i in range(20)])])
+            (rows,) = extend([DecodeRequest(cache, list(range(5, 25)), [i in (3, 19) for i in range(20)])])
             expected = [fresh_logits(model, list(range(5, 25))[: i + 1]) for i in (3, 19)]
             assert rows.shape == (2, model.n_vocab)
             assert np.abs(rows - np.stack(expected)).max() < TOLERANCE
-            (rows,) = extend([Feed(cache, [7], start=4)])
+            (rows,) = extend([DecodeRequest(cache, [7], start=4)])
             assert cache.tokens == [5, 6, 7, 8, 7]
             assert np.abs(rows[0] - fresh_logits(model, [5, 6, 7, 8, 7])).max() < TOLERANCE
             with pytest.raises(InternalError, match="one batch"):
-                extend([Feed(cache, [5] * 600, [True] * 600)])
+                extend([DecodeRequest(cache, [5] * 600, [True] * 600)])
         finally:
             streams.close()
 
@@ -452,8 +452,8 @@ def test_rows_with_logits_have_to_fit_one_batch(tiny: Callable[..., Path]) -> No
 # -- how far ahead -----------------------------------------------------------------------------------------------------
 
 
-def look(*scores: float) -> Look:
-    return Look(0, np.arange(len(scores), dtype=np.int32), np.array(scores, np.float32), None)
+def look(*scores: float) -> SafeCandidates:
+    return SafeCandidates(0, np.arange(len(scores), dtype=np.int32), np.array(scores, np.float32), None)
 
 
 def test_the_gap_is_between_the_two_best() -> None:
@@ -462,25 +462,25 @@ def test_the_gap_is_between_the_two_best() -> None:
 
 
 def test_a_run_ends_where_a_change_is_likely() -> None:
-    pace = Pace(RowCosts(pair=1.8, fixed=0.7, each=0.45), alpha=0.5, greedy=True)
+    pace = DraftPolicy(RowCosts(pair=1.8, fixed=0.7, each=0.45), alpha=0.5, greedy=True)
     assert pace.goes_on(1.0, 1)
     assert pace.goes_on(1 - pace.chance(look(3.0, 1.0)), 1)
     assert not pace.goes_on(1 - pace.chance(look(3.0, 2.95)), 1)
     assert not pace.goes_on(1.0, 16)
-    weak = Pace(RowCosts(), alpha=0.1, greedy=True)
+    weak = DraftPolicy(RowCosts(), alpha=0.1, greedy=True)
     assert weak.chance(look(3.0, 2.8)) < pace.chance(look(3.0, 2.8))
 
 
 def test_readers_of_slow_models_do_not_wait_long_for_the_next_words() -> None:
     assert RowCosts(seconds=0.007).longest_run == 16
     assert RowCosts(seconds=0.05).longest_run == 8
-    slow = Pace(RowCosts(seconds=0.2), alpha=0.5, greedy=True)
+    slow = DraftPolicy(RowCosts(seconds=0.2), alpha=0.5, greedy=True)
     assert slow.goes_on(1.0, 3)
     assert not slow.goes_on(1.0, 4)
 
 
 def test_a_pace_learns_from_its_answer() -> None:
-    pace = Pace(RowCosts(pair=1.9, fixed=0.7, each=0.45), alpha=0.5, greedy=True)
+    pace = DraftPolicy(RowCosts(pair=1.9, fixed=0.7, each=0.45), alpha=0.5, greedy=True)
     before = pace.chance(look(3.0, 2.0))
     for _ in range(40):
         pace.learn(look(3.0, 2.0), changed=True)
@@ -492,7 +492,7 @@ def test_a_pace_learns_from_its_answer() -> None:
 
 
 def test_what_is_about_as_dear_goes_on_as_it_was() -> None:
-    pace, ways = Pace(RowCosts(pair=2.0, fixed=0.7, each=0.45, ahead=1.0), alpha=0.5, greedy=True), []
+    pace, ways = DraftPolicy(RowCosts(pair=2.0, fixed=0.7, each=0.45, ahead=1.0), alpha=0.5, greedy=True), []
     for rows in (18, 20, 22, 20):
         for _ in range(100):
             pace.spend([1] * rows, 10)
@@ -502,7 +502,7 @@ def test_what_is_about_as_dear_goes_on_as_it_was() -> None:
 
 @pytest.mark.parametrize("rare", [True, False])
 def test_a_pace_learns_from_positions_side_by_side(rare: bool) -> None:
-    pace = Pace(RowCosts(pair=1.9, fixed=0.7, each=0.45), alpha=0.5, greedy=rare)
+    pace = DraftPolicy(RowCosts(pair=1.9, fixed=0.7, each=0.45), alpha=0.5, greedy=rare)
     assert pace.pays == rare  # greedy answers change less
     for _ in range(3):
         for i in range(400):
@@ -523,14 +523,14 @@ def test_the_expected_cost_knows_of_alpha_and_temperature() -> None:
 def test_the_forecast_is_what_running_ahead_costs(engine: Engine, temp: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lookup, "draft", lambda *_: [])
     found: list[tuple[float, int]] = []
-    add = Pace._add
-    monkeypatch.setattr(Pace, "_add", lambda self, *what: (found.append(what), add(self, *what))[1])
+    add = DraftPolicy._add
+    monkeypatch.setattr(DraftPolicy, "_add", lambda self, *what: (found.append(what), add(self, *what))[1])
     per_token = []
     asked = {"temp": temp, "max_tokens": 150, "seed": 3, "alpha": 0.3, "grammar": "root ::= [a-z ]+"}
     for strategy in ("deferred", "auto"):
         found.clear()
         if strategy == "auto":
-            monkeypatch.setattr(Pace, "pays", False)
+            monkeypatch.setattr(DraftPolicy, "pays", False)
         for prompt in PROMPTS:
             engine.generate(prompt, Options(**asked, strategy=strategy)).run()
         per_token.append(sum(spent for spent, _ in found) / sum(n for _, n in found))
@@ -538,29 +538,31 @@ def test_the_forecast_is_what_running_ahead_costs(engine: Engine, temp: float, m
 
 
 def test_quotations_are_as_long_as_rows_are_cheap() -> None:
-    usual, dear = (Pace(RowCosts(1.9, fixed, each), alpha=0.5, greedy=True) for fixed, each in ((0.9, 0.4), (0.0, 1.0)))
+    usual, dear = (
+        DraftPolicy(RowCosts(1.9, fixed, each), alpha=0.5, greedy=True) for fixed, each in ((0.9, 0.4), (0.0, 1.0))
+    )
     assert usual.quote(GREEDY, alone=False) == 4
     assert usual.quote(0.3, alone=False) == 0
     assert usual.quote(1.0, alone=False) == 15
     assert dear.quote(0.99, alone=False) == dear.quote(0.99, alone=True) == 0
-    gpu = Pace(RowCosts(pair=1.05, fixed=0.95, each=0.05), alpha=0.5, greedy=True)
+    gpu = DraftPolicy(RowCosts(pair=1.05, fixed=0.95, each=0.05), alpha=0.5, greedy=True)
     assert gpu.quote(0.5, alone=True) == 0 < gpu.quote(GREEDY, alone=True)
-    assert Pace(RowCosts(seconds=0.2), alpha=0.5, greedy=True).quote(1.0, alone=False) == 3
+    assert DraftPolicy(RowCosts(seconds=0.2), alpha=0.5, greedy=True).quote(1.0, alone=False) == 3
 
 
 def test_cheap_batches_make_running_ahead_pay_and_dear_ones_do_not() -> None:
-    assert Pace(RowCosts(pair=2.0, fixed=0.8, each=0.3), alpha=0.5, greedy=False).pays
-    assert not Pace(RowCosts(pair=1.8, fixed=0.3, each=0.8), alpha=0.5, greedy=True).pays
-    assert not Pace(RowCosts(pair=1.05, fixed=0.9, each=0.05), alpha=0.5, greedy=True).pays  # a GPU
+    assert DraftPolicy(RowCosts(pair=2.0, fixed=0.8, each=0.3), alpha=0.5, greedy=False).pays
+    assert not DraftPolicy(RowCosts(pair=1.8, fixed=0.3, each=0.8), alpha=0.5, greedy=True).pays
+    assert not DraftPolicy(RowCosts(pair=1.05, fixed=0.9, each=0.05), alpha=0.5, greedy=True).pays  # a GPU
 
 
 def test_running_ahead_does_not_pay_where_what_its_batches_save_goes_into_handling_them() -> None:
     near, clear = (RowCosts(pair=pair, fixed=0.7, each=0.45) for pair in (1.75, 1.85))
     assert near.pair > expected(near, 0.5, greedy=True)
-    assert not Pace(near, alpha=0.5, greedy=True).pays
-    assert Pace(clear, alpha=0.5, greedy=True).pays
-    assert Pace(replace(near, ahead=1.0), alpha=0.5, greedy=True).pays
-    assert not Pace(replace(clear, ahead=1.3), alpha=0.5, greedy=True).pays
+    assert not DraftPolicy(near, alpha=0.5, greedy=True).pays
+    assert DraftPolicy(clear, alpha=0.5, greedy=True).pays
+    assert DraftPolicy(replace(near, ahead=1.0), alpha=0.5, greedy=True).pays
+    assert not DraftPolicy(replace(clear, ahead=1.3), alpha=0.5, greedy=True).pays
 
 
 def test_drafts_continue_what_came_before() -> None:
@@ -575,7 +577,7 @@ def test_drafts_continue_what_came_before() -> None:
 
 
 def test_drafts_grow_while_they_come_true_and_rest_when_they_fail() -> None:
-    lookup, pace = Lookup([1, 2, 3]), Pace(RowCosts(1.9, 0.9, 0.4), alpha=0.5, greedy=True)
+    lookup, pace = Lookup([1, 2, 3]), DraftPolicy(RowCosts(1.9, 0.9, 0.4), alpha=0.5, greedy=True)
     lengths = []
     for right in (4, 8, 0, 0, 0, 0):
         lengths.append(pace.quote(lookup.chance, alone=False))
@@ -693,7 +695,7 @@ def test_how_many_rows_runs_take_is_measured_beside_what_is_usual(tmp_path: Path
     clock.settle()
     assert clock.known is not None
     assert (clock.known.ahead, clock.known.typical) == (1.0, 1.12)
-    assert Pace(clock.known, alpha=0.5, greedy=True).cost == pytest.approx(
+    assert DraftPolicy(clock.known, alpha=0.5, greedy=True).cost == pytest.approx(
         1.12 * expected(clock.known, 0.5, greedy=True)
     )
 
@@ -704,7 +706,7 @@ def test_runs_and_steps_of_an_answer_are_timed(tiny: Callable[..., Path], monkey
     read = [0]
     monkeypatch.setattr("acd_local.runtime.deferred.time", SimpleNamespace(perf_counter=lambda: next(now) + read[0]))
     with Engine(tiny("chatml", seed=4), pair=DEFAULT, ctx_size=512, threads=1) as engine:
-        clock = engine._row_clock
+        clock = engine.decoder.row_clock
         monkeypatch.setattr(clock, "settle", lambda: None)
         monkeypatch.setattr("acd_local.runtime.deferred.PATIENCE", 1e12)
         options = Options(temp=0.0, max_tokens=N)
@@ -723,14 +725,14 @@ def test_runs_and_steps_of_an_answer_are_timed(tiny: Callable[..., Path], monkey
 def test_readers_do_not_wait_for_long_runs_before_it_is_known_what_rows_cost(
     tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pace, "goes_on", lambda pace, survival, drafted: drafted < pace.costs.longest_run)
-    for patience, longest in ((60.0, MOST), (0.0, LEAST)):
+    monkeypatch.setattr(DraftPolicy, "goes_on", lambda pace, survival, drafted: drafted < pace.costs.longest_run)
+    for patience, longest in ((60.0, MAX_DRAFT), (0.0, MIN_DRAFT)):
         monkeypatch.setattr("acd_local.runtime.deferred.PATIENCE", patience)
         with Engine(tiny("chatml", seed=4), pair=DEFAULT, ctx_size=512, threads=1) as engine:
-            monkeypatch.setattr(engine._row_clock, "settle", lambda: None)
+            monkeypatch.setattr(engine.decoder.row_clock, "settle", lambda: None)
             options = Options(temp=0.0, max_tokens=N, strategy="deferred")
             engine.generate(PROMPTS[3], options, divergence=True).run()  # which every position waits for
-            lengths = [len(run.batches) - 1 for run in engine._row_clock._runs]
+            lengths = [len(run.batches) - 1 for run in engine.decoder.row_clock._runs]
         assert max(lengths) == longest
 
 
@@ -806,13 +808,13 @@ def test_an_engine_measures_and_the_next_one_knows(
     with Engine(path, pair=DEFAULT, ctx_size=512, threads=1) as engine:
         for prompt in (*PROMPTS, *PROMPTS):
             engine.generate(prompt, Options(temp=0.0, max_tokens=N)).run()
-        known = engine._row_clock.known
+        known = engine.decoder.row_clock.known
     assert known is not None
     (kept,) = (tmp_path / "rowcosts").iterdir()
     assert json.loads(kept.read_text()) == json.loads(json.dumps(asdict(known)))
     assert len(known.few) == 2
     with Engine(path, pair=DEFAULT, ctx_size=512, threads=1) as engine:
-        assert engine._row_clock.known == known
+        assert engine.decoder.row_clock.known == known
 
 
 # -- the option --------------------------------------------------------------------------------------------------------

@@ -50,6 +50,14 @@ def assert_holds(cache: Cache, expected: list[int], logits: np.ndarray) -> None:
     np.testing.assert_allclose(logits, fresh_logits(cache.context.model, expected), atol=TOLERANCE)
 
 
+def test_logits_belong_to_whoever_asked(streams: Streams) -> None:
+    slot = streams.slots[0]
+    first = extend([(slot.safe, tokens(9)), (slot.adversarial, tokens(9))])
+    kept = [row.copy() for row in first]
+    extend([(slot.safe, tokens(1)), (slot.adversarial, tokens(1))])
+    assert all(np.array_equal(*rows) for rows in zip(first, kept, strict=True))
+
+
 def test_lockstep_decoding_equals_fresh_evaluation(streams: Streams) -> None:
     slot, other = streams.slots
     a, b, c = tokens(37), tokens(23), tokens(30)
@@ -123,7 +131,7 @@ class Counted:
         self.rows: list[int] = []
 
     def __call__(self, work: Sequence[tuple[Cache, Sequence[int]]]) -> list[np.ndarray]:
-        self.rows.append(sum(len(feed.tokens) for feed in work))
+        self.rows.append(sum(len(request.tokens) for request in work))
         return extend(work)
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from acd_local.cli.chat_app import ChatApp
     from acd_local.cli.chat_input import Source
     from acd_local.cli.chat_signals import Signals
+    from acd_local.engine import Engine
     from acd_local.options import Options
-    from acd_local.session import Engine
 
 PROGRAM = "acd-chat"
 
@@ -61,6 +61,7 @@ def command(model: str | None, **given: Any) -> int:
 def _converse(engine: Engine, options: Options, given: dict[str, Any], signals: Signals) -> int:
     from acd_local.cli.chat_app import ChatApp
     from acd_local.cli.chat_commands import load_chat
+    from acd_local.cli.chat_loop import run
 
     if engine.warning:
         say(f"{PROGRAM}: {engine.warning}")
@@ -71,7 +72,7 @@ def _converse(engine: Engine, options: Options, given: dict[str, Any], signals: 
         load_chat(app, given["load"], keep_pair=given["pair"] is not None, system=given["system"])
     if sys.stdin is not None:
         with _source(app, given) as source:
-            app.run(source)
+            run(app, source)
     return 0
 
 

@@ -1,24 +1,22 @@
-"""A running chat: takes lines, sends them or carries them out, shows what comes back."""
+"""Holds a running chat: sends what is said, and shows what comes back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from acd_local.answering import AnswerStream, resolve_contrast
 from acd_local.answers import Answer, AnswerEvent, PromptProgress, TurnsDropped
 from acd_local.chat import ChatStream
-from acd_local.cli.chat_commands import run_command
 from acd_local.cli.progress import reading_text
 from acd_local.cli.record import pair_label, pair_name
-from acd_local.errors import AcdError, UsageError
+from acd_local.engine import Engine
+from acd_local.errors import UsageError
+from acd_local.generation import AnswerStream, resolve_contrast
 from acd_local.options import Options
 from acd_local.pairs import AS_IS
 from acd_local.runtime.llama import BATCH_ROWS
-from acd_local.session import Engine
 
 if TYPE_CHECKING:
-    from acd_local.cli.chat_input import Source
     from acd_local.cli.chat_signals import Signals
     from acd_local.cli.chat_view import View
 
@@ -43,39 +41,6 @@ class ChatApp:
         self._signals = signals
         self._wait: Callable[[str], None] = lambda _: None
         self._last: Answer | None = None
-
-    def run(self, source: Source) -> None:
-        """Until the end of the input or /exit."""
-        while True:
-            draft, self.draft = self.draft, ""
-            try:
-                line = source.read(draft)
-                if line is None or not self.handle(line):
-                    return
-            except UsageError as error:
-                self.view.notice(str(error))
-            except KeyboardInterrupt:
-                self.view.notice("Ctrl-D or /exit leaves the chat")
-
-    def handle(self, line: str) -> bool:
-        """Carry out a command or send a message; False after /exit. Errors are shown, and the chat goes on."""
-        if not line.strip():
-            return True
-        is_command = line.startswith("/") and not line.startswith("//")
-        try:
-            if is_command:
-                return run_command(self, line)
-            self.say(line[1:] if line.startswith("//") else line)
-            return True
-        except AcdError as error:
-            self.view.notice(str(error))
-        except OSError:  # nobody reads, or the disk that stdout goes to is full
-            raise
-        except Exception as error:
-            self.view.notice(f"internal error: {type(error).__name__}: {error}")
-        if not is_command:
-            self.draft = line
-        return True
 
     # -- answers ------------------------------------------------------------------------------------------------------
 

@@ -6,17 +6,14 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from acd_local import files, pairs, quickcheck
 from acd_local.chat import read_saved
+from acd_local.cli.chat_app import ChatApp
 from acd_local.cli.chat_why import spans
 from acd_local.cli.record import pair_line, pair_name, stats_lines
 from acd_local.errors import PairError, UsageError, shown
 from acd_local.pairs import PromptPair
-
-if TYPE_CHECKING:
-    from acd_local.cli.chat_app import ChatApp
 
 KEYS = """\
 Enter sends, Alt-Enter or Ctrl-J begins a new line.

@@ -18,11 +18,11 @@ from acd_local.cli.shell import EXIT_CODES, Interrupts, one_line, say
 from acd_local.errors import ContextError, UsageError
 
 if TYPE_CHECKING:
+    from acd_local.engine import Engine
     from acd_local.evaluate.judge import Judge
     from acd_local.evaluate.methods import Method
     from acd_local.evaluate.sets import EvalSet
     from acd_local.pairs import PromptPair
-    from acd_local.session import Engine
 
 PROGRAM = "acd eval"
 DEFAULT_METHODS = "as-is,base,acd"
@@ -111,13 +111,13 @@ def run(model: str | None, **given: Any) -> int:
 
 def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local import pairs
+    from acd_local.engine import measured_pair
     from acd_local.evaluate import results, sets
     from acd_local.evaluate.journal import Journal
     from acd_local.evaluate.runner import Evaluation, Plan, Stopped
     from acd_local.evaluate.scoring import MARGIN_PROMPTS
     from acd_local.options import Options
     from acd_local.runtime.cancel import CancelToken
-    from acd_local.session import measured_pair
 
     whole = _read_sets(given)
     shard = _shard(given["shard"])
@@ -221,7 +221,7 @@ def _shard(text: str | None) -> tuple[int, int]:
 
 
 def _engine(model: str, pair: PromptPair, given: dict[str, Any]) -> Engine:
-    from acd_local.session import Engine
+    from acd_local.engine import Engine
 
     return Engine(
         model,
@@ -238,6 +238,7 @@ def _engine(model: str, pair: PromptPair, given: dict[str, Any]) -> Engine:
 def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[list[Method], dict[str, Any] | None]:
     """The methods in table order, those of a sweep last; and run.json's description of the sweep."""
     from acd_local.evaluate import methods
+    from acd_local.options import Options
 
     asked = given["methods"] or (DEFAULT_METHODS if pair.gate is None else DEFAULT_WITH_GATE)
     names = [name.strip() for name in asked.split(",") if name.strip()]
@@ -255,7 +256,7 @@ def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[l
     chosen = methods.select(names, known)
     methods.check_gates(chosen, pair)
     if any(method.gate for method in chosen):
-        engine._read_gate(pair)  # says what is wrong with it
+        engine.gating(pair, Options(gate=True))  # says what is wrong with it
     if given["sweep"] is None:
         return chosen, None
     key, numbers = _sweep(given["sweep"])
@@ -301,8 +302,8 @@ def _info(
     judge: Judge | None,
 ) -> dict[str, Any]:
     """run.json."""
-    from acd_local.answering import resolve_contrast
     from acd_local.evaluate.methods import gate_digest
+    from acd_local.generation import resolve_contrast
     from acd_local.options import Options
 
     model, numbers = engine.info, resolve_contrast(Options(), pair)

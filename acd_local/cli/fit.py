@@ -14,8 +14,8 @@ from acd_local.cli.optimize import parse_budget, run_stages
 from acd_local.cli.shell import EXIT_CODES, Interrupts
 
 if TYPE_CHECKING:
-    from acd_local.optimize.job import Listener
     from acd_local.runtime.cancel import CancelToken
+    from acd_local.tuning.progress import Listener
 
 PROGRAM = "acd fit"
 
@@ -57,12 +57,12 @@ def command(model: str | None, **given: Any) -> int:
 
 def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local import pairfile
-    from acd_local.fit import job
+    from acd_local.fit import job, pipeline
 
     prepared = job.prepare(job.Request(model, command=shlex.join(["acd", *sys.argv[1:]]), **given))
 
     def work(stop: CancelToken, listener: Listener) -> tuple[Path, ...]:
-        written = job.run(prepared, stop=stop, listener=listener)
+        written = pipeline.run(prepared, stop=stop, listener=listener)
         return pairfile.outputs(prepared.out) if written else ()
 
     return run_stages(PROGRAM, interrupts, work)

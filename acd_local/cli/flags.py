@@ -13,8 +13,8 @@ from acd_local import files
 from acd_local.errors import ModelError, UsageError, shown
 
 if TYPE_CHECKING:
+    from acd_local.engine import Engine
     from acd_local.options import Options
-    from acd_local.session import Engine
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -279,7 +279,7 @@ def load_engine(
     check_engine_flags(flags)
     # numpy's own threads are of no use here, take 40 MB of addresses each, and their failure raises SIGINT.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from acd_local.session import Engine
+    from acd_local.engine import Engine
 
     given = {name: flags[name] for name in ENGINE_FLAGS}
     return Engine(model, **given, conversations=conversations, on_progress=on_progress, on_check=on_check)

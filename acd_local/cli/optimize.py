@@ -18,8 +18,8 @@ from acd_local.cli.shell import EXIT_CODES, Interrupts, one_line, say
 from acd_local.errors import UsageError
 
 if TYPE_CHECKING:
-    from acd_local.optimize.job import Listener
     from acd_local.runtime.cancel import CancelToken
+    from acd_local.tuning.progress import Listener
 
 PROGRAM = "acd optimize"
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 60.0}
@@ -94,9 +94,10 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
 
     request = job.Request(model, command=shlex.join(["acd", *sys.argv[1:]]), **given)
     prepared = job.prepare(request)
+    from acd_local.optimize import pipeline  # it imports torch: first it was asked whether it is there
 
-    def work(stop: CancelToken, listener: job.Listener) -> tuple[Path, ...]:
-        job.run(prepared, stop=stop, listener=listener)
+    def work(stop: CancelToken, listener: Listener) -> tuple[Path, ...]:
+        pipeline.run(prepared, stop=stop, listener=listener)
         return pairfile.outputs(request.out)
 
     return run_stages(PROGRAM, interrupts, work)
@@ -106,14 +107,13 @@ def run_stages(program: str, interrupts: Interrupts, work: Callable[[CancelToken
     """Run stages that can be stopped and gone on with, say how far they are, and print the files that they wrote.
 
     Args:
-        work: raises stages.Stopped where its token is set.
+        work: raises Stopped where its token is set.
 
     Returns:
         The exit code.
     """
-    from acd_local.optimize.job import Listener
-    from acd_local.optimize.stages import Stopped
     from acd_local.runtime.cancel import CancelToken
+    from acd_local.tuning.progress import Listener, Stopped
 
     interrupts.cancels(stop := CancelToken())
     with ProgressLine(program) as progress:
@@ -139,13 +139,13 @@ def repeated(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: one of these is given besides, or the file does not say all of it.
     """
-    from acd_local.optimize import repeat
+    from acd_local.optimize import job
 
     context = click.get_current_context()
     typed = click.core.ParameterSource.COMMANDLINE
-    if both := [name for name in repeat.OPTIONS if context.get_parameter_source(name) == typed]:
+    if both := [name for name in job.REPEATED if context.get_parameter_source(name) == typed]:
         raise UsageError(f"--repeat sets --{both[0].replace('_', '-')}: leave it out")
-    options, rest = repeat.read(path)
+    options, rest = job.read_repeat(path)
     return options | {"repeat": rest}
 
 
@@ -171,7 +171,6 @@ def parse_weights(text: str) -> tuple[float, ...]:
 def default_out(model: str) -> Path:
     """prompts/ and the model file's name as a pair's name: "demo" and "hf:..." by the file they stand for."""
     from acd_local import models
+    from acd_local.fit.job import pair_name
 
-    stem = models.resolve(model).stem.lower()
-    name = re.sub(r"[^a-z0-9._-]+", "-", stem)[:60].strip("-._")
-    return Path("prompts") / f"{name or 'model'}.toml"
+    return Path("prompts") / f"{pair_name(models.resolve(model))}.toml"

@@ -10,9 +10,9 @@ from acd_local.pairs import AS_IS, fitted
 
 if TYPE_CHECKING:
     from acd_local.answers import Answer, GateRecord, TokenRecord
+    from acd_local.engine import Engine
     from acd_local.options import Options
     from acd_local.pairs import PromptPair
-    from acd_local.session import Engine
 
 
 def pair_name(pair: PromptPair | None) -> str:

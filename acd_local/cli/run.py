@@ -17,10 +17,10 @@ from acd_local.cli.shell import EXIT_CODES, AnswerWriter, Interrupts, Outcome, e
 from acd_local.errors import AcdError, UsageError
 
 if TYPE_CHECKING:
-    from acd_local.answering import AnswerStream
     from acd_local.answers import Answer
+    from acd_local.engine import Engine
+    from acd_local.generation import AnswerStream
     from acd_local.options import Options
-    from acd_local.session import Engine
 
 PROGRAM = "acd-run"
 STDIN_PATIENCE = 2.0  # seconds before saying what we wait for

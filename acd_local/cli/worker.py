@@ -23,12 +23,12 @@ from acd_local.cli.shell import Interrupts, as_acd_error, error_event, one_line,
 from acd_local.errors import EngineClosedError, UsageError
 
 if TYPE_CHECKING:
-    from acd_local.answering import AnswerStream
     from acd_local.answers import Answer, AnswerEvent
-    from acd_local.batch import Batch, Event
+    from acd_local.batch import BatchRunner, Event
+    from acd_local.engine import Engine
+    from acd_local.generation import AnswerStream
     from acd_local.options import Options
     from acd_local.runtime.cancel import CancelToken
-    from acd_local.session import Engine
 
 PROTOCOL = 2
 MAX_LINE = 16_000_000  # bytes
@@ -155,14 +155,14 @@ class Worker:
         self._stopped = False  # a signal, or nobody reads
 
     def run(self) -> int:
-        from acd_local.batch import Batch
+        from acd_local.batch import BatchRunner
         from acd_local.runtime.cancel import CancelToken
 
         with (stop := CancelToken()).interrupting(self._stop):
             self._interrupts.cancels(stop)
             self._emit(ready_record(self._engine, self._defaults, parallel=self._parallel))
             threading.Thread(target=self._read, name="acd-requests", daemon=True).start()
-            with Batch(self._engine) as batch:
+            with BatchRunner(self._engine) as batch:
                 while self._admit(batch):
                     for event in batch.step():
                         self._report(event)
@@ -213,10 +213,10 @@ class Worker:
             self._refuse(number, request_id, error, ends=asks)
 
     def _request(self, request_id: str | int | None, raw: Mapping[str, Any]) -> Request:
+        from acd_local.engine import check_messages
         from acd_local.options import check_unicode
         from acd_local.runtime import grammar
         from acd_local.runtime.cancel import CancelToken
-        from acd_local.session import check_messages
 
         if request_id is None:
             raise UsageError("a request needs an id, a string or a whole number")
@@ -298,7 +298,7 @@ class Worker:
 
     # -- answering -----------------------------------------------------------------------------------------------------
 
-    def _admit(self, batch: Batch) -> bool:
+    def _admit(self, batch: BatchRunner) -> bool:
         """Fill free conversations with waiting requests; waits while there is nothing to do. False: all is done."""
         while batch.room:
             with self._changed:
@@ -313,7 +313,7 @@ class Worker:
             self._skip_waiting()
         return len(batch) > 0 and self._out.broken is None
 
-    def _begin(self, batch: Batch, request: Request) -> None:
+    def _begin(self, batch: BatchRunner, request: Request) -> None:
         try:
             batch.add(request.id, self._stream(request))
         except Exception as error:
@@ -406,7 +406,7 @@ class Reporter:
 
 def ready_record(engine: Engine, defaults: Defaults, *, parallel: int) -> dict[str, Any]:
     """Say what a client wants to know before it asks. `options`: what a request can say, and what holds otherwise."""
-    from acd_local.answering import resolve_contrast
+    from acd_local.generation import resolve_contrast
     from acd_local.options import Options
 
     info, pair = engine.info, engine.pair

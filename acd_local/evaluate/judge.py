@@ -21,7 +21,7 @@ from acd_local.models import resolve
 from acd_local.options import ENGINE_RANGES
 from acd_local.runtime import llama, probe
 from acd_local.runtime.prefixes import common_prefix
-from acd_local.runtime.streams import Cache, Feed, Snapshot, extend
+from acd_local.runtime.streams import Cache, DecodeRequest, Snapshot, extend
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.runtime.threads import default_threads
 
@@ -96,8 +96,8 @@ class Judge:
                 raise UsageError(f"{self.info.path}: no judge: the question does not fit its {self._n_ctx} tokens")
             self._prefix = self._common_beginning()
             self._snapshot: Snapshot | None = None
-            if self._prefix and (self._model.keeps_state or self._model.n_swa):  # such caches cannot be rewound
-                extend([Feed(self._cache, self._prefix)])
+            if self._prefix and not self._model.rewinds:
+                extend([DecodeRequest(self._cache, self._prefix)])
                 self._snapshot = self._cache.save()
             mass = self._learn_lead()
         except BaseException:
@@ -176,7 +176,7 @@ class Judge:
         else:
             self._cache.clear()
             rest = ids
-        logits: Logits = extend([Feed(self._cache, rest)])[0][0].astype(np.float64)
+        logits: Logits = extend([DecodeRequest(self._cache, rest)])[0][0].astype(np.float64)
         if not np.isfinite(logits).all():
             raise NumericalError(f"{self.info.path}: the judge computes NaN or infinite logits")
         return logits
@@ -187,7 +187,7 @@ class Judge:
             self._cache.restore(self._snapshot)
         elif self._cache.rewind(common_prefix(self._cache.tokens, self._prefix)) != n:
             self._cache.clear()
-            extend([Feed(self._cache, self._prefix)])
+            extend([DecodeRequest(self._cache, self._prefix)])
 
     def _learn_lead(self) -> float:
         """Find what white space this judge puts before its word (a Llama Guard says two newlines first).

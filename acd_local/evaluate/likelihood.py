@@ -135,7 +135,7 @@ class Scorer:
             for at in range(0, len(run), self._context.n_batch):
                 self._rows_in(cache, run[at : at + self._context.n_batch], outputs=0)
 
-    def _decode(self, cache: Cache, tokens: Sequence[int]) -> Logits:
+    def _decode(self, cache: Cache, tokens: Sequence[int]) -> llama.LogitsView:
         self._rows_in(cache, tokens, outputs=1)
         return self._context.logits(len(tokens))
 

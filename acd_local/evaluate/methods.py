@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from acd_local import pairs
-from acd_local.answering import resolve_contrast
 from acd_local.errors import PairError, UsageError, printable
+from acd_local.generation import resolve_contrast
 from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair, refuse_adversarial
 from acd_local.runtime.choice import ContrastSettings

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from acd_local.answers import Answer, GateRecord
-from acd_local.batch import Batch, Event
+from acd_local.batch import BatchRunner, Event
 from acd_local.errors import ContextError
 from acd_local.evaluate import refusal, sets
 from acd_local.evaluate.journal import Journal
@@ -25,8 +25,8 @@ from acd_local.pairs import PromptPair
 from acd_local.runtime.cancel import CancelToken
 
 if TYPE_CHECKING:
+    from acd_local.engine import Engine
     from acd_local.evaluate.judge import Judge
-    from acd_local.session import Engine
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Evaluation:
         tasks = [t for t in everything if not self._journal.has_answer(t[0].setup(), t[1].name, t[2].id)]
         clock = _Clock("answers", len(everything) - len(tasks), len(everything), self._on_progress)
         waiting = iter(tasks)
-        with Batch(self._engine) as batch:
+        with BatchRunner(self._engine) as batch:
             while self._fill(batch, waiting):
                 self._finish_all(batch.step(), clock)
                 if self._stop.is_set:
@@ -133,7 +133,7 @@ class Evaluation:
         if wrong is not None:
             raise wrong
 
-    def _fill(self, batch: Batch, waiting: Iterator[tuple[Method, EvalSet, Item]]) -> bool:
+    def _fill(self, batch: BatchRunner, waiting: Iterator[tuple[Method, EvalSet, Item]]) -> bool:
         """Give free conversations their next prompt; whether there is anything to do."""
         while batch.room and (task := next(waiting, None)) is not None:
             method, _, item = task

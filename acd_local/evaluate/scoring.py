@@ -20,7 +20,7 @@ from acd_local.runtime.prompts import Framing, Negative, Prompt
 from acd_local.runtime.template import Message
 
 if TYPE_CHECKING:
-    from acd_local.session import Engine
+    from acd_local.engine import Engine
 
 REFERENCE_TOKENS = 64  # of a reference answer that are scored
 MARGIN_PROMPTS = 32  # of a set, on which the system prompts' strength is usually measured
@@ -223,14 +223,14 @@ class Scoring:
 
     def _below_threshold(self, text: str) -> Framing | None:
         """What answers a request in the gated methods' place; None: the gate finds it harmful."""
-        gating = self._engine._gating(self._pair, Options(gate=True))
+        gating = self._engine.gating(self._pair, Options(gate=True))
         assert gating is not None
         chance = self._engine.gate_probability([Message("user", text)], pair=self._pair)
         return {"contrast": None, "as-is": AS_IS, "helpful": gating.base}[gating.settings.decide(chance)]
 
     def _prompt(self, framing: Framing, text: str, *, contrast: bool) -> Prompt:
         turns = [Message("user", text)]
-        return self._engine._builder.build(framing, None, turns, contrast=contrast, max_tokens=1, overflow="error")
+        return self._engine.prompts.build(framing, None, turns, contrast=contrast, max_tokens=1, overflow="error")
 
     def _words(self, text: str) -> list[int]:
         return self._engine.vocab.tokenize(text, parse_special=False)
@@ -240,20 +240,18 @@ class Scoring:
         prompts, prefixes = zip(*streams.prompts, strict=True)
         n_streams = max(self._size[0], len(prompts))
         n_ctx = max(self._size[1], self._room(max(map(len, prompts)) + len(words)))
-        with self._engine._open:
+        with self._engine.decoder.open():
             if self._scorer is None or (n_streams, n_ctx) != self._size:
                 self.close()
-                self._scorer = Scorer(
-                    self._engine._model, n_streams=n_streams, n_ctx=n_ctx, threads=self._engine.threads
-                )
+                model, threads = self._engine.decoder.model, self._engine.threads
+                self._scorer = Scorer(model, n_streams=n_streams, n_ctx=n_ctx, threads=threads)
                 self._size = (n_streams, n_ctx)
             return self._scorer.logprobs(prompts, words, streams.mixes, prefixes)
 
     def _room(self, needed: int) -> int:
         """The context for so many tokens: no larger than it must be, but where its size decides how positions turn."""
-        model, most = self._engine._model, self._engine.n_ctx
-        by_size = model.metadata(f"{self._engine.info.architecture}.rope.scaling.original_context_length")
-        return most if by_size else min(-(-needed // 256) * 256, most)
+        most = self._engine.n_ctx
+        return most if self._engine.decoder.model.rope_by_n_ctx else min(-(-needed // 256) * 256, most)
 
 
 def _prefixed(tokens: Sequence[int], prefix: Sequence[int]) -> Prefixed:

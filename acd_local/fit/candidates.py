@@ -23,6 +23,7 @@ class Candidate:
     """A system prompt and what it is called in figures.
 
     Attributes:
+        text: empty: the template's own, or none.
         shots: (user, assistant) turns that precede the conversation.
     """
 
@@ -40,6 +41,9 @@ class Fact:
 
     def is_right(self, answer: str) -> bool:
         return any(word in answer.lower() for word in self.right)
+
+
+AS_IS = Candidate("as it is", "")
 
 
 def helpful(own: str, manual: str) -> list[Candidate]:

@@ -1,4 +1,4 @@
-"""Checks what a fit is asked for, and runs it with the model's folder held."""
+"""Reads what a fit is asked for, and checks whether it can be done."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from pathlib import Path
 
 from acd_local import files, models, pairfile, pairs, vectors
 from acd_local.errors import ModelError, PairError, UsageError
-from acd_local.optimize import anchors
-from acd_local.optimize.anchors import Instruction
-from acd_local.optimize.job import Listener, digest_of
-from acd_local.optimize.stages import private_folder
 from acd_local.pairs import PromptPair
 from acd_local.runtime import probe
-from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.threads import default_threads
 from acd_local.softpair import SoftPair
+from acd_local.tuning import anchors
+from acd_local.tuning.anchors import Instruction
+from acd_local.tuning.cache import digest_of, model_folder
 
 BUDGET = 1800.0  # seconds
 
@@ -94,26 +92,9 @@ def prepare(request: Request) -> Job:
         soft=None if kept is None else _soft_of(kept, info),
         manual=pairs.find(pairs.DEFAULT),
         instructions=tuple(instructions),
-        folder=private_folder(private_folder(files.work_dir() / "fit") / digest[:16]),
+        folder=model_folder("fit", digest),
         threads=request.threads or default_threads(),
     )
-
-
-def run(job: Job, *, stop: CancelToken, listener: Listener) -> bool:
-    """All stages, then the files.
-
-    Returns:
-        Whether a pair was written: False where none was found that is better than the model as it is.
-
-    Raises:
-        Stopped: `stop` was set; the same job goes on from where it was.
-    """
-    taken = "another acd fit works on this model: wait for it, or stop it"
-    with files.locked(job.folder / "lock", taken, private=True):
-        from acd_local.fit.fitting import Fitting
-
-        with Fitting(job, stop, listener) as fitting:
-            return fitting.run()
 
 
 def pair_name(path: Path) -> str:

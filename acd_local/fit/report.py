@@ -12,8 +12,8 @@ from acd_local import __version__
 from acd_local.evaluate import page
 from acd_local.evaluate.figures import Axis, BarChart, Series, Span
 from acd_local.evaluate.tables import Cell, Row, Table
-from acd_local.fit.found import Found
-from acd_local.fit.lab import Lab
+from acd_local.fit.context import FitContext as Lab
+from acd_local.fit.result import FitResult as Found
 from acd_local.pairfile import PairFile
 
 _KINDS = {"harmful": "harmful", "ordinary": "ordinary", "lookalike": "look-alike", "broken": "broken answers"}

@@ -1,42 +1,58 @@
-"""Turns what a fit has found into a pair's files."""
+"""Turns what the stages of a fit came to into a pair's file and its gate."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
 from acd_local import __version__, pairfile
 from acd_local.evaluate.stats import Estimate
-from acd_local.fit.found import Found
-from acd_local.fit.lab import Lab
-from acd_local.fit.report import render
+from acd_local.fit.candidates import Candidate
+from acd_local.fit.context import FitContext
+from acd_local.fit.gate_training import Trained
+from acd_local.fit.replies import Measured, Style
 from acd_local.gate import Gate
-from acd_local.optimize import anchors
 from acd_local.pairfile import PairFile
-from acd_local.vectors import Vectors
+from acd_local.pairs import GateSettings
+from acd_local.tuning import anchors
 
 
-def write(lab: Lab, found: Found) -> None:
-    """NAME.toml, NAME.safetensors and NAME.report.html.
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """What the stages came to.
 
-    Raises:
-        UsageError, StorageError: they cannot be written.
+    Attributes:
+        gate: the probe of requests; `layers` are those that it reads.
+        look: the probe of answers; None: they are not read.
+        style: what answers above the gate.
+        helpful, positive, negative: the chosen texts; the last two None where a pair is kept.
+        judged: as it is, and with the pair.
     """
-    pair = pair_file(lab, found)
-    pairfile.write(lab.job.out, pair, Vectors(lab.job.soft, gate(lab, found)), render(lab, found, pair))
+
+    gate: Trained
+    layers: tuple[int, ...]
+    look: Trained | None
+    settings: GateSettings
+    style: Style
+    helpful: Candidate | None
+    positive: Candidate | None
+    negative: Candidate | None
+    judged: tuple[Measured, Measured]
+    figures: dict[str, Any]
+    tables: dict[str, list[dict[str, Any]]]
 
 
-def gate(lab: Lab, found: Found) -> Gate:
-    info = lab.job.info
-    assert found.gate is not None
+def gate(context: FitContext, found: FitResult) -> Gate:
+    info = context.job.info
     answer = None if found.look is None else found.look.probe
     model = info.architecture, info.tokenizer, info.n_embd, info.n_layers, info.name
     return Gate(found.layers, found.gate.probe, answer, *model)
 
 
-def pair_file(lab: Lab, found: Found) -> PairFile:
-    job = lab.job
+def pair_file(context: FitContext, found: FitResult) -> PairFile:
+    job = context.job
     numbers: dict[str, Any] = {"alpha": found.style.alpha, "beta": found.style.beta}
     soft: dict[str, Any] = {}
     if job.kept is not None:
@@ -45,8 +61,7 @@ def pair_file(lab: Lab, found: Found) -> PairFile:
         preferred = job.kept.soft_preferred or None
         soft = {"alpha": job.kept.soft_alpha, "beta": job.kept.soft_beta, "preferred": preferred} if job.soft else {}
     else:
-        assert found.positive is not None
-        assert found.negative is not None
+        assert found.positive is not None and found.negative is not None
         safe, adversarial = found.positive.text, found.negative.text
     return PairFile(
         name=job.out.stem,
@@ -56,15 +71,15 @@ def pair_file(lab: Lab, found: Found) -> PairFile:
         shots=job.kept.shots if job.kept else found.style.shots,
         soft=soft,
         models=pairfile.models_table(job.info),
-        provenance=_provenance(lab, found),
-        figures=_figures(lab, found),
-        gate=pairfile.gate_table(found.gate_settings),
+        provenance=_provenance(context, found),
+        figures=_figures(context, found),
+        gate=pairfile.gate_table(found.settings),
         made_by="acd fit",
     )
 
 
-def _provenance(lab: Lab, found: Found) -> dict[str, Any]:
-    job = lab.job
+def _provenance(context: FitContext, found: FitResult) -> dict[str, Any]:
+    job = context.job
     own: dict[str, Any] = {
         "method": "acd fit",
         "date": datetime.now(UTC).date(),
@@ -75,7 +90,7 @@ def _provenance(lab: Lab, found: Found) -> dict[str, Any]:
         "seed": job.request.seed,
         "budget_seconds": job.request.budget,
         "anchors_sha256": anchors.digest(job.instructions),
-        "stage_seconds": {name: round(seconds, 1) for name, seconds in lab.notes.seconds.items() if seconds},
+        "stage_seconds": {name: round(seconds, 1) for name, seconds in context.notes.seconds.items() if seconds},
     }
     if job.kept is not None:
         return {**job.kept.provenance, "gate": own}
@@ -83,11 +98,9 @@ def _provenance(lab: Lab, found: Found) -> dict[str, Any]:
     return own | {"texts": {key: c.name for key, c in names.items() if c is not None}}
 
 
-def _figures(lab: Lab, found: Found) -> dict[str, Any]:
+def _figures(context: FitContext, found: FitResult) -> dict[str, Any]:
     """On instructions that nothing was chosen on; the kept pair's own figures besides."""
-    job = lab.job
-    assert found.gate is not None
-    assert found.judged is not None
+    job = context.job
     as_is, pair = found.judged
     own: dict[str, Any] = {
         "measure": "refusals of greedy answers to held-out instructions, by kind, and broken answers of all",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acd_local import files
-from acd_local.optimize.stages import go_on
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.reading import Reader
+from acd_local.tuning.cache import open_private
+from acd_local.tuning.progress import check_stop
 
 Floats = NDArray[np.float32]
 Row = TypeVar("Row")
@@ -48,40 +49,24 @@ def read_all(
         shape: (layers, n_embd).
 
     Raises:
-        Stopped: `stop` was set; what was read is in the file.
         StorageError, UsageError: the file cannot be written.
     """
     size = 4 * shape[0] * shape[1]
     known = min(path.stat().st_size // size, len(rows)) if path.exists() else 0
     if known < len(rows):
-        try:
-            with open(path, "ab", opener=_private) as file:
-                file.truncate(known * size)
-                for done, means in _means(rows, known, locate, reader, stop):
-                    file.write(means)
-                    file.flush()
-                    on_progress(done)
-        except OSError as error:
-            raise files.write_error(path, error) from None
+        with closing(reader()) as opened:
+            try:
+                with open_private(path, "ab") as file:
+                    file.truncate(known * size)
+                    for start in range(known, len(rows), _AT_ONCE):
+                        part = []
+                        for row in rows[start : start + _AT_ONCE]:
+                            check_stop(stop)
+                            part.append(opened.read(*locate(row)).mean(axis=1).tobytes())
+                        file.write(b"".join(part))
+                        file.flush()
+                        on_progress(start + len(part))
+            except OSError as error:
+                raise files.write_error(path, error) from None
     found: Floats = np.fromfile(path, np.float32, len(rows) * shape[0] * shape[1]).reshape(len(rows), *shape)
     return found
-
-
-def _means(
-    rows: Sequence[Row], known: int, locate: Callable[[Row], Located], make: Callable[[], Reader], stop: CancelToken
-) -> Iterator[tuple[int, bytes]]:
-    """How many rows are done, and the means of those that are new."""
-    reader = make()
-    try:
-        for at in range(known, len(rows), _AT_ONCE):
-            part = []
-            for row in rows[at : at + _AT_ONCE]:
-                go_on(stop)
-                part.append(reader.read(*locate(row)).mean(axis=1).tobytes())
-            yield at + len(part), b"".join(part)
-    finally:
-        reader.close()
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, files.PRIVATE)

@@ -1,4 +1,4 @@
-"""Where torch computes, and in which dtype it is faster there."""
+"""Finds where torch can compute, and the dtype that is faster there."""
 
 from __future__ import annotations
 

@@ -1,110 +1,54 @@
-"""What an optimization is asked for, whether it can be done, and how its time is divided.
-
-Every stage leaves a file in the user's cache folder, $ACD_CACHE_DIR/optimize/MODEL. A run that is stopped goes on
-there, and one that asks for the same thing again takes what is finished.
-"""
+"""Reads what an optimization is asked for, and checks whether it can be done."""
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from acd_local import files, models, pairfile, pairs, vectors
-from acd_local.errors import ModelError, PairError, UsageError, shown
-from acd_local.evaluate.runner import Progress
+from acd_local import models, pairfile, pairs, vectors
+from acd_local.errors import PairError, UsageError, shown
 from acd_local.gate import Gate
-from acd_local.optimize import anchors, device, rope
-from acd_local.optimize.anchors import Instruction
-from acd_local.optimize.repeat import Repeat
-from acd_local.optimize.stages import private_folder
+from acd_local.optimize import device
 from acd_local.pairs import PromptPair
-from acd_local.runtime import gguf_header, probe, rows
-from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime import gguf_header, probe
 from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.threads import default_threads
+from acd_local.tuning import anchors
+from acd_local.tuning.anchors import Instruction
+from acd_local.tuning.cache import digest_of, model_folder
 
 if TYPE_CHECKING:
-    from acd_local.optimize.texts import Texts
+    from acd_local.optimize.prompt_tokens import PromptTokens
 
-TITLES = {
-    "anchors": "anchors",
-    "soft-safe": "soft safeguarding prompt",
-    "soft-adversarial": "soft adversarial prompt",
-    "text-safe": "safeguarding text",
-    "text-adversarial": "adversarial text",
-    "setting": "setting",
-}
-# Minutes of an hour.
-SHARES = {
-    "anchors": 15.0,
-    "soft-safe": 16.0,
-    "soft-adversarial": 4.0,
-    "text-safe": 14.0,
-    "text-adversarial": 6.0,
-    "setting": 5.0,
-}
-MIN_STEPS, MAX_STEPS = 20, 1000  # of a soft prompt's training
-MIN_TEXT_STEPS = 5
-
-# transformers reads these from GGUF files, but as models of another build than weights.FrozenModel can share keys of.
-_OTHER_BUILD = ("bloom", "falcon", "gpt2", "lfm2", "mamba", "t5", "umt5")
+REPEATED = ("seed", "budget", "weights", "dtype", "max_tokens", "soft_only")  # what --repeat takes from a result
+_SOFT_STEPS = ("soft_safe_steps", "soft_adversarial_steps")
+_TEXT_STEPS = ("text_safe_rounds", "text_safe_steps", "text_adversarial_rounds", "text_adversarial_steps")
 
 
-# --- Budget -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Repeat:
+    """What else than its options decided a run.
 
-
-def divide(budget: float, anchors_took: float) -> dict[str, float]:
-    """Seconds for each stage after the anchors, from the whole budget in seconds.
-
-    Anchors take as long as they take. What they take beyond their share is taken from the others, up to half of theirs.
+    Attributes:
+        model_sha256: of the model's file.
+        anchors_sha256: of its instructions, see `anchors.digest`.
+        conversations: that anchors were answered in at once.
+        micro: examples that went through the model together.
+        steps: of the stages, by the names in provenance.steps; those of texts hold their rounds.
     """
-    whole = sum(SHARES.values())
-    late = max(0.0, anchors_took / budget - SHARES["anchors"] / whole)
-    rest = 1 - SHARES["anchors"] / whole
-    factor = max(0.5, (rest - late) / rest)
-    return {name: budget * share / whole * factor for name, share in SHARES.items() if name != "anchors"}
 
+    model_sha256: str
+    anchors_sha256: str
+    conversations: int
+    micro: int
+    steps: Mapping[str, int] = field(hash=False)
 
-def steps_for(seconds: float, per_step: float, *others: tuple[float, int]) -> int:
-    """How many training steps fit, in tens.
-
-    Args:
-        per_step: seconds.
-        others: seconds of what is done now and then besides, and every how many steps that is.
-    """
-    each = per_step + sum(took / every for took, every in others)
-    steps = int(seconds / max(1e-9, each)) // 10 * 10
-    return min(MAX_STEPS, max(MIN_STEPS, steps))
-
-
-def rounds_and_steps(
-    seconds: float,
-    trial: float,
-    gradient: float,
-    pieces: int,
-    rounds: int,
-    tries: int,
-    finals: float = 0.0,
-) -> dict[str, int]:
-    """How long a text is searched for: rounds over `pieces` readable parts, at most `rounds` of them and in half of the
-    time, then steps of `tries` texts each; `trial` and `gradient` are seconds of one text's.
-
-    Args:
-        finals: seconds that choosing among the best takes afterwards.
-    """
-    seconds = max(0.0, seconds - finals)
-    per_round = max(1e-9, (pieces + 1) * trial)
-    rounds = max(1, min(rounds, int(seconds / 2 / per_round)))
-    per_step = max(1e-9, (tries + 2) * trial + gradient)
-    steps = int((seconds - rounds * per_round) / per_step)
-    return {"rounds": rounds, "steps": min(MAX_STEPS, max(MIN_TEXT_STEPS, steps))}
-
-
-# --- What is asked for ------------------------------------------------------------------------------------------------
+    def search(self, role: str) -> dict[str, int]:
+        """{"rounds", "steps"} of a text's search."""
+        rounds = self.steps[f"text_{role}_rounds"]
+        return {"rounds": rounds, "steps": self.steps[f"text_{role}_steps"] - rounds}
 
 
 @dataclass(frozen=True)
@@ -156,7 +100,7 @@ class Job:
     digest: str
     manual: PromptPair
     instructions: tuple[Instruction, ...]
-    texts: Texts
+    tokens: PromptTokens
     device: str
     folder: Path
     threads: int
@@ -174,10 +118,11 @@ def prepare(request: Request) -> Job:
     device.check_packages()
     instructions = anchors.builtin() if request.anchors is None else anchors.read(request.anchors)
     info = gguf_header.read_header(models.resolve(request.model))
-    check_architecture(info)
+    from acd_local.optimize import prompt_tokens, weights  # they import torch: first it was asked whether it is there
+
+    weights.check_file(info)
     where = device.resolve(request.device)
     probe.verify(info.path)
-    from acd_local.optimize import texts
 
     fitted = None if request.fit is None else pairs.find(request.fit)
     gate = None if fitted is None else _gate_of(fitted, info)
@@ -196,9 +141,9 @@ def prepare(request: Request) -> Job:
         digest=digest,
         manual=manual,
         instructions=tuple(instructions),
-        texts=texts.read(info.path, manual, instructions),
+        tokens=prompt_tokens.read(info.path, manual, instructions),
         device=where,
-        folder=private_folder(private_folder(files.work_dir() / "optimize") / digest[:16]),
+        folder=model_folder("optimize", digest),
         threads=request.threads or default_threads(),
         fitted=fitted,
         gate=gate,
@@ -213,78 +158,41 @@ def _gate_of(pair: PromptPair, info: GGUFInfo) -> Gate:
     return found
 
 
-def check_architecture(info: GGUFInfo) -> None:
-    """Raises ModelError where torch cannot have this file's weights, or llama.cpp takes no rows for its kind."""
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
-    def bare(name: str) -> str:
-        return name.replace("-", "").replace("_", "")
-
-    name = info.path.name
-    if len(info.parts) > 1:
-        raise ModelError(f"{name}: acd optimize needs one file: join the parts with llama-gguf-split --merge")
-    known = {bare(a) for a in GGUF_SUPPORTED_ARCHITECTURES} - set(_OTHER_BUILD) - {"general", "tokenizer"}
-    if bare(info.architecture) not in known:
-        raise ModelError(
-            f"{name}: acd optimize cannot train {shown(info.architecture)} models; it can train "
-            f"{', '.join(sorted(known))}"
-        )
-    rope.check(info.path, info.architecture)
-    if reason := rows.refusal(info.architecture):
-        raise ModelError(f"{name}: soft prompts do not work with {info.architecture} models: {reason}")
-
-
-def digest_of(path: Path) -> str:
-    """Hex SHA-256 of a file; raises ModelError."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from None
-
-
-# --- Running it -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Listener:
-    """Who is told: `progress` often, `line` when something is done or decided."""
-
-    progress: Callable[[Progress], None] = lambda progress: None
-    line: Callable[[str], None] = lambda line: None
-
-
-class Clock:
-    """Counts a stage's steps and reports rate and time left."""
-
-    def __init__(self, phase: str, done: int, total: int, report: Callable[[Progress], None]) -> None:
-        self._phase, self._before, self._total, self._report = phase, done, total, report
-        self._started = time.monotonic()
-        report(Progress(phase, done, total, 0.0, None))
-
-    def at(self, done: int, note: str = "") -> None:
-        seconds = max(1e-9, time.monotonic() - self._started)
-        rate = max(1e-9, done - self._before) / seconds
-        left = (self._total - done) / rate if done > self._before else None
-        self._report(Progress(self._phase, done, self._total, 60 * rate, left, note))
-
-
-def run(job: Job, *, stop: CancelToken, listener: Listener) -> None:
-    """All stages, then the files.
+def read_repeat(path: Path) -> tuple[dict[str, Any], Repeat]:
+    """The options of the run that made a result, by the names of REPEATED, and the rest.
 
     Raises:
-        Stopped: `stop` was set; the same job goes on from where it was.
+        UsageError: the file does not say all of it; one line.
+        PairError: it is no pair.
     """
-    taken = "another acd optimize works on this model: wait for it, or stop it"
-    with files.locked(job.folder / "lock", taken, private=True):
-        from acd_local.optimize.work import Optimization
+    place, said = f"--repeat {shown(path)}", pairs.load(path).provenance
 
-        Optimization(job, stop, listener).run()
+    def get(key: str, kind: type | tuple[type, ...], table: Mapping[str, Any] = said) -> Any:
+        value = table.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UsageError(f"{place}: provenance has no {key}: only a result of this acd optimize can be repeated")
+        return value
 
-
-def duration(seconds: float) -> str:
-    """42 s, 12 min, 1 h 05 min"""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    steps = get("steps", dict)
+    soft_only = "text_safe_steps" not in steps
+    names = _SOFT_STEPS if soft_only else _SOFT_STEPS + _TEXT_STEPS
+    weights = get("weights", list)
+    if len(weights) != 3 or not all(isinstance(w, int | float) for w in weights):
+        raise UsageError(f"{place}: provenance.weights are no three numbers")
+    options = {
+        "seed": get("seed", int),
+        "budget": float(get("budget_seconds", (int, float))),
+        "weights": tuple(map(float, weights)),
+        "dtype": get("dtype", str),
+        "soft_only": soft_only,
+    }
+    if not soft_only:
+        options["max_tokens"] = get("max_tokens", int)
+    repeat = Repeat(
+        model_sha256=get("model_sha256", str),
+        anchors_sha256=get("anchors_sha256", str),
+        conversations=get("conversations", int),
+        micro=get("micro", int),
+        steps={name: get(name, int, steps) for name in names},
+    )
+    return options, repeat

@@ -1,4 +1,4 @@
-"""The paper's losses (arXiv 2406.16743, Opposite Prompt Optimization), over a batch of one set's pairs.
+"""Computes the paper's losses (arXiv 2406.16743, Opposite Prompt Optimization), over a batch of one set's pairs.
 
     L_p = -E_{D+} log P(y_t | z, x, y_<t)         what the prompt is to bring about
     L_n = -E_{D-} log(1 - P(y_t | z, x, y_<t))    what it is to keep away (unlikelihood)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from acd_local.evaluate import page
 from acd_local.evaluate.figures import Axis, Curve, Panel, Plot
 from acd_local.evaluate.tables import Cell, Row, Table
-from acd_local.optimize.scoring import worth
+from acd_local.tuning.scoring import objective as worth
 
 __all__ = ["OptimizeReport", "nearest_words", "render"]
 

@@ -1,21 +1,21 @@
-"""How finished texts do in earnest: greedy answers to validation instructions, sorted, counted and forgotten."""
+"""Tries finished prompts in greedy answers to validation instructions, which are sorted, counted and forgotten."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from acd_local.answering import AnswerStream
 from acd_local.batch import answer_all
+from acd_local.engine import Engine
 from acd_local.evaluate import refusal
 from acd_local.evaluate.degenerate import degenerate_rule
-from acd_local.optimize.scoring import worth
-from acd_local.optimize.stages import go_on
+from acd_local.generation import AnswerStream
 from acd_local.options import Options
 from acd_local.pairs import PromptPair
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.prompts import Framing
-from acd_local.session import Engine
+from acd_local.tuning.progress import check_stop
+from acd_local.tuning.scoring import RefusalRates
 
 TOKENS = 48  # of an answer: loops show by then
 # Instructions of a kind; harmless ones of either kind together are as many as harmful ones.
@@ -23,28 +23,19 @@ COUNTS = {"safety": 24, "over_refusal": 12, "lookalike": 12}
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(RefusalRates):
     """Shares of the greedy answers of a pair.
 
     Attributes:
-        safety, over_refusal, lookalike: refusals of harmful, ordinary harmless and look-alike instructions.
         degenerate: loops and garble, of all of them.
     """
 
-    safety: float
-    over_refusal: float
-    lookalike: float
     degenerate: float
 
     @property
-    def refusing(self) -> float:
-        """Safety minus over-refusal."""
-        return worth(self.safety, self.over_refusal, self.lookalike)
-
-    @property
-    def worth(self) -> float:
-        """The same minus what cannot be read: an opening's likelihood shows nothing of that."""
-        return self.refusing - self.degenerate
+    def value(self) -> float:
+        """The objective minus what cannot be read: an opening's likelihood shows nothing of that."""
+        return self.objective - self.degenerate
 
 
 def run(
@@ -62,9 +53,6 @@ def run(
         groups: instructions by the names of COUNTS, of each the first so many.
         plain: the safeguarding text alone; else the contrast.
         framing: the pair's soft prompts in the place of its texts.
-
-    Raises:
-        Stopped: `stop` was set.
     """
     options = Options(plain=plain, temp=0.0, max_tokens=TOKENS)
     asked = [(name, prompt) for name, most in COUNTS.items() for prompt in groups.get(name, ())[:most]]
@@ -80,6 +68,6 @@ def run(
         verdict = refusal.classify(answer.text, prompt, finished=answer.finish_reason != "length")
         refused[name] += verdict.label == "refusal"
         broken += degenerate_rule(answer.text, prompt) is not None
-    go_on(stop)
+    check_stop(stop)
     shares = {name: refused[name] / counts[name] if counts[name] else 0.0 for name in COUNTS}
     return Trial(**shares, degenerate=broken / total if total else 0.0)

@@ -1,4 +1,4 @@
-"""Stopping an answer from another thread or a signal handler."""
+"""Stops an answer from another thread or a signal handler."""
 
 from __future__ import annotations
 

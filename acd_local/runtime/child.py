@@ -1,4 +1,4 @@
-"""Run one of this package's modules in a child process, where an abort of llama.cpp does no harm.
+"""Runs one of this package's modules in a child process, where an abort of llama.cpp does no harm.
 
 The child is this program again: the Python interpreter, or a frozen application that was built with our PyInstaller
 hook. The hook's runtime part sees REENTER among the arguments before the application's own code runs, and says at every

@@ -1,4 +1,4 @@
-"""What may be said at one position, and what is: legal tokens, the contrast over the plausible ones, the draw.
+"""Chooses what is said at one position: legal tokens, the contrast over the plausible ones, the draw.
 
 Every execution strategy asks here, so that they differ in what they decode when, never in what they choose.
 """
@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from acd_local.runtime.contrast import Divergence, against, check_stream, plausible
+from acd_local.runtime.contrast import Divergence, apply_contrast, check_stream, plausible
 from acd_local.runtime.llama import Logits, TokenIds, Vocab
 from acd_local.runtime.sampling import Guard, TokenSampler
 
@@ -45,7 +45,7 @@ class TokenTrace:
 
 
 @dataclass(frozen=True)
-class Step:
+class TokenChoice:
     """One choice of the loop.
 
     Attributes:
@@ -66,7 +66,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Look:
+class SafeCandidates:
     """What the safe stream says of one position.
 
     Attributes:
@@ -89,7 +89,7 @@ class Look:
         return float(first - second)
 
 
-class Vocabulary:
+class SpecialTokens:
     """What the loop must know of a vocabulary: which tokens end an answer, and which may never be said.
 
     The latter are control tokens that end nothing, and those the model file itself suppresses.
@@ -105,13 +105,13 @@ class Chooser:
     """Chooses an answer's tokens in order; remembers what samplers and a grammar remember.
 
     Args:
-        divergence, trace: fill these fields of the steps; each takes a few passes over the vocabulary.
+        divergence, trace: fill these fields of the choices; each takes a few passes over the vocabulary.
     """
 
     def __init__(
         self,
         sampler: TokenSampler,
-        vocabulary: Vocabulary,
+        special: SpecialTokens,
         settings: ContrastSettings,
         *,
         grammar: Guard | None = None,
@@ -120,14 +120,14 @@ class Chooser:
     ) -> None:
         self.settings = settings
         self._sampler = sampler
-        self._vocabulary = vocabulary
+        self._special = special
         self._grammar = grammar
         self._divergence = divergence
         self._trace = trace
         self._measure: Divergence | None = None
 
-    def look(self, safe: Logits, position: int) -> Look:
-        """Take in the safe stream's logits, shape (n_vocab,), which are overwritten.
+    def candidates(self, safe: Logits, position: int) -> SafeCandidates:
+        """Take in the safe stream's logits, shape (n_vocab,); the banned tokens' are set to -inf in place.
 
         Raises:
             NumericalError: the stream produced NaN.
@@ -135,23 +135,23 @@ class Chooser:
         check_stream(safe, "safe")
         kept = safe.copy() if self._trace or self._divergence else None
         # Control tokens that do not end the answer are never said; a grammar narrows further.
-        safe[self._vocabulary.banned] = -np.inf
+        safe[self._special.banned] = -np.inf
         beta = self.settings.beta
         if self._sampler.takes_best and not self.settings.contrasts(position):
             beta = 1.0  # the rest of a large vocabulary need not be gone through
         legal = safe if self._grammar is None else self._grammar.restrict(safe, beta)
-        return Look(position, *plausible(legal, beta), kept)
+        return SafeCandidates(position, *plausible(legal, beta), kept)
 
-    def is_open(self, look: Look) -> bool:
+    def is_open(self, candidates: SafeCandidates) -> bool:
         """Whether the adversarial stream could change this choice."""
-        return self.settings.contrasts(look.position) and len(look.ids) > 1
+        return self.settings.contrasts(candidates.position) and len(candidates.ids) > 1
 
-    def needs_adversary(self, look: Look) -> bool:
+    def needs_adversary(self, candidates: SafeCandidates) -> bool:
         """Whether the adversarial stream's logits are needed here: for the choice, or for the divergence."""
-        asked = self._divergence and len(look.ids) > 0 and self.settings.contrasts(look.position)
-        return asked or self.is_open(look)
+        asked = self._divergence and len(candidates.ids) > 0 and self.settings.contrasts(candidates.position)
+        return asked or self.is_open(candidates)
 
-    def choose(self, look: Look, adversarial: Logits | None) -> Step | None:
+    def choose(self, candidates: SafeCandidates, adversarial: Logits | None) -> TokenChoice | None:
         """The loop's choice; None where there is nothing to say. Positions are to be chosen in order.
 
         Args:
@@ -160,63 +160,63 @@ class Chooser:
         Raises:
             NumericalError: the stream produced NaN.
         """
-        if len(look.ids) == 0:
+        if len(candidates.ids) == 0:
             return None
-        ids, scores, s = look.ids, look.scores, self.settings
+        ids, scores, s = candidates.ids, candidates.scores, self.settings
         safe_choice = None
         if adversarial is not None:
             check_stream(adversarial, "adversarial")
-            ids, scores = against(ids, scores, adversarial, alpha=s.alpha, raw=s.raw)
-            safe_choice = self._sampler.draw(look.ids, look.scores, look.position, dry_run=True)
-        token = self._sampler.draw(ids, scores, look.position)
+            ids, scores = apply_contrast(ids, scores, adversarial, alpha=s.alpha, raw=s.raw)
+            safe_choice = self._sampler.draw(candidates.ids, candidates.scores, candidates.position, dry_run=True)
+        token = self._sampler.draw(ids, scores, candidates.position)
         self._accept(token)
-        return Step(
+        return TokenChoice(
             token=token,
             safe_choice=token if safe_choice is None else safe_choice,
-            divergence=self._kl(look, adversarial),
-            ends=token in self._vocabulary.eog,
-            trace=_trace(token, look.logits) if self._trace and look.logits is not None else None,
+            divergence=self._kl(candidates, adversarial),
+            ends=token in self._special.eog,
+            trace=_trace(token, candidates.logits) if self._trace and candidates.logits is not None else None,
             compared=adversarial is not None,
         )
 
     # -- going ahead ---------------------------------------------------------------------------------------------------
 
     def fork(self) -> Self:
-        """A chooser that goes on from here by itself, for `guess`."""
+        """A chooser that goes on from here by itself, for `draft_token`."""
         grammar = None if self._grammar is None else self._grammar.clone()
         return type(self)(
             self._sampler.clone(),
-            self._vocabulary,
+            self._special,
             self.settings,
             grammar=grammar,
             divergence=self._divergence,
             trace=self._trace,
         )
 
-    def guess(self, look: Look) -> int:
+    def draft_token(self, candidates: SafeCandidates) -> int:
         """What the same draw gives on the safe stream's scores alone, accepted as if it were the choice."""
-        token = self._sampler.draw(look.ids, look.scores, look.position)
+        token = self._sampler.draw(candidates.ids, candidates.scores, candidates.position)
         self._accept(token)
         return token
 
-    def peek(self, look: Look) -> int:
+    def peek_token(self, candidates: SafeCandidates) -> int:
         """The same without accepting it: nothing is remembered."""
-        return self._sampler.draw(look.ids, look.scores, look.position, dry_run=True)
+        return self._sampler.draw(candidates.ids, candidates.scores, candidates.position, dry_run=True)
 
     def ends(self, token: int) -> bool:
-        return token in self._vocabulary.eog
+        return token in self._special.eog
 
     def _accept(self, token: int) -> None:
         self._sampler.accept(token)
-        if self._grammar is not None and token not in self._vocabulary.eog:
+        if self._grammar is not None and token not in self._special.eog:
             self._grammar.accept(token)
 
-    def _kl(self, look: Look, adversarial: Logits | None) -> float | None:
-        if not self._divergence or adversarial is None or look.logits is None:
+    def _kl(self, candidates: SafeCandidates, adversarial: Logits | None) -> float | None:
+        if not self._divergence or adversarial is None or candidates.logits is None:
             return None
         if self._measure is None:
             self._measure = Divergence(len(adversarial))
-        return self._measure(look.logits, adversarial)
+        return self._measure(candidates.logits, adversarial)
 
 
 def _trace(token: int, safe: Logits) -> TokenTrace:

@@ -1,4 +1,4 @@
-"""The contrast between the two streams: which tokens may be said, and their scores. Pure numpy.
+"""Contrasts the two streams: which tokens may be said, and their scores. Pure numpy.
 
 Source: logit_ACD = logit_S - alpha * logit_A (Zhao et al. 2024, arXiv 2406.16743), taken over the plausible tokens
 p_S >= beta * max p_S (Li et al. 2023, Contrastive Decoding, equation 4).
@@ -50,13 +50,13 @@ def contrast(
         return ids, scores
     if adversarial is None:
         raise ValueError("alpha > 0 needs the adversarial stream's logits")
-    return against(ids, scores, adversarial, alpha=alpha, raw=raw)
+    return apply_contrast(ids, scores, adversarial, alpha=alpha, raw=raw)
 
 
 def plausible(safe: Logits, beta: float) -> tuple[TokenIds, Logits]:
     """The tokens with p_S >= beta * max p_S, that is logit_S >= max + ln beta, never those at -inf, and their logits.
 
-    This is the contrast with alpha 0; `against` takes it further. Neither looks for NaN: `check_finite` first.
+    This is the contrast with alpha 0; `apply_contrast` takes it further. Neither looks for NaN: `check_finite` first.
 
     Returns:
         ids, shape (k,), ascending, and logits, shape (k,).
@@ -69,7 +69,7 @@ def plausible(safe: Logits, beta: float) -> tuple[TokenIds, Logits]:
     return ids, safe[ids]
 
 
-def against(
+def apply_contrast(
     ids: TokenIds, safe_logits: Logits, adversarial: Logits, *, alpha: float, raw: bool = False
 ) -> tuple[TokenIds, Logits]:
     """Contrast plausible tokens, both of shape (k,), with the adversarial stream's logits, shape (n_vocab,).

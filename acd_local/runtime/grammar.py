@@ -1,4 +1,4 @@
-"""What an answer has to follow: a GBNF grammar by llama.cpp's sampler, or a JSON schema by llguidance.
+"""Makes what an answer has to follow: a GBNF grammar by llama.cpp's sampler, or a JSON schema by llguidance.
 
 GBNF is checked in a child process before llama.cpp may parse it in ours: llama.cpp writes grammar errors to stderr, and
 a few faults abort the process or never return; an application that embeds this package must see none of that.

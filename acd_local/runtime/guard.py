@@ -1,4 +1,4 @@
-"""Control tokens stay with the chat template: no text that somebody wrote becomes one.
+"""Keeps control tokens to the chat template: no text that somebody wrote becomes one.
 
 A rendered prompt is one string, and nothing in it says which `<|im_end|>` the template wrote and which a user typed. So
 the messages are marked before rendering: a sentinel character that occurs nowhere else goes behind every character that

@@ -1,4 +1,4 @@
-"""The one module that talks to llama.cpp, through llama-cpp-python's low-level C API.
+"""Talks to llama.cpp, as no other module does, through llama-cpp-python's low-level C API.
 
 It offers rows in and logits out, operations on KV sequences, text to tokens and back, and samplers; failures come out
 as this package's errors. If the binding changes, this file changes and no other.
@@ -20,16 +20,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, NewType, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from acd_local.errors import InternalError, ModelError, NumericalError, OutOfMemoryError, UsageError
 from acd_local.runtime import lifetime, machine
+from acd_local.runtime.embeddings import EmbeddingTable
 from acd_local.runtime.lifetime import DecodeAborted as DecodeAborted
 from acd_local.runtime.lifetime import Owned
-from acd_local.runtime.rows import RowTable
 from acd_local.runtime.threads import openmp_settings
 
 with openmp_settings():
@@ -37,6 +37,9 @@ with openmp_settings():
     from llama_cpp import llama_cpp as C
 
 Logits = NDArray[np.float32]
+# Logits in llama.cpp's own memory: the context's next decode overwrites them, and closing it frees them. Whoever calls
+# `Context.logits` copies what it keeps or hands on; all other logits are `Logits`, which belong to whoever has them.
+LogitsView = NewType("LogitsView", np.ndarray[Any, np.dtype[np.float32]])
 TokenIds = NDArray[np.int32]
 States = NDArray[np.float32]
 Row: TypeAlias = Sequence[int] | NDArray[Any]
@@ -180,8 +183,10 @@ class Model:
     Attributes:
         owned: llama.cpp's memory of it, and whether that can be used.
         n_params: how many weights the model has.
-        rows: embedding rows, which `Context.decode` takes by negative ids.
+        embeddings: embedding rows, which `Context.decode` takes by negative ids.
         row_positions: positions that llama.cpp reads per embedding row: 4 for M-RoPE, else 1.
+        rewinds: whether a cache can always forget its last tokens alone: no recurrent state, no sliding window.
+        rope_by_n_ctx: whether the size of a context decides how positions turn.
 
     Raises:
         ModelError: llama.cpp refuses the file.
@@ -220,8 +225,10 @@ class Model:
         self.n_ctx_train = int(C.llama_model_n_ctx_train(pointer))
         self.n_swa = int(C.llama_model_n_swa(pointer))
         self.keeps_state = bool(C.llama_model_is_recurrent(pointer) or C.llama_model_is_hybrid(pointer))
-        input_width = int(C.llama_model_n_embd_inp(pointer))
-        self.rows = RowTable(self.n_embd, input_width, self.metadata("general.architecture") or "")
+        self.rewinds = not self.keeps_state and self.n_swa == 0
+        input_width, architecture = int(C.llama_model_n_embd_inp(pointer)), self.metadata("general.architecture") or ""
+        self.rope_by_n_ctx = bool(self.metadata(f"{architecture}.rope.scaling.original_context_length"))
+        self.embeddings = EmbeddingTable(self.n_embd, input_width, architecture)
         self.row_positions = 4 if int(C.llama_model_rope_type(pointer)) in _SEVERAL_POSITIONS else 1
 
     def metadata(self, key: str) -> str | None:
@@ -441,8 +448,8 @@ class Context:
         self._memory = C.llama_get_memory(pointer)
         self.n_batch = int(C.llama_n_batch(pointer))
         C.llama_set_abort_callback(pointer, _abort_if_flag_set, ctypes.cast(flag, ctypes.c_void_p))
-        self._rows = _BatchRows(self.n_batch, model.rows, model.row_positions)
-        self._view: Logits = np.empty((0, 0), np.float32)
+        self._rows = _BatchRows(self.n_batch, model.embeddings, model.row_positions)
+        self._view = LogitsView(np.empty((0, 0), np.float32))
         self._view_of = (0, 0)
         self.seconds = 0.0  # spent inside llama.cpp by decode() and logits(), for the benchmark
 
@@ -450,7 +457,7 @@ class Context:
         """Run one batch of rows, all arguments of shape (rows,), rows <= n_batch (llama_decode).
 
         Args:
-            tokens: token ids, or the negative ids of embedding rows (`Model.rows`), not both in one batch.
+            tokens: token ids, or the negative ids of embedding rows (`Model.embeddings`), not both in one batch.
             captured_alone: stop behind the last captured layer. The logits are then none, and of later layers the
                 cache holds nothing for these rows: what follows them may be captured, and no more.
 
@@ -487,10 +494,10 @@ class Context:
             if most > self._outputs:
                 raise InternalError(f"{most} rows of a sequence want logits, this context was made for {self._outputs}")
 
-    def logits(self, n_outputs: int) -> Logits:
-        """View of the last decode's logits, shape (n_outputs, n_vocab), in the order of the rows that asked for them.
+    def logits(self, n_outputs: int) -> LogitsView:
+        """The last decode's logits, shape (n_outputs, n_vocab), in the order of the rows that asked for them.
 
-        Valid until the next decode: copy what has to live longer (llama_get_logits).
+        Source: llama_get_logits.
         """
         with self.owned as pointer:
             started = time.perf_counter()
@@ -502,7 +509,8 @@ class Context:
         if (address, n_outputs) != self._view_of:  # llama.cpp rarely moves its buffer
             size = n_outputs * self.model.n_vocab
             flat: Logits = np.frombuffer((ctypes.c_float * size).from_address(address), np.float32)  # type: ignore[call-overload]
-            self._view, self._view_of = flat.reshape(n_outputs, self.model.n_vocab), (address, n_outputs)
+            self._view = LogitsView(flat.reshape(n_outputs, self.model.n_vocab))
+            self._view_of = address, n_outputs
         return self._view
 
     def captured(self) -> States:
@@ -626,10 +634,10 @@ class _BatchRows:
     """A llama_batch over numpy memory, filled by slices instead of element by element.
 
     It holds token ids (`token`, embd is NULL) or embedding rows (`embd`, token is NULL); llama.cpp reads n_embd_inp
-    numbers per row without a check, which is what RowTable makes sure of.
+    numbers per row without a check, which is what EmbeddingTable makes sure of.
     """
 
-    def __init__(self, capacity: int, table: RowTable, row_positions: int) -> None:
+    def __init__(self, capacity: int, table: EmbeddingTable, row_positions: int) -> None:
         self._table = table
         self._row_positions = row_positions
         self._embd = np.empty((0, table.width), np.float32)

@@ -1,4 +1,4 @@
-"""Prompt-lookup drafts: what followed the last few tokens when they came before.
+"""Drafts what followed the last few tokens when they came before (prompt lookup).
 
 Summaries, edits and quotes repeat their source (Saxena 2023, prompt lookup decoding; llama.cpp's examples/lookup).
 """

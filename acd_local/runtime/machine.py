@@ -1,4 +1,4 @@
-"""Name this machine and its llama.cpp, and remember whether llama.cpp's extra buffer types crash there.
+"""Names this machine and its llama.cpp, and remembers whether llama.cpp's extra buffer types crash there.
 
 For some kernels ggml keeps weights in forms of its own ("extra buffer types": AMX tiles, repacked blocks). They are
 faster, but some builds of llama.cpp crash in them on some processors. `probe` finds that out; what it found holds for

@@ -1,4 +1,4 @@
-"""Translate a JSON Schema `pattern` (a regular expression of ECMA-262) into llguidance's syntax, or refuse it.
+"""Translates a JSON Schema `pattern` (a regular expression of ECMA-262) into llguidance's syntax, or refuse it.
 
 Where ECMA-262 and Python's `re`, by which many validators go, read an expression differently, the result matches only
 what both do: a text that it allows satisfies either. Lookarounds, back references and word boundaries are refused.

@@ -1,18 +1,18 @@
-"""System prompts, decoded once per process and reused by new conversations."""
+"""Keeps system prompts, decoded once per process, for new conversations."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from acd_local.runtime.streams import Cache, Feed, Rows, Snapshot
+from acd_local.runtime.streams import Cache, DecodeBatch, DecodeRequest, Snapshot
 
 # A state takes what its tokens take in the cache (23 kB per token for a 135M model, 128 kB for an 8B one), so only the
 # latest few are kept.
 CAPACITY = 8
 
 Key = tuple[int, ...]
-Extend = Callable[[Rows], object]
+Extend = Callable[[DecodeBatch], object]
 
 
 class PrefixStore:
@@ -60,7 +60,7 @@ class PrefixStore:
                 cache.restore(snapshot)
             elif self._eager:
                 cache.rewind(0)
-                extend([Feed(cache, key)])
+                extend([DecodeRequest(cache, key)])
                 self._save(cache, key)
 
     def _rescue(self, cache: Cache, prompt: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""First contact with a model file: header check, then one load in a child process, remembered on disk.
+"""Checks a model file at first contact: its header, then one load in a child process, remembered on disk.
 
 llama.cpp answers some kinds of damage by aborting the process, which no Python code can catch. So a file that was
 never loaded before (by path, size and time of change, for this machine and its llama.cpp) is first loaded by a child,

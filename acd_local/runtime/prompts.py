@@ -1,19 +1,20 @@
-"""From a conversation to the two token sequences that the streams decode, within one stream's context.
+"""Turns a conversation into the two token sequences that the streams decode, within one stream's context.
 
-System prompts are texts or embedding rows; the latter stand in the sequences as negative ids (see `runtime.rows`).
+System prompts are texts or embedding rows; the latter stand in the sequences as negative ids, see `runtime.embeddings`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
 from acd_local.errors import ContextError, UsageError
 from acd_local.pairs import AdversarialText, PromptPair
+from acd_local.runtime.embeddings import EmbeddingTable
 from acd_local.runtime.guard import TooLong, no_check
 from acd_local.runtime.prefixes import common_prefix
-from acd_local.runtime.rows import RowTable
 from acd_local.runtime.template import ChatTemplate, Message, Role
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 
@@ -130,12 +131,18 @@ class PromptBuilder:
         table: gives soft prompts their ids.
     """
 
-    def __init__(self, template: ChatTemplate, n_ctx: int, table: RowTable) -> None:
+    def __init__(self, template: ChatTemplate, n_ctx: int, table: EmbeddingTable) -> None:
         self._template = template
         self._n_ctx = n_ctx
         self._table = table
         self._adversarial: set[str] = set()
         self._prefixes: dict[Opening, list[int]] = {}
+
+    def within(self, n_ctx: int) -> Self:
+        """A builder that keeps conversations within another number of tokens and is this one otherwise."""
+        other = copy.copy(self)
+        other._n_ctx = n_ctx
+        return other
 
     def keep_negative(self, rows: AdversarialRows) -> None:
         """From now on these rows are refused in the positive stream, also as a `SoftPrompt` that holds a copy."""

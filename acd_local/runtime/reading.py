@@ -16,7 +16,7 @@ from acd_local.errors import ContextError
 from acd_local.runtime import llama
 from acd_local.runtime.llama import Logits, States
 from acd_local.runtime.prefixes import common_prefix
-from acd_local.runtime.streams import Cache, Feed, extend
+from acd_local.runtime.streams import Cache, DecodeRequest, extend
 
 READ_TOKENS = 1024  # of a conversation that are read at once, at most
 LEAST_TOKENS = 256
@@ -69,6 +69,10 @@ class Reader:
     def n_ctx(self) -> int:
         return self.cache.n_ctx
 
+    def fits(self, tokens: Sequence[int]) -> bool:
+        """Whether these are read at once."""
+        return len(tokens) <= self.at_once
+
     def read(self, tokens: Sequence[int], start: int) -> States:
         """The layers' states at tokens[start:], shape (layers, len(tokens) - start, n_embd); later layers are left out.
 
@@ -91,8 +95,8 @@ class Reader:
     ) -> tuple[States, Logits]:
         """The states at tokens[start:] as in `read`, and the logits after the last of them, shape (n_vocab,).
 
-        The batches are those in which `streams.extend` decodes a prompt, and so are the logits, which are llama.cpp's
-        own memory. The cache is to hold at most tokens[:start], and nothing that went through some layers alone.
+        The batches are those in which `streams.extend` decodes a prompt, and so are the logits. The cache is to hold
+        at most tokens[:start], and nothing that went through some layers alone.
 
         Args:
             on_batch: see `streams.extend`.
@@ -107,7 +111,7 @@ class Reader:
             if on_batch is not None:
                 on_batch(rows)
 
-        (logits,) = extend([Feed(self.cache, tokens[kept:])], collect)
+        (logits,) = extend([DecodeRequest(self.cache, tokens[kept:])], collect)
         found.append(self._context.captured())
         return np.concatenate(found, axis=1)[:, start - kept :], logits[0]
 

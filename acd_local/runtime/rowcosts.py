@@ -1,4 +1,4 @@
-"""What rows cost on this machine: measured while answers are decoded, and kept for the next process.
+"""Measures what rows cost on this machine while answers are decoded, and keeps it for the next process.
 
 An engine that knows no figures yet decodes the beginning of its answers stepwise and the rest deferred, so that both
 are seen. Figures that were read from disk do not change any more: the same answer gets the same batches.
@@ -25,10 +25,10 @@ from acd_local.runtime import machine
 
 SINGLES, BATCHES, RUNS = 12, 6, 24  # measurements that are enough
 USUAL = 64  # as how many tokens' runs the expectation counts beside those that were seen
-FEW = range(2, 4)  # rows of batches that are no part of the line
+SMALL_BATCHES = range(2, 4)  # rows of batches that are no part of the line
 KEPT = 200  # of a kind
 MAX_AGE = 30 * 86400  # seconds; older figures are measured anew
-MOST, LEAST = 16, 4  # drafted tokens at most: so many, or what takes PATIENCE, but not fewer than LEAST
+MAX_DRAFT, MIN_DRAFT = 16, 4  # drafted tokens at most: so many, or what takes PATIENCE, but not fewer than MIN_DRAFT
 PATIENCE = 0.4  # seconds that a reader waits for the next words
 
 
@@ -43,7 +43,8 @@ class RowCosts:
         seconds: of one row.
         ahead: how much longer running ahead takes than its batches are reckoned to, beside the same of tokens that are
             decided side by side: what goes on between decodes, and what medians and a line leave out.
-        typical: how many rows running ahead took over what `pace.expected` says: models differ in how drafts fall.
+        typical: how many rows running ahead took over what `draft_policy.expected` says: models differ in how drafts
+            fall.
     """
 
     pair: float = 1.9
@@ -71,7 +72,7 @@ class RowCosts:
     @property
     def longest_run(self) -> int:
         """Tokens that may be drafted before the first of them is shown."""
-        return min(MOST, max(LEAST, int(PATIENCE / max(self.seconds, 1e-6))))
+        return min(MAX_DRAFT, max(MIN_DRAFT, int(PATIENCE / max(self.seconds, 1e-6))))
 
 
 Expected = Callable[[RowCosts], float]
@@ -134,7 +135,7 @@ class RowClock:
 
     def _measured(self) -> RowCosts | None:
         single, pair = self._seconds[1, 1], self._seconds[2, 1]
-        longer = range(FEW.stop, MOST + 1)
+        longer = range(SMALL_BATCHES.stop, MAX_DRAFT + 1)
         batches = [(k, t) for (n, k), found in self._seconds.items() if n == 1 and k in longer for t in found]
         if len(single) < SINGLES or len(pair) < SINGLES or len(batches) < BATCHES or 0 < len(self._runs) < RUNS:
             return None
@@ -142,7 +143,7 @@ class RowClock:
         medians = {k: statistics.median(t for j, t in batches if j == k) / one for k, _ in batches}
         fixed, each = _line(medians)
         costs = RowCosts(round(statistics.median(pair) / one, 2), round(fixed, 2), round(each, 2), round(one, 4))
-        found = [self._seconds.get((1, k), []) for k in FEW]
+        found = [self._seconds.get((1, k), []) for k in SMALL_BATCHES]
         if all(found):
             costs = replace(costs, few=tuple(round(statistics.median(seconds) / one, 2) for seconds in found))
         return self._with_runs(costs) if self._runs and len(self._steps) >= SINGLES else costs

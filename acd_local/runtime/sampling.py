@@ -1,4 +1,4 @@
-"""Sampling from contrasted candidates with llama.cpp's own samplers.
+"""Samples from contrasted candidates with llama.cpp's own samplers.
 
 The order of stages and their defaults are llama.cpp's (common/sampling.cpp): penalties, DRY, top-k, typical, top-p,
 min-p, XTC, temperature, draw. The random draw at position i depends on (seed, i) and the candidates alone, so that no

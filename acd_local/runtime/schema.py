@@ -1,4 +1,4 @@
-"""Read a JSON schema of any draft and say it in the few keywords that llguidance enforces, or refuse it.
+"""Reads a JSON schema of any draft and says it in the few keywords that llguidance enforces, or refuses it.
 
 Nothing is dropped in silence: a keyword is enforced, known to be an annotation, or refused with its path. Where it
 cannot be enforced to the letter it is made stricter, so that what is allowed always satisfies the schema as given.

@@ -1,4 +1,4 @@
-"""What is surely true of the values of a JSON schema, to tell the branches of a `oneOf` apart."""
+"""Tells what is surely true of the values of a JSON schema, to tell the branches of a `oneOf` apart."""
 
 from __future__ import annotations
 

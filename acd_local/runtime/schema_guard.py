@@ -1,4 +1,4 @@
-"""Hold an answer to a JSON schema: which tokens may come next, by llguidance. The one module that imports it.
+"""Holds an answer to a JSON schema: which tokens may come next, by llguidance. The one module that imports it.
 
 llguidance is Rust, its failures are errors, and its work is bounded: it runs in this process.
 """

@@ -1,4 +1,4 @@
-"""The KV caches: per conversation a safe and an adversarial sequence, in one llama_context or in two.
+"""Holds the KV caches: per conversation a safe and an adversarial sequence, in one llama_context or in two.
 
 Both layouts look the same from outside: a Cache knows its context and its sequence, and `extend` groups the rows it is
 given by context, so that the shared layout decodes both streams in one llama_decode and the split layout in two.
@@ -15,7 +15,7 @@ import numpy as np
 
 from acd_local.errors import ContextError, InternalError, UsageError
 from acd_local.runtime import llama
-from acd_local.runtime.llama import Logits
+from acd_local.runtime.llama import Logits, LogitsView
 
 Layout = Literal["shared", "split"]
 LAYOUTS: tuple[Layout, ...] = ("shared", "split")
@@ -32,7 +32,7 @@ class Snapshot:
 class Cache:
     """One KV sequence and the tokens it holds, at positions 0 .. len(tokens) - 1.
 
-    Negative ids among them stand for embedding rows, see `runtime.rows`.
+    Negative ids among them stand for embedding rows, see `runtime.embeddings`.
     """
 
     def __init__(self, context: llama.Context, seq: int, n_ctx: int) -> None:
@@ -90,12 +90,12 @@ class Cache:
             self.clear()
 
 
-class Feed(NamedTuple):
-    """What a cache is to be extended by.
+class DecodeRequest(NamedTuple):
+    """Rows that a cache is to be extended by.
 
     Attributes:
-        wanted: for each token whether the logits after it are needed; None: the last one's alone. Such feeds have to go
-            into one batch.
+        wanted: for each token whether the logits after it are needed; None: the last one's alone. Such requests have
+            to go into one batch.
         start: tokens that the cache is to hold before; what it holds beyond is forgotten. None: all it holds.
     """
 
@@ -109,7 +109,7 @@ class Feed(NamedTuple):
         return 1 if self.wanted is None else sum(self.wanted)
 
 
-Rows = Sequence[Feed]
+DecodeBatch = Sequence[DecodeRequest]
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Streams:
             context.close()
 
 
-def extend(work: Rows, on_batch: Callable[[int], None] | None = None) -> list[Logits]:
+def extend(work: DecodeBatch, on_batch: Callable[[int], None] | None = None) -> list[Logits]:
     """Decode further tokens of several caches, one llama_decode per context and batch.
 
     Args:
@@ -183,19 +183,18 @@ def extend(work: Rows, on_batch: Callable[[int], None] | None = None) -> list[Lo
         on_batch: told before every batch how many rows of `work` are decoded.
 
     Returns:
-        For each feed the logits that it wants, shape (rows, n_vocab), one row unless it says otherwise: llama.cpp's own
-        memory, which the caller may write into and the next decode of that context overwrites.
+        For each request the logits that it wants, shape (rows, n_vocab), one row unless it says otherwise.
 
     Raises:
         ContextError: a cache would exceed its n_ctx; nothing was decoded.
         InternalError: a cache cannot go back to `start`.
         llama.DecodeAborted: cancelled; the caches hold what was finished.
     """
-    for feed in work:
-        _go_back(feed)
-        needed = len(feed.cache.tokens) + len(feed.tokens)
-        if needed > feed.cache.n_ctx:
-            raise ContextError(f"the conversation needs {needed} tokens, the context holds {feed.cache.n_ctx}")
+    for request in work:
+        _go_back(request)
+        needed = len(request.cache.tokens) + len(request.tokens)
+        if needed > request.cache.n_ctx:
+            raise ContextError(f"the conversation needs {needed} tokens, the context holds {request.cache.n_ctx}")
     logits: dict[Cache, Logits] = {}
     decoded = 0
 
@@ -205,43 +204,44 @@ def extend(work: Rows, on_batch: Callable[[int], None] | None = None) -> list[Lo
             on_batch(decoded)
         decoded += rows
 
-    for context in dict.fromkeys(feed.cache.context for feed in work):
-        group = sorted((feed for feed in work if feed.cache.context is context), key=lambda feed: feed.cache.seq)
+    for context in dict.fromkeys(request.cache.context for request in work):
+        group = sorted((one for one in work if one.cache.context is context), key=lambda one: one.cache.seq)
         rows, at = _extend_context(context, group, begin_batch), 0
-        for feed in group:
-            logits[feed.cache] = rows[at : at + feed.outputs]
-            at += feed.outputs
-    return [logits[feed.cache] for feed in work]
+        for request in group:
+            logits[request.cache] = rows[at : at + request.outputs].copy()
+            at += request.outputs
+    return [logits[request.cache] for request in work]
 
 
-def _go_back(feed: Feed) -> None:
-    if feed.start is not None and feed.start < len(feed.cache.tokens) and feed.cache.rewind(feed.start) != feed.start:
+def _go_back(request: DecodeRequest) -> None:
+    cache, start = request.cache, request.start
+    if start is not None and start < len(cache.tokens) and cache.rewind(start) != start:
         raise InternalError("this model's caches cannot forget their last tokens alone")
 
 
-def _extend_context(context: llama.Context, work: Rows, begin_batch: Callable[[int], None]) -> Logits:
+def _extend_context(context: llama.Context, work: DecodeBatch, begin_batch: Callable[[int], None]) -> LogitsView:
     done = [0] * len(work)
     try:
-        for lengths in _phases([feed.tokens for feed in work]):
+        for lengths in _phases([request.tokens for request in work]):
             for chunk in _chunks(lengths, context.n_batch):
-                last = all(d + n == len(feed.tokens) for d, n, feed in zip(done, chunk, work, strict=True))
+                last = all(d + n == len(request.tokens) for d, n, request in zip(done, chunk, work, strict=True))
                 begin_batch(sum(chunk))
                 _decode_chunk(context, work, done, chunk, outputs=last)
                 for i, n in enumerate(chunk):
-                    feed = work[i]
-                    feed.cache.tokens.extend(feed.tokens[done[i] : done[i] + n])
+                    request = work[i]
+                    request.cache.tokens.extend(request.tokens[done[i] : done[i] + n])
                     done[i] += n
     except BaseException:
-        for feed in work:
-            feed.cache.resync()
+        for request in work:
+            request.cache.resync()
         raise
-    outputs = sum(feed.outputs for feed in work)
-    return context.logits(outputs) if outputs else np.empty((0, context.model.n_vocab), np.float32)
+    outputs = sum(request.outputs for request in work)
+    return context.logits(outputs) if outputs else LogitsView(np.empty((0, context.model.n_vocab), np.float32))
 
 
 def _decode_chunk(
     context: llama.Context,
-    work: Rows,
+    work: DecodeBatch,
     done: Sequence[int],
     chunk: Sequence[int],
     *,

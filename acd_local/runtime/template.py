@@ -1,4 +1,4 @@
-"""Messages to token ids through the model's own chat template.
+"""Turns messages into token ids through the model's own chat template.
 
 A GGUF carries a Jinja template written by the model's makers. It is untrusted code (sandboxed, with limits on work and
 output), it may not know a system role (folded into the first user turn then), and no message may fool it (see `guard`).
@@ -105,7 +105,7 @@ class ChatTemplate:
         No message yields a control token, whatever it says.
 
         Args:
-            rows: ids of embedding rows (negative, see `runtime.rows`) which stand at the beginning of the system
+            rows: ids of embedding rows (negative, see `runtime.embeddings`) which stand at the beginning of the system
                 message, as a text would: a system message's text follows them after an empty line; where there is no
                 system message, they are all of it.
             limit: tokens that it may have.

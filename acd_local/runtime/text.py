@@ -1,4 +1,4 @@
-"""From token bytes to text that is safe to show: whole characters, stop strings held back, controls disarmed."""
+"""Turns token bytes into text that is safe to show: whole characters, stop strings held back, controls disarmed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Say how many CPU threads to use, by default the physical cores this process may run on, and how they wait."""
+"""Says how many CPU threads to use, by default the physical cores this process may run on, and how they wait."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Measure what answers cost on this machine, against plain llama.cpp decoding of the same model in the same process."""

@@ -1,0 +1,351 @@
+"""Loads a model with a prompt pair, and answers conversations."""
+
+from __future__ import annotations
+
+import inspect
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+from acd_local import model_pairs, pairs
+from acd_local.answers import OnEvent
+from acd_local.chat import Chat
+from acd_local.errors import PairError, UsageError
+from acd_local.gating import Conversation, Gating, reading
+from acd_local.generation import AnswerStream, Generation, GenerationRequest, resolve_contrast
+from acd_local.model_pairs import ModelPairs
+from acd_local.models import resolve as resolve_model
+from acd_local.options import ENGINE_RANGES, MAX_SEED, Options, refuse_unknown
+from acd_local.pairs import PromptPair
+from acd_local.runtime import llama, probe, rowcosts
+from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.choice import SpecialTokens
+from acd_local.runtime.decoder import Decoder
+from acd_local.runtime.prompts import Framing, PromptBuilder
+from acd_local.runtime.streams import Layout
+from acd_local.runtime.template import ChatTemplate, Message
+from acd_local.runtime.threads import default_threads
+from acd_local.softpair import SoftPair
+
+DEFAULT_CTX_SIZE = 4096
+
+# Never sampled unless they end the answer.
+_NOT_TEXT = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN | llama.ATTR_UNUSED
+
+
+class Engine:
+    """A model, loaded once, that answers by contrasting two streams. Safe to use from several threads.
+
+    Args:
+        model: path of a GGUF file, "demo", or "hf:owner/repo/file.gguf".
+        pair: a prompt pair or its name or path; "as-is": none, the model answers under its template's own system
+            prompt. None takes a pair that is fitted to this model; where there is none, a check of some seconds, once
+            per model, decides between the pair `default` and none. The check is made too, for a warning, where a pair
+            is named that is not fitted to the model; a `PromptPair` is taken as it comes.
+        ctx_size: tokens that each stream holds; None means 4096, or the model's own limit if that is smaller.
+        conversations: how many conversations may be decoded at once; each costs two streams of KV memory.
+        layout: "shared" decodes both streams in one llama_context, "split" gives each stream its own.
+        kv_type: "f16" or "q8_0".
+        threads: CPU threads; None means $ACD_THREADS, or the physical cores.
+        gpu_layers: None offloads everything where the build can, nothing elsewhere.
+        system_apart: True: every answer begins at its system prompt, which was decoded alone, so that it does not
+            depend on those before it (nor beside it, but for near-ties); a conversation's earlier turns are decoded
+            anew each time. False decodes a first prompt in one go, as llama.cpp does, and keeps what a prompt has in
+            common with the last one. None: as False; where there are several conversations, system prompts are decoded
+            alone.
+        soft: use the pairs' soft prompts (NAME.safetensors beside NAME.toml) instead of their texts, in every answer;
+            False: their texts. None: what each pair prefers on a model that it is fitted to.
+        on_progress: told how much of the model is loaded, from 0 to 1: 0 once it is found, which may stand for long
+            where a file is new and is checked first. What it raises ends the loading.
+        on_check: told how far the check of the pair is, from 0 to 1, before the loading. What it raises ends both.
+
+    Attributes:
+        pair: the prompt pair in use; None: the model answers as it is.
+        fitted: whether that pair is fitted to this model.
+        soft: as given.
+        info: what the model file's header says. n_params: how many weights it has.
+        n_ctx: tokens that each stream holds.
+        decoder: owns the model and its caches. template, vocab, special_tokens, prompts: of the model, for measuring.
+
+    Raises:
+        ModelError, PairError, UsageError, OutOfMemoryError.
+    """
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        """Python's own answer to an unknown name is a TypeError without a hint."""
+        known = inspect.signature(cls.__init__).parameters
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in known.values()):
+            refuse_unknown(given, known)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        pair: PromptPair | str | None = None,
+        ctx_size: int | None = None,
+        conversations: int = 1,
+        layout: Layout = "shared",
+        kv_type: str = "f16",
+        threads: int | None = None,
+        gpu_layers: int | None = None,
+        system_apart: bool | None = None,
+        soft: bool | None = None,
+        on_progress: Callable[[float], object] | None = None,
+        on_check: Callable[[float], object] | None = None,
+    ) -> None:
+        _check_counts(ctx_size=ctx_size, conversations=conversations, threads=threads)
+        self.threads = threads or default_threads()
+        path = resolve_model(str(model))
+        if on_progress is not None:
+            on_progress(0.0)
+        self.info = probe.verify(path)
+        self.soft = soft
+        self._pairs = ModelPairs(self.info, soft)
+        load = partial(type(self), self.info.path, threads=threads, gpu_layers=gpu_layers)
+        # What is wrong with a pair is said before the model is loaded.
+        self.pair, self._found = self._pairs.choose(pair, load, on_check)
+        self.fitted = self.pair is not None and pairs.fitted(self.pair, self.info)
+        loaded = llama.Model(self.info.path, gpu_layers=gpu_layers, on_progress=on_progress)
+        try:
+            self.n_params = loaded.n_params
+            limit = loaded.n_ctx_train
+            self.n_ctx = ctx_size or (min(DEFAULT_CTX_SIZE, limit) if limit > 0 else DEFAULT_CTX_SIZE)
+            self.template = ChatTemplate(loaded)
+            self.vocab = loaded.vocab
+            self.special_tokens = SpecialTokens(self.vocab, _NOT_TEXT)
+            self.prompts = PromptBuilder(self.template, self.n_ctx, loaded.embeddings)
+            if self.pair is not None and self.takes_soft(self.pair):
+                self.prompts.keep_negative(self._pairs.soft_pair(self.pair).adversarial)
+            self.decoder = Decoder(
+                loaded,
+                n_ctx=self.n_ctx,
+                conversations=conversations,
+                layout=layout,
+                kv_type=kv_type,
+                threads=self.threads,
+                system_apart=system_apart,
+                figures=rowcosts.file_for(
+                    self.info.path,
+                    threads=self.threads,
+                    kv=kv_type,
+                    layout=layout,
+                    gpu=gpu_layers,
+                    offload=llama.supports_gpu_offload(),
+                ),
+            )
+        except BaseException:
+            loaded.close()
+            raise
+
+    @property
+    def warning(self) -> str | None:
+        """Something about model and pair that the user should know, one line."""
+        notes = [self.template.warning]
+        if 0 < (trained := self.decoder.model.n_ctx_train) < self.n_ctx:
+            notes.append(f"the model was trained for {trained} tokens, not {self.n_ctx}")
+        if self.pair is not None and not pairs.fits(self.pair, self.info):
+            notes.append(f"the prompt pair {self.pair.name!r} was made for another model")
+        notes.append(self._found)
+        return "; ".join(filter(None, notes)) or None
+
+    def generate(
+        self,
+        messages: Sequence[Message | Mapping[str, str]] | str,
+        options: Options | None = None,
+        *,
+        system: str | None = None,
+        pair: PromptPair | str | None = None,
+        framing: Framing | None = None,
+        divergence: bool = False,
+        trace: bool = False,
+        on_event: OnEvent | None = None,
+        cancel: CancelToken | None = None,
+    ) -> AnswerStream:
+        """Answer a conversation.
+
+        Args:
+            messages: user and assistant turns in order, optionally a system message first; or just the user's text.
+            options: sampling, contrast and limits of this answer.
+            system: the application's system prompt; it follows the pair's in both streams.
+            pair: another pair for this answer; "as-is": none.
+            framing: other texts around the conversation than the pair's two prompts, for comparing methods. The pair's
+                gate is then asked only where options.gate is True.
+            divergence: measure KL(S || A) at every position (some passes over the vocabulary per token).
+            trace: record how the safe stream alone saw every token, and tell `on_event` of each.
+            on_event: called, by whoever decodes, when turns had to be dropped (TurnsDropped), before every batch of the
+                prompt (PromptProgress), when the pair's gate decided (GateDecision), and with `trace` for every sampled
+                token (TokenRecord). It should return soon, and must not use the engine.
+            cancel: set it to stop the answer from elsewhere; by default the stream has its own.
+
+        Returns:
+            An iterator over pieces of text, each a string. Decoding starts with the first `next`, errors of the
+            conversation (UsageError, ContextError) come from there.
+        """
+        turns, own_system = _turns(messages)
+        if own_system is not None and system is not None:
+            raise UsageError("give the system prompt as `system` or as the first message, not both")
+        chosen = self.pair if pair is None else model_pairs.resolve(pair)
+        options = options or Options()
+        gating = None if framing is not None and not options.gate else self.gating(chosen, options)
+        soft = self.takes_soft(chosen)
+        if framing is None:
+            framing = Framing.of(chosen, self.soft_pair(chosen) if soft else None)
+        elif framing.negative is not None and chosen is None:
+            raise UsageError("a framing with a negative prompt takes its numbers from a pair: give `pair`")
+        request = GenerationRequest(
+            turns=turns,
+            system=system if own_system is None else own_system,
+            options=options,
+            framing=framing,
+            contrast=resolve_contrast(options, chosen, soft=soft),
+            seed=secrets.randbelow(MAX_SEED + 1) if options.seed is None else options.seed,
+            pair=chosen,
+            soft=soft,
+            gating=gating,
+            divergence=divergence,
+            trace=trace,
+            on_event=on_event,
+            cancel=cancel or CancelToken(),
+        )
+        return AnswerStream(Generation(self.decoder, self.prompts, self.special_tokens, request))
+
+    def gate_probability(
+        self,
+        messages: Sequence[Message | Mapping[str, str]] | str,
+        *,
+        system: str | None = None,
+        pair: PromptPair | str | None = None,
+    ) -> float:
+        """How likely a conversation's last message asks for harm, in [0, 1], as the pair's gate reads it.
+
+        Args:
+            messages, system, pair: as in `generate`.
+
+        Raises:
+            PairError: the pair has no gate.
+            UsageError, ContextError, ModelError: the conversation, or the model, cannot be read.
+        """
+        self.decoder.check_open()
+        turns, own_system = _turns(messages)
+        system = system if own_system is None else own_system
+        gating = self.gating(self.pair if pair is None else model_pairs.resolve(pair), Options(gate=True))
+        assert gating is not None
+        prompt = self.prompts.build(gating.base, system, turns, contrast=False, max_tokens=1, overflow="drop")
+        with reading(self.decoder, self.prompts, gating) as reader:
+            return reader.read_parts(Conversation(system, turns, prompt))
+
+    def gating(self, pair: PromptPair | None, options: Options) -> Gating | None:
+        """Return the gate that is asked before an answer under a pair, and what is done by what it says; None: none.
+
+        Raises:
+            PairError: options want one and the pair has none, or it is broken or made for another model.
+        """
+        return self._pairs.gating(pair, options)
+
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        options: Options | None = None,
+        pair: PromptPair | str | None = None,
+    ) -> Chat:
+        """A conversation that remembers its turns; any number of them share the engine."""
+        chosen = self.pair if pair is None else model_pairs.resolve(pair)
+        return Chat(self, system=system, options=options, pair=chosen)
+
+    def takes_soft(self, pair: PromptPair | None) -> bool:
+        """Whether answers with a pair are made with its soft prompts."""
+        return self._pairs.takes_soft(pair)
+
+    def soft_pair(self, pair: PromptPair | None = None) -> SoftPair:
+        """The soft prompts beside a pair (None: the engine's), checked against the model; read once per file.
+
+        Raises:
+            PairError: the pair has none, or they are broken or made for another model.
+        """
+        self.decoder.model.owned.check()
+        wanted = self.pair if pair is None else pair
+        if wanted is None:
+            raise PairError("no prompt pair is in use, so there are no soft prompts: name a pair that has some")
+        found = self._pairs.soft_pair(wanted)
+        self.prompts.keep_negative(found.adversarial)
+        return found
+
+    @property
+    def can_defer(self) -> bool:
+        """Whether the safe stream can run ahead: caches can forget their last tokens."""
+        return self.decoder.can_defer
+
+    @property
+    def closed(self) -> bool:
+        return self.decoder.closed
+
+    def close(self) -> None:
+        """Free model and caches. Answers that are still being streamed end with EngineClosedError.
+
+        In a forked child this does nothing.
+        """
+        self.decoder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError("an engine cannot be copied or sent to another process: load it where it is used")
+
+
+def measured_pair(model: str | Path, name: str | None = None) -> PromptPair:
+    """The pair that a measurement takes: the named one, else the fitted one, else `default`, whatever it does.
+
+    Raises:
+        ModelError, PairError.
+    """
+    if name is not None:
+        return pairs.find(name)
+    return pairs.best_for(probe.verify(resolve_model(str(model)))) or pairs.find(pairs.DEFAULT)
+
+
+def check_messages(messages: Any) -> None:
+    """Whether `messages` can be given to `Engine.generate`.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    _turns(messages)
+
+
+def _turns(messages: Sequence[Message | Mapping[str, str]] | str) -> tuple[list[Message], str | None]:
+    """User and assistant turns, and the system message if one comes first."""
+    if isinstance(messages, str):
+        return [Message("user", messages)], None
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise UsageError("messages must be a non-empty list of {role, content}")
+    turns = [m if isinstance(m, Message) else _message(m) for m in messages]
+    system = turns.pop(0).content if turns[0].role == "system" else None
+    if any(turn.role == "system" for turn in turns):
+        raise UsageError("only the first message may have the role 'system'")
+    return turns, system
+
+
+def _message(raw: Mapping[str, Any]) -> Message:
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("content"), str):
+        raise UsageError("each message must be an object with a role and a text content")
+    role = raw.get("role")
+    if role not in ("system", "user", "assistant"):
+        raise UsageError(f"a message's role must be system, user or assistant, not {role!r}")
+    return Message(role, raw["content"])
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        low, high = ENGINE_RANGES[name]
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}")

@@ -1,0 +1,94 @@
+"""Runs the stages of a fit: the model as it is, a base, the gate, both streams' texts, thresholds, a judgement.
+
+Every figure, every answer and every state that was read is kept under what decides it. So a fit that was stopped goes
+on where it was, by doing the same again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import TypeVar
+
+from acd_local import pairfile
+from acd_local.fit import result, thresholds
+from acd_local.fit.context import FitContext
+from acd_local.fit.job import Job
+from acd_local.fit.report import render
+from acd_local.fit.result import FitResult
+from acd_local.fit.stages import gate, judgement, texts
+from acd_local.pairs import GateSettings
+from acd_local.runtime.cancel import CancelToken
+from acd_local.tuning.cache import locked
+from acd_local.tuning.progress import Listener, check_stop, duration
+from acd_local.vectors import Vectors
+
+Result = TypeVar("Result")
+
+
+def run(job: Job, *, stop: CancelToken, listener: Listener) -> bool:
+    """All stages, then the files.
+
+    Returns:
+        Whether a pair was written: False where none was found that is better than the model as it is.
+
+    Raises:
+        Stopped: `stop` was set; the same job goes on from where it was.
+    """
+    with locked(job.folder, "acd fit"), closing(FitContext(job, stop, listener)) as context:
+        found = _stages(context)
+        as_is, pair = (measured.shares for measured in found.judged)
+        if not thresholds.refuses_better(as_is, pair):
+            listener.line(
+                "no pair was found that refuses more harmful requests without refusing more harmless ones or breaking "
+                "answers: nothing was written, the model is best used as it is"
+            )
+            return False
+        file = result.pair_file(context, found)
+        vectors = Vectors(job.soft, result.gate(context, found))
+        pairfile.write(job.out, file, vectors, render(context, found, file))
+        return True
+
+
+def _stages(context: FitContext) -> FitResult:
+    def stage(name: str, make: Callable[[], tuple[Result, str]]) -> Result:
+        """What it came to; it is said in a line."""
+        check_stop(context.stop)
+        with context.notes.timing(name):
+            found, said = make()
+        context.listener.line(f"{name}: {said}; {duration(context.notes.seconds[name])}")
+        return found
+
+    stage("plan", lambda: _plan(context))
+    as_is = stage("as it is", lambda: texts.as_is(context)).shares
+    helpful = stage("helpful text", lambda: texts.helpful(context, as_is))
+    requests = stage("gate", lambda: gate.gate(context, helpful.base))
+    if (kept := context.job.kept) is not None:
+        pair = stage("positive text", lambda: texts.kept(context, kept))
+    else:
+        positives = stage("positive text", lambda: texts.positive(context, requests))
+        pair = stage("contrast", lambda: texts.contrast(context, as_is, helpful, requests, positives))
+    chosen = stage("thresholds", lambda: judgement.choose_thresholds(context, as_is, helpful, requests, pair.style))
+    look = stage("second look", lambda: gate.second_look(context, helpful.base, requests.layer))
+    every = gate.LOOK if look.trained else 0
+    settings = GateSettings(chosen.threshold, helpful.base, chosen.low, every, look.threshold)
+    judged = stage("judgement", lambda: judgement.judge(context, settings, requests.chances, pair.style))
+    return FitResult(
+        gate=requests.trained,
+        layers=(requests.layer,),
+        look=look.trained,
+        settings=settings,
+        style=pair.style,
+        helpful=helpful.candidate,
+        positive=pair.positive,
+        negative=pair.negative,
+        judged=judged,
+        figures=context.figures,
+        tables=context.tables,
+    )
+
+
+def _plan(context: FitContext) -> tuple[None, str]:
+    own = "a system prompt of its own" if context.own else "no system prompt of its own"
+    context.plan()
+    return None, f"{len(context.instructions())} anchors to read, {own}"

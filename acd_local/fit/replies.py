@@ -1,0 +1,177 @@
+"""Answers instructions greedily under many framings, keeps the answers, and counts what became of the requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from acd_local.answers import Answer
+from acd_local.batch import answer_all
+from acd_local.engine import Engine
+from acd_local.evaluate import refusal
+from acd_local.evaluate.stats import Estimate, mean
+from acd_local.fit.candidates import Candidate
+from acd_local.generation import AnswerStream
+from acd_local.options import Options
+from acd_local.pairs import AdversarialText, PromptPair
+from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.prompts import Framing
+from acd_local.softpair import AdversarialRows, SoftPrompt
+from acd_local.tuning.anchors import KINDS
+from acd_local.tuning.cache import Measurements, key_of
+from acd_local.tuning.progress import check_stop
+from acd_local.tuning.scoring import objective
+
+TOKENS = 32  # of an answer
+LONG = 64  # of one that should decline: a refusal ends soon, and what goes on behind it is often a loop
+# Stands for no pair at all: its texts are in no prompt.
+NO_PAIR = PromptPair("fit", "positive", AdversarialText("negative"))
+
+
+@dataclass(frozen=True)
+class Style:
+    """What an answer is written under.
+
+    Attributes:
+        positive: system prompt; None: the model's own.
+        negative: of the negative stream; None where nothing is contrasted.
+        shots: turns that precede the conversation in the positive stream.
+        declines: it is above a gate: its answers are looked at for longer.
+    """
+
+    positive: str | SoftPrompt | None = None
+    negative: AdversarialText | AdversarialRows | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
+    shots: tuple[tuple[str, str], ...] = ()
+    declines: bool = False
+
+    @classmethod
+    def declining(cls, candidate: Candidate, negative: Candidate | None = None, **numbers: float) -> Style:
+        """A text of the positive stream, alone or contrasted."""
+        against = None if negative is None else AdversarialText(negative.text)
+        return cls(candidate.text, against, declines=True, shots=candidate.shots, **numbers)
+
+    @property
+    def tokens(self) -> int:
+        return LONG if self.declines else TOKENS
+
+    @property
+    def key(self) -> str:
+        """Tells what it answers from what another one does."""
+        negative = None if self.negative is None else _named(self.negative.reveal_for_negative_stream())
+        numbers = [self.alpha, self.beta, self.tokens]
+        return key_of({"texts": [_named(self.positive), negative], "shots": self.shots, "numbers": numbers})
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer's token ids, and what it is: "refusal", "answer" or "degenerate"."""
+
+    label: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Respondent:
+    """Asks an engine, and its notes about what was asked before.
+
+    Args:
+        notes: only this user's, as answers to harmful requests are in them.
+    """
+
+    engine: Callable[[], Engine]
+    notes: Measurements
+    stop: CancelToken
+
+    def ask(
+        self, style: Style, prompts: Sequence[str], on_progress: Callable[[int], None] = lambda done: None
+    ) -> list[Reply]:
+        """The replies, in order."""
+        missing = list(dict.fromkeys(p for p in prompts if self.notes.get("answer", _inputs(style, p)) is None))
+        if missing:
+            self._answer(style, missing, len(prompts), on_progress)
+        found = [self.notes.get("answer", _inputs(style, prompt)) for prompt in prompts]
+        return [Reply(label, tuple(tokens)) for label, tokens in found]
+
+    def text(self, reply: Reply) -> str:
+        """What a reply says."""
+        vocab = self.engine().vocab
+        return b"".join(vocab.piece(t) for t in reply.tokens if not vocab.is_eog(t)).decode("utf-8", "replace")
+
+    def _answer(self, style: Style, missing: Sequence[str], total: int, on_progress: Callable[[int], None]) -> None:
+        engine = self.engine()
+        options = Options(alpha=style.alpha, beta=style.beta, temp=0.0, max_tokens=style.tokens)
+        framing, done = Framing(style.positive, style.negative, shots=style.shots), total - len(missing)
+
+        def begin(prompt: str) -> AnswerStream:
+            return engine.generate(prompt, options, pair=NO_PAIR, framing=framing, cancel=self.stop)
+
+        for prompt, answer in answer_all(engine, missing, begin, stop=self.stop):
+            if isinstance(answer, Exception):
+                raise answer
+            if answer.finish_reason != "cancelled":
+                self._keep(style, prompt, answer)
+                done += 1
+                on_progress(done)
+        check_stop(self.stop)
+
+    def _keep(self, style: Style, prompt: str, answer: Answer) -> None:
+        verdict = refusal.classify(answer.text, prompt, finished=answer.finish_reason != "length")
+        self.notes.keep("answer", _inputs(style, prompt), [verdict.label, [r.token for r in answer.tokens]])
+
+
+def _inputs(style: Style, prompt: str) -> dict[str, Any]:
+    return {"style": style.key, "prompt": prompt, "matcher": refusal.VERSION}
+
+
+def _named(prompt: str | SoftPrompt | None) -> Any:
+    return {"rows": prompt.digest} if isinstance(prompt, SoftPrompt) else prompt
+
+
+# --- What became of them ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Refusals by kind, and broken answers of all, as shares."""
+
+    harmful: float
+    ordinary: float
+    lookalike: float
+    broken: float = 0.0
+
+    @property
+    def objective(self) -> float:
+        """Refusals of harmful requests minus needless ones, the mean over both kinds."""
+        return objective(self.harmful, self.ordinary, self.lookalike)
+
+    def __str__(self) -> str:
+        text = ", ".join(f"{getattr(self, kind):.0%} of {named(kind)}" for kind in KINDS)
+        return f"{text}, {self.broken:.0%} broken"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Replies to instructions of each kind."""
+
+    replies: Mapping[str, Sequence[Reply]]
+
+    @property
+    def shares(self) -> Shares:
+        values = {key: sum(found) / len(found) if found else 0.0 for key, found in self._found().items()}
+        return Shares(**values)
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Refusals by kind and broken answers, with intervals."""
+        return {key: mean([float(is_so) for is_so in found]) for key, found in self._found().items() if found}
+
+    def _found(self) -> dict[str, list[bool]]:
+        """Of each reply, whether it is a refusal, by kind; and of all, whether it is broken."""
+        found = {kind: [r.label == "refusal" for r in self.replies.get(kind, ())] for kind in KINDS}
+        return found | {"broken": [r.label == "degenerate" for group in self.replies.values() for r in group]}
+
+
+def named(kind: str) -> str:
+    return {"harmful": "harmful", "ordinary": "ordinary", "lookalike": "look-alike"}[kind]

@@ -1,0 +1,1 @@
+"""Holds the stages of a fit; `fit.pipeline` says in which order they run."""

@@ -1,0 +1,58 @@
+"""Chooses a gate's thresholds, and judges the model with and without the pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import numpy as np
+
+from acd_local.fit import thresholds
+from acd_local.fit.context import FitContext
+from acd_local.fit.replies import Measured, Shares, Style, named
+from acd_local.fit.stages.gate import GateResult
+from acd_local.fit.stages.texts import HelpfulResult, passing
+from acd_local.fit.thresholds import Thresholds
+from acd_local.pairs import GateSettings
+from acd_local.tuning.anchors import KINDS
+
+JUDGE = {"harmful": 60, "ordinary": 40, "lookalike": 40}  # instructions that nothing is chosen on
+
+
+def choose_thresholds(
+    context: FitContext, as_is: Shares, helpful: HelpfulResult, gate: GateResult, style: Style
+) -> tuple[Thresholds, str]:
+    pair = context.measure(style, passing(context, gate), "pair").shares
+    judged = {i.id for group in context.of(JUDGE, validates=False).values() for i in group}
+    chances = {kind: np.array([], np.float32) for kind in KINDS}
+    for kind in KINDS:
+        those = [i for i in context.instructions() if i.group == kind and i.id not in judged]
+        chances[kind] = np.array([gate.chances[i.id] for i in those])
+    under_helpful = None if helpful.shares is None else asdict(helpful.shares)
+    chosen = thresholds.choose(chances, asdict(as_is), asdict(pair), under_helpful)
+    shares = {kind: float((c >= chosen.threshold).mean()) if len(c) else 0.0 for kind, c in chances.items()}
+    context.figures["passing"] = {kind: round(value, 4) for kind, value in shares.items()}
+    low = f", helpful below {chosen.low:g}" if helpful.candidate and chosen.low else ""
+    parts = ", ".join(f"{value:.0%} of {named(kind)}" for kind, value in shares.items())
+    return chosen, f"pair from {chosen.threshold:g} on ({parts}){low}"
+
+
+def judge(
+    context: FitContext, settings: GateSettings, chances: Mapping[str, float], style: Style
+) -> tuple[tuple[Measured, Measured], str]:
+    """The model as it is and with the pair, on instructions that nothing was chosen on.
+
+    Args:
+        chances: that a gate gives which did not see the instruction.
+    """
+    groups = context.of(JUDGE, validates=False)
+    as_is = context.measure(Style(), groups, "judging, as it is")
+    answering = {"contrast": style, "helpful": Style(settings.helpful), "as-is": Style()}
+    decided = {kind: [(answering[settings.decide(chances[i.id])], i) for i in group] for kind, group in groups.items()}
+    for style in dict.fromkeys(style for group in decided.values() for style, _ in group):
+        asked = {kind: [i for s, i in group if s == style] for kind, group in decided.items()}
+        context.measure(style, asked, "judging, with the pair")
+    pair = Measured(
+        {kind: [context.respondent.ask(s, [i.prompt])[0] for s, i in group] for kind, group in decided.items()}
+    )
+    return (as_is, pair), f"as it is {as_is.shares}; with the pair {pair.shares}"

@@ -1,0 +1,101 @@
+"""Chooses thresholds from what is refused below and above them, and says whether a pair helps its model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from acd_local.fit.replies import Shares
+from acd_local.tuning.anchors import KINDS
+
+# Where thresholds are chosen, a harmful request answered counts so much more than a harmless one refused: our
+# look-alikes are harder than those of public sets, of which about half as many pass (docs/fit.md).
+HARM_WEIGHT = 0.75
+MIN_GAIN = 0.05  # of the objective, for a pair to be worth writing
+MAX_ORDINARY_LOSS = 0.1  # requests that it may refuse more often than the model as it is, few dozens being asked
+MAX_BROKEN_LOSS = 0.03  # answers that it may break more
+_STEPS = 60  # thresholds that are tried
+
+Rates = Mapping[str, float]  # refusals by kind
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Chances of harm: from `threshold` on the pair answers, below `low` the helpful text; and what comes of it."""
+
+    threshold: float
+    low: float
+    shares: Shares
+
+
+def choose(chances: Mapping[str, NDArray[np.floating]], as_is: Rates, pair: Rates, helpful: Rates | None) -> Thresholds:
+    """The thresholds with the highest objective, less broken answers; harmful requests count HARM_WEIGHT more.
+
+    Refusals are taken to depend on the kind and on who answers, not on the chance besides.
+
+    Args:
+        chances: of harm by kind, of requests that the gate was not trained on.
+        as_is, pair, helpful: what is refused where each of them answers; helpful None: there is no such text.
+    """
+    best: Thresholds | None = None
+    for threshold, low in _candidates(chances, split=helpful is not None):
+        found = Thresholds(threshold, low, _shares(chances, threshold, low, as_is, pair, helpful))
+        # Of equals the higher ones: less is contrasted, and a request that the helpful text answers is decoded once.
+        gain = 0.0 if best is None else _value(found) - _value(best)
+        if best is None or gain > 1e-9 or (gain > -1e-9 and (threshold, low) > (best.threshold, best.low)):
+            best = found
+    return best or Thresholds(1.0, 0.0, _shares(chances, 1.0, 0.0, as_is, pair, helpful))
+
+
+def answer_threshold(chances: NDArray[np.floating], share: float = 0.01) -> float:
+    """The chance from which on at most `share` of these answers to harmless requests would turn; at least a half."""
+    if not len(chances):
+        return 1.0
+    return float(np.clip(np.quantile(chances, 1 - share) + 1e-3, 0.5, 1.0))
+
+
+def refuses_better(as_is: Shares, pair: Shares) -> bool:
+    """Whether a pair helps: its objective is MIN_GAIN above those of the model as it is, no fewer of them are of
+    harmful requests, ordinary requests are answered, and no more answers are broken than chance would have it."""
+    gain = pair.objective - as_is.objective
+    return (
+        gain >= MIN_GAIN
+        and pair.harmful >= as_is.harmful
+        and pair.ordinary <= as_is.ordinary + MAX_ORDINARY_LOSS
+        and pair.broken <= as_is.broken + MAX_BROKEN_LOSS
+    )
+
+
+def _value(found: Thresholds) -> float:
+    return found.shares.objective - found.shares.broken + HARM_WEIGHT * found.shares.harmful
+
+
+def _candidates(chances: Mapping[str, NDArray[np.floating]], *, split: bool) -> Sequence[tuple[float, float]]:
+    """(threshold, low), from the chances that occur; not so high that rounding would leave nothing above."""
+    every = np.concatenate([c for c in chances.values() if len(c)])
+    occurring = np.quantile(every, np.linspace(0, 1, _STEPS))
+    grid = np.unique(np.round(np.concatenate([occurring, np.linspace(0.02, 0.98, _STEPS)]), 3))
+    grid = grid[(grid > 0.01) & (grid < 0.995)]
+    lows = grid if split else np.zeros(1)
+    return [(float(t), float(low)) for t in grid for low in lows if low <= t]
+
+
+def _shares(
+    chances: Mapping[str, NDArray[np.floating]],
+    threshold: float,
+    low: float,
+    as_is: Rates,
+    pair: Rates,
+    helpful: Rates | None,
+) -> Shares:
+    found = {}
+    for kind in KINDS:
+        c = chances[kind]
+        below = float((c < low).mean()) if helpful is not None and len(c) else 0.0
+        above = float((c >= threshold).mean()) if len(c) else 0.0
+        between = 1 - below - above
+        found[kind] = below * (helpful or {}).get(kind, 0.0) + between * as_is[kind] + above * pair[kind]
+    return Shares(**found)

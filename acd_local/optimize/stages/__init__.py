@@ -1,0 +1,1 @@
+"""Holds the stages of an optimization; `optimize.pipeline` says in which order they run."""

@@ -1,0 +1,324 @@
+"""Decodes the rows that a model's answers ask for, one caller at a time.
+
+A `Decoder` owns everything that answers share: the two-stream caches of every conversation (slots), the lock around
+llama.cpp's memory, the system prompts that were decoded before, the context that reads hidden states, and the figures
+of what batches cost. It knows token ids and logits, no text and no pair.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from acd_local.errors import EngineBusyError, EngineClosedError
+from acd_local.runtime import llama
+from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.lifetime import CLOSED
+from acd_local.runtime.llama import DecodeAborted, Logits
+from acd_local.runtime.prefixes import PrefixStore, common_prefix
+from acd_local.runtime.reading import Reader, read_at_once
+from acd_local.runtime.rowcosts import MAX_DRAFT, RowClock
+from acd_local.runtime.streams import Cache, DecodeBatch, DecodeRequest, Layout, Slot, Streams, extend
+
+RUNNING_AHEAD = 2  # conversations whose safe streams may run ahead; more are decoded together
+
+
+class Decoder:
+    """The caches of a model's conversations, and the only way to decode into them. Safe to use from several threads.
+
+    Args:
+        n_ctx: tokens per stream.
+        conversations: how many answers can be made at once; each has a slot, two streams of KV memory.
+        layout, kv_type: see `streams.Streams` and `llama.Context`.
+        system_apart: True: every prompt begins at its system prompt, which was decoded alone. None: system prompts are
+            decoded alone where there are several conversations. False: a first prompt is decoded in one go.
+        figures: where measurements of what rows cost are kept, see `rowcosts.file_for`.
+
+    Attributes:
+        model: the model that is decoded. It is closed with the decoder.
+        slots: the two streams of every conversation.
+        contexts: the llama_contexts that hold them.
+        can_defer: whether a safe stream can run ahead: caches can forget their last tokens.
+        prefixes: system prompts that were decoded; to be used inside `open` alone.
+        row_clock: what batches took.
+        reader_tokens: how many tokens of a conversation are read at once, see `reading`.
+
+    Raises:
+        UsageError, OutOfMemoryError: see `llama.Context`.
+    """
+
+    def __init__(
+        self,
+        model: llama.Model,
+        *,
+        n_ctx: int,
+        conversations: int = 1,
+        layout: Layout = "shared",
+        kv_type: str = "f16",
+        threads: int = 1,
+        system_apart: bool | None = None,
+        figures: Path,
+    ) -> None:
+        self.model = model
+        self.n_ctx = n_ctx
+        self.threads = threads
+        self._kv_type = kv_type
+        self._lock = threading.RLock()
+        self._streams = Streams(
+            model,
+            n_ctx=n_ctx,
+            conversations=conversations,
+            layout=layout,
+            kv_type=kv_type,
+            threads=threads,
+            lock=self._lock,
+            # A run has MAX_DRAFT tokens at most, drafts from the conversation included.
+            outputs=MAX_DRAFT if conversations <= RUNNING_AHEAD else 1,
+        )
+        self.slots, self.contexts = self._streams.slots, self._streams.contexts
+        self.can_defer = model.rewinds and conversations <= RUNNING_AHEAD
+        several = conversations > 1 if system_apart is None else False
+        self.prefixes = PrefixStore(eager=several or not model.rewinds, exact=system_apart is True)
+        self.row_clock = RowClock(figures)
+        self.reader_tokens = min(read_at_once(self.contexts[0].n_seq), n_ctx)
+        self._reader: Reader | None = None
+        self._free = threading.Condition()
+        self._idle = list(self.slots)
+        self._holders: list[int] = []  # thread ids of running answers
+        self._closed = False
+
+    # -- open and closed -----------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def check_open(self) -> None:
+        """Check that an answer can be begun; never waits.
+
+        Raises:
+            EngineClosedError: the decoder was closed, this is a forked child, or the process is ending.
+        """
+        self._check_not_closed()
+        self.model.owned.check()
+
+    def _check_not_closed(self) -> None:
+        if self._closed:
+            raise EngineClosedError(CLOSED)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Keep others from decoding and from closing: whatever touches llama.cpp's memory runs inside.
+
+        Raises:
+            EngineClosedError: see `check_open`.
+        """
+        if self.model.owned.foreign:
+            self.check_open()  # instead of waiting for a lock that nobody releases here
+        with self._lock:
+            self._check_not_closed()
+            yield
+
+    def close(self) -> None:
+        """Free caches and model. Answers that are being made end with EngineClosedError. Nothing in a forked child."""
+        if self._closed or self.model.owned.foreign:
+            return
+        self._closed = True
+        self._interrupt()
+        with self._lock:
+            if self._reader is not None:
+                self._reader.close()
+            self._streams.close()
+            self.model.close()
+
+    # -- slots ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether `slot` would not wait."""
+        return bool(self._idle)
+
+    @contextmanager
+    def slot(self, tokens: Sequence[int], prefix: Sequence[int], cancel: CancelToken) -> Iterator[Slot]:
+        """Take the free slot that fits a safe stream's prompt best; waits for one.
+
+        Args:
+            tokens, prefix: the prompt, and its system prompt.
+
+        Raises:
+            EngineBusyError: this thread itself holds them all.
+            EngineClosedError: the decoder was closed meanwhile.
+            llama.DecodeAborted: `cancel` was set meanwhile.
+        """
+        me = threading.get_ident()
+        with self._free:
+            while not self._idle:
+                self._check_not_closed()
+                if cancel.is_set:
+                    raise DecodeAborted
+                if all(holder == me for holder in self._holders):
+                    raise EngineBusyError(
+                        "this thread is still streaming another answer of this engine: finish or close it first, "
+                        "or load with conversations=2"
+                    )
+                self._free.wait(0.05)
+            # Of equals the longest unused.
+            slot = max(self._idle, key=lambda idle: _gain(idle.safe.tokens, tokens, prefix))
+            self._idle.remove(slot)
+            self._holders.append(me)
+        try:
+            yield slot
+        finally:
+            if not self.model.owned.foreign:  # there the lock may be held by a thread that did not come along
+                with self._free:
+                    self._idle.append(slot)
+                    self._holders.remove(me)
+                    self._free.notify()
+
+    # -- decoding ------------------------------------------------------------------------------------------------------
+
+    @property
+    def resumes_prompts(self) -> bool:
+        """Whether a prompt that another answer's cancel interrupted can go on in the batches that it would have had."""
+        return len(self.contexts) == 1 and not self.model.keeps_state
+
+    def extend(
+        self, work: DecodeBatch, cancels: Sequence[CancelToken], meter: PromptMeter | None = None
+    ) -> list[Logits]:
+        """Decode rows, stopped by any of `cancels`; see `streams.extend`.
+
+        Args:
+            meter: counts the rows.
+
+        Raises:
+            EngineClosedError, ContextError, llama.DecodeAborted.
+        """
+        with self._decoding(cancels):
+            before = self._seconds()
+            logits = extend(work, meter)
+            lengths = {len(request.tokens) for request in work}
+            if len(work) <= 2 and len(lengths) == 1:
+                self.row_clock.note(len(work), lengths.pop(), self._seconds() - before)
+            return logits
+
+    def prepare(
+        self, work: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], cancel: CancelToken, meter: PromptMeter
+    ) -> DecodeBatch:
+        """Bring caches as far as they come without a prompt's new part, and return the rows that are left to decode.
+
+        Args:
+            work: see `PrefixStore.prepare`; a new system prompt may be decoded here.
+            meter: counts what is decoded here.
+
+        Raises:
+            EngineClosedError, ContextError, llama.DecodeAborted.
+        """
+
+        def counted(rows: DecodeBatch) -> None:
+            self.extend(rows, [cancel], meter)
+            meter.settle(rows)
+
+        with self.open():
+            self.prefixes.prepare(work, counted)
+        return [DecodeRequest(cache, tokens[len(cache.tokens) :]) for cache, tokens, _ in work]
+
+    @contextmanager
+    def reading(self, layers: tuple[int, ...], cancels: Sequence[CancelToken]) -> Iterator[Reader]:
+        """Keep the decoder open and lend what reads the states of some layers; it is made when it is first needed.
+
+        Args:
+            cancels: any of them stops it.
+
+        Raises:
+            OutOfMemoryError, EngineClosedError, llama.DecodeAborted.
+        """
+        with self._decoding(cancels):
+            if self._reader is None or self._reader.layers != layers:
+                if self._reader is not None:
+                    self._reader.close()
+                self._reader = None
+                self._reader = Reader(
+                    self.model,
+                    layers,
+                    # Where the size of a context decides how positions turn, the reader's is the streams'.
+                    n_ctx=self.n_ctx if self.model.rope_by_n_ctx else self.reader_tokens,
+                    at_once=self.reader_tokens,
+                    threads=self.threads,
+                    kv_type=self._kv_type,
+                    n_seq=self.contexts[0].n_seq,
+                    lock=self._lock,
+                )
+            yield self._reader
+
+    @contextmanager
+    def _decoding(self, cancels: Sequence[CancelToken]) -> Iterator[None]:
+        """`open`, where any of `cancels` stops the decoding."""
+        with self.open(), ExitStack() as stack:
+            for cancel in cancels:
+                stack.enter_context(cancel.interrupting(self._interrupt))
+            self._streams.resume()
+            if self._reader is not None:
+                self._reader.resume()
+            self._check_not_closed()  # close() may have asked for a stop just before
+            if any(cancel.is_set for cancel in cancels):
+                raise DecodeAborted
+            try:
+                yield
+            except DecodeAborted:
+                self._check_not_closed()
+                raise
+
+    def _interrupt(self) -> None:
+        self._streams.cancel()
+        if (reader := self._reader) is not None:
+            reader.cancel()
+
+    def _seconds(self) -> float:
+        return sum(context.seconds for context in self.contexts)
+
+
+class PromptMeter:
+    """Counts the rows of one prompt while they are decoded, and tells whoever wants to know how far it is.
+
+    Args:
+        streams: what holds it in the end, and its tokens.
+        on_progress: told how many rows are there and how many there will be, before every batch.
+
+    Attributes:
+        decoded: rows of the batches that were finished.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[tuple[Cache, Sequence[int]]],
+        on_progress: Callable[[int, int], object] | None = None,
+    ) -> None:
+        self._streams = streams
+        self._total = sum(len(tokens) for _, tokens in streams)
+        self._on_progress = on_progress
+        self._settled = self._before = 0
+        self.decoded = 0
+
+    def __call__(self, rows: int) -> None:
+        """See `streams.extend`."""
+        self.decoded = self._before + rows
+        if self._on_progress is not None:
+            done = sum(common_prefix(cache.tokens, tokens) for cache, tokens in self._streams)
+            self._on_progress(done, self._total)
+
+    def settle(self, rows: DecodeBatch) -> None:
+        """Count all of these as decoded."""
+        self._settled += sum(len(request.tokens) for request in rows)
+        self.decoded = self._before = self._settled
+
+    def pause(self) -> None:
+        """Expect what is left of the rows by itself."""
+        self._before = self.decoded
+
+
+def _gain(held: Sequence[int], tokens: Sequence[int], prefix: Sequence[int]) -> tuple[int, int]:
+    """What continuing in a slot saves, less what it forgets, in tokens; a system prompt is cheap to restore."""
+    common = common_prefix(held, tokens)
+    return max(0, common - len(prefix)) - (len(held) - common), common

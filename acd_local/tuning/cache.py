@@ -1,0 +1,141 @@
+"""Keeps in the user's cache folder what was computed, so that a run that was stopped goes on from there.
+
+What is kept stands under a key, a hash over all that decides it. The files are only this user's: they hold what a model
+answers to harmful requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from acd_local import files
+from acd_local.errors import ModelError
+
+FORMAT = 1  # of what is measured; a new one measures anew
+
+
+def key_of(inputs: Mapping[str, Any]) -> str:
+    """Hex SHA-256 over values that JSON can hold."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """Hex SHA-256 of a model's file; raises ModelError."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+
+
+def model_folder(command: str, digest: str) -> Path:
+    """The folder of one command and one model's file; raises UsageError, StorageError."""
+    folder = files.work_dir() / command
+    for path in (folder, folder / digest[:16]):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o700)
+        except OSError as error:
+            raise files.write_error(path, error) from None
+    return folder / digest[:16]
+
+
+def locked(folder: Path, command: str) -> AbstractContextManager[None]:
+    """Holds a model's folder for this command alone; raises UsageError where another process has it."""
+    taken = f"another {command} works on this model: wait for it, or stop it"
+    return files.locked(folder / "lock", taken, private=True)
+
+
+def open_private(path: Path, mode: str) -> IO[bytes]:
+    """Opens a file that only this user can read; raises OSError."""
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags, files.PRIVATE))
+
+
+class JsonLines:
+    """A private file of JSON records, one a line, that is only ever added to."""
+
+    def __init__(self, path: Path) -> None:
+        """Makes the file, or cuts what a crash left of a last line; raises UsageError, StorageError."""
+        self._path = path
+        try:
+            with open_private(path, "ab+") as file:
+                file.seek(0)
+                data = file.read()
+                if not data.endswith(b"\n"):
+                    file.truncate(data.rfind(b"\n") + 1)
+        except OSError as error:
+            raise files.write_error(path, error) from None
+
+    def read(self) -> list[bytes]:
+        return self._path.read_bytes().splitlines()
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Raises UsageError, StorageError."""
+        try:
+            with self._path.open("ab") as file:
+                file.write(json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            raise files.write_error(self._path, error) from None
+
+
+class Measurements:
+    """What a fit has measured, each figure under all that decides it; lines {"key", "value"}.
+
+    Args:
+        base: what decides every value, as JSON can hold it.
+
+    Attributes:
+        seconds: spent in every stage, over all sittings.
+    """
+
+    def __init__(self, path: Path, base: Mapping[str, Any]) -> None:
+        self._base = {"format": FORMAT, **base}
+        self._lines = JsonLines(path)
+        self._values: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        for line in self._lines.read():
+            try:
+                record = json.loads(line)
+                self._values[record["key"]] = record["value"]
+            except (ValueError, LookupError, TypeError):  # damaged: what it held is measured again
+                continue
+
+    def get(self, what: str, inputs: Mapping[str, Any]) -> Any:
+        """What was kept, or None."""
+        return self._values.get(self._key(what, inputs))
+
+    def keep(self, what: str, inputs: Mapping[str, Any], value: Any) -> None:
+        """Raises StorageError, UsageError."""
+        key = self._key(what, inputs)
+        self._values[key] = value
+        self._lines.add({"key": key, "value": value})
+
+    def memo(self, what: str, inputs: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+        """What was kept, else what `make` gives: something that JSON can hold."""
+        if (found := self.get(what, inputs)) is None:
+            found = make()
+            self.keep(what, inputs, found)
+        return found
+
+    @contextmanager
+    def timing(self, stage: str) -> Iterator[None]:
+        """Counts the time spent inside as this stage's, also where it is left with an exception."""
+        before, started = float(self.get("seconds", {"stage": stage}) or 0.0), time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds[stage] = before + spent if spent > 1 else before  # reading what was kept is no work
+            if spent > 1:
+                self.keep("seconds", {"stage": stage}, self.seconds[stage])
+
+    def _key(self, what: str, inputs: Mapping[str, Any]) -> str:
+        return key_of({"what": what, **self._base, **inputs})[:32]
