@@ -10,7 +10,8 @@ import errno
 import os
 import stat
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -188,6 +189,29 @@ def move_file(made: Path, path: Path) -> None:
     except OSError:  # such as a link to another file system
         pass
     replace_file(path, made.read_bytes())
+
+
+@contextmanager
+def locked(path: Path, taken: str, *, private: bool = False) -> Iterator[None]:
+    """Holds a lock file, which stays when the lock is free again, for this process alone.
+
+    Args:
+        taken: what the error says where another process holds it.
+        private: no other user may read it.
+
+    Raises:
+        UsageError, StorageError: another process holds it, or it cannot be made.
+    """
+    import filelock  # slow to import
+
+    try:
+        held = filelock.FileLock(path, timeout=0, mode=PRIVATE if private else 0o644).acquire()
+    except filelock.Timeout:
+        raise UsageError(taken) from None
+    except OSError as error:
+        raise write_error(path, error) from None
+    with held:
+        yield
 
 
 def check_place(path: Path | str) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import tomlkit
 
 from acd_local import files, pairs
 from acd_local import vectors as vectors_
@@ -22,9 +22,6 @@ from acd_local.vectors import Vectors
 
 if TYPE_CHECKING:
     from acd_local.runtime.gguf_header import GGUFInfo
-
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-_ESCAPES = {"\\": "\\\\", '"': '\\"', "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r"}
 
 
 @dataclass(frozen=True)
@@ -144,61 +141,39 @@ def _check(toml: Path, rows: Path, pair: PairFile) -> None:
 
 
 def as_toml(pair: PairFile) -> str:
-    """The pair's file."""
-    lines = [f"# Made by {pair.made_by}.", f"format = {pairs.FORMAT}", f"name = {_string(pair.name)}", ""]
-    lines += [f"safe = {_text(pair.safe)}", ""]
-    lines += [
-        "# The negative reference: nothing is ever sampled from it.",
-        f"adversarial = {_text(pair.adversarial)}",
-        "",
-    ]
-    numbers = {"alpha": pair.alpha, "beta": pair.beta, "sha256": pair.sha256 or None}
-    lines += _table(numbers)
-    for user, assistant in pair.shots:
-        lines += ["", "[[shots]]", f"user = {_string(user)}", f"assistant = {_string(assistant)}"]
+    """The pair's file: texts line by line, each of the tables' values on one line, and no character that hides."""
+    file = tomlkit.document()
+    file.add(tomlkit.comment(f"Made by {pair.made_by}."))
+    file.update({"format": pairs.FORMAT, "name": pair.name})
+    file.add(tomlkit.nl())
+    file.add("safe", tomlkit.string(pair.safe, multiline=True))
+    file.add(tomlkit.nl())
+    file.add(tomlkit.comment("The negative reference: nothing is ever sampled from it."))
+    file.add("adversarial", tomlkit.string(pair.adversarial, multiline=True))
+    file.add(tomlkit.nl())
+    file.update(_known({"alpha": pair.alpha, "beta": pair.beta, "sha256": pair.sha256 or None}))
+    if pair.shots:
+        turns = tomlkit.aot()
+        for user, assistant in pair.shots:
+            turns.append(tomlkit.item({"user": user, "assistant": assistant}))
+        file.add("shots", turns)
     for name in ("soft", "gate", "models", "provenance", "figures"):
-        if table := getattr(pair, name):
-            lines += ["", f"[{name}]", *_table(table)]
-    return "\n".join(lines) + "\n"
+        if table := _known(getattr(pair, name)):
+            file.add(tomlkit.nl())
+            file.add(name, tomlkit.item(table))
+    text = file.as_string()
+    return "".join(c if c == "\n" or c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
-def _table(table: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in table.items():
-        if value is not None:
-            yield f"{_key(key)} = {_value(value)}"
+def _known(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _value(value) for key, value in table.items() if value is not None}
 
 
-def _key(key: str) -> str:
-    return key if _BARE_KEY.fullmatch(key) else _string(key)
-
-
-def _value(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return repr(round(value, 6))
-    if isinstance(value, int | date):
-        return str(value)
+def _value(value: object) -> Any:
     if isinstance(value, Mapping):
-        inside = ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items() if v is not None)
-        return f"{{ {inside} }}" if inside else "{}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_value, value))}]"
-    return _string(str(value))
-
-
-def _string(text: str) -> str:
-    """A basic string on one line."""
-    return f'"{"".join(map(_escaped, text))}"'
-
-
-def _text(text: str) -> str:
-    """A multi-line basic string, a line of text a line of the file."""
-    body = "".join(c if c == "\n" else _escaped(c) for c in text)
-    return f'"""\n{body}\\\n"""'  # the backslash takes the last line break out of the value
-
-
-def _escaped(c: str) -> str:
-    if c in _ESCAPES:
-        return _ESCAPES[c]
-    return c if c.isprintable() else f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"
+        inside = tomlkit.inline_table()
+        inside.update(_known(value))
+        return inside
+    if isinstance(value, float):
+        return round(value, 6)
+    return [_value(item) for item in value] if isinstance(value, list | tuple) else value

@@ -28,7 +28,8 @@ from acd_local.bench.rounds import Case, Measured, Progress, Way, cases_of, chec
 from acd_local.cli.shell import one_line
 from acd_local.engine import Engine, measured_pair
 from acd_local.errors import UsageError
-from acd_local.evaluate.svg import Axis, Curve, Panel, panels
+from acd_local.evaluate.drawing import draw as as_svg
+from acd_local.evaluate.figures import Axis, Curve, Panel, Plot
 from acd_local.generation import AnswerStream, Generation
 from acd_local.options import Options
 from acd_local.runtime.choice import Chooser, SafeCandidates
@@ -42,7 +43,7 @@ from acd_local.runtime.strategy import Strategy, StreamLogits
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # of a run
 TEMPERATURES = {"greedy": 0.0, "sampled": 0.8}
 STEPWISE = "stepwise"
-WIDTH, HEIGHT = 720, 350  # of a panel
+WIDTH, HEIGHT = 720, 432  # of a panel
 Runs = list[tuple[int, bool]]  # see FixedPace.runs
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def run(
 def draw(curves: Curves) -> str:
     """Three panels as one SVG file: batches, run lengths, drafts that stand."""
     plots = (_batch_plot(curves.costs), _length_plot(curves), _standing_plot(curves))
-    css = resources.files("acd_local.evaluate").joinpath("report.css").read_text(encoding="utf-8")
+    css = resources.files("acd_local.evaluate").joinpath("templates/report.css").read_text(encoding="utf-8")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT * len(plots)}">',
         f"<style>{css}\nsvg.plot {{ max-width: none; }}</style>",
@@ -237,7 +238,7 @@ def draw(curves: Curves) -> str:
     ]
     for i, plot in enumerate(plots):
         place = f'<svg y="{HEIGHT * i}" width="{WIDTH}" height="{HEIGHT}" '
-        parts.append(plot.replace("<svg ", place, 1))
+        parts.append(str(plot).replace("<svg ", place, 1))
     return "\n".join([*parts, "</svg>\n"])
 
 
@@ -249,7 +250,7 @@ def _batch_plot(costs: BatchCosts) -> str:
     if costs.fit is not None:
         fitted = [Curve("as reckoned with", 1, [(k, costs.fit.rows(k)) for k in costs.rows if k <= MAX_DRAFT])]
     panel = Panel("What a batch costs", Axis("rows in the batch"), [measured, *fitted, pair, alone])
-    return panels("batches", "Cost of a batch", [panel], Axis("cost in single rows", low=0))
+    return as_svg(Plot("batches", "Cost of a batch", [panel], Axis("cost in single rows", low=0)))
 
 
 def _length_plot(curves: Curves) -> str:
@@ -259,7 +260,7 @@ def _length_plot(curves: Curves) -> str:
         if (ratio := curves.stepwise(name)) is not None:
             drawn.append(Curve(f"{name}, side by side", i + 2, [(min(LENGTHS), ratio), (max(LENGTHS), ratio)]))
     panel = Panel("What a token costs", Axis("run length"), drawn)
-    return panels("lengths", "Cost per token against run length", [panel], Axis("time over plain llama.cpp"))
+    return as_svg(Plot("lengths", "Cost per token against run length", [panel], Axis("time over plain llama.cpp")))
 
 
 def _standing_plot(curves: Curves) -> str:
@@ -269,7 +270,7 @@ def _standing_plot(curves: Curves) -> str:
         drawn.append(Curve(f"{name}, if those before stand", i, [(n, share) for n, share, _ in shares], marks=True))
         drawn.append(Curve(f"{name}, with all before", i + 2, [(n, share) for n, _, share in shares], marks=True))
     panel = Panel("Which drafts stand", Axis("position in the run"), drawn)
-    return panels("standing", "Drafts that stand", [panel], Axis("share of drafts, %", percent=True, high=1))
+    return as_svg(Plot("standing", "Drafts that stand", [panel], Axis("share of drafts, %", percent=True, high=1)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,7 +34,7 @@ HINTS = (  # what the log of a failed set-up says -> its likely cause
         "the package index cannot be reached: check the network and pip's index and proxy settings",
     ),
 )
-EXTRAS = {"run": "", "optimize": "[optimize]", "dev": "[dev]"}  # each holds those before it
+EXTRAS = {"run": "", "report": "[report]", "optimize": "[optimize]", "dev": "[dev]"}  # each holds those before it
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 # What llama.cpp does with the demo model before anything else relies on it: a prompt of 40 tokens in one batch.
 DECODE = """
@@ -129,8 +129,8 @@ class Setup:
                 runner.run("creating the environment", self.base_python, "-m", "venv", str(self.venv))
             pip = [str(self.python), "-m", "pip", "--disable-pip-version-check", "install", *constraints]
             self.install_llama(runner, pip)
-            what = "acd-local" if profile == "run" else "acd-local and torch"
-            runner.run(f"installing {what}", *pip, "-e", package)
+            what = {"run": "", "report": " and matplotlib"}.get(profile, " and torch")
+            runner.run(f"installing acd-local{what}", *pip, "-e", package)
         for name in profiles:
             self.write_stamp(name)
         note(f"set-up done in {time.monotonic() - started:.0f} s")

@@ -56,6 +56,7 @@ def test_a_run_shows_its_tables_and_leaves_its_files(
     assert "mine-safe" in out
     assert str(out_dir / "report.html") in err
     assert {p.name for p in out_dir.iterdir()} == {
+        ".lock",
         "answers.jsonl",
         "report.html",
         "results.json",

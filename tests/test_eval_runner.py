@@ -327,7 +327,6 @@ def test_another_run_is_not_mixed_in(engine: Engine, whole: Path, tmp_path: Path
 
 
 def test_one_writer_at_a_time(engine: Engine, tmp_path: Path) -> None:
-    pytest.importorskip("fcntl")
     info = info_of(engine, [], [])
     with Journal(tmp_path, info), pytest.raises(UsageError, match="another acd eval"):
         Journal(tmp_path, info)

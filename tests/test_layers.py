@@ -67,7 +67,14 @@ LAYERS = (
         "evaluate/likelihood",
     },
     {"evaluate/verdict"},
-    {"evaluate/results", "evaluate/tables", "evaluate/page", "evaluate/report", "evaluate/svg"},
+    {
+        "evaluate/results",
+        "evaluate/tables",
+        "evaluate/page",
+        "evaluate/report",
+        "evaluate/figures",
+        "evaluate/drawing",
+    },
     {"evaluate/scoring"},
     {"evaluate/runner"},
     {"tuning/__init__", "tuning/anchors", "tuning/cache", "tuning/memory", "tuning/openings"},
@@ -221,6 +228,12 @@ def test_nothing_else_prints_or_touches_descriptors_and_handlers(module: str) ->
 @pytest.mark.parametrize("module", ["__init__", "errors", "options", "pairs", "models", "runtime/gguf_header"])
 def test_light_modules_stay_light(module: str) -> None:
     assert not imports(module, at_run_time=True) & {"numpy", "llama_cpp", "jinja2", "runtime/llama", "engine"}
+
+
+def test_one_module_alone_imports_matplotlib_and_not_at_the_start() -> None:
+    assert [m for m in MODULES if "matplotlib" in imports(m)] == ["evaluate/drawing"]
+    code = "import sys, acd_local.evaluate.results, acd_local.fit.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_only_the_optimizer_imports_torch() -> None:

@@ -77,8 +77,12 @@ def test_toml_holds_any_text() -> None:
         "table": {"a b": 1, "none": None},
         "nothing": None,
     }
-    file = pair_file(safe=AWKWARD, adversarial="x\\", alpha=None, provenance=provenance)
-    table = tomllib.loads(pairfile.as_toml(file))
+    shots = (("one\r\ntwo", "\u202ethree"),)
+    file = pair_file(safe=AWKWARD, adversarial="x\\", alpha=None, provenance=provenance, shots=shots)
+    text = pairfile.as_toml(file)
+    assert not [c for c in text if c != "\n" and not c.isprintable()]
+    table = tomllib.loads(text)
+    assert table["shots"] == [{"user": "one\r\ntwo", "assistant": "\u202ethree"}]
     assert table["safe"] == AWKWARD
     assert table["adversarial"] == "x\\"
     assert "alpha" not in table

@@ -6,13 +6,12 @@ import json
 import math
 import random
 import re
-import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, replace
-from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
 import pytest
+from report_pages import checked, curves, figure, marks, texts
 
 from acd_local.evaluate.page import FIGURE_SPACE
 from acd_local.optimize import report
@@ -157,73 +156,7 @@ def made_up() -> OptimizeReport:
     )
 
 
-# --- Reading the page -------------------------------------------------------------------------------------------------
-
-VOID = {"meta"}
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page, with the nesting checked."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.style = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "style":
-            self.style += data
-        else:
-            self.texts.append(data)
-
-    @property
-    def shown(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-    def ids(self) -> list[str]:
-        return [attrs["id"] for _, attrs in self.tags if attrs.get("id")]  # type: ignore[misc]
-
-
-def checked(text: str) -> Page:
-    """The page, which must be sound and need nothing else."""
-    text.encode()
-    page = Page(text)
-    assert {tag for tag, _ in page.tags} <= {
-        "html", "head", "meta", "title", "style", "body", "main", "header", "section", "footer", "h1", "h2", "h3", "p",
-        "b", "dl", "dt", "dd", "code", "div", "span", "mark", "table", "caption", "thead", "tbody", "tr", "th", "td",
-        "details", "summary", "figure", "figcaption", "svg", "desc", "g", "line", "path", "polyline", "text",
-    }  # fmt: skip
-    attributes = {key for _, attrs in page.tags for key in attrs}
-    assert not attributes & {"src", "href", "srcset", "action", "xlink:href", "style", "data", "poster"}
-    assert not [key for key in attributes if key.startswith("on")]
-    assert not re.search(r"https?:|//[a-z]|@import|url\(", page.style)
-    policy = next(a["content"] or "" for t, a in page.tags if t == "meta" and "http-equiv" in a)
-    assert policy.startswith("default-src 'none'") and "script" not in policy and "http" not in policy
-    assert len(page.ids()) == len(set(page.ids()))
-    for plot in re.findall(r"<svg.*?</svg>", text, re.S):
-        root = ElementTree.fromstring(plot)
-        width, height = map(float, root.attrib["viewBox"].split()[2:])
-        for points in (node.attrib["points"] for node in root.iter("polyline")):
-            for point in points.split():
-                x, y = map(float, point.split(","))
-                assert 0 <= x <= width and 0 <= y <= height
-    return page
+# --- Blocks -----------------------------------------------------------------------------------------------------------
 
 
 def rows_of(text: str, key: str) -> list[list[str]]:
@@ -232,9 +165,6 @@ def rows_of(text: str, key: str) -> list[list[str]]:
     rows = re.findall(r"<tr>(.*?)</tr>", body, re.S)
     cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in rows]
     return [[re.sub(r"<[^>]*>", "", cell).replace(FIGURE_SPACE, "") for cell in row] for row in cells]
-
-
-# --- Blocks -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -286,33 +216,23 @@ def test_before_and_after_are_told_with_the_best_marked(full: str) -> None:
     assert best == ["0.8", "1.7", "97.3", "94.6"]
 
 
-def figure(text: str, key: str) -> ElementTree.Element:
-    return next(
-        root
-        for root in map(ElementTree.fromstring, re.findall(r"<svg.*?</svg>", text, re.S))
-        if root[0].attrib["id"] == f"fig-{key}-t"
-    )
-
-
 def test_loss_curves_show_three_terms_of_both_prompts(full: str) -> None:
     root = figure(full, "losses")
-    shown = [node.text for node in root.iter("text")]
-    assert {"positive", "negative", "retain", "Safeguarding prompt", "Adversarial prompt"} <= set(shown)
-    thick = [n for n in root if n.tag == "polyline"]
-    faint = [n for group in root.iter("g") for n in group.iter("polyline")]
-    assert len(thick) == 6 == len(faint)
-    counts = [len(n.attrib["points"].split()) for n in thick]
-    assert counts == [report.MOST_POINTS] * 3 + [120] * 3  # 420 steps are thinned, 120 are not
+    assert {"positive", "negative", "retain", "Safeguarding prompt", "Adversarial prompt"} <= set(texts(root))
+    for colour in report.TERMS.values():
+        thick = [len(points) for points in curves(root, colour)]
+        faint = [len(points) for points in curves(root, colour, faint=True)]
+        assert thick == faint == [report.MOST_POINTS, 120]  # 420 steps are thinned, 120 are not
 
 
 def test_validations_make_a_path_with_step_marks(full: str) -> None:
     root = figure(full, "path")
-    shown = {node.text for node in root.iter("text")}
+    shown = set(texts(root))
     assert {"0", "390, kept", "119, kept"} <= shown and "419" not in shown  # too near to the kept one
     said = root[1].text or ""
     first = made_up().soft["safe"][0]["validation"]
     assert f"0: {100 * first['safety']:.1f}% at {100 * first['over_refusal']:.1f}%" in said
-    assert len([n for n in root.iter("path") if n.attrib["class"] == "mark s0" and len(n)]) > 5
+    assert len(marks(root, 0)) == 2 * 15 and len(marks(root, 2)) == 2 * 5
     rows = rows_of(full, "table-validation-safe")
     assert len(rows) == 15 and rows[13][0] == "step 390, kept"
     found = made_up().soft["safe"][390]["validation"]
@@ -333,21 +253,21 @@ def test_the_search_shows_every_improvement_with_its_text(full: str) -> None:
     data = made_up()
     for key in ("safe", "adversarial"):
         (block,) = re.findall(rf'<details id="search-{key}">(.*?)</details>', full, re.S)
-        texts = [re.sub(r"<[^>]*>", "", t) for t in re.findall(r'<p class="text">(.*?)</p>', block, re.S)]
+        shown = [re.sub(r"<[^>]*>", "", t) for t in re.findall(r'<p class="text">(.*?)</p>', block, re.S)]
         best, wanted = math.inf, []
         for candidate in data.distillation[key]:
             if candidate["objective"] < best or candidate["text"] == data.texts[key]:
                 wanted.append(candidate["text"])
             best = min(best, candidate["objective"])
-        assert texts == wanted and len(wanted) > 4
+        assert shown == wanted and len(wanted) > 4
         assert f"objective {best:.3f}" in block and block.count('<span class="badge kept">chosen</span>') == 1
         assert ("negative stream only" in block) == (key == "adversarial")
     assert re.search(r"<mark>(politely|harm|kindly|reason|cannot)</mark>", full)
     root = figure(full, "distillation")
-    assert {"parts", "swap", "best so far"} <= {node.text for node in root.iter("text")}
-    stairs = [n for n in root if n.tag == "polyline"]
+    assert {"parts", "swap", "best so far"} <= set(texts(root))
+    stairs = curves(root, 0)
     assert len(stairs) == 2
-    heights = [float(p.split(",")[1]) for p in stairs[0].attrib["points"].split()]
+    heights = [y for _, y in stairs[0]]
     assert heights == sorted(heights)  # downwards on the page: the best only falls
 
 

@@ -67,9 +67,9 @@ def test_the_wheel_holds_package_and_prompts_and_nothing_else(dist: Path) -> Non
     prompts = {f"acd_local/prompts/{path.name}" for path in (ROOT / "prompts").iterdir()}
     assert {"acd_local/py.typed", "acd_local/prompts/default.toml"} <= set(files)
     metadata = {name for name in files if name.startswith("acd_local-") and ".dist-info/" in name}
-    data = {f"acd_local/evaluate/{name}" for name in ("methods.toml", "smoke.jsonl", "report.css", "report.js")}
+    data = {f"acd_local/evaluate/{name}" for name in ("methods.toml", "smoke.jsonl")}
     data |= {"acd_local/fit/texts.toml", "acd_local/bench/questions.toml"}
-    for folder in ("acd_local/optimize/data", "acd_local/tuning/data"):
+    for folder in ("acd_local/evaluate/templates", "acd_local/optimize/data", "acd_local/tuning/data"):
         data |= {f"{folder}/{path.name}" for path in (ROOT / folder).iterdir()}
     data |= {
         "acd_local/quickcheck.jsonl",
@@ -449,6 +449,16 @@ def test_bin_test_installs_the_test_tools_and_passes_arguments_on(checkout: Chec
     assert checkout.run("x", launcher=launcher) == (0, "<x>asked\n", "")
     assert checkout.run("x") == (0, "<x>asked\n", ""), "what bin/test set up serves the other launchers too"
     assert checkout.log() == []
+
+
+def test_evaluating_installs_matplotlib_on_first_use(checkout: Checkout) -> None:
+    launcher = checkout.root / "bin" / "acd"
+    assert checkout.run("eval", "--help", launcher=launcher)[1] == "<eval><--help>asked\n"
+    assert checkout.log()[-1].endswith(" -e .")
+    for arguments in (("eval", "demo"), ("fit", "demo")):
+        assert checkout.run(*arguments, launcher=launcher)[0] == 0
+    assert checkout.log()[-1].endswith(" -e .[report]")
+    assert checkout.run("models", launcher=launcher)[0] == 0 and checkout.log() == []
 
 
 def test_optimizing_installs_torch_on_first_use(checkout: Checkout) -> None:

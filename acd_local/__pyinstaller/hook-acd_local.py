@@ -19,6 +19,6 @@ if not (_package / "prompts").is_dir():  # a checkout
     datas.append((str(_package.parent / "prompts"), "acd_local/prompts"))
 binaries = collect_dynamic_libs("llama_cpp")
 
-# acd optimize needs these; for models by hf:... an application adds --hidden-import huggingface_hub, which
-# draws in torch where that is installed.
-excludedimports = ["torch", "transformers", "accelerate", "gguf", "huggingface_hub"]
+# acd optimize needs these, and the figures of reports matplotlib; for models by hf:... an application adds
+# --hidden-import huggingface_hub, which draws in torch where that is installed.
+excludedimports = ["torch", "transformers", "accelerate", "gguf", "huggingface_hub", "matplotlib"]

@@ -193,7 +193,7 @@ def merge(directories: tuple[Path, ...], out: Path) -> None:
 
 
 def _print_tables(found: dict[str, Any]) -> None:
-    from acd_local.evaluate import tables
+    from acd_local.cli import tables
 
     for line in tables.lines(found):
         print(line)

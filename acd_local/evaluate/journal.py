@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from acd_local.errors import UsageError
-from acd_local.files import is_storage_fault, replace_file, write_error
+from acd_local.files import is_storage_fault, locked, replace_file, write_error
 
 Record = dict[str, Any]
 
@@ -41,11 +41,12 @@ class Journal:
         self.directory = directory
         self._files: dict[str, FileIO] = {}
         self._sizes: dict[str, int] = {}
+        self._lock = ExitStack()
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(locked(directory / ".lock", f"{directory} is being written by another acd eval"))
             for name in ("answers", "scores"):
                 self._files[name] = (directory / f"{name}.jsonl").open("ab", buffering=0)
-            self._lock()
             self.info = _continued(directory / "run.json", info)
             self._write_info()
             self._seen = {name: self._recover(name) for name in self._files}
@@ -81,6 +82,7 @@ class Journal:
         for file in self._files.values():
             with suppress(OSError):
                 file.close()
+        self._lock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -121,16 +123,6 @@ class Journal:
         self._files[name].truncate(good)
         self._sizes[name] = good
         return seen
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.flock(self._files["answers"], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{self.directory} is being written by another acd eval") from None
 
     def _write_info(self) -> None:
         replace_file(self.directory / "run.json", json.dumps(self.info, ensure_ascii=False, indent=1) + "\n")

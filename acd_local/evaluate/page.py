@@ -1,71 +1,84 @@
-"""What the report pages share: one HTML page that loads nothing, texts and numbers as they stand in it, tables."""
+"""Renders the report pages: one HTML file each, which loads nothing, from the templates beside this module.
+
+Whatever a template writes is escaped, and what a text may hide (control and bidirectional characters) is shown. The
+page's content security policy forbids it to load or run anything but its own script.
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import itertools
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
-from acd_local.evaluate.tables import visible
+import jinja2
+from markupsafe import Markup
+
+from acd_local.evaluate.figures import Figure
+from acd_local.evaluate.tables import Table, visible
 
 FIGURE_SPACE = "\u2007"
 
 
-def whole(title: str, body: Sequence[str], script: str = "") -> str:
+def render(template: str, title: str, *, script: str = "", **values: Any) -> str:
     """The page.
 
     Args:
-        title: as text. body: HTML.
-        script: the only one that may run.
+        template: a name in the templates folder, of one that extends base.html.
+        script: the only one that may run: a name in that folder.
+        values: what the template shows; base.html says what every page has.
     """
-    allowed = ""
-    if script:
-        allowed = f" script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}';"
-    policy = f"default-src 'none'; style-src 'unsafe-inline';{allowed} base-uri 'none'; form-action 'none'"
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="referrer" content="no-referrer">',
-        f"<title>{text(title)}</title><style>{asset('report.css')}</style></head><body><main>",
-        *body,
-        f"</main>{f'<script>{script}</script>' if script else ''}</body></html>",
-    ]
-    return "\n".join(parts) + "\n"
+    code = asset(script) if script else Markup()
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    counts = {"next_figure": itertools.count(1).__next__, "next_table": itertools.count(1).__next__}
+    page = _templates.get_template(template)
+    return page.render(title=title, style=asset("report.css"), script=code, digest=digest, **counts, **values) + "\n"
 
 
-def asset(name: str) -> str:
-    return resources.files("acd_local.evaluate").joinpath(name).read_text(encoding="utf-8")
+def asset(name: str) -> Markup:
+    """A file of the templates folder, which stands in a page as it is."""
+    return Markup(resources.files("acd_local.evaluate").joinpath(f"templates/{name}").read_text(encoding="utf-8"))
 
 
-class Numbers:
-    """Captions, numbered in their order."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-        self._next = itertools.count(1)
-
-    def caption(self, words: str, more: str = "") -> str:
-        rest = f' <span class="more">{text(more)}</span>' if more else ""
-        return f"<b>{self._kind} {next(self._next)}.</b> {text(words)}{rest}"
+def draw(figure: Figure) -> str:
+    """The figure as SVG; empty where nothing can be drawn."""
+    module = _drawing()
+    return module.draw(figure) if module else ""
 
 
-def section(title: str, content: Sequence[str]) -> list[str]:
-    return [f"<section><h2>{title}</h2>", *content, "</section>"] if content else []
+def can_draw() -> bool:
+    return _drawing() is not None
+
+
+def _drawing() -> Any:
+    """The module that draws; None where matplotlib (the extra "report") is missing, or cannot be imported."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would tell of the folders that it makes
+    try:
+        from acd_local.evaluate import drawing
+    except ImportError:
+        return None
+    return drawing
+
+
+def _compared(table: Table) -> list[bool]:
+    """Which columns have changes."""
+    return [any(row.cells[i].change for row in table.rows) for i in range(len(table.columns))]
+
+
+def _aligned(table: Table) -> list[list[str]]:
+    """The cells' texts by row, those of a column in line."""
+    widths = [max((len(row.cells[i].text) for row in table.rows), default=0) for i in range(len(table.columns))]
+    return [[c.text.rjust(w, FIGURE_SPACE) for c, w in zip(row.cells, widths, strict=True)] for row in table.rows]
+
+
+# --- Texts and numbers ------------------------------------------------------------------------------------------------
 
 
 def plain(value: object) -> str:
     return visible(" ".join(str(value).split()))
-
-
-def text(value: object) -> str:
-    return html.escape(visible(value))
 
 
 def number(value: object) -> float | None:
@@ -96,23 +109,31 @@ def duration(value: object) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-@dataclass(frozen=True)
-class Column:
-    head: str
-    texts: Sequence[str]
-    best: Sequence[bool] = ()
-    figures: bool = True  # of one unit, kept in line
+def fact(value: object) -> str:
+    """A setting as text: numbers short, what belongs together in one line."""
+    if isinstance(value, dict):
+        known = {plain(k): v for k, v in value.items() if v is not None}
+        return ", ".join(f"{k} ({fact(v)})" if isinstance(v, dict) else f"{k} {fact(v)}" for k, v in known.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(fact, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else plain(value)
 
 
-def table(key: str, caption: str, head: str, names: Sequence[str], columns: Sequence[Column]) -> list[str]:
-    out = [f'<div class="table"><table id="table-{key}"><caption>{caption}</caption>']
-    heads = "".join(f'<th scope="col">{text(column.head)}</th>' for column in columns)
-    out.append(f'<thead><tr><th scope="col">{text(head)}</th>{heads}</tr></thead><tbody>')
-    widths = [max(map(len, column.texts), default=0) if column.figures else 0 for column in columns]
-    for i, name in enumerate(names):
-        cells = ""
-        for column, width in zip(columns, widths, strict=True):
-            best = ' class="best"' if column.best and column.best[i] else ""
-            cells += f'<td{best}><span class="value">{text(column.texts[i].rjust(width, FIGURE_SPACE))}</span></td>'
-        out.append(f'<tr><th scope="row">{text(plain(name))}</th>{cells}</tr>')
-    return [*out, "</tbody></table></div>"]
+def token(piece: str) -> str:
+    """A token's text, its spaces and line breaks shown."""
+    return visible(piece.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "␣"), 40)
+
+
+_templates = jinja2.Environment(
+    loader=jinja2.FunctionLoader(asset),
+    autoescape=True,
+    finalize=lambda value: value if hasattr(value, "__html__") else visible(value),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_templates.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+_templates.filters |= {"plain": plain, "percent": percent, "decimal": decimal, "fact": fact, "token": token}
+_templates.globals |= {"draw": draw, "can_draw": can_draw, "aligned": _aligned, "compared": _compared}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,14 +19,12 @@ __all__ = [
     "Row",
     "Table",
     "build",
-    "lines",
     "margin_prompts",
     "markdown",
     "shorten",
     "visible",
 ]
 
-WIDTH = 100
 _ABLATIONS = ("null-ap", "safe-ap", "sp-null", "sp-opposite", "acd")
 ABLATIONS = (*_ABLATIONS, *(f"{name}-soft" for name in _ABLATIONS))
 MARGIN_PROMPTS = {
@@ -353,85 +351,6 @@ def _mark_best(rows: list[Row], place: int, better: int) -> None:
         if row.cells[place].text == top:
             cell = replace(row.cells[place], best=True)
             rows[i] = replace(row, cells=(*row.cells[:place], cell, *row.cells[place + 1 :]))
-
-
-# --- Plain text -------------------------------------------------------------------------------------------------------
-
-
-def lines(results: Results, width: int = WIDTH) -> list[str]:
-    """The verdict and all tables as plain text for a terminal, in blocks of columns that fit `width`."""
-    info = results["run"]
-    n = sum(s.get("n") or 0 for s in results["sets"].values())
-    model = _line(info["model"].get("name") or info["model"].get("file") or "model")
-    counts = f"{len(results['methods'])} methods, {len(results['sets'])} sets, {n} prompts"
-    out = _wrapped(_line(results["verdict"]), width)
-    out += ["", *_wrapped(f"{model}, pair {_line(info['pair'].get('name'))}, {counts}", width)]
-    tables = build(results)
-    for table in tables:
-        out += ["", *_wrapped(table.title, width)]
-        for block in _blocks(table, width):
-            out += block
-        out += [line for note in table.notes for line in _wrapped(note, width)]
-    if any(cell.change for table in tables for row in table.rows for cell in row.cells):
-        legend = f"* best of its column; + better, - worse than {results['base']} beyond the 95% interval of the"
-        out += ["", *_wrapped(f"{legend} paired difference", width)]
-    return out
-
-
-def _plain_column(cells: Sequence[Cell]) -> list[str]:
-    """A column of cells as text: figures to the right, then their marks, then their intervals."""
-    marks = [_marks(cell) for cell in cells]
-    figures, wide = max(_width(cell.text) for cell in cells), max(map(len, marks))
-    intervals = [f"[{cell.short}]" if cell.interval else "" for cell in cells]
-    room = max(map(len, intervals))
-    return [
-        " " * (figures - _width(cell.text)) + f"{cell.text}{mark:<{wide}}" + (f" {interval:<{room}}" if room else "")
-        for cell, mark, interval in zip(cells, marks, intervals, strict=True)
-    ]
-
-
-def _marks(cell: Cell) -> str:
-    change = {"": "", "better": "+", "worse": "-"}[cell.change_is]
-    return ("*" if cell.best else "") + change + ("†" if cell.note else "")
-
-
-def _blocks(table: Table, width: int) -> Iterator[list[str]]:
-    names = [shorten(row.name if table.key != "margins" else row.title, 28) for row in table.rows]
-    first = max(_width(text) for text in (*names, table.head))
-    columns = [_plain_column([row.cells[i] for row in table.rows]) for i in range(len(table.columns))]
-    grid = list(zip(*columns, strict=True))
-    heads = [shorten(head, 24) for head in table.columns]
-    widths = [max(_width(heads[i]), *(_width(row[i]) for row in grid)) for i in range(len(heads))]
-    start = 0
-    while start < len(heads):
-        end, used = start + 1, first + 2 + widths[start]
-        while end < len(heads) and used + 2 + widths[end] <= width:
-            used += 2 + widths[end]
-            end += 1
-        block = []
-        for name, row in [(table.head, heads), *zip(names, grid, strict=True)]:
-            cells = "".join("  " + _pad(row[i], widths[i]) for i in range(start, end))
-            block.append((_pad(name, first) + cells).rstrip())
-        block.insert(1, "-" * used)
-        yield block
-        start = end
-
-
-def _width(text: str) -> int:
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def _pad(text: str, width: int) -> str:
-    return text + " " * (width - _width(text))
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    out = [""]
-    for word in text.split():
-        if out[-1] and _width(out[-1]) + 1 + _width(word) > width:
-            out.append("")
-        out[-1] += (" " if out[-1] else "") + word
-    return out
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------

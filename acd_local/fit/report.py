@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from acd_local import __version__
-from acd_local.evaluate import page, svg
+from acd_local.evaluate import page
+from acd_local.evaluate.figures import Axis, BarChart, Series, Span
+from acd_local.evaluate.tables import Cell, Row, Table
 from acd_local.fit.context import FitContext as Lab
 from acd_local.fit.result import FitResult as Found
-from acd_local.optimize.report import NEGATIVE_ONLY
 from acd_local.pairfile import PairFile
 
 _KINDS = {"harmful": "harmful", "ordinary": "ordinary", "lookalike": "look-alike", "broken": "broken answers"}
@@ -32,43 +33,38 @@ _HEADS = {
     "layer": "layer",
     "area": "area under the curve",
 }
-Tables = Mapping[str, Sequence[Mapping[str, Any]]]
-
+_CAPTIONS = {
+    "layers": "Layers alone, categories held out",
+    "helpful": "Texts for the base, greedy answers",
+    "positive": "The best texts, greedy answers",
+    "negative": "Negatives; those that refuse as much are dropped",
+    "contrast": "The best settings, greedy answers",
+}
 _PERCENT = {"openings", "harmful", "ordinary", "lookalike", "broken"}
 
 
 def render(lab: Lab, found: Found, pair: PairFile) -> str:
     """The whole page."""
     job = lab.job
-    title = f"Pair fitted to {job.info.name or job.info.path.name}"
-    counts = page.Numbers("Table")
-    tables = found.tables
-    body = [
-        *_header(lab, found, pair, title),
-        *page.section("Result", [*_judged(found), *_texts(pair)]),
-        *page.section("Gate", _tried("layers", "Layers alone, categories held out.", tables, counts)),
-        *page.section("Helpful text", _tried("helpful", "Texts for the base, greedy answers.", tables, counts)),
-        *page.section("Positive text", _tried("positive", "The best texts, greedy answers.", tables, counts)),
-        *page.section(
-            "Contrast",
-            [
-                *_tried("negative", "Negatives; those that refuse as much are dropped.", tables, counts),
-                *_tried("contrast", "The best settings, greedy answers.", tables, counts),
-            ],
-        ),
-        *page.section("Time", _times(lab, counts)),
-        "<footer><p>Figures of texts and settings are of instructions that they were chosen on, those of the result "
-        "of others. The adversarial prompt is never answered from. This page holds no anchors and no answers.</p>"
-        "</footer>",
-    ]
-    return page.whole(title, body)
+    return page.render(
+        "fit.html",
+        f"Pair fitted to {job.info.name or job.info.path.name}",
+        lead="",
+        facts=_facts(lab, found, pair),
+        command=job.request.command,
+        judged=_judged(found),
+        helpful=pair.gate.get("helpful", ""),
+        shots="\n\n".join(f"User: {user}\nAssistant: {assistant}" for user, assistant in pair.shots),
+        pair=pair,
+        tried={key: _tried(key, found.tables.get(key) or []) for key in _CAPTIONS},
+        times=_times(lab),
+    )
 
 
-def _header(lab: Lab, found: Found, pair: PairFile, title: str) -> list[str]:
-    job = lab.job
-    info, gate = job.info, pair.gate
+def _facts(lab: Lab, found: Found, pair: PairFile) -> dict[str, str]:
+    info, gate = lab.job.info, pair.gate
     areas = found.gate.areas if found.gate else {}
-    facts = {
+    return {
         "Model": f"{info.path.name} · {info.architecture} · {info.n_layers} layers · n_embd {info.n_embd}",
         "Gate": f"reads layer {' and '.join(map(str, found.layers))}; areas under the curve "
         + ", ".join(f"{page.decimal(area)} against {_KINDS[kind]}" for kind, area in areas.items()),
@@ -76,51 +72,29 @@ def _header(lab: Lab, found: Found, pair: PairFile, title: str) -> list[str]:
         "Contrast": f"alpha {found.style.alpha:g}, beta {found.style.beta:g}",
         "Version": f"acd_local {__version__}",
     }
-    out = ["<header>", f"<h1>{page.text(title)}</h1>", '<dl class="facts">']
-    out += [f"<dt>{page.text(key)}</dt><dd>{page.text(value)}</dd>" for key, value in facts.items()]
-    if job.request.command:
-        out.append(f"<dt>Command</dt><dd><code>{page.text(job.request.command)}</code></dd>")
-    return [*out, "</dl></header>"]
 
 
-def _judged(found: Found) -> list[str]:
+def _judged(found: Found) -> BarChart:
     """Bars of the model as it is and with the pair."""
     as_is, pair = (measured.estimates() for measured in found.judged or ())
     keys = [key for key in _KINDS if key in as_is and key in pair]
     series = [
-        svg.Series(name, [svg.Span(e[key].value, e[key].low, e[key].high) for key in keys], colour)
+        Series(name, [Span(e[key].value, e[key].low, e[key].high) for key in keys], colour)
         for colour, (name, e) in enumerate((("as it is", as_is), ("with the pair", pair)))
     ]
-    axis = svg.Axis("refused, broken answers below, %", percent=True, low=0.0, high=1.0)
-    plot = svg.bars("judged", "Refusals with and without the pair", [_KINDS[k] for k in keys], series, axis)
+    axis = Axis("refused, broken answers below, %", percent=True, low=0.0, high=1.0)
     sizes = ", ".join(f"{as_is[key].n} {_KINDS[key]}" for key in keys if key != "broken")
-    caption = f"<b>Figure 1.</b> Refusals on held-out instructions ({page.text(sizes)}), with intervals of 95%."
-    return [f"<figure>{plot}<figcaption>{caption}</figcaption></figure>"]
+    title = f"Refusals on held-out instructions ({sizes}), with intervals of 95%"
+    return BarChart("judged", title, [_KINDS[k] for k in keys], series, axis)
 
 
-def _texts(pair: PairFile) -> list[str]:
-    out = ["<h3>The pair</h3>"]
-    texts = {"Helpful text": pair.gate.get("helpful", ""), "Safeguarding prompt": pair.safe}
-    for name, text in {**texts, "Adversarial prompt": pair.adversarial}.items():
-        negative = name == "Adversarial prompt"
-        if text:
-            css, badge = ("answer chosen negative", NEGATIVE_ONLY) if negative else ("answer chosen", "")
-            out.append(f'<div class="{css}"><div class="head"><b>{name}</b>{badge}</div>')
-            out.append(f'<p class="text">{page.text(text)}</p></div>')
-        if name == "Safeguarding prompt" and pair.shots:
-            shown = "\n\n".join(f"User: {user}\nAssistant: {assistant}" for user, assistant in pair.shots)
-            out.append('<div class="answer"><div class="head"><b>Demonstrations</b><span>turns of the positive stream')
-            out.append(f'</span></div><p class="text">{page.text(shown)}</p></div>')
-    return out
-
-
-def _tried(key: str, caption: str, tables: Tables, counts: page.Numbers) -> list[str]:
-    rows = tables.get(key) or []
+def _tried(key: str, rows: Sequence[Mapping[str, Any]]) -> Table | None:
     if not rows:
-        return []
+        return None
     first, *others = [name for name in _HEADS if name in rows[0]]
-    columns = [page.Column(_HEADS[name], [_shown(name, row[name]) for row in rows]) for name in others]
-    return page.table(key, counts.caption(caption), _HEADS[first], [str(row[first]) for row in rows], columns)
+    cells = [tuple(Cell(_shown(name, row[name])) for name in others) for row in rows]
+    made = tuple(Row(str(row[first]), "", c) for row, c in zip(rows, cells, strict=True))
+    return Table(key, _CAPTIONS[key], _HEADS[first], tuple(_HEADS[name] for name in others), made)
 
 
 def _shown(name: str, value: Any) -> str:
@@ -131,7 +105,9 @@ def _shown(name: str, value: Any) -> str:
     return f"{value:.4f}" if name == "area" else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _times(lab: Lab, counts: page.Numbers) -> list[str]:
+def _times(lab: Lab) -> Table:
     seconds = {name: s for name, s in lab.notes.seconds.items() if s}
-    texts = [page.duration(s) for s in (*seconds.values(), sum(seconds.values()))]
-    return page.table("stages", counts.caption("Stages."), "stage", [*seconds, "all"], [page.Column("time", texts)])
+    rows = tuple(
+        Row(name, "", (Cell(page.duration(s)),)) for name, s in {**seconds, "all": sum(seconds.values())}.items()
+    )
+    return Table("stages", "Stages", "stage", ("time",), rows)

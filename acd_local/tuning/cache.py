@@ -11,12 +11,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from acd_local import files
-from acd_local.errors import ModelError, UsageError
+from acd_local.errors import ModelError
 
 FORMAT = 1  # of what is measured; a new one measures anew
 
@@ -48,23 +48,10 @@ def model_folder(command: str, digest: str) -> Path:
     return folder / digest[:16]
 
 
-@contextmanager
-def locked(folder: Path, command: str) -> Iterator[None]:
+def locked(folder: Path, command: str) -> AbstractContextManager[None]:
     """Holds a model's folder for this command alone; raises UsageError where another process has it."""
-    try:
-        file = open_private(folder / "lock", "ab")
-    except OSError as error:
-        raise files.write_error(folder / "lock", error) from None
-    with file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except BlockingIOError:
-            raise UsageError(f"another {command} works on this model: wait for it, or stop it") from None
-        yield
+    taken = f"another {command} works on this model: wait for it, or stop it"
+    return files.locked(folder / "lock", taken, private=True)
 
 
 def open_private(path: Path, mode: str) -> IO[bytes]:
