@@ -46,6 +46,14 @@ def test_a_model_that_refuses_needlessly_is_helped_below_low() -> None:
     assert found.shares.objective > without.shares.objective
 
 
+def test_a_text_under_which_a_model_knows_more_answers_ordinary_requests() -> None:
+    helpful = {"harmful": 0.0, "ordinary": 0.02, "lookalike": 0.02}
+    without = thresholds.choose(chances(), ANSWERS, REFUSES, helpful)
+    found = thresholds.choose(chances(), ANSWERS, REFUSES, helpful, 0.1)
+    ordinary = chances()["ordinary"]
+    assert (ordinary < found.low).mean() > 0.9 > (ordinary < without.low).mean()
+
+
 def test_a_pair_that_refuses_no_more_is_asked_for_nothing() -> None:
     found = thresholds.choose(chances(), {**ANSWERS, "harmful": 0.9}, {**REFUSES, "harmful": 0.5}, None)
     assert (chances()["harmful"] >= found.threshold).mean() < 0.2

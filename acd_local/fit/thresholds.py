@@ -31,7 +31,9 @@ class Thresholds:
     shares: Shares
 
 
-def choose(chances: Mapping[str, NDArray[np.floating]], as_is: Rates, pair: Rates, helpful: Rates | None) -> Thresholds:
+def choose(
+    chances: Mapping[str, NDArray[np.floating]], as_is: Rates, pair: Rates, helpful: Rates | None, knows: float = 0.0
+) -> Thresholds:
     """The thresholds with the highest objective, less broken answers; harmful requests count HARM_WEIGHT more.
 
     Refusals are taken to depend on the kind and on who answers, not on the chance besides.
@@ -39,14 +41,18 @@ def choose(chances: Mapping[str, NDArray[np.floating]], as_is: Rates, pair: Rate
     Args:
         chances: of harm by kind, of requests that the gate was not trained on.
         as_is, pair, helpful: what is refused where each of them answers; helpful None: there is no such text.
+        knows: easy facts, as a share, that the model knows more of under the helpful text: worth that much where it
+            answers ordinary requests.
     """
     best: Thresholds | None = None
+    worth = 0.0
     for threshold, low in _candidates(chances, split=helpful is not None):
         found = Thresholds(threshold, low, _shares(chances, threshold, low, as_is, pair, helpful))
+        value = _value(found) + knows * (float((chances["ordinary"] < low).mean()) if len(chances["ordinary"]) else 0.0)
         # Of equals the higher ones: less is contrasted, and a request that the helpful text answers is decoded once.
-        gain = 0.0 if best is None else _value(found) - _value(best)
+        gain = value - worth
         if best is None or gain > 1e-9 or (gain > -1e-9 and (threshold, low) > (best.threshold, best.low)):
-            best = found
+            best, worth = found, value
     return best or Thresholds(1.0, 0.0, _shares(chances, 1.0, 0.0, as_is, pair, helpful))
 
 

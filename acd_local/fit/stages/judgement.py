@@ -29,7 +29,7 @@ def choose_thresholds(
         those = [i for i in context.instructions() if i.group == kind and i.id not in judged]
         chances[kind] = np.array([gate.chances[i.id] for i in those])
     under_helpful = None if helpful.shares is None else asdict(helpful.shares)
-    chosen = thresholds.choose(chances, asdict(as_is), asdict(pair), under_helpful)
+    chosen = thresholds.choose(chances, asdict(as_is), asdict(pair), under_helpful, helpful.knows)
     shares = {kind: float((c >= chosen.threshold).mean()) if len(c) else 0.0 for kind, c in chances.items()}
     context.figures["passing"] = {kind: round(value, 4) for kind, value in shares.items()}
     low = f", helpful below {chosen.low:g}" if helpful.candidate and chosen.low else ""

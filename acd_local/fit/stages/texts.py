@@ -28,10 +28,15 @@ MARGIN = 0.1  # refusals that a negative must make fewer than the positive
 
 @dataclass(frozen=True)
 class HelpfulResult:
-    """The text for the base, and what is refused under it; both None: the model is best without one."""
+    """The text for the base, and what is refused under it; both None: the model is best without one.
+
+    Attributes:
+        knows: easy facts that the model knows more of under it, as a share of all.
+    """
 
     candidate: Candidate | None = None
     shares: Shares | None = None
+    knows: float = 0.0
 
     @property
     def base(self) -> str | None:
@@ -78,7 +83,7 @@ def helpful(context: FitContext, as_is: Shares) -> tuple[HelpfulResult, str]:
         context.tables.setdefault("helpful", []).append(row | {"facts": tried.facts, "facts_as_is": known.facts})
         sound = tried.facts >= known.facts - 1 and shares.broken <= as_is.broken + 0.05
         if sound and faults < best[0]:
-            best = faults, HelpfulResult(text, shares)
+            best = faults, HelpfulResult(text, shares, (tried.facts - known.facts) / len(candidates.facts()))
     found = best[1]
     if found.candidate is None:
         return found, "none refuses less needlessly, or knows more"
