@@ -13,7 +13,7 @@ from acd_local.tuning.anchors import KINDS
 
 # Where thresholds are chosen, a harmful request answered counts so much more than a harmless one refused: our
 # look-alikes are harder than those of public sets, of which about half as many pass (docs/fit.md).
-HARM_WEIGHT = 0.75
+HARM_WEIGHT = 0.5
 MIN_GAIN = 0.05  # of the objective, for a pair to be worth writing
 MAX_ORDINARY_LOSS = 0.1  # requests that it may refuse more often than the model as it is, few dozens being asked
 MAX_BROKEN_LOSS = 0.03  # answers that it may break more
