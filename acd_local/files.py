@@ -137,7 +137,37 @@ def kept(name: Path | str, *, max_age: float | None = None) -> str | None:
     return _kept.get(Path(name))
 
 
-# --- Files ------------------------------------------------------------------------------------------------------------
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path, most: int, advice: str, kind: type[AcdError] = UsageError) -> bytes:
+    """Read a file of at most `most` bytes.
+
+    Args:
+        advice: what to do about a larger one.
+        kind: of the error, one line with the file's name and what is wrong with it.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except (OSError, ValueError) as error:
+        raise kind(f"{shown(path)}: cannot be read: {reason(error)}") from None
+    if len(data) > most:
+        raise kind(f"{shown(path)}: larger than {most // 1_000_000} MB: {advice}")
+    return data
+
+
+def read_text(path: Path, most: int, advice: str, kind: type[AcdError] = UsageError) -> str:
+    """The same of UTF-8 text: a byte order mark is left out, and lines end in \\n."""
+    data = read_bytes(path, most, advice, kind)
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise kind(f"{shown(path)}: line {line}: not UTF-8: save the file in that encoding") from None
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
 
 
 def expand(path: Path | str) -> Path:

@@ -228,7 +228,7 @@ def make_options(flags: Mapping[str, Any]) -> Options:
         if path is not None:
             if flags.get(name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} and its -file form exclude each other")
-            flags[name] = read_text(path)
+            flags[name] = files.read_text(path, MAX_TEXT, "this is no grammar or schema")
     if flags.get("gate") is not None:
         flags["gate"] = flags["gate"] == "on"
     given = {k: v for k, v in flags.items() if k in Options.names() and v is not None and v != ()}
@@ -243,19 +243,6 @@ def check_text(name: str, text: str | None) -> None:
         (text or "").encode("utf-8")
     except UnicodeEncodeError:
         raise UsageError(f"{name} is not UTF-8 text") from None
-
-
-def read_text(path: Path) -> str:
-    """A text file's content; a byte order mark is left out."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_TEXT + 1)
-        if len(data) > MAX_TEXT:
-            raise UsageError(f"cannot read {shown(path)}: larger than {MAX_TEXT // 1_000_000} MB")
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except (OSError, ValueError) as error:
-        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else files.reason(error)
-        raise UsageError(f"cannot read {shown(path)}: {reason}") from None
 
 
 def check_engine_flags(flags: Mapping[str, Any]) -> None:

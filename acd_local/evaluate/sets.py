@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from acd_local.errors import UsageError, printable
+from acd_local.files import read_bytes
 from acd_local.options import MAX_SEED
 
 __all__ = ["EvalSet", "Item", "Kind", "item_seed", "read", "sample", "shard", "smoke"]
@@ -242,13 +243,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 def _text(path: Path) -> str:
     """The file's text, lines ending in \\n."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE + 1)
-    except (OSError, ValueError) as error:
-        raise _Fault(_reason(error)) from None
-    if len(data) > MAX_FILE:
-        raise _Fault(f"larger than {MAX_FILE // 1_000_000} MB: split it")
+    data = read_bytes(path, MAX_FILE, "split it")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise _Fault("UTF-16, not UTF-8: save the file in that encoding")
     if (nul := data.find(b"\0")) >= 0:
