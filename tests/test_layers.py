@@ -62,11 +62,11 @@ LAYERS = (
         "evaluate/sets",
         "evaluate/stats",
         "evaluate/methods",
-        "evaluate/journal",
+        "evaluate/run_folder",
         "evaluate/judge",
         "evaluate/likelihood",
     },
-    {"evaluate/verdict"},
+    {"evaluate/journal", "evaluate/verdict"},
     {
         "evaluate/results",
         "evaluate/tables",

@@ -303,6 +303,7 @@ def _info(
 ) -> dict[str, Any]:
     """run.json."""
     from acd_local.evaluate.methods import gate_digest
+    from acd_local.evaluate.run_folder import FORMAT
     from acd_local.generation import resolve_contrast
     from acd_local.options import Options
 
@@ -310,7 +311,7 @@ def _info(
     gate = {} if pair.gate is None else {"gate": gate_digest(pair)}
     options = ("temp", "max_tokens", "seed", "limit", "parallel", "ctx_size")
     return {
-        "format": 1,
+        "format": FORMAT,
         "model": {
             "name": model.name,
             "file": model.path.name,
