@@ -28,7 +28,7 @@ LAYERS = (
         "runtime/__init__",
     },
     {"runtime/machine", "evaluate/__init__", "evaluate/degenerate", "evaluate/refusal"},  # text alone; see quickcheck
-    {"runtime/embeddings"},
+    {"progress", "runtime/embeddings"},
     {
         "pairs",
         "softpair",
@@ -78,7 +78,6 @@ LAYERS = (
     {"evaluate/scoring"},
     {"evaluate/runner"},
     {"tuning/__init__", "tuning/anchors", "tuning/cache", "tuning/memory", "tuning/openings"},
-    {"tuning/progress"},
     {"tuning/scoring"},
     {
         "optimize/__init__",

@@ -114,9 +114,10 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local.engine import measured_pair
     from acd_local.evaluate import results, sets
     from acd_local.evaluate.journal import Journal
-    from acd_local.evaluate.runner import Evaluation, Plan, Stopped
+    from acd_local.evaluate.runner import Evaluation, Plan
     from acd_local.evaluate.scoring import MARGIN_PROMPTS
     from acd_local.options import Options
+    from acd_local.progress import Stopped
     from acd_local.runtime.cancel import CancelToken
 
     whole = _read_sets(given)

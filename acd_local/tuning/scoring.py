@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acd_local.evaluate.likelihood import Scorer
+from acd_local.progress import check_stop
 from acd_local.runtime import llama
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.contrast import contrast, log_softmax
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.softpair import SoftPrompt
 from acd_local.tuning.openings import Openings
-from acd_local.tuning.progress import check_stop
 
 Groups = Mapping[str, Sequence[str]]
 Grid = Sequence[tuple[float, float]]

@@ -24,11 +24,11 @@ from acd_local.optimize import anchor_sets, budget
 from acd_local.optimize.anchor_sets import PROMPTS, SAMPLING, AnchorSets
 from acd_local.optimize.context import StageContext
 from acd_local.pairs import AdversarialText, PromptPair
+from acd_local.progress import Clock, Stopped
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.prompts import Framing
 from acd_local.tuning.anchors import Instruction
 from acd_local.tuning.cache import JsonLines, key_of
-from acd_local.tuning.progress import Clock, Stopped
 
 Task = tuple[Instruction, str]  # what is answered, under which of PROMPTS
 
