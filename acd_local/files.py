@@ -7,13 +7,14 @@ and a symbolic link are answered the same way everywhere.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from acd_local.errors import AcdError, StorageError, UsageError, shown
 
@@ -242,6 +243,50 @@ def locked(path: Path, taken: str, *, private: bool = False) -> Iterator[None]:
         raise write_error(path, error) from None
     with held:
         yield
+
+
+class JsonLines:
+    """Keeps JSON records, one a line, in a file that is only ever added to.
+
+    Args:
+        path: made where it is missing; what a crash left of a last line is cut.
+        mode: of a new file, before the umask.
+
+    Raises:
+        StorageError, UsageError: the file cannot be read or written; also when a record is added, which then is not
+            there at all.
+    """
+
+    def __init__(self, path: Path, *, mode: int = 0o666) -> None:
+        self.path = path
+        try:
+            with open(path, "ab+", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+                file.seek(0)
+                data = file.read()
+                if not data.endswith(b"\n"):
+                    file.truncate(data.rfind(b"\n") + 1)
+        except OSError as error:
+            raise write_error(path, error) from None
+
+    def read(self) -> list[bytes]:
+        """All lines, without their ends."""
+        return self.path.read_bytes().split(b"\n")[:-1]
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add a record; what is written, a crash of this process cannot lose."""
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    while line:
+                        line = line[file.write(line) :]
+                except OSError:
+                    with suppress(OSError):
+                        file.truncate(size)
+                    raise
+        except OSError as error:
+            raise write_error(self.path, error) from None
 
 
 def check_place(path: Path | str) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import ExitStack, suppress
-from io import FileIO
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,7 +12,7 @@ from typing import Self
 from acd_local.errors import UsageError
 from acd_local.evaluate import run_folder
 from acd_local.evaluate.run_folder import Record
-from acd_local.files import is_storage_fault, locked, write_error
+from acd_local.files import JsonLines, is_storage_fault, locked, write_error
 
 # What may not change between a run and its continuation, or answers of two runs would mix.
 _FIXED = ("format", "model", "pair", "judge", "judge_model", "shard")
@@ -37,17 +36,14 @@ class Journal:
 
     def __init__(self, directory: Path, info: Record) -> None:
         self.directory = directory
-        self._files: dict[str, FileIO] = {}
-        self._sizes: dict[str, int] = {}
         self._lock = ExitStack()
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(locked(directory / ".lock", f"{directory} is being written by another acd eval"))
-            for name in (run_folder.ANSWERS, run_folder.SCORES):
-                self._files[name] = (directory / name).open("ab", buffering=0)
             self.info = _continued(directory / run_folder.INFO, info)
+            self._lines = {name: JsonLines(directory / name) for name in (run_folder.ANSWERS, run_folder.SCORES)}
+            self._seen = {name: _keys(lines) for name, lines in self._lines.items()}
             run_folder.write_info(directory, self.info)
-            self._seen = {name: self._recover(name) for name in self._files}
         except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
             self.close()
             if is_storage_fault(error):
@@ -67,8 +63,7 @@ class Journal:
 
     def answers(self) -> list[Record]:
         """All answers so far."""
-        with (self.directory / run_folder.ANSWERS).open("rb") as file:
-            return [json.loads(line) for line in file if line.strip()]
+        return [json.loads(line) for line in self._lines[run_folder.ANSWERS].read()]
 
     def add_answer(self, record: Record) -> None:
         self._add(run_folder.ANSWERS, record)
@@ -77,9 +72,6 @@ class Journal:
         self._add(run_folder.SCORES, record)
 
     def close(self) -> None:
-        for file in self._files.values():
-            with suppress(OSError):
-                file.close()
         self._lock.close()
 
     def __enter__(self) -> Self:
@@ -89,35 +81,19 @@ class Journal:
         self.close()
 
     def _add(self, name: str, record: Record) -> None:
-        file = self._files[name]
-        text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
-        line = text.encode("utf-8", "replace") + b"\n"
-        try:
-            written = 0
-            while written < len(line):  # what is written, a crash of this process cannot lose
-                written += file.write(line[written:])
-        except OSError as error:
-            with suppress(OSError):
-                file.truncate(self._sizes[name])
-            raise write_error(self.directory / name, error) from None
-        self._sizes[name] += len(line)
+        self._lines[name].add(_finite(record))
         self._seen[name].add(run_folder.key_of(record))
 
-    def _recover(self, name: str) -> set[run_folder.Key]:
-        """The keys of the records that are there; a last line that a crash cut short is removed."""
-        path, seen, good = self.directory / name, set(), 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                good += len(line)
-                try:
-                    seen.add(run_folder.key_of(json.loads(line)))
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise UsageError(f"{path}:{number}: is no record: remove the line to have it made again") from None
-        self._files[name].truncate(good)
-        self._sizes[name] = good
-        return seen
+
+def _keys(lines: JsonLines) -> set[run_folder.Key]:
+    seen = set()
+    for number, line in enumerate(lines.read(), 1):
+        try:
+            seen.add(run_folder.key_of(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            message = f"{lines.path}:{number}: is no record: remove the line to have it made again"
+            raise UsageError(message) from None
+    return seen
 
 
 def _finite(record: Record) -> Record:
