@@ -220,7 +220,7 @@ class PromptPair:
                 "soft_beta": _checked_number("soft.beta", self.soft_beta, 1.0),
             }
         except _Fault as fault:
-            raise PairError(f"prompt pair {printable(str(self.name))}: {fault.field}: {fault}") from None
+            raise PairError(f"prompt pair {shown(self.name)}: {fault.field}: {fault}") from None
         for key, value in checked.items():
             object.__setattr__(self, key, value)
 
@@ -287,7 +287,7 @@ def _checked_name(value: object) -> str:
     if not isinstance(value, str):
         raise _Fault("name", f"must be a string, not {_kind(value)}")
     if not _NAME.fullmatch(value):
-        start = printable(value)[:80]
+        start = shown(value, 80)
         raise _Fault("name", f"{start!r} is no pair name: up to 64 of A-Z a-z 0-9 . _ -, letter or digit first")
     if value == AS_IS:
         raise _Fault("name", f"{AS_IS!r} means no pair at all: choose another name")
@@ -506,7 +506,7 @@ def _syntax_message(path: Path, source: str, error: Exception) -> str:
 def _located(path: Path, source: str, fault: _Fault) -> PairError:
     line = _line_of(source, fault.field)
     place = f"line {line}: " if line else ""
-    return PairError(f"{shown(path)}: {place}{printable(fault.field)[:80]}: {fault}")
+    return PairError(f"{shown(path)}: {place}{shown(fault.field, 80)}: {fault}")
 
 
 def _line_of(source: str, name: str) -> int | None:
@@ -593,9 +593,7 @@ def find(name_or_path: str | os.PathLike[str]) -> PromptPair:
                 return load(path)
     if wanted == AS_IS:
         raise PairError(f"{AS_IS} means no prompt pair, and here one is needed; known pairs: {_known_names()}")
-    raise PairError(
-        f"no prompt pair {printable(wanted)[:80]!r}; known pairs: {_known_names()}; a path must end in .toml"
-    )
+    raise PairError(f"no prompt pair {shown(wanted, 80)!r}; known pairs: {_known_names()}; a path must end in .toml")
 
 
 def fits(pair: PromptPair, info: GGUFInfo) -> bool:

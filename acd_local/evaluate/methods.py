@@ -220,8 +220,8 @@ def load(
 def _located(file: Path, source: str, name: str, error: UsageError) -> UsageError:
     line = _line_of(source, name)
     place = f"line {line}: " if line else ""
-    message = printable(str(error))[:300]
-    return UsageError(f"{shown(file)}: {place}method {printable(name)[:80]}: {message}")
+    message = shown(error, 300)
+    return UsageError(f"{shown(file)}: {place}method {shown(name, 80)}: {message}")
 
 
 def select(names: Sequence[str], known: Mapping[str, Method]) -> list[Method]:
@@ -233,7 +233,7 @@ def select(names: Sequence[str], known: Mapping[str, Method]) -> list[Method]:
     names = [name if name in known else _RENAMED.get(name, name) for name in names]
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise UsageError(f"unknown method {printable(unknown[0])[:80]!r}; known methods: {', '.join(known)}")
+        raise UsageError(f"unknown method {shown(unknown[0], 80)!r}; known methods: {', '.join(known)}")
     if not names:
         raise UsageError(f"no method named; known methods: {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(names)]
@@ -265,7 +265,7 @@ def sweep(method: Method, key: SweepKey, values: Iterable[float]) -> list[Method
         UsageError: the method has no contrast, or a value is out of range.
     """
     if key not in ("alpha", "beta", "window"):
-        raise UsageError(f"cannot sweep {printable(str(key))[:40]!r}: choose alpha, beta or window")
+        raise UsageError(f"cannot sweep {shown(key, 40)!r}: choose alpha, beta or window")
     if not method.contrast:
         raise UsageError(f"method {method.name} has no contrast: there is no {key} to sweep")
     swept: dict[str, Method] = {}
@@ -467,7 +467,7 @@ def _parse(path: Path, source: str) -> dict[str, Any]:
     for key in table:
         if key != "methods":
             raise UsageError(
-                f"{shown(path)}: {printable(key)[:80]}: unknown field; a method stands in a table [methods.NAME]"
+                f"{shown(path)}: {shown(key, 80)}: unknown field; a method stands in a table [methods.NAME]"
             )
     methods = table.get("methods")
     if not isinstance(methods, dict) or not methods:
