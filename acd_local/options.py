@@ -204,6 +204,21 @@ def _hint(name: str, known: Collection[str]) -> str:
     return f": did you mean {close[0]}?" if close else ""
 
 
+def check_engine_number(name: str, value: object, called: str = "") -> None:
+    """Refuse what no engine may be made with, see `ENGINE_RANGES`; None, where nobody chose, is good.
+
+    Args:
+        called: what the error calls it, where that is not its name.
+
+    Raises:
+        UsageError: it is no whole number in its range.
+    """
+    low, high = ENGINE_RANGES[name]
+    whole = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    if value is not None and not whole:
+        raise UsageError(f"{called or name} must be a whole number from {low} to {high}, not {value!r}")
+
+
 def check_alpha_beta(alpha: float, beta: float) -> None:
     """The range of the contrast's two numbers, for options, pairs and arrays alike.
 

@@ -12,7 +12,7 @@ import click
 
 from acd_local import files
 from acd_local.errors import ModelError, UsageError, shown
-from acd_local.options import ENGINE_RANGES, OVERFLOWS, STRATEGIES, Options
+from acd_local.options import ENGINE_RANGES, OVERFLOWS, STRATEGIES, Options, check_engine_number
 
 if TYPE_CHECKING:
     from acd_local.engine import Engine
@@ -226,10 +226,8 @@ def check_text(name: str, text: str | None) -> None:
 
 def check_engine_flags(flags: Mapping[str, Any]) -> None:
     """What llama.cpp would overflow or abort on."""
-    for name, (low, high) in ENGINE_RANGES.items():
-        value = flags.get(name)
-        if value is not None and not low <= value <= high:
-            raise UsageError(f"--{name.replace('_', '-')} must be in [{low}, {high}], not {value}")
+    for name in ENGINE_RANGES:
+        check_engine_number(name, flags.get(name), f"--{name.replace('_', '-')}")
 
 
 def load_engine(
