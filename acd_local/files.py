@@ -161,11 +161,19 @@ def read_bytes(path: Path, most: int, advice: str, kind: type[AcdError] = UsageE
 def read_text(path: Path, most: int, advice: str, kind: type[AcdError] = UsageError) -> str:
     """The same of UTF-8 text: a byte order mark is left out, and lines end in \\n."""
     data = read_bytes(path, most, advice, kind)
+
+    def line_at(offset: int) -> str:
+        number = data.count(b"\n", 0, offset) + 1
+        return f"{shown(path)}: line {number}"
+
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise kind(f"{shown(path)}: UTF-16, not UTF-8: save the file in that encoding")
+    if (nul := data.find(b"\0")) >= 0:
+        raise kind(f"{line_at(nul)}: holds a NUL byte: UTF-16, or no text; save the file as UTF-8")
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise kind(f"{shown(path)}: line {line}: not UTF-8: save the file in that encoding") from None
+        raise kind(f"{line_at(error.start)}: not UTF-8: save the file in that encoding") from None
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
