@@ -42,14 +42,21 @@ class Chat:
         pair: PromptPair | None = None,
     ) -> None:
         self.engine = engine
-        self.pair = pair
-        if system:
-            refuse_adversarial(system, self.pair)
-        self.system = system
+        self.use(system, pair)
         self.options = options or Options()
         self.messages: list[Message] = []
         self.first_sent = 0
         self.answering: CancelToken | None = None
+
+    def use(self, system: str | None, pair: PromptPair | None) -> None:
+        """Take this system prompt and this pair for what is asked from now on.
+
+        Raises:
+            UsageError: the one holds the other's adversarial prompt; this chat is as it was.
+        """
+        if system:
+            refuse_adversarial(system, pair)
+        self.system, self.pair = system, pair
 
     def stream(
         self,
@@ -154,9 +161,7 @@ class Chat:
         """
         self.check_idle()
         record = read_saved(path)
-        if record["system"]:
-            refuse_adversarial(record["system"], self.pair)
-        self.system = record["system"]
+        self.use(record["system"], self.pair)
         self.messages = [Message(m["role"], m["content"]) for m in record["messages"]]
         self.first_sent = 0
 

@@ -17,7 +17,7 @@ from acd_local.gating import Conversation, Gating, reading
 from acd_local.generation import AnswerStream, Generation, GenerationRequest, resolve_contrast
 from acd_local.model_pairs import ModelPairs
 from acd_local.models import resolve as resolve_model
-from acd_local.options import ENGINE_RANGES, MAX_SEED, Options, refuse_unknown
+from acd_local.options import MAX_SEED, Options, check_engine_number, refuse_unknown
 from acd_local.pairs import PromptPair
 from acd_local.runtime import llama, probe, rowcosts
 from acd_local.runtime.cancel import CancelToken
@@ -96,7 +96,8 @@ class Engine:
         on_progress: Callable[[float], object] | None = None,
         on_check: Callable[[float], object] | None = None,
     ) -> None:
-        _check_counts(ctx_size=ctx_size, conversations=conversations, threads=threads)
+        for name, value in (("ctx_size", ctx_size), ("conversations", conversations), ("threads", threads)):
+            check_engine_number(name, value)
         self.threads = threads or default_threads()
         path = resolve_model(str(model))
         if on_progress is not None:
@@ -340,12 +341,3 @@ def _message(raw: Mapping[str, Any]) -> Message:
     if role not in ("system", "user", "assistant"):
         raise UsageError(f"a message's role must be system, user or assistant, not {role!r}")
     return Message(role, raw["content"])
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, value in counts.items():
-        low, high = ENGINE_RANGES[name]
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}")

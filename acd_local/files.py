@@ -7,13 +7,14 @@ and a symbolic link are answered the same way everywhere.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from acd_local.errors import AcdError, StorageError, UsageError, shown
 
@@ -137,7 +138,45 @@ def kept(name: Path | str, *, max_age: float | None = None) -> str | None:
     return _kept.get(Path(name))
 
 
-# --- Files ------------------------------------------------------------------------------------------------------------
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path, most: int, advice: str, kind: type[AcdError] = UsageError) -> bytes:
+    """Read a file of at most `most` bytes.
+
+    Args:
+        advice: what to do about a larger one.
+        kind: of the error, one line with the file's name and what is wrong with it.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except (OSError, ValueError) as error:
+        raise kind(f"{shown(path)}: cannot be read: {reason(error)}") from None
+    if len(data) > most:
+        raise kind(f"{shown(path)}: larger than {most // 1_000_000} MB: {advice}")
+    return data
+
+
+def read_text(path: Path, most: int, advice: str, kind: type[AcdError] = UsageError) -> str:
+    """The same of UTF-8 text: a byte order mark is left out, and lines end in \\n."""
+    data = read_bytes(path, most, advice, kind)
+
+    def line_at(offset: int) -> str:
+        number = data.count(b"\n", 0, offset) + 1
+        return f"{shown(path)}: line {number}"
+
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise kind(f"{shown(path)}: UTF-16, not UTF-8: save the file in that encoding")
+    if (nul := data.find(b"\0")) >= 0:
+        raise kind(f"{line_at(nul)}: holds a NUL byte: UTF-16, or no text; save the file as UTF-8")
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise kind(f"{line_at(error.start)}: not UTF-8: save the file in that encoding") from None
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
 
 
 def expand(path: Path | str) -> Path:
@@ -212,6 +251,50 @@ def locked(path: Path, taken: str, *, private: bool = False) -> Iterator[None]:
         raise write_error(path, error) from None
     with held:
         yield
+
+
+class JsonLines:
+    """Keeps JSON records, one a line, in a file that is only ever added to.
+
+    Args:
+        path: made where it is missing; what a crash left of a last line is cut.
+        mode: of a new file, before the umask.
+
+    Raises:
+        StorageError, UsageError: the file cannot be read or written; also when a record is added, which then is not
+            there at all.
+    """
+
+    def __init__(self, path: Path, *, mode: int = 0o666) -> None:
+        self.path = path
+        try:
+            with open(path, "ab+", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+                file.seek(0)
+                data = file.read()
+                if not data.endswith(b"\n"):
+                    file.truncate(data.rfind(b"\n") + 1)
+        except OSError as error:
+            raise write_error(path, error) from None
+
+    def read(self) -> list[bytes]:
+        """All lines, without their ends."""
+        return self.path.read_bytes().split(b"\n")[:-1]
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add a record; what is written, a crash of this process cannot lose."""
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    while line:
+                        line = line[file.write(line) :]
+                except OSError:
+                    with suppress(OSError):
+                        file.truncate(size)
+                    raise
+        except OSError as error:
+            raise write_error(self.path, error) from None
 
 
 def check_place(path: Path | str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from acd_local import pairs, vectors
-from acd_local.errors import PairError, printable
+from acd_local.errors import PairError, shown
 from acd_local.gate import Gate
 from acd_local.gating import Gating
 from acd_local.generation import Answerer
@@ -153,4 +153,4 @@ class ModelPairs:
 
     @property
     def _model_name(self) -> str:
-        return printable(self._info.name or self._info.path.name)[:80]
+        return shown(self._info.name or self._info.path.name, 80)

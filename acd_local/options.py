@@ -1,14 +1,13 @@
-"""What a caller can choose per answer. One flat, validated record that flags, JSON-lines requests and the API share."""
+"""Declares what a caller can choose per answer, once for flags, JSON-lines requests and Python."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args
 
 from acd_local.errors import UsageError
 
@@ -20,7 +19,9 @@ ENGINE_RANGES = {
     "gpu_layers": (-1, 2**31 - 1),
 }
 
-STRATEGIES = ("auto", "stepwise", "deferred")
+Strategy: TypeAlias = Literal["auto", "stepwise", "deferred"]
+Overflow: TypeAlias = Literal["drop", "error"]
+STRATEGIES, OVERFLOWS = get_args(Strategy), get_args(Overflow)
 MAX_SEED = 2**32 - 2  # llama.cpp keeps 2^32 - 1 for "draw a seed"
 
 # What other tools (llama.cpp's programs and bindings, OpenAI's API, transformers, ollama) call ours.
@@ -75,6 +76,21 @@ _AT_START = {
 }
 
 
+_MAX_FLOAT = 3.4e38
+_INT32 = 2**31 - 1
+
+T = TypeVar("T")
+
+
+def _number(default: T, low: float, high: float, text: str) -> T:
+    """A number in [low, high], or None where that is the default; the command line makes a flag of it, with this help.
+
+    Where the help does not say what None means, it ends with the default.
+    """
+    made: T = dataclasses.field(default=default, metadata={"range": (low, high), "help": text})
+    return made
+
+
 @dataclass(frozen=True)
 class Options:
     """Contrast, sampling and limits of one answer. Names and defaults follow llama.cpp where it has the option.
@@ -84,42 +100,44 @@ class Options:
     """
 
     # Contrast. None: the prompt pair decides, and where it does not, pairs.DEFAULT_ALPHA and DEFAULT_BETA.
-    alpha: float | None = None
-    beta: float | None = None
+    alpha: float | None = _number(None, 0.0, _MAX_FLOAT, "Strength of the contrast, >= 0; default: the pair's, or 0.5.")
+    beta: float | None = _number(None, 0.0, 1.0, "Keep tokens with p >= beta * max p; default: the pair's, or 0.1.")
     raw_contrast: bool = False
     plain: bool = False
-    window: int | None = None
-    strategy: Literal["auto", "stepwise", "deferred"] = "auto"
+    window: int | None = _number(None, 0, _INT32, "Contrast only the first N tokens of an answer; default: all.")
+    strategy: Strategy = "auto"
     # None: contrast only what the pair's gate finds harmful, where the pair has one. False: at every step.
     gate: bool | None = None
-    gate_threshold: float | None = None
+    gate_threshold: float | None = _number(
+        None, 0.0, 1.0, "Contrast from this chance of harm on, in [0, 1]; default: the pair's."
+    )
 
     # Limits
-    max_tokens: int | None = None
+    max_tokens: int | None = _number(None, 1, _INT32, "Longest answer; default: what the context leaves.")
     stop: tuple[str, ...] = ()
-    overflow: Literal["drop", "error"] = "drop"
+    overflow: Overflow = "drop"
 
     # Sampling
-    seed: int | None = None
-    temp: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    typical: float = 1.0
-    repeat_last_n: int = 64
-    repeat_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    dry_multiplier: float = 0.0
-    dry_base: float = 1.75
-    dry_allowed_length: int = 2
-    dry_penalty_last_n: int = 64
+    seed: int | None = _number(None, 0, MAX_SEED, "Repeats an answer; default: random, shown by --stats and --json.")
+    temp: float = _number(0.8, 0.0, _MAX_FLOAT, "Temperature, 0 is greedy")
+    top_k: int = _number(40, 0, _INT32, "Keep the k best tokens, 0 keeps all")
+    top_p: float = _number(0.95, 0.0, 1.0, "Nucleus sampling, 1 is off")
+    min_p: float = _number(0.05, 0.0, 1.0, "Keep tokens with p >= min-p * max p, 0 is off")
+    typical: float = _number(1.0, 0.0, 1.0, "Locally typical sampling, 1 is off")
+    repeat_last_n: int = _number(64, 0, _INT32, "Window of the three penalties")
+    repeat_penalty: float = _number(1.0, 1e-6, _MAX_FLOAT, "Repetition penalty, 1 is off")
+    presence_penalty: float = _number(0.0, -_MAX_FLOAT, _MAX_FLOAT, "Presence penalty, 0 is off")
+    frequency_penalty: float = _number(0.0, -_MAX_FLOAT, _MAX_FLOAT, "Frequency penalty, 0 is off")
+    dry_multiplier: float = _number(0.0, 0.0, _MAX_FLOAT, "DRY repetition penalty, 0 is off")
+    dry_base: float = _number(1.75, 0.0, _MAX_FLOAT, "DRY base")
+    dry_allowed_length: int = _number(2, 0, _INT32, "DRY allowed length")
+    dry_penalty_last_n: int = _number(64, 0, _INT32, "DRY window")
     dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.1
-    mirostat: int = 0
-    mirostat_lr: float = 0.1
-    mirostat_ent: float = 5.0
+    xtc_probability: float = _number(0.0, 0.0, 1.0, "XTC probability, 0 is off")
+    xtc_threshold: float = _number(0.1, 0.0, 1.0, "XTC threshold")
+    mirostat: int = _number(0, 0, 2, "Mirostat 1 or 2, 0 is off")
+    mirostat_lr: float = _number(0.1, 0.0, _MAX_FLOAT, "Mirostat learning rate")
+    mirostat_ent: float = _number(5.0, 0.0, _MAX_FLOAT, "Mirostat target entropy")
     grammar: str | None = None
     json_schema: str | None = None
 
@@ -132,14 +150,13 @@ class Options:
         for name in ("stop", "dry_sequence_breakers"):
             object.__setattr__(self, name, _strings(name, getattr(self, name)))
         for field in dataclasses.fields(self):
-            _check_type(field.name, field.type, getattr(self, field.name))
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UsageError(f"{name} must be {_describe(low, high)}, not {value}")
+            value = getattr(self, field.name)
+            _check_type(field.name, field.type, value)
+            if value is not None and "range" in field.metadata:
+                _check_range(field.name, value, *field.metadata["range"])
         if self.strategy not in STRATEGIES:
             raise UsageError(f"strategy must be one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
-        if self.overflow not in ("drop", "error"):
+        if self.overflow not in OVERFLOWS:
             raise UsageError(f"overflow must be 'drop' or 'error', not {self.overflow!r}")
         if self.grammar is not None and self.json_schema is not None:
             raise UsageError("grammar and json_schema exclude each other: give one")
@@ -181,8 +198,25 @@ def _hint(name: str, known: Collection[str]) -> str:
         return f": {meant} is set once, when the model is loaded ({_AT_START[meant]})"
     if meant in Options.names():
         return f": {meant} is an option of an answer"
+    import difflib  # slow to import
+
     close = difflib.get_close_matches(plain, known, n=1, cutoff=0.75)
     return f": did you mean {close[0]}?" if close else ""
+
+
+def check_engine_number(name: str, value: object, called: str = "") -> None:
+    """Refuse what no engine may be made with, see `ENGINE_RANGES`; None, where nobody chose, is good.
+
+    Args:
+        called: what the error calls it, where that is not its name.
+
+    Raises:
+        UsageError: it is no whole number in its range.
+    """
+    low, high = ENGINE_RANGES[name]
+    whole = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    if value is not None and not whole:
+        raise UsageError(f"{called or name} must be a whole number from {low} to {high}, not {value!r}")
 
 
 def check_alpha_beta(alpha: float, beta: float) -> None:
@@ -199,40 +233,13 @@ def check_alpha_beta(alpha: float, beta: float) -> None:
         raise UsageError(f"beta must be in [0, 1], not {beta}")
 
 
-_MAX_FLOAT = 3.4e38
-_INT32 = 2**31 - 1
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("alpha", 0.0, _MAX_FLOAT),
-    ("beta", 0.0, 1.0),
-    ("window", 0, _INT32),
-    ("gate_threshold", 0.0, 1.0),
-    ("max_tokens", 1, _INT32),
-    ("seed", 0, MAX_SEED),
-    ("temp", 0.0, _MAX_FLOAT),
-    ("top_k", 0, _INT32),
-    ("top_p", 0.0, 1.0),
-    ("min_p", 0.0, 1.0),
-    ("typical", 0.0, 1.0),
-    ("repeat_last_n", 0, _INT32),
-    ("repeat_penalty", 1e-6, _MAX_FLOAT),
-    ("presence_penalty", -_MAX_FLOAT, _MAX_FLOAT),
-    ("frequency_penalty", -_MAX_FLOAT, _MAX_FLOAT),
-    ("dry_multiplier", 0.0, _MAX_FLOAT),
-    ("dry_base", 0.0, _MAX_FLOAT),
-    ("dry_allowed_length", 0, _INT32),
-    ("dry_penalty_last_n", 0, _INT32),
-    ("xtc_probability", 0.0, 1.0),
-    ("xtc_threshold", 0.0, 1.0),
-    ("mirostat", 0, 2),
-    ("mirostat_lr", 0.0, _MAX_FLOAT),
-    ("mirostat_ent", 0.0, _MAX_FLOAT),
-)
-
-
-def _describe(low: float, high: float) -> str:
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if low <= value <= high:
+        return
+    allowed = f"in [{low:g}, {high:.15g}]"
     if high in (_MAX_FLOAT, _INT32):
-        return "finite" if low == -_MAX_FLOAT else f"finite and >= {low:g}"
-    return f"in [{low:g}, {high:.15g}]"
+        allowed = "finite" if low == -_MAX_FLOAT else f"finite and >= {low:g}"
+    raise UsageError(f"{name} must be {allowed}, not {value}")
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:

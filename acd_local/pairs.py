@@ -42,12 +42,13 @@ import re
 import tomllib
 import unicodedata
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from acd_local import files
-from acd_local.errors import PairError, UsageError, printable
+from acd_local.errors import PairError, UsageError, printable, shown
 
 if TYPE_CHECKING:
     from acd_local.runtime.gguf_header import GGUFInfo
@@ -219,7 +220,7 @@ class PromptPair:
                 "soft_beta": _checked_number("soft.beta", self.soft_beta, 1.0),
             }
         except _Fault as fault:
-            raise PairError(f"prompt pair {printable(str(self.name))}: {fault.field}: {fault}") from None
+            raise PairError(f"prompt pair {shown(self.name)}: {fault.field}: {fault}") from None
         for key, value in checked.items():
             object.__setattr__(self, key, value)
 
@@ -286,8 +287,8 @@ def _checked_name(value: object) -> str:
     if not isinstance(value, str):
         raise _Fault("name", f"must be a string, not {_kind(value)}")
     if not _NAME.fullmatch(value):
-        shown = printable(value)[:80]
-        raise _Fault("name", f"{shown!r} is no pair name: up to 64 of A-Z a-z 0-9 . _ -, letter or digit first")
+        start = shown(value, 80)
+        raise _Fault("name", f"{start!r} is no pair name: up to 64 of A-Z a-z 0-9 . _ -, letter or digit first")
     if value == AS_IS:
         raise _Fault("name", f"{AS_IS!r} means no pair at all: choose another name")
     return value
@@ -300,8 +301,8 @@ def _checked_number(key: str, value: object, most: float) -> float | None:
         raise _Fault(key, f"must be a number, not {_kind(value)}")
     if not 0 <= value <= most:
         allowed = "finite and >= 0" if most == MAX_ALPHA else f"in [0, {most:g}]"
-        shown = value if isinstance(value, float) or abs(value) < 10**9 else "this number"
-        raise _Fault(key, f"{shown} is out of range: it must be {allowed}")
+        given = value if isinstance(value, float) or abs(value) < 10**9 else "this number"
+        raise _Fault(key, f"{given} is out of range: it must be {allowed}")
     return float(value)
 
 
@@ -481,42 +482,31 @@ def _build(table: dict[str, Any], path: Path) -> PromptPair:
 
 
 def _read(path: Path) -> str:
-    shown = printable(str(path))
-    try:
+    with suppress(OSError, ValueError):
         if not path.is_file():
             if path.exists():
-                raise PairError(f"{shown}: not a file; a prompt pair is one TOML file")
-            raise PairError(f"{shown}: no such file; known pairs: {_known_names()}")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise PairError(f"{shown}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > MAX_BYTES:
-        raise PairError(f"{shown}: larger than {MAX_BYTES // 1_000_000} MB: this is no prompt pair")
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise PairError(f"{shown}: line {line}: not UTF-8: save the file in that encoding") from None
+                raise PairError(f"{shown(path)}: not a file; a prompt pair is one TOML file")
+            raise PairError(f"{shown(path)}: no such file; known pairs: {_known_names()}")
+    return files.read_text(path, MAX_BYTES, "this is no prompt pair", PairError)
 
 
 def _syntax_message(path: Path, source: str, error: Exception) -> str:
     """tomllib's message with its position in front."""
-    shown = printable(str(path))
+    name = shown(path)
     if isinstance(error, RecursionError):
-        return f"{shown}: nested too deeply: this is no prompt pair"
+        return f"{name}: nested too deeply: this is no prompt pair"
     text = printable(str(error))
     if place := re.search(r" \(at line (\d+), column (\d+)\)$", text):
-        return f"{shown}: line {place[1]}: column {place[2]}: {text[: place.start()]}"
+        return f"{name}: line {place[1]}: column {place[2]}: {text[: place.start()]}"
     if place := re.search(r" \(at end of document\)$", text):
-        return f"{shown}: line {len(source.splitlines()) or 1}: {text[: place.start()]} (at the end of the file)"
-    return f"{shown}: {text}"
+        return f"{name}: line {len(source.splitlines()) or 1}: {text[: place.start()]} (at the end of the file)"
+    return f"{name}: {text}"
 
 
 def _located(path: Path, source: str, fault: _Fault) -> PairError:
     line = _line_of(source, fault.field)
     place = f"line {line}: " if line else ""
-    return PairError(f"{printable(str(path))}: {place}{printable(fault.field)[:80]}: {fault}")
+    return PairError(f"{shown(path)}: {place}{shown(fault.field, 80)}: {fault}")
 
 
 def _line_of(source: str, name: str) -> int | None:
@@ -603,8 +593,7 @@ def find(name_or_path: str | os.PathLike[str]) -> PromptPair:
                 return load(path)
     if wanted == AS_IS:
         raise PairError(f"{AS_IS} means no prompt pair, and here one is needed; known pairs: {_known_names()}")
-    shown = printable(wanted)[:80]
-    raise PairError(f"no prompt pair {shown!r}; known pairs: {_known_names()}; a path must end in .toml")
+    raise PairError(f"no prompt pair {shown(wanted, 80)!r}; known pairs: {_known_names()}; a path must end in .toml")
 
 
 def fits(pair: PromptPair, info: GGUFInfo) -> bool:
@@ -692,7 +681,7 @@ def _check_places(pair: PromptPair, known: Iterable[PromptPair]) -> None:
     for other in known:
         if is_shipped(pair) and not is_shipped(other):
             continue
-        where = f"of pair {other.name!r} ({printable(str(other.path))})"
+        where = f"of pair {other.name!r} ({shown(other.path)})"
         if safe == _fold(other.adversarial.reveal_for_negative_stream()):
             raise refuse("safe", f"is the adversarial text {where}, which may only stand in the negative stream")
         if is_shipped(other) and adversarial == _fold(other.safe):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from acd_local.errors import PairError, printable
+from acd_local.errors import PairError, shown
 from acd_local.runtime.embeddings import refusal
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class SoftPair:
         """
         check_model(self, "soft prompts", info)
         if reason := refusal(info.architecture):
-            where = f"{printable(str(self.path))}: " if self.path else ""
+            where = f"{shown(self.path)}: " if self.path else ""
             raise PairError(f"{where}soft prompts do not work with {info.architecture} models: {reason}")
 
 
@@ -167,8 +167,8 @@ def check_model(vectors: _Fitted, what: str, info: GGUFInfo) -> None:
     Raises:
         PairError: they are another model's; one line that calls them `what`.
     """
-    where = f"{printable(str(vectors.path))}: " if vectors.path else ""
-    made_for = f" ({printable(vectors.name)})" if vectors.name else ""
+    where = f"{shown(vectors.path)}: " if vectors.path else ""
+    made_for = f" ({shown(vectors.name)})" if vectors.name else ""
     for key, ours, its in (
         ("architecture", vectors.architecture, info.architecture),
         ("embedding width", vectors.n_embd, info.n_embd),
@@ -177,8 +177,7 @@ def check_model(vectors: _Fitted, what: str, info: GGUFInfo) -> None:
     ):
         if ours != its:
             raise PairError(
-                f"{where}{what}: made for another model{made_for}: {key} {printable(str(ours))}, "
-                f"this model has {printable(str(its))}"
+                f"{where}{what}: made for another model{made_for}: {key} {shown(ours)}, this model has {shown(its)}"
             )
 
 

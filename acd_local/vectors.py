@@ -16,6 +16,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acd_local import files
-from acd_local.errors import PairError, printable
+from acd_local.errors import PairError, shown
 from acd_local.gate import Gate, probe_of
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 
@@ -57,17 +58,17 @@ def load(path: str | os.PathLike[str], *, sha256: str = "") -> Vectors:
     Raises:
         PairError: one line with the file and what is wrong with it.
     """
-    shown = printable(os.fspath(path))
-    try:
-        return _parse(Path(path), sha256)
-    except PairError as error:
-        raise PairError(f"{shown}: {error}") from None
-
-
-def _parse(path: Path, sha256: str) -> Vectors:
+    path = Path(path)
     data = _read(path)
+    try:
+        return _parse(path, data, sha256)
+    except PairError as error:
+        raise PairError(f"{shown(path)}: {error}") from None
+
+
+def _parse(path: Path, data: bytes, sha256: str) -> Vectors:
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-        toml = printable(path.with_suffix(".toml").name)
+        toml = shown(path.with_suffix(".toml").name)
         raise PairError(f"not the vectors that {toml} was written with: copy both files again, or make them anew")
     from safetensors.numpy import load as parse
 
@@ -76,7 +77,7 @@ def _parse(path: Path, sha256: str) -> Vectors:
         header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
     except Exception as error:  # the parser raises its own error, and whatever numpy says to a type it does not know
         text = " ".join(str(error).split())[:200]
-        raise PairError(f"damaged, or no safetensors file ({printable(text)})") from None
+        raise PairError(f"damaged, or no safetensors file ({shown(text)})") from None
     texts = _checked_texts(header.get("__metadata__"))
     model = {
         "architecture": texts["architecture"],
@@ -94,7 +95,7 @@ def _parse(path: Path, sha256: str) -> Vectors:
     if soft not in (set(), {*_SOFT}) or gate not in (set(), {*_REQUEST}, {*_REQUEST, *_ANSWER}) or not found:
         raise PairError(
             f"must hold soft prompts ({', '.join(_SOFT)}) or a gate ({', '.join(_REQUEST)}), not "
-            f"{printable(', '.join(sorted(found)))[:80] or 'nothing'}"
+            f"{shown(', '.join(sorted(found)), 80) or 'nothing'}"
         )
     return Vectors(
         soft=_soft_pair(tensors, model) if soft else None,
@@ -119,16 +120,10 @@ def _gate(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], model: M
 
 
 def _read(path: Path) -> bytes:
-    try:
+    with suppress(OSError, ValueError):
         if not path.is_file():
-            raise PairError("not a file" if path.exists() else "no such file")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise PairError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > MAX_BYTES:
-        raise PairError(f"larger than {MAX_BYTES // 1_000_000} MB: these are no vectors of a pair")
-    return data
+            raise PairError(f"{shown(path)}: {'not a file' if path.exists() else 'no such file'}")
+    return files.read_bytes(path, MAX_BYTES, "these are no vectors of a pair", PairError)
 
 
 def _checked_texts(found: object) -> dict[str, str]:
@@ -136,8 +131,8 @@ def _checked_texts(found: object) -> dict[str, str]:
     if texts.get("format") != FORMAT:
         raise PairError(f"no vectors of a pair: its metadata does not say format = {FORMAT}")
     if texts.get("version") != VERSION:
-        shown = printable(str(texts.get("version")))[:40]
-        raise PairError(f"version {shown} of the format is not the one this acd-local reads ({VERSION})")
+        version = shown(texts.get("version"), 40)
+        raise PairError(f"version {version} of the format is not the one this acd-local reads ({VERSION})")
     for key in _TEXTS:
         value = texts.get(key)
         if not isinstance(value, str) or len(value) > _MAX_TEXT or (not value and key != "name"):
@@ -147,7 +142,7 @@ def _checked_texts(found: object) -> dict[str, str]:
 
 def _count(key: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise PairError(f"metadata {key}: must be a whole number, not {printable(text)[:40]!r}")
+        raise PairError(f"metadata {key}: must be a whole number, not {shown(text, 40)!r}")
     return int(text)
 
 

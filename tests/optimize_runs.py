@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from acd_local.evaluate.runner import Progress
 from acd_local.optimize import budget
 from acd_local.optimize.job import Request, prepare
+from acd_local.progress import Listener, Progress
 from acd_local.runtime.cancel import CancelToken
-from acd_local.tuning.progress import Listener
 
 MANUAL = """format = 1
 name = "default"

@@ -16,7 +16,7 @@ import pytest
 from acd_local.cli.main import command
 from acd_local.cli.progress import ProgressLine, progress_text
 from acd_local.cli.shell import run_cli
-from acd_local.evaluate.runner import Progress
+from acd_local.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = "from acd_local.cli.main import main; main()"

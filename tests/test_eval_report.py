@@ -26,6 +26,7 @@ from acd_local.evaluate import report, results, tables
 from acd_local.evaluate.drawing import CHARACTER, draw
 from acd_local.evaluate.figures import Axis, BarChart, Curve, Panel, Plot, Series, Span
 from acd_local.evaluate.page import FIGURE_SPACE
+from acd_local.runtime.text import shorten, visible
 
 NASTY = "</script></td><img src=x onerror=alert(1)>&amp;\"'\u202e\u2066\x00\x1b[31m\u2028\ud800|`*"
 SETS = ("advbench", "harmbench", "xstest-safe", "alpaca", "truthfulqa")
@@ -174,7 +175,7 @@ def test_markdown_and_text_hide_nothing_and_break_nowhere() -> None:
 
 @given(st.text())
 def test_nothing_that_reorders_or_controls_text_stays(text: str) -> None:
-    shown = tables.visible(text)
+    shown = visible(text)
     assert shown.encode().decode() == shown
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]", shown)
     if text.isascii() and text.isprintable():
@@ -217,8 +218,8 @@ def test_labels_of_close_points_do_not_overlap() -> None:
 
 
 def test_long_texts_lose_their_middle() -> None:
-    assert tables.shorten("short", 5) == "short"
-    found = [tables.shorten(f"a common beginning of some length {i}", 20) for i in range(10, 20)]
+    assert shorten("short", 5) == "short"
+    found = [shorten(f"a common beginning of some length {i}", 20) for i in range(10, 20)]
     assert len(set(found)) == 10 and {len(text) for text in found} == {20} and found[0].startswith("a common be")
 
 

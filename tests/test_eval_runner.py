@@ -19,8 +19,9 @@ from acd_local import Engine, Options
 from acd_local.errors import UsageError
 from acd_local.evaluate import methods, refusal, results, scoring, sets
 from acd_local.evaluate.journal import Journal
-from acd_local.evaluate.runner import Evaluation, Plan, Progress, Stopped
+from acd_local.evaluate.runner import Evaluation, Plan
 from acd_local.evaluate.sets import EvalSet, Item
+from acd_local.progress import Progress, Stopped
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.template import Message
 

@@ -423,7 +423,6 @@ def test_a_full_storage_is_known_wherever_it_comes_from() -> None:
 
 
 def test_pairs_sets_methods_and_anchors_may_begin_with_a_mark(tmp_path: Path) -> None:
-    from acd_local.cli.flags import read_text
     from acd_local.evaluate import sets
 
     pair = tmp_path / "short.toml"
@@ -432,4 +431,4 @@ def test_pairs_sets_methods_and_anchors_may_begin_with_a_mark(tmp_path: Path) ->
     (tmp_path / "set.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps({"prompt": "Hi"}).encode() + b"\n")
     assert [item.prompt for item in sets.read(f"a={tmp_path}/set.jsonl:harmless")[0].items] == ["Hi"]
     (tmp_path / "schema.json").write_bytes(b"\xef\xbb\xbf{}")
-    assert read_text(tmp_path / "schema.json") == "{}"
+    assert files.read_text(tmp_path / "schema.json", 100, "") == "{}"

@@ -18,11 +18,11 @@ from acd_local.cli.main import command
 from acd_local.cli.shell import run_cli
 from acd_local.engine import Engine
 from acd_local.errors import ModelError, PairError, UsageError
-from acd_local.evaluate.runner import Progress
 from acd_local.fit import job, pipeline, states, thresholds
 from acd_local.fit.model import FitModel
 from acd_local.fit.replies import NO_PAIR, TOKENS, Respondent, Style
 from acd_local.options import Options
+from acd_local.progress import Listener, Progress, Stopped
 from acd_local.runtime import llama
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.gguf_header import read_header
@@ -32,7 +32,6 @@ from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 from acd_local.tuning import anchors
 from acd_local.tuning.cache import Measurements
-from acd_local.tuning.progress import Listener, Stopped
 
 QUICK = {"budget": 1.0, "threads": 1}
 GREEDY = Options(alpha=0.0, temp=0.0, max_tokens=TOKENS)

@@ -28,7 +28,7 @@ LAYERS = (
         "runtime/__init__",
     },
     {"runtime/machine", "evaluate/__init__", "evaluate/degenerate", "evaluate/refusal"},  # text alone; see quickcheck
-    {"runtime/embeddings"},
+    {"progress", "runtime/embeddings"},
     {
         "pairs",
         "softpair",
@@ -62,11 +62,11 @@ LAYERS = (
         "evaluate/sets",
         "evaluate/stats",
         "evaluate/methods",
-        "evaluate/journal",
+        "evaluate/run_folder",
         "evaluate/judge",
         "evaluate/likelihood",
     },
-    {"evaluate/verdict"},
+    {"evaluate/journal", "evaluate/verdict"},
     {
         "evaluate/results",
         "evaluate/tables",
@@ -78,7 +78,6 @@ LAYERS = (
     {"evaluate/scoring"},
     {"evaluate/runner"},
     {"tuning/__init__", "tuning/anchors", "tuning/cache", "tuning/memory", "tuning/openings"},
-    {"tuning/progress"},
     {"tuning/scoring"},
     {
         "optimize/__init__",

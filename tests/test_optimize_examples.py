@@ -18,9 +18,9 @@ from acd_local.optimize.prompt_tokens import Layout
 from acd_local.optimize.soft_training import SoftSettings, loss_and_gradient
 from acd_local.optimize.weights import Example, FrozenModel
 from acd_local.options import Options
+from acd_local.progress import Stopped
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.sampling import TokenSampler
-from acd_local.tuning.progress import Stopped
 
 SAMPLING = Options(temp=0.7)
 BEGINNINGS = {"safe": (3, 4, 5, 6, 7), "none": (8, 9)}

@@ -21,11 +21,11 @@ from acd_local.cli.shell import run_cli
 from acd_local.errors import ModelError, UsageError
 from acd_local.optimize import budget, job, pipeline, trial, weights
 from acd_local.optimize.context import StageContext
+from acd_local.progress import Listener, Stopped
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.gguf_header import read_header
 from acd_local.tuning import memory
 from acd_local.tuning.cache import locked
-from acd_local.tuning.progress import Listener, Stopped
 from acd_local.tuning.scoring import OpeningScorer
 
 

@@ -30,9 +30,9 @@ from acd_local.optimize.soft_training import (
     schedule,
 )
 from acd_local.optimize.weights import Example, FrozenModel
+from acd_local.progress import Stopped
 from acd_local.runtime.cancel import CancelToken
 from acd_local.tuning.openings import Openings, Spine
-from acd_local.tuning.progress import Stopped
 
 SETTINGS = SoftSettings(
     steps=8,

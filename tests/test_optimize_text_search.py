@@ -19,8 +19,8 @@ from acd_local.optimize.losses import Term
 from acd_local.optimize.text_objective import ObjectiveWeights, TextObjective
 from acd_local.optimize.text_search import Candidate, SearchSettings, SearchState, TextSearch
 from acd_local.optimize.weights import FrozenModel
+from acd_local.progress import Stopped
 from acd_local.runtime.cancel import CancelToken
-from acd_local.tuning.progress import Stopped
 
 START = "You are kind."
 PIECES = ("Please answer the question.", "Help me.", "What is red?", "User: the sky\nAssistant: blue")

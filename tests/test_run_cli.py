@@ -592,7 +592,7 @@ def test_grammars_and_schemas(cli: Callable[..., Done], base: tuple[str, ...], t
         (("--json-schema", "{"), "JSON"),
         (("--json-schema", '{"items": {"uniqueItems": true}}'), "'uniqueItems' at /items"),
         (("--json-schema", r'{"pattern": "\ud83d"}'), "'pattern' at the root (it holds half a surrogate pair"),
-        (("--grammar-file", "/no/such"), "cannot read /no/such"),
+        (("--grammar-file", "/no/such"), "/no/such: cannot be read"),
         (("--grammar-file", str(tmp_path)), "directory"),
         (("--grammar-file", str(tmp_path / "latin.gbnf")), "not UTF-8"),
         (("--grammar", 'root ::= "x"', "--grammar-file", str(tmp_path / "yes.gbnf")), "exclude each other"),

@@ -26,10 +26,11 @@ from acd_local.cli.run import command
 from acd_local.cli.shell import run_cli
 from acd_local.errors import ContextError, InternalError, PairError, UsageError
 from acd_local.evaluate import methods
-from acd_local.evaluate.likelihood import Scorer, contrasted, log_softmax
+from acd_local.evaluate.likelihood import Scorer, contrasted
 from acd_local.generation import resolve_contrast
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime import llama
+from acd_local.runtime.contrast import logprob
 from acd_local.runtime.embeddings import EmbeddingTable, refusal
 from acd_local.runtime.gguf_header import GGUFInfo, read_header
 from acd_local.runtime.prompts import Framing
@@ -837,7 +838,7 @@ def test_likelihoods_under_soft_prompts_are_those_of_the_logits(engine: Engine) 
             found = scorer.logprobs(prompts, words, [(0, 1, settings)])[0]
             for i, word in enumerate(words):
                 safe, adversarial = (logits_of(engine.decoder.model, [*p, *words[:i]]) for p in prompts)
-                assert found[i] == pytest.approx(log_softmax(contrasted(safe, adversarial, settings), word), abs=0.2)
+                assert found[i] == pytest.approx(logprob(contrasted(safe, adversarial, settings), word), abs=0.2)
 
 
 def test_every_method_that_uses_the_pair_has_a_soft_counterpart(engine: Engine) -> None:

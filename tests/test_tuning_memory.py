@@ -23,10 +23,10 @@ from acd_local.errors import OutOfMemoryError
 from acd_local.optimize.prompt_tokens import Layout
 from acd_local.optimize.soft_training import SoftSettings, SoftTraining
 from acd_local.optimize.weights import Example, FrozenModel
+from acd_local.progress import Stopped
 from acd_local.runtime.gguf_header import read_header
 from acd_local.tuning import memory
 from acd_local.tuning.memory import Lengths, Sizes
-from acd_local.tuning.progress import Stopped
 
 
 def test_memory_pressure_does_not_change_how_many_anchors_are_answered_at_once(

@@ -96,8 +96,7 @@ def _system(app: ChatApp, text: str) -> None:
         app.chat.system = None
         app.view.notice("your system prompt is gone" + ("; the pair's stays" if app.chat.pair else ""))
     else:
-        pairs.refuse_adversarial(text, app.chat.pair)
-        app.chat.system = text
+        app.chat.use(text, app.chat.pair)
         app.view.notice("your system prompt now follows the pair's" if app.chat.pair else "your system prompt is set")
 
 
@@ -121,11 +120,9 @@ def _expanded(name: str) -> str:
 
 
 def _switch_pair(app: ChatApp, pair: PromptPair | None) -> None:
-    if app.chat.system:
-        pairs.refuse_adversarial(app.chat.system, pair)
     if app.engine.takes_soft(pair):
         app.engine.soft_pair(pair)
-    app.chat.pair = pair
+    app.chat.use(app.chat.system, pair)
     if pair is None or pairs.fitted(pair, app.engine.info):
         return
     if not pairs.fits(pair, app.engine.info):
@@ -218,8 +215,7 @@ def load_chat(app: ChatApp, name: str, *, keep_pair: bool = False, system: str |
     try:
         app.chat.load(name)
         if system is not None:
-            pairs.refuse_adversarial(system, app.chat.pair)
-            app.chat.system = system
+            app.chat.use(system, app.chat.pair)
     except UsageError:
         app.chat.pair, app.chat.system = before
         raise

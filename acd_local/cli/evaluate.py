@@ -114,9 +114,10 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local.engine import measured_pair
     from acd_local.evaluate import results, sets
     from acd_local.evaluate.journal import Journal
-    from acd_local.evaluate.runner import Evaluation, Plan, Stopped
+    from acd_local.evaluate.runner import Evaluation, Plan
     from acd_local.evaluate.scoring import MARGIN_PROMPTS
     from acd_local.options import Options
+    from acd_local.progress import Stopped
     from acd_local.runtime.cancel import CancelToken
 
     whole = _read_sets(given)
@@ -303,6 +304,7 @@ def _info(
 ) -> dict[str, Any]:
     """run.json."""
     from acd_local.evaluate.methods import gate_digest
+    from acd_local.evaluate.run_folder import FORMAT
     from acd_local.generation import resolve_contrast
     from acd_local.options import Options
 
@@ -310,7 +312,7 @@ def _info(
     gate = {} if pair.gate is None else {"gate": gate_digest(pair)}
     options = ("temp", "max_tokens", "seed", "limit", "parallel", "ctx_size")
     return {
-        "format": 1,
+        "format": FORMAT,
         "model": {
             "name": model.name,
             "file": model.path.name,

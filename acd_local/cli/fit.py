@@ -14,8 +14,8 @@ from acd_local.cli.optimize import parse_budget, run_stages
 from acd_local.cli.shell import EXIT_CODES, Interrupts
 
 if TYPE_CHECKING:
+    from acd_local.progress import Listener
     from acd_local.runtime.cancel import CancelToken
-    from acd_local.tuning.progress import Listener
 
 PROGRAM = "acd fit"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,10 +12,10 @@ import click
 
 from acd_local import files
 from acd_local.errors import ModelError, UsageError, shown
+from acd_local.options import ENGINE_RANGES, OVERFLOWS, STRATEGIES, Options, check_engine_number
 
 if TYPE_CHECKING:
     from acd_local.engine import Engine
-    from acd_local.options import Options
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -65,19 +66,23 @@ _ENGINE = (
     ),
 )
 
+_NUMBERS = {field.name: field for field in dataclasses.fields(Options) if "range" in field.metadata}
+_SAMPLERS = list(_NUMBERS)[list(_NUMBERS).index("seed") :]
+
+
+def _number(name: str, *short: str) -> Callable[[F], F]:
+    """The flag of an option that is a number, with the help that stands beside the option."""
+    field, whole = _NUMBERS[name], "int" in str(_NUMBERS[name].type)
+    text = field.metadata["help"] + ("" if field.default is None else f"; default {field.default:g}.")
+    kind, metavar = (int, "N") if whole else (float, "X")
+    return click.option(f"--{name.replace('_', '-')}", *short, type=kind, metavar=metavar, help=text)
+
+
 _CONTRAST = (
-    click.option(
-        "--alpha", type=float, metavar="X", help="Strength of the contrast, >= 0; default: the pair's, or 0.5."
-    ),
-    click.option(
-        "--beta", type=float, metavar="X", help="Keep tokens with p >= beta * max p; default: the pair's, or 0.1."
-    ),
-    click.option(
-        "--window", type=int, metavar="N", help="Contrast only the first N tokens of an answer; default: all."
-    ),
+    *map(_number, ("alpha", "beta", "window")),
     click.option(
         "--strategy",
-        type=click.Choice(["auto", "stepwise", "deferred"]),
+        type=click.Choice(STRATEGIES),
         help="How both streams are decoded: side by side, or the safe one ahead. The text is the same but for "
         "near-ties. Default auto: what is faster here.",
     ),
@@ -88,49 +93,21 @@ _CONTRAST = (
         type=click.Choice(["on", "off"]),
         help="Contrast only what the pair's gate finds harmful, or every answer; default: on where the pair has one.",
     ),
-    click.option(
-        "--gate-threshold",
-        type=float,
-        metavar="X",
-        help="Contrast from this chance of harm on, in [0, 1]; default: the pair's.",
-    ),
+    _number("gate_threshold"),
 )
 
 _LIMITS = (
-    click.option("--max-tokens", "-n", type=int, metavar="N", help="Longest answer; default: what the context leaves."),
+    _number("max_tokens", "-n"),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
     click.option(
         "--overflow",
-        type=click.Choice(["drop", "error"]),
+        type=click.Choice(OVERFLOWS),
         help="Where a conversation outgrows the context: drop its oldest turns, or fail; default drop.",
     ),
 )
 
-
-def _number(flag: str, kind: type, text: str) -> Callable[[F], F]:
-    return click.option(flag, type=kind, metavar="N" if kind is int else "X", help=text)
-
-
 _SAMPLING = (
-    _number("--seed", int, "Repeats an answer; default: random, shown by --stats and --json."),
-    _number("--temp", float, "Temperature, 0 is greedy; default 0.8."),
-    _number("--top-k", int, "Keep the k best tokens, 0 keeps all; default 40."),
-    _number("--top-p", float, "Nucleus sampling, 1 is off; default 0.95."),
-    _number("--min-p", float, "Keep tokens with p >= min-p * max p, 0 is off; default 0.05."),
-    _number("--typical", float, "Locally typical sampling, 1 is off; default 1."),
-    _number("--repeat-last-n", int, "Window of the three penalties; default 64."),
-    _number("--repeat-penalty", float, "Repetition penalty, 1 is off; default 1."),
-    _number("--presence-penalty", float, "Presence penalty, 0 is off; default 0."),
-    _number("--frequency-penalty", float, "Frequency penalty, 0 is off; default 0."),
-    _number("--dry-multiplier", float, "DRY repetition penalty, 0 is off; default 0."),
-    _number("--dry-base", float, "DRY base; default 1.75."),
-    _number("--dry-allowed-length", int, "DRY allowed length; default 2."),
-    _number("--dry-penalty-last-n", int, "DRY window; default 64."),
-    _number("--xtc-probability", float, "XTC probability, 0 is off; default 0."),
-    _number("--xtc-threshold", float, "XTC threshold; default 0.1."),
-    _number("--mirostat", int, "Mirostat 1 or 2, 0 is off; default 0."),
-    _number("--mirostat-lr", float, "Mirostat learning rate; default 0.1."),
-    _number("--mirostat-ent", float, "Mirostat target entropy; default 5."),
+    *map(_number, _SAMPLERS),
     click.option("--grammar", metavar="GBNF", help="GBNF grammar that the answer must follow."),
     click.option("--grammar-file", type=file_name, metavar="FILE", help="The same from a file."),
     click.option("--json-schema", metavar="JSON", help="JSON schema that the answer must follow."),
@@ -147,7 +124,11 @@ anchors_flag = click.option(
     "where a harmless one looks dangerous; default: built in.",
 )
 threads_flag = click.option(
-    "--threads", "-t", type=click.IntRange(1, 512), metavar="N", help="CPU threads; default: $ACD_THREADS or the cores."
+    "--threads",
+    "-t",
+    type=click.IntRange(*ENGINE_RANGES["threads"]),
+    metavar="N",
+    help="CPU threads; default: $ACD_THREADS or the cores.",
 )
 
 _HELP_COLUMN = 30  # columns for the options' names in --help
@@ -220,15 +201,13 @@ def _check_is_model(argument: str, instead: str) -> None:
 
 def make_options(flags: Mapping[str, Any]) -> Options:
     """Options from the flags that were given; the others keep their defaults."""
-    from acd_local.options import Options
-
     flags = dict(flags)
     for name in ("grammar", "json_schema"):
         path = flags.pop(f"{name}_file", None)
         if path is not None:
             if flags.get(name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} and its -file form exclude each other")
-            flags[name] = read_text(path)
+            flags[name] = files.read_text(path, MAX_TEXT, "this is no grammar or schema")
     if flags.get("gate") is not None:
         flags["gate"] = flags["gate"] == "on"
     given = {k: v for k, v in flags.items() if k in Options.names() and v is not None and v != ()}
@@ -245,27 +224,10 @@ def check_text(name: str, text: str | None) -> None:
         raise UsageError(f"{name} is not UTF-8 text") from None
 
 
-def read_text(path: Path) -> str:
-    """A text file's content; a byte order mark is left out."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_TEXT + 1)
-        if len(data) > MAX_TEXT:
-            raise UsageError(f"cannot read {shown(path)}: larger than {MAX_TEXT // 1_000_000} MB")
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except (OSError, ValueError) as error:
-        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else files.reason(error)
-        raise UsageError(f"cannot read {shown(path)}: {reason}") from None
-
-
 def check_engine_flags(flags: Mapping[str, Any]) -> None:
     """What llama.cpp would overflow or abort on."""
-    from acd_local.options import ENGINE_RANGES
-
-    for name, (low, high) in ENGINE_RANGES.items():
-        value = flags.get(name)
-        if value is not None and not low <= value <= high:
-            raise UsageError(f"--{name.replace('_', '-')} must be in [{low}, {high}], not {value}")
+    for name in ENGINE_RANGES:
+        check_engine_number(name, flags.get(name), f"--{name.replace('_', '-')}")
 
 
 def load_engine(

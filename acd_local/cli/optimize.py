@@ -18,8 +18,8 @@ from acd_local.cli.shell import EXIT_CODES, Interrupts, one_line, say
 from acd_local.errors import UsageError
 
 if TYPE_CHECKING:
+    from acd_local.progress import Listener
     from acd_local.runtime.cancel import CancelToken
-    from acd_local.tuning.progress import Listener
 
 PROGRAM = "acd optimize"
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 60.0}
@@ -112,8 +112,8 @@ def run_stages(program: str, interrupts: Interrupts, work: Callable[[CancelToken
     Returns:
         The exit code.
     """
+    from acd_local.progress import Listener, Stopped
     from acd_local.runtime.cancel import CancelToken
-    from acd_local.tuning.progress import Listener, Stopped
 
     interrupts.cancels(stop := CancelToken())
     with ProgressLine(program) as progress:

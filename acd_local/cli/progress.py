@@ -18,7 +18,7 @@ from acd_local.cli.shell import one_line, say
 if TYPE_CHECKING:
     from acd_local.answers import PromptProgress
     from acd_local.engine import Engine
-    from acd_local.evaluate.runner import Progress
+    from acd_local.progress import Progress
 
 PATIENCE = 1.0  # seconds before a wait is spoken of
 TERMINAL_EVERY = 0.2  # seconds

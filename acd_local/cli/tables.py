@@ -13,7 +13,8 @@ from rich.table import Column
 from rich.table import Table as Grid
 from rich.text import Text
 
-from acd_local.evaluate.tables import Cell, Table, build, shorten, visible
+from acd_local.evaluate.tables import Cell, Table, build
+from acd_local.runtime.text import plain, shorten
 
 WIDTH = 100
 RULE = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # under the heads
@@ -40,7 +41,7 @@ def lines(results: Mapping[str, Any], width: int = WIDTH) -> list[str]:
 
 
 def _line(text: object) -> Text:
-    return Text(visible(" ".join(str(text).split())))
+    return Text(plain(text))
 
 
 def _blocks(table: Table, width: int) -> Iterator[Grid]:

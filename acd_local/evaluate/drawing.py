@@ -25,7 +25,7 @@ from matplotlib.style import context
 from numpy.typing import NDArray
 
 from acd_local.evaluate.figures import Axis, BarChart, Curve, Figure, Plot, Span, Value
-from acd_local.evaluate.tables import shorten, visible
+from acd_local.runtime.text import plain, shorten
 
 SHAPES = "oDs^vP"
 DASHES: Sequence[Any] = ("-", (0, (3.5, 1.5)), (0, (1, 1.5)), "-", "-", "-")
@@ -187,7 +187,7 @@ class _Drawing:
 
 def _text(value: object, most: int = 200) -> str:
     """One line in which nothing hides and which XML can hold."""
-    return re.sub("[\ufffe\uffff]", "\ufffd", visible(" ".join(str(value).split()), most))
+    return re.sub("[\ufffe\uffff]", "\ufffd", plain(value, most))
 
 
 def _values(values: Iterable[Value]) -> list[float]:

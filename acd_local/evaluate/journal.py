@@ -1,24 +1,21 @@
-"""The files of a run while it is made: run.json, and two files that only ever grow, one finished record per line."""
+"""Writes a run while it is made: run.json, and two files that only ever grow, one finished record per line."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
-from io import FileIO
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from acd_local.errors import UsageError
-from acd_local.files import is_storage_fault, locked, replace_file, write_error
-
-Record = dict[str, Any]
+from acd_local.evaluate import run_folder
+from acd_local.evaluate.run_folder import Record
+from acd_local.files import JsonLines, is_storage_fault, locked, write_error
 
 # What may not change between a run and its continuation, or answers of two runs would mix.
 _FIXED = ("format", "model", "pair", "judge", "judge_model", "shard")
-_FIXED_OPTIONS = ("temp", "max_tokens", "seed", "limit", "ctx_size")
 
 
 class Journal:
@@ -39,17 +36,14 @@ class Journal:
 
     def __init__(self, directory: Path, info: Record) -> None:
         self.directory = directory
-        self._files: dict[str, FileIO] = {}
-        self._sizes: dict[str, int] = {}
         self._lock = ExitStack()
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(locked(directory / ".lock", f"{directory} is being written by another acd eval"))
-            for name in ("answers", "scores"):
-                self._files[name] = (directory / f"{name}.jsonl").open("ab", buffering=0)
-            self.info = _continued(directory / "run.json", info)
-            self._write_info()
-            self._seen = {name: self._recover(name) for name in self._files}
+            self.info = _continued(directory / run_folder.INFO, info)
+            self._lines = {name: JsonLines(directory / name) for name in (run_folder.ANSWERS, run_folder.SCORES)}
+            self._seen = {name: _keys(lines) for name, lines in self._lines.items()}
+            run_folder.write_info(directory, self.info)
         except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
             self.close()
             if is_storage_fault(error):
@@ -61,27 +55,23 @@ class Journal:
             raise
 
     def has_answer(self, setup: str, set_name: str, item: str) -> bool:
-        return ("", setup, set_name, item) in self._seen["answers"]
+        return ("", setup, set_name, item) in self._seen[run_folder.ANSWERS]
 
     def has_score(self, score: str, setup: str, set_name: str, item: str) -> bool:
         """`setup`: for the score "margin" the prompt's name."""
-        return (score, setup, set_name, item) in self._seen["scores"]
+        return (score, setup, set_name, item) in self._seen[run_folder.SCORES]
 
     def answers(self) -> list[Record]:
         """All answers so far."""
-        with self._path("answers").open("rb") as file:
-            return [json.loads(line) for line in file if line.strip()]
+        return [json.loads(line) for line in self._lines[run_folder.ANSWERS].read()]
 
     def add_answer(self, record: Record) -> None:
-        self._add("answers", record)
+        self._add(run_folder.ANSWERS, record)
 
     def add_score(self, record: Record) -> None:
-        self._add("scores", record)
+        self._add(run_folder.SCORES, record)
 
     def close(self) -> None:
-        for file in self._files.values():
-            with suppress(OSError):
-                file.close()
         self._lock.close()
 
     def __enter__(self) -> Self:
@@ -91,45 +81,19 @@ class Journal:
         self.close()
 
     def _add(self, name: str, record: Record) -> None:
-        file = self._files[name]
-        text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
-        line = text.encode("utf-8", "replace") + b"\n"
+        self._lines[name].add(_finite(record))
+        self._seen[name].add(run_folder.key_of(record))
+
+
+def _keys(lines: JsonLines) -> set[run_folder.Key]:
+    seen = set()
+    for number, line in enumerate(lines.read(), 1):
         try:
-            written = 0
-            while written < len(line):  # what is written, a crash of this process cannot lose
-                written += file.write(line[written:])
-        except OSError as error:
-            with suppress(OSError):
-                file.truncate(self._sizes[name])
-            raise write_error(self._path(name), error) from None
-        self._sizes[name] += len(line)
-        self._seen[name].add(_key(record))
-
-    def _path(self, name: str) -> Path:
-        return self.directory / f"{name}.jsonl"
-
-    def _recover(self, name: str) -> set[tuple[str, str, str, str]]:
-        """The keys of the records that are there; a last line that a crash cut short is removed."""
-        path, seen, good = self._path(name), set(), 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                good += len(line)
-                try:
-                    seen.add(_key(json.loads(line)))
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise UsageError(f"{path}:{number}: is no record: remove the line to have it made again") from None
-        self._files[name].truncate(good)
-        self._sizes[name] = good
-        return seen
-
-    def _write_info(self) -> None:
-        replace_file(self.directory / "run.json", json.dumps(self.info, ensure_ascii=False, indent=1) + "\n")
-
-
-def _key(record: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    return record.get("score", ""), record.get("setup") or record["prompt"], record["set"], record["item"]
+            seen.add(run_folder.key_of(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            message = f"{lines.path}:{number}: is no record: remove the line to have it made again"
+            raise UsageError(message) from None
+    return seen
 
 
 def _finite(record: Record) -> Record:
@@ -148,29 +112,19 @@ def _continued(path: Path, info: Record) -> Record:
 
 
 def _checked_continuation(path: Path, old: Record, info: Record) -> Record:
-    previous = {k: old[k] for k in _FIXED} | {k: old["options"][k] for k in _FIXED_OPTIONS}
-    now = {k: info[k] for k in _FIXED} | {k: info["options"][k] for k in _FIXED_OPTIONS}
+    previous = {k: old[k] for k in _FIXED} | {k: old["options"][k] for k in run_folder.ANSWER_OPTIONS}
+    now = {k: info[k] for k in _FIXED} | {k: info["options"][k] for k in run_folder.ANSWER_OPTIONS}
     for key, value in now.items():
         if json.loads(json.dumps(value)) != previous[key]:
             raise UsageError(f"{path.parent} holds a run with another {key}: give another folder with -o")
     united: Record = info | {"started": old.get("started", info["started"])}
     for key in ("methods", "sets"):
         united[key] = _united(path, key, old[key], info[key])
-    united["sweep"] = _united_sweep(path, old["sweep"], info["sweep"])
+    other = f"{path.parent} holds a sweep of another method or number: give another folder with -o"
+    united["sweep"] = run_folder.united_sweep((old["sweep"], info["sweep"]), other)
     if "merged" in old:
         united["merged"] = old["merged"]
     return united
-
-
-def _united_sweep(path: Path, old: Record | None, new: Record | None) -> Record | None:
-    """One sweep with the values of both, in ascending order."""
-    if old is None or new is None:
-        return new or old
-    if (old["method"], old["key"]) != (new["method"], new["key"]):
-        raise UsageError(f"{path.parent} holds a sweep of {old['key']}: give another folder with -o")
-    values = dict(zip(old["names"], old["values"], strict=True)) | dict(zip(new["names"], new["values"], strict=True))
-    names = sorted(values, key=lambda name: float(values[name]))
-    return new | {"names": names, "values": [values[name] for name in names]}
 
 
 def _united(path: Path, key: str, old: list[Record], new: list[Record]) -> list[Record]:

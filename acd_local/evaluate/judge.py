@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from acd_local.errors import NumericalError, UsageError
 from acd_local.models import resolve
-from acd_local.options import ENGINE_RANGES
+from acd_local.options import check_engine_number
 from acd_local.runtime import llama, probe
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.streams import Cache, DecodeRequest, Snapshot, extend
@@ -75,9 +75,7 @@ class Judge:
     """
 
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
-        low, high = ENGINE_RANGES["threads"]
-        if threads is not None and not low <= threads <= high:
-            raise UsageError(f"threads must be in [{low}, {high}], not {threads}")
+        check_engine_number("threads", threads)
         self.info = probe.verify(resolve(str(path)))
         self._model = llama.Model(self.info.path)
         try:

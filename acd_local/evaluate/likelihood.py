@@ -14,10 +14,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from acd_local.errors import ContextError, NumericalError
+from acd_local.errors import ContextError
 from acd_local.runtime import llama
 from acd_local.runtime.choice import ContrastSettings
-from acd_local.runtime.contrast import MAX_DIVISOR_ALPHA, check_finite
+from acd_local.runtime.contrast import check_finite, contrast, logprob
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.streams import Cache, runs
 
@@ -100,7 +100,7 @@ class Scorer:
                 for m, (positive, negative, settings) in enumerate(mixes):
                     other = logits[negative, row] if negative is not None and settings.contrasts(position) else None
                     scores = contrasted(logits[positive, row], other, settings)
-                    found[m, position] = log_softmax(scores, continuation[position])
+                    found[m, position] = logprob(scores, continuation[position])
         return found
 
     def close(self) -> None:
@@ -157,20 +157,10 @@ def contrasted(safe: Logits, adversarial: Logits | None, settings: ContrastSetti
     Raises:
         NumericalError: a stream produced NaN, or alpha is too large for a finite score.
     """
-    check_finite(safe, adversarial)
     if adversarial is None:
+        check_finite(safe, None)
         return safe
-    divisor = 1.0 if settings.raw else 1.0 - min(settings.alpha, MAX_DIVISOR_ALPHA)
-    with np.errstate(over="ignore", invalid="ignore"):
-        scores: Logits = ((safe - np.float64(settings.alpha) * adversarial) / divisor).astype(np.float32)
-    if not np.isfinite(scores).all():
-        scores[(safe == -np.inf) | (adversarial == -np.inf)] = -np.inf
-        if np.isnan(scores).any() or not np.isfinite(scores.max()):
-            raise NumericalError(f"the contrast with alpha {settings.alpha:g} leaves no token with a finite score")
-    return scores
-
-
-def log_softmax(scores: Logits, token: int) -> float:
-    """Log probability of one token under scores of shape (n_vocab,), nats."""
-    top = float(scores.max())
-    return float(scores[token]) - top - float(np.log(np.exp(scores - top).sum(dtype=np.float64)))
+    ids, scores = contrast(safe, adversarial, alpha=settings.alpha, beta=0.0, raw=settings.raw)
+    found = np.full(len(safe), -np.inf, np.float32)
+    found[ids] = scores
+    return found

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from acd_local import pairs
-from acd_local.errors import PairError, UsageError, printable
+from acd_local.errors import PairError, UsageError, printable, shown
+from acd_local.files import read_text
 from acd_local.generation import resolve_contrast
 from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair, refuse_adversarial
@@ -219,8 +220,8 @@ def load(
 def _located(file: Path, source: str, name: str, error: UsageError) -> UsageError:
     line = _line_of(source, name)
     place = f"line {line}: " if line else ""
-    message = printable(str(error))[:300]
-    return UsageError(f"{printable(str(file))}: {place}method {printable(name)[:80]}: {message}")
+    message = shown(error, 300)
+    return UsageError(f"{shown(file)}: {place}method {shown(name, 80)}: {message}")
 
 
 def select(names: Sequence[str], known: Mapping[str, Method]) -> list[Method]:
@@ -232,7 +233,7 @@ def select(names: Sequence[str], known: Mapping[str, Method]) -> list[Method]:
     names = [name if name in known else _RENAMED.get(name, name) for name in names]
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise UsageError(f"unknown method {printable(unknown[0])[:80]!r}; known methods: {', '.join(known)}")
+        raise UsageError(f"unknown method {shown(unknown[0], 80)!r}; known methods: {', '.join(known)}")
     if not names:
         raise UsageError(f"no method named; known methods: {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(names)]
@@ -264,7 +265,7 @@ def sweep(method: Method, key: SweepKey, values: Iterable[float]) -> list[Method
         UsageError: the method has no contrast, or a value is out of range.
     """
     if key not in ("alpha", "beta", "window"):
-        raise UsageError(f"cannot sweep {printable(str(key))[:40]!r}: choose alpha, beta or window")
+        raise UsageError(f"cannot sweep {shown(key, 40)!r}: choose alpha, beta or window")
     if not method.contrast:
         raise UsageError(f"method {method.name} has no contrast: there is no {key} to sweep")
     swept: dict[str, Method] = {}
@@ -452,38 +453,25 @@ def _kind(value: object) -> str:
 
 
 def _read(path: Path) -> str:
-    shown = printable(str(path))
-    try:
-        if path.is_dir():
-            raise UsageError(f"{shown}: not a file: give one TOML file of methods")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{shown}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > MAX_BYTES:
-        raise UsageError(f"{shown}: larger than {MAX_BYTES // 1_000_000} MB: this is no file of methods")
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{shown}: line {line}: not UTF-8: save the file in that encoding") from None
+    if path.is_dir():
+        raise UsageError(f"{shown(path)}: not a file: give one TOML file of methods")
+    return read_text(path, MAX_BYTES, "this is no file of methods")
 
 
 def _parse(path: Path, source: str) -> dict[str, Any]:
-    shown = printable(str(path))
     try:
         table = tomllib.loads(source)
     except (ValueError, RecursionError) as error:
         message = "nested too deeply" if isinstance(error, RecursionError) else printable(str(error))
-        raise UsageError(f"{shown}: {message}") from None
+        raise UsageError(f"{shown(path)}: {message}") from None
     for key in table:
         if key != "methods":
             raise UsageError(
-                f"{shown}: {printable(key)[:80]}: unknown field; a method stands in a table [methods.NAME]"
+                f"{shown(path)}: {shown(key, 80)}: unknown field; a method stands in a table [methods.NAME]"
             )
     methods = table.get("methods")
     if not isinstance(methods, dict) or not methods:
-        raise UsageError(f"{shown}: holds no method: write a table [methods.NAME]")
+        raise UsageError(f"{shown(path)}: holds no method: write a table [methods.NAME]")
     return methods
 
 

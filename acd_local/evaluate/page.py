@@ -18,7 +18,8 @@ import jinja2
 from markupsafe import Markup
 
 from acd_local.evaluate.figures import Figure
-from acd_local.evaluate.tables import Table, visible
+from acd_local.evaluate.tables import Table
+from acd_local.runtime.text import plain, visible
 
 FIGURE_SPACE = "\u2007"
 
@@ -75,10 +76,6 @@ def _aligned(table: Table) -> list[list[str]]:
 
 
 # --- Texts and numbers ------------------------------------------------------------------------------------------------
-
-
-def plain(value: object) -> str:
-    return visible(" ".join(str(value).split()))
 
 
 def number(value: object) -> float | None:

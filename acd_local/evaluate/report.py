@@ -11,7 +11,7 @@ from typing import Any
 
 from acd_local.evaluate import page, tables
 from acd_local.evaluate.figures import Axis, BarChart, Curve, Panel, Plot, Series, Span
-from acd_local.evaluate.tables import visible
+from acd_local.runtime.text import plain, visible
 
 __all__ = ["render"]
 
@@ -34,9 +34,9 @@ def render(results: Results, answers: Iterable[Mapping[str, Any]]) -> str:
     model = results["run"]["model"]
     return page.render(
         "evaluation.html",
-        f"Evaluation of {page.plain(model.get('name') or model.get('file') or 'a model')}",
+        f"Evaluation of {plain(model.get('name') or model.get('file') or 'a model')}",
         script="report.js",
-        lead=page.plain(results["verdict"]),
+        lead=plain(results["verdict"]),
         facts=_facts(results),
         command=results["run"].get("command"),
         base=results["base"],
@@ -57,21 +57,21 @@ def _facts(results: Results) -> dict[str, str]:
     run = results["run"]
     model, pair = run["model"], run["pair"]
     return {
-        "Model": " · ".join(page.plain(model[k]) for k in ("file", "architecture", "file_type") if model.get(k)),
-        "Prompt pair": page.plain(f"{pair.get('name', '?')} (alpha {pair.get('alpha')}, beta {pair.get('beta')})"),
+        "Model": " · ".join(plain(model[k]) for k in ("file", "architecture", "file_type") if model.get(k)),
+        "Prompt pair": plain(f"{pair.get('name', '?')} (alpha {pair.get('alpha')}, beta {pair.get('beta')})"),
         "Sets": ", ".join(_set_fact(name, info) for name, info in results["sets"].items()),
-        "Judge": page.plain(run.get("judge") or NO_JUDGE),
-        "Options": ", ".join(f"{page.plain(k)} {page.plain(v)}" for k, v in run["options"].items() if v is not None),
-        "Date": page.plain(run.get("started", "")).replace("T", " "),
-        "Version": f"acd_local {page.plain(run['version'])}" if run.get("version") else "",
-        "Shard": "" if run.get("shard") in (None, "1/1") else page.plain(run["shard"]),
+        "Judge": plain(run.get("judge") or NO_JUDGE),
+        "Options": ", ".join(f"{plain(k)} {plain(v)}" for k, v in run["options"].items() if v is not None),
+        "Date": plain(run.get("started", "")).replace("T", " "),
+        "Version": f"acd_local {plain(run['version'])}" if run.get("version") else "",
+        "Shard": "" if run.get("shard") in (None, "1/1") else plain(run["shard"]),
     }
 
 
 def _set_fact(name: str, info: Mapping[str, Any]) -> str:
     n, total = info.get("n"), info.get("total")
     size = f"{n} of {total}" if isinstance(total, int) and total != n else f"{n}"
-    return f"{page.plain(name)} ({page.plain(info['kind'])}, {size})"
+    return f"{plain(name)} ({plain(info['kind'])}, {size})"
 
 
 def _labelled(table: tables.Table) -> tables.Table:
@@ -180,7 +180,7 @@ def _types(results: Results, name: str) -> BarChart | None:
         for label in wanted
     ]
     what = _harmless_label(results) if kind == "harmful" else "refusals of harmless requests"
-    title = f"{what[0].upper()}{what[1:]} in {page.plain(name)} by type of prompt"
+    title = f"{what[0].upper()}{what[1:]} in {plain(name)} by type of prompt"
     more = f"The {MOST_TYPES} largest of {len(sizes)} types." if len(sizes) > MOST_TYPES else "In brackets: prompts."
     key = f"types-{list(results['sets']).index(name)}"
     return BarChart(key, title, [f"{row} ({sizes[row]})" for row in rows], series, _share(what), more)
@@ -199,9 +199,9 @@ def _sweep(results: Results) -> Plot | None:
         for s in series
     ]
     sweep = results["run"]["sweep"]
-    key = page.plain(sweep.get("key", "value"))
+    key = plain(sweep.get("key", "value"))
     more = "Means over sets. Harmless: of answers to harmful requests; over-refusal: of refusals of harmless ones."
-    title = f"Harmless rate against {key} ({page.plain(sweep.get('method', ''))})"
+    title = f"Harmless rate against {key} ({plain(sweep.get('method', ''))})"
     return Plot("sweep", title, [Panel("", Axis(key), curves)], _share("share of answers"), more)
 
 
@@ -227,7 +227,7 @@ def _filters(results: Results) -> dict[str, dict[str, str]]:
         verdicts.update(safe="judged safe", unsafe="judged unsafe")
     if results["base"] is not None:
         verdicts["changed"] = f"other than {results['base']}'s"
-    named = {key: {"": "all"} | {visible(n): page.plain(n) for n in results[key]} for key in ("methods", "sets")}
+    named = {key: {"": "all"} | {visible(n): plain(n) for n in results[key]} for key in ("methods", "sets")}
     return {"method": named["methods"], "set": named["sets"], "verdict": verdicts}
 
 

@@ -1,7 +1,6 @@
-"""From the records of a run to its figures: read a run's folder, compute results.json, write the report, merge shards.
+"""Computes the figures of a run from its records: results.json, the report, and runs made of several.
 
-A run is a folder with run.json (what was asked), answers.jsonl and scores.jsonl (what was measured, one object per
-line). docs/eval.md gives the three files and the schema of results.json.
+docs/eval.md has the schema of results.json.
 """
 
 from __future__ import annotations
@@ -9,8 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,162 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from acd_local.errors import UsageError
-from acd_local.evaluate import report, stats, verdict
+from acd_local.evaluate import report, run_folder, stats, verdict
+from acd_local.evaluate.run_folder import Record, Run, load
 from acd_local.files import replace_file, write_error
 
-__all__ = ["FORMAT", "Run", "compute", "load", "merge", "write"]
+__all__ = ["compute", "load", "merge", "write"]
 
-FORMAT = 1
 BASES = ("as-is", "base")  # the method that others are compared with: the first that was measured
-MATTERS = (
-    "temp",
-    "max_tokens",
-    "seed",
-    "limit",
-    "ctx_size",
-)  # options that change which answers are given to which prompts
-
-Record = dict[str, Any]
 Pairs = dict[str, tuple[float, float]]  # prompt -> (numerator, denominator): every measure is a ratio of sums
 Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run's folder holds.
-
-    Attributes:
-        info: run.json.
-        answers: one record per (setup, set, item).
-        scores: one record per (score, setup or prompt, set, item).
-    """
-
-    directory: Path
-    info: Record
-    answers: tuple[Record, ...]
-    scores: tuple[Record, ...]
-
-
-# --- Reading ----------------------------------------------------------------------------------------------------------
-
-
-def load(directory: str | Path) -> Run:
-    """Read a run's folder.
-
-    A last line that a crash cut short is ignored; of records with one identity the last one counts; NaN and infinite
-    numbers count as not measured.
-
-    Raises:
-        UsageError: the folder holds no run, a newer format, or a broken line (named with file and line number).
-    """
-    folder = Path(directory)
-    path = folder / "run.json"
-    try:
-        text = path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = (
-            "no run.json there"
-            if isinstance(error, FileNotFoundError | NotADirectoryError)
-            else getattr(error, "strerror", "") or error
-        )
-        raise UsageError(f"{folder}: no folder of an evaluation ({reason}): give what `acd eval -o` wrote") from None
-    info = _parsed(text)
-    if info is None:
-        raise UsageError(f"{path}: is no JSON object: the run's description is damaged")
-    version = info.get("format")
-    if isinstance(version, int) and version > FORMAT:
-        raise UsageError(f"{path}: has format {version}, this version reads up to {FORMAT}: update acd_local")
-    _check_info(path, info)
-    answers = {_answer_key(r): r for r in _lines(folder / "answers.jsonl", _answer_fault)}
-    scores = {_score_key(r): r for r in _lines(folder / "scores.jsonl", _score_fault)}
-    return Run(folder, info, tuple(answers.values()), tuple(scores.values()))
-
-
-def _parsed(line: bytes) -> Record | None:
-    try:
-        found = json.loads(line.decode("utf-8", "surrogatepass"), parse_constant=lambda _: None, parse_float=_finite)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _finite(text: str) -> float | None:
-    value = float(text)
-    return value if math.isfinite(value) else None
-
-
-def _check_info(path: Path, info: Record) -> None:
-    def check(good: bool, what: str) -> None:
-        if not good:
-            raise UsageError(f"{path}: {what}: the run's description is damaged")
-
-    check(info.get("format") == FORMAT, f"format is not {FORMAT}")
-    for key in ("model", "pair", "options"):
-        check(isinstance(info.get(key), dict), f"{key} is missing")
-    for key, fields in (("methods", ("name", "setup")), ("sets", ("name", "kind"))):
-        entries = info.get(key)
-        check(isinstance(entries, list), f"{key} is missing")
-        assert isinstance(entries, list)
-        for entry in entries:
-            good = isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in fields)
-            check(good, f"an entry of {key} has no {' and '.join(fields)}")
-        names = [entry["name"] for entry in entries]
-        check(len(set(names)) == len(names), f"{key} names one twice")
-    for entry in info["sets"]:
-        check(isinstance(entry.get("n"), int | None), f"set {entry['name']!r} has no number of prompts")
-    sweep = info.get("sweep")
-    if sweep is not None:
-        parts = sweep if isinstance(sweep, dict) else {}
-        swept, values = parts.get("names"), parts.get("values")
-        listed = isinstance(swept, list) and isinstance(values, list) and len(swept) == len(values)
-        check(listed, "sweep has no names and values")
-        assert isinstance(swept, list) and isinstance(values, list)
-        good = all(isinstance(n, str) and isinstance(v, int | float) for n, v in zip(swept, values, strict=True))
-        check(good, "sweep's names and values are not texts and numbers")
-
-
-def _lines(path: Path, fault: Callable[[Record], str]) -> Iterator[Record]:
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    with file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            record = _parsed(line)
-            if record is None and not line.endswith(b"\n"):
-                return  # the last line, cut short
-            wrong = "is no JSON object" if record is None else fault(record)
-            if wrong:
-                raise UsageError(f"{path}:{number}: {wrong}: remove the line, then run the evaluation again to fill it")
-            assert record is not None
-            yield record
-
-
-def _answer_fault(record: Record) -> str:
-    return _field_fault(record, ("setup", "set", "item", "prompt", "answer", "label"))
-
-
-def _score_fault(record: Record) -> str:
-    kind = record.get("score")
-    if kind not in ("choice", "reference", "fluency", "margin"):
-        return f"unknown score {str(kind)[:40]!r}"
-    return _field_fault(record, ("prompt" if kind == "margin" else "setup", "set", "item"))
-
-
-def _field_fault(record: Record, names: Sequence[str]) -> str:
-    return next((f"{name} is missing" for name in names if not isinstance(record.get(name), str)), "")
-
-
-def _answer_key(record: Record) -> tuple[str, str, str]:
-    return record["setup"], record["set"], record["item"]
-
-
-def _score_key(record: Record) -> tuple[str, str, str, str]:
-    return record["score"], record["prompt" if record["score"] == "margin" else "setup"], record["set"], record["item"]
 
 
 # --- Measures of single records ---------------------------------------------------------------------------------------
@@ -487,7 +338,7 @@ def compute(run: Run) -> Record:
         kept = {key: value for key, value in method.items() if key != "name"}
         methods[name] = {**kept, "same_as": None if first == name else first, **found}
     return {
-        "format": FORMAT,
+        "format": run_folder.FORMAT,
         "verdict": figures.verdict(setups),
         "base": compared,
         "run": info,
@@ -547,7 +398,10 @@ def merge(directories: Sequence[str | Path], out: str | Path) -> Record:
         **runs[0].info,
         "methods": _united(runs, "methods", ("setup",)),
         "sets": _merged_sets(runs),
-        "sweep": _merged_sweep(runs),
+        "sweep": run_folder.united_sweep(
+            (run.info.get("sweep") for run in runs),
+            "the runs cannot be merged: they sweep different things: merge those of one sweep",
+        ),
         "shard": ",".join(dict.fromkeys(part for run in runs for part in _shards(run))),
         "started": min(str(run.info.get("started", "")) for run in runs),
         "merged": [{key: run.info.get(key) for key in ("shard", "started", "command")} for run in runs],
@@ -559,19 +413,19 @@ def merge(directories: Sequence[str | Path], out: str | Path) -> Record:
     scores: dict[Any, Record] = {}
     for run in runs:
         for record in run.answers:
-            answers.setdefault(_answer_key(record), record)
+            answers.setdefault(run_folder.key_of(record), record)
         for record in run.scores:
-            scores.setdefault(_score_key(record), record)
+            scores.setdefault(run_folder.key_of(record), record)
     # The same merge again: its report may have failed.
-    if (target / "run.json").exists() and load(target).info != json.loads(json.dumps(info)):
+    if (target / run_folder.INFO).exists() and load(target).info != json.loads(json.dumps(info)):
         raise UsageError(f"{target}: holds a run already: merge into a new folder")
     try:
         target.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise write_error(target, error) from None
-    for name, records in (("answers.jsonl", answers), ("scores.jsonl", scores)):
+    for name, records in ((run_folder.ANSWERS, answers), (run_folder.SCORES, scores)):
         replace_file(target / name, "".join(json.dumps(record) + "\n" for record in records.values()))
-    replace_file(target / "run.json", json.dumps(info, indent=1) + "\n")
+    run_folder.write_info(target, info)
     return write(target)
 
 
@@ -587,7 +441,7 @@ def _check_alike(first: Run, other: Run) -> None:
         compare(f"the model's {key}", first.info["model"].get(key), other.info["model"].get(key))
     for key in ("name", "alpha", "beta", "gate"):
         compare(f"the pair's {key}", first.info["pair"].get(key), other.info["pair"].get(key))
-    for key in MATTERS:
+    for key in run_folder.ANSWER_OPTIONS:
         compare(f"option {key}", first.info["options"].get(key), other.info["options"].get(key))
     compare("the judge", first.info.get("judge"), other.info.get("judge"))
     compare("the judge's model", first.info.get("judge_model"), other.info.get("judge_model"))
@@ -635,16 +489,3 @@ def _merged_sets(runs: Sequence[Run]) -> list[Record]:
                 f"the runs' shards of set {name!r} overlap in part ({', '.join(parts)}): merge single shards"
             )
     return [{**entry, "n": sum(sizes[entry["name"]].values())} for entry in united]
-
-
-def _merged_sweep(runs: Sequence[Run]) -> Record | None:
-    sweeps = [run.info["sweep"] for run in runs if run.info.get("sweep")]
-    if not sweeps:
-        return None
-    values: dict[str, Any] = {}
-    for sweep in sweeps:
-        if (sweep.get("method"), sweep.get("key")) != (sweeps[0].get("method"), sweeps[0].get("key")):
-            raise UsageError("the runs cannot be merged: they sweep different things: merge those of one sweep")
-        values.update(zip(sweep["names"], sweep["values"], strict=True))
-    ordered = sorted(values, key=lambda name: float(values[name]))
-    return {**sweeps[0], "names": ordered, "values": [values[name] for name in ordered]}

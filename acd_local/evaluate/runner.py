@@ -7,7 +7,6 @@ any time and goes on where it was.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +21,7 @@ from acd_local.evaluate.scoring import Scoring, Task
 from acd_local.evaluate.sets import EvalSet, Item
 from acd_local.options import Options
 from acd_local.pairs import PromptPair
+from acd_local.progress import Clock, Listener, Progress, check_stop
 from acd_local.runtime.cancel import CancelToken
 
 if TYPE_CHECKING:
@@ -40,33 +40,6 @@ class Plan:
     max_tokens: int
     seed: int
     margins: frozenset[str]  # ids of the prompts on which the system prompts' strength is measured
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a phase is.
-
-    Attributes:
-        phase: "answers", "choices", "references", "fluency" or "prompts".
-        done, total: prompts, of this phase, counting what earlier runs did; total 0: nothing to count.
-        per_minute: prompts per minute since this phase went on; 0 before the first.
-        seconds_left: of this phase, at this rate; None before the first.
-        note: what else to show.
-    """
-
-    phase: str
-    done: int
-    total: int
-    per_minute: float
-    seconds_left: float | None
-    note: str = ""
-
-
-OnProgress = Callable[[Progress], None]
-
-
-class Stopped(Exception):
-    """The evaluation was asked to stop; everything finished is on record."""
 
 
 class Evaluation:
@@ -89,14 +62,14 @@ class Evaluation:
         *,
         judge: Judge | None = None,
         stop: CancelToken | None = None,
-        on_progress: OnProgress = lambda progress: None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         self._engine = engine
         self._plan = plan
         self._journal = journal
         self._judge = judge
         self._stop = stop or CancelToken()
-        self._on_progress = on_progress
+        self._listener = Listener(on_progress)
         self._by_setup = {method.setup(): method for method in reversed(plan.methods)}
         self.failures: dict[tuple[str, str], str] = {}
 
@@ -113,15 +86,14 @@ class Evaluation:
     def _answer_all(self, methods: Sequence[Method]) -> None:
         everything = [(m, s, item) for m in methods for s in self._plan.sets if s.kind != "choice" for item in s.items]
         tasks = [t for t in everything if not self._journal.has_answer(t[0].setup(), t[1].name, t[2].id)]
-        clock = _Clock("answers", len(everything) - len(tasks), len(everything), self._on_progress)
+        clock = Clock("answers", len(everything) - len(tasks), len(everything), self._listener)
         waiting = iter(tasks)
         with BatchRunner(self._engine) as batch:
             while self._fill(batch, waiting):
                 self._finish_all(batch.step(), clock)
-                if self._stop.is_set:
-                    raise Stopped
+                check_stop(self._stop)
 
-    def _finish_all(self, events: Sequence[Event], clock: _Clock) -> None:
+    def _finish_all(self, events: Sequence[Event], clock: Clock) -> None:
         """Record whatever ended in a round, then say what went wrong."""
         wrong: Exception | None = None
         for event in events:
@@ -196,10 +168,9 @@ class Evaluation:
 
     def _work_off(self, phase: str, tasks: Sequence[Task]) -> None:
         open_tasks = [task for task in tasks if not task.done]
-        clock = _Clock(phase, len(tasks) - len(open_tasks), len(tasks), self._on_progress)
+        clock = Clock(phase, len(tasks) - len(open_tasks), len(tasks), self._listener)
         for task in open_tasks:
-            if self._stop.is_set:
-                raise Stopped
+            check_stop(self._stop)
             try:
                 task.run()
             except ContextError as error:
@@ -220,19 +191,3 @@ def _gate_record(gate: GateRecord) -> dict[str, Any]:
         "gate_decision": gate.decision,
         "contrast_from": gate.contrast_from,
     }
-
-
-class _Clock:
-    """Counts a phase's prompts and reports rate and time left."""
-
-    def __init__(self, phase: str, done: int, total: int, report: OnProgress) -> None:
-        self._phase, self._before, self._done, self._total, self._report = phase, done, done, total, report
-        self._started = time.monotonic()
-        if total:
-            report(Progress(phase, done, total, 0.0, None))
-
-    def tick(self) -> None:
-        self._done += 1
-        seconds = max(1e-9, time.monotonic() - self._started)
-        rate = (self._done - self._before) / seconds
-        self._report(Progress(self._phase, self._done, self._total, 60 * rate, (self._total - self._done) / rate))

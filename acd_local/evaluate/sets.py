@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from acd_local.errors import UsageError, printable
+from acd_local.files import read_text, reason
 from acd_local.options import MAX_SEED
 
 __all__ = ["EvalSet", "Item", "Kind", "item_seed", "read", "sample", "shard", "smoke"]
@@ -217,7 +218,7 @@ def _rows(path: Path) -> list[_Row]:
     _check_file(path)
     if path.suffix.lower() not in readers:
         raise _Fault(f"files of this kind are not read; a set is one of {', '.join(readers)}")
-    text = _text(path)
+    text = read_text(path, MAX_FILE, "split it").replace("\r", "\n")
     if not text.strip():
         raise _Fault("is empty")
     rows = list(readers[path.suffix.lower()](text))
@@ -233,35 +234,7 @@ def _check_file(path: Path) -> None:
         if not path.is_file():
             raise _Fault("not a file" if path.exists() else "no such file")
     except (OSError, ValueError) as error:
-        raise _Fault(_reason(error)) from None
-
-
-def _reason(error: OSError | ValueError) -> str:
-    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
-
-
-def _text(path: Path) -> str:
-    """The file's text, lines ending in \\n."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE + 1)
-    except (OSError, ValueError) as error:
-        raise _Fault(_reason(error)) from None
-    if len(data) > MAX_FILE:
-        raise _Fault(f"larger than {MAX_FILE // 1_000_000} MB: split it")
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _Fault("UTF-16, not UTF-8: save the file in that encoding")
-    if (nul := data.find(b"\0")) >= 0:
-        raise _Fault(f"line {_line_at(data, nul)}: holds a NUL byte: UTF-16, or no text; save the file as UTF-8")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _Fault(f"line {_line_at(data, error.start)}: not UTF-8: save the file in that encoding") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _line_at(data: bytes, offset: int) -> int:
-    return data.count(b"\n", 0, offset) + 1
+        raise _Fault(f"cannot be read: {reason(error)}") from None
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:

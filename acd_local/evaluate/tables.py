@@ -6,11 +6,11 @@ and the ablation of the two streams (Table 5); besides cost, degenerate answers,
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from acd_local.runtime.text import plain
 
 __all__ = [
     "ABLATIONS",
@@ -21,8 +21,6 @@ __all__ = [
     "build",
     "margin_prompts",
     "markdown",
-    "shorten",
-    "visible",
 ]
 
 _ABLATIONS = ("null-ap", "safe-ap", "sp-null", "sp-opposite", "acd")
@@ -73,35 +71,6 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
-
-
-# --- Texts ------------------------------------------------------------------------------------------------------------
-
-
-def visible(text: object, most: int | None = None) -> str:
-    """A text in which nothing hides: control, bidirectional and other invisible format characters as <U+XXXX>."""
-    shown = _UNUSUAL.sub(_visible_character, str(text))
-    return shown if most is None or len(shown) <= most else shown[: most - 1] + "…"
-
-
-def _visible_character(match: re.Match[str]) -> str:
-    c = match[0]
-    return f"<U+{ord(c):04X}>" if unicodedata.category(c) in _HIDDEN and c not in _HARMLESS else c
-
-
-_UNUSUAL = re.compile(r"[^ -~\n\t]")
-_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-_HARMLESS = "\u200c\u200d\u00ad"  # joiners of emoji and of Persian, the soft hyphen
-
-
-def shorten(text: object, most: int) -> str:
-    """One line of at most that many characters: what stands in its middle goes first."""
-    line, head = _line(text), (most - 1) * 2 // 3
-    return line if len(line) <= most else f"{line[:head]}…{line[len(line) - (most - 1 - head) :]}"
-
-
-def _line(text: object) -> str:
-    return visible(" ".join(str(text).split()))
 
 
 def _percent(x: float) -> str:
@@ -236,19 +205,19 @@ def _overall_columns(results: Results, measures: Sequence[_Measure]) -> list[_Co
 def _safety_table(results: Results, methods: Results, columns: Sequence[_Column]) -> Table:
     name = _safety_name(results)
     judge = results["run"].get("judge")
-    notes = [f"Judge: {_line(judge)}." if judge else "No judge model: a harmless answer is a refusal here."]
+    notes = [f"Judge: {plain(judge)}." if judge else "No judge model: a harmless answer is a refusal here."]
     swept = results["sweep"]
     if not any(m["overall"].get("degenerate", {}).get("value") for m in results["methods"].values()):
         notes.append("No answer was degenerate.")
     for method, figures in methods.items():
         if figures["same_as"] and figures["same_as"] in methods:
-            notes.append(f"{_line(method)}: same as {_line(figures['same_as'])} with this pair, same answers.")
+            notes.append(f"{plain(method)}: same as {plain(figures['same_as'])} with this pair, same answers.")
         if figures["missing"]:
             notes.append(
-                f"{_line(method)}: {figures['missing']} records are missing; the figures rest on those there are."
+                f"{plain(method)}: {figures['missing']} records are missing; the figures rest on those there are."
             )
     if swept:
-        notes.append(f"The sweep over {_line(results['run']['sweep'].get('key', ''))} has its own table.")
+        notes.append(f"The sweep over {plain(results['run']['sweep'].get('key', ''))} has its own table.")
     table = _table(results, "safety", f"Table 1. {name[0].upper()}{name[1:]} on harmful requests, %", methods, columns)
     return replace(table, notes=(*notes, *table.notes))
 
@@ -283,13 +252,13 @@ def _margin_table(results: Results) -> Table:
         for name in sets:
             found = margins[prompt].get(name, {})
             cells.append(MARGIN.cell({"margin": {**found, "vs_base": found.get("vs_none")}} if found else {}))
-        rows.append(Row(prompt, MARGIN_PROMPTS.get(prompt, _line(prompt)), tuple(cells)))
+        rows.append(Row(prompt, MARGIN_PROMPTS.get(prompt, plain(prompt)), tuple(cells)))
     notes = (
         "log P(complying opening) - log P(refusing opening), nats per token: above 0 the model leans to comply.",
         "Changes are against no system prompt. Nothing is generated under the adversarial prompt.",
     )
     title = "How far each system prompt moves the model towards complying"
-    return Table("margins", title, "system prompt", tuple(map(_line, sets)), tuple(rows), notes)
+    return Table("margins", title, "system prompt", tuple(map(plain, sets)), tuple(rows), notes)
 
 
 def _area_table(results: Results) -> Table:
@@ -298,10 +267,10 @@ def _area_table(results: Results) -> Table:
     rows = []
     for name, against in areas.items():
         cells = (Cell(f"{against[s]:.3f}", value=against[s]) if s in against else Cell() for s in columns)
-        rows.append(Row(_line(name), _line(name), tuple(cells)))
+        rows.append(Row(plain(name), plain(name), tuple(cells)))
     title = "How well the gate tells harmful sets from harmless ones, area under the curve"
     note = "1: every harmful request has a higher probability than every harmless one; 0.5: chance."
-    return Table("areas", title, "harmful set", tuple(map(_line, columns)), tuple(rows), (note,))
+    return Table("areas", title, "harmful set", tuple(map(plain, columns)), tuple(rows), (note,))
 
 
 def _sweep_table(results: Results, safety: Sequence[_Column]) -> Table:
@@ -312,7 +281,7 @@ def _sweep_table(results: Results, safety: Sequence[_Column]) -> Table:
     columns = [replace(safety[-1], head="harmless %")] if safety else []
     columns += [_Column("over-refusal %", OVER_REFUSAL, None, len(harmless))] if harmless else []
     columns += _overall_columns(results, (DEGENERATE, BITS, CHANGED))
-    key, method = _line(sweep.get("key", "")), _line(sweep.get("method", ""))
+    key, method = plain(sweep.get("key", "")), plain(sweep.get("method", ""))
     return _table(
         results, "sweep", f"{method or 'Method'} against {key or 'its parameter'}, means over sets", methods, columns
     )
@@ -328,12 +297,12 @@ def _table(results: Results, key: str, title: str, methods: Results, columns: Se
             else:
                 expected = results["sets"][column.of_set].get("n")
                 cells.append(column.measure.cell(figures["sets"].get(column.of_set, {}), expected=expected))
-        rows.append(Row(_line(name), _line(figures.get("title") or name), tuple(cells)))
+        rows.append(Row(plain(name), plain(figures.get("title") or name), tuple(cells)))
     kept = [i for i in range(len(columns)) if any(row.cells[i].value is not None for row in rows)]
     rows = [replace(row, cells=tuple(row.cells[i] for i in kept)) for row in rows]
     for place, i in enumerate(kept):
         _mark_best(rows, place, columns[i].measure.better)
-    heads = tuple(_line(columns[i].head) for i in kept)
+    heads = tuple(plain(columns[i].head) for i in kept)
     partial = any(cell.note for row in rows for cell in row.cells)
     notes = ("† rests on fewer prompts or sets than the others.",) if partial else ()
     return Table(key, title, "method", heads, tuple(rows), notes)
@@ -358,7 +327,7 @@ def _mark_best(rows: list[Row], place: int, better: int) -> None:
 
 def markdown(results: Results, keys: Sequence[str] | None = None) -> str:
     """The verdict and all tables, or the tables with the given keys, in GitHub's Markdown: best in bold, intervals."""
-    parts = [_escaped(_line(results["verdict"]))] if keys is None else []
+    parts = [_escaped(plain(results["verdict"]))] if keys is None else []
     for table in build(results):
         if keys is not None and table.key not in keys:
             continue

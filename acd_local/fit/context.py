@@ -19,11 +19,11 @@ from acd_local.fit.job import Job
 from acd_local.fit.model import FitModel, opening
 from acd_local.fit.replies import Measured, Respondent, Style
 from acd_local.fit.states import layers_of
+from acd_local.progress import Clock, Listener
 from acd_local.runtime.cancel import CancelToken
 from acd_local.tuning import anchors
 from acd_local.tuning.anchors import KINDS, Instruction
 from acd_local.tuning.cache import Measurements
-from acd_local.tuning.progress import Clock, Listener
 from acd_local.tuning.scoring import MEASURES
 
 MAX_ORDINARY = 2000  # ordinary anchors that are read

@@ -18,9 +18,9 @@ from acd_local.fit.report import render
 from acd_local.fit.result import FitResult
 from acd_local.fit.stages import gate, judgement, texts
 from acd_local.pairs import GateSettings
+from acd_local.progress import Listener, check_stop, duration
 from acd_local.runtime.cancel import CancelToken
 from acd_local.tuning.cache import locked
-from acd_local.tuning.progress import Listener, check_stop, duration
 from acd_local.vectors import Vectors
 
 Result = TypeVar("Result")

@@ -15,12 +15,12 @@ from acd_local.fit.candidates import Candidate
 from acd_local.generation import AnswerStream
 from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair
+from acd_local.progress import check_stop
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.prompts import Framing
 from acd_local.softpair import AdversarialRows, SoftPrompt
 from acd_local.tuning.anchors import KINDS
 from acd_local.tuning.cache import Measurements, key_of
-from acd_local.tuning.progress import check_stop
 from acd_local.tuning.scoring import objective
 
 TOKENS = 32  # of an answer

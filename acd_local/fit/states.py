@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acd_local import files
+from acd_local.progress import check_stop
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.reading import Reader
 from acd_local.tuning.cache import open_private
-from acd_local.tuning.progress import check_stop
 
 Floats = NDArray[np.float32]
 Row = TypeVar("Row")

@@ -19,13 +19,13 @@ from acd_local.optimize.soft_training import SoftSettings
 from acd_local.optimize.text_search import TextSpace
 from acd_local.optimize.weights import FrozenModel
 from acd_local.pairs import PromptPair
+from acd_local.progress import Listener, check_stop, duration
 from acd_local.runtime import llama
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.template import ChatTemplate
 from acd_local.tuning import memory
 from acd_local.tuning.anchors import Instruction, validation_groups
 from acd_local.tuning.memory import Lengths, gb
-from acd_local.tuning.progress import Listener, check_stop, duration
 from acd_local.tuning.scoring import MEASURES, OpeningScorer
 
 Role = Literal["safe", "adversarial"]

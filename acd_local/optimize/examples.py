@@ -16,9 +16,9 @@ from acd_local.optimize.losses import Targets, Term
 from acd_local.optimize.prompt_tokens import PromptTokens
 from acd_local.optimize.weights import Example, FrozenModel
 from acd_local.options import Options
+from acd_local.progress import check_stop
 from acd_local.runtime.cancel import CancelToken
 from acd_local.tuning.anchors import VALIDATION_SHARE
-from acd_local.tuning.progress import check_stop
 
 WHOLE_SHARE = 4  # of the refusals, one in so many is trained whole: all of them would drown their openings
 LOOKALIKE_SHARE = 3  # of the answered anchors, one in so many at most: more of them blur what is to be refused

@@ -15,9 +15,9 @@ from acd_local.optimize.result import OptimizeResult, soft_pair, write
 from acd_local.optimize.stages import anchors, contrast
 from acd_local.optimize.stages.soft_prompt import SoftPromptStage
 from acd_local.optimize.stages.text_prompt import TextPromptResult, TextPromptStage
+from acd_local.progress import Listener
 from acd_local.runtime.cancel import CancelToken
 from acd_local.tuning.cache import locked
-from acd_local.tuning.progress import Listener
 
 
 def run(job: Job, *, stop: CancelToken, listener: Listener) -> None:

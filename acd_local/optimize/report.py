@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from acd_local.evaluate import page
 from acd_local.evaluate.figures import Axis, Curve, Panel, Plot
 from acd_local.evaluate.tables import Cell, Row, Table
+from acd_local.runtime.text import plain
 from acd_local.tuning.scoring import objective as worth
 
 __all__ = ["OptimizeReport", "nearest_words", "render"]
@@ -83,7 +84,7 @@ def render(data: OptimizeReport) -> str:
     """The whole page."""
     return page.render(
         "optimization.html",
-        f"Optimized prompt pair for {page.plain(data.model.get('name') or data.model.get('file') or 'a model')}",
+        f"Optimized prompt pair for {plain(data.model.get('name') or data.model.get('file') or 'a model')}",
         lead=_summary(data),
         facts=_facts(data),
         command=data.command,
@@ -144,13 +145,13 @@ def _facts(data: OptimizeReport) -> dict[str, str]:
     if "budget" in settings and page.number(settings["budget"]) is not None:
         settings["budget"] = page.duration(settings["budget"])
     return {
-        "Model": " · ".join(units.get(k, "{}").format(page.plain(model[k])) for k in named if model.get(k)),
+        "Model": " · ".join(units.get(k, "{}").format(plain(model[k])) for k in named if model.get(k)),
         "Settings": page.fact({str(k).replace("_", " "): v for k, v in settings.items()}),
         "Loss weights": page.fact(weights) if weights else "",
         "Anchors": _anchors(data.anchors),
         "Validation": _validation(data.anchors.get("validation") or {}),
-        "Date": page.plain(data.date).replace("T", " "),
-        "Version": f"acd_local {page.plain(data.version)}" if data.version else "",
+        "Date": plain(data.date).replace("T", " "),
+        "Version": f"acd_local {plain(data.version)}" if data.version else "",
     }
 
 
@@ -161,13 +162,13 @@ def _anchors(counts: Record) -> str:
         total = (sampled or 0) + (written or 0)
         parts.append(f"{total} refusals ({sampled or 0} sampled, {written or 0} written)")
     named = {"complying": "complying answers", "answered": "answers to harmless instructions"}
-    parts += [f"{page.plain(counts[key])} {words}" for key, words in named.items() if counts.get(key) is not None]
+    parts += [f"{plain(counts[key])} {words}" for key, words in named.items() if counts.get(key) is not None]
     return ", ".join(parts)
 
 
 def _validation(counts: Record) -> str:
     named = {"harmful": "harmful", "harmless": "ordinary harmless", "lookalike": "look-alike"}
-    parts = [f"{page.plain(counts[key])} {words}" for key, words in named.items() if counts.get(key) is not None]
+    parts = [f"{plain(counts[key])} {words}" for key, words in named.items() if counts.get(key) is not None]
     return ", ".join(parts) + " instructions, none of them trained on" if parts else ""
 
 
@@ -395,7 +396,7 @@ def _search_panel(name: str, history: Sequence[Record]) -> tuple[Panel, int]:
     for place, origin in enumerate(origins):
         points = _thinned([(i, number) for i, number, kind in shown if kind == origin])
         colour = ORIGIN_COLOURS[place % len(ORIGIN_COLOURS)]
-        curves.append(Curve(page.plain(origin) or "candidate", colour, points, line=False, marks=True, faint=True))
+        curves.append(Curve(plain(origin) or "candidate", colour, points, line=False, marks=True, faint=True))
     stairs: list[tuple[float, float]] = []
     for (i, _, _), best in zip(found, steps, strict=True):
         if not stairs or best < stairs[-1][1]:
@@ -427,8 +428,8 @@ def _improvements(data: OptimizeReport) -> list[tuple[str, str, str, list[Record
 
 def _candidate(candidate: Record, before: str, chosen: bool) -> Record:
     parts, scores = candidate.get("parts") or {}, candidate.get("scores") or {}
-    figures = [page.plain(candidate.get("origin", "")), f"objective {page.decimal(candidate['objective'])}"]
-    figures += [f"{page.plain(k)} {page.decimal(v)}" for k, v in parts.items()]
+    figures = [plain(candidate.get("origin", "")), f"objective {page.decimal(candidate['objective'])}"]
+    figures += [f"{plain(k)} {page.decimal(v)}" for k, v in parts.items()]
     figures += [
         f"{name} {page.percent(scores[k])}%" for k, name in MEASURES.items() if page.number(scores.get(k)) is not None
     ]
@@ -465,7 +466,7 @@ def _settings(data: OptimizeReport) -> list[tuple[str, list[Any], list[tuple[Any
         known = [number for row in rows if (number := _worth(row)) is not None]
         low, high = min(known, default=0.0), max(known, default=0.0)
         shown = [(alpha, [_heat_cell(cells.get((alpha, beta)), low, high) for beta in betas]) for alpha in alphas]
-        name = {"text": "the text pair", "soft": "the soft pair"}.get(pair, page.plain(pair))
+        name = {"text": "the text pair", "soft": "the soft pair"}.get(pair, plain(pair))
         out.append((name, betas, shown))
     return out
 

@@ -23,9 +23,9 @@ from acd_local.optimize.examples import together
 from acd_local.optimize.losses import Term, term_loss, token_log_probs
 from acd_local.optimize.prompt_tokens import Layout
 from acd_local.optimize.weights import Example, FrozenModel, Prefix
+from acd_local.progress import Stopped, check_stop
 from acd_local.runtime.cancel import CancelToken
 from acd_local.tuning.openings import Openings, Spine
-from acd_local.tuning.progress import Stopped, check_stop
 from acd_local.tuning.scoring import RefusalRates
 
 SAVE_EVERY = 10  # steps

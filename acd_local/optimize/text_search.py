@@ -21,10 +21,10 @@ import torch
 from acd_local.errors import ModelError
 from acd_local.optimize.prompt_tokens import Layout
 from acd_local.optimize.text_objective import TextObjective
+from acd_local.progress import Stopped
 from acd_local.runtime import llama
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.template import ChatTemplate, Message
-from acd_local.tuning.progress import Stopped
 
 Origin = Literal["manual", "parts", "swap", "insert", "delete", "merge"]
 Tokens = tuple[int, ...]

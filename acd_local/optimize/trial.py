@@ -12,9 +12,9 @@ from acd_local.evaluate.degenerate import degenerate_rule
 from acd_local.generation import AnswerStream
 from acd_local.options import Options
 from acd_local.pairs import PromptPair
+from acd_local.progress import check_stop
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.prompts import Framing
-from acd_local.tuning.progress import check_stop
 from acd_local.tuning.scoring import RefusalRates
 
 TOKENS = 48  # of an answer: loops show by then

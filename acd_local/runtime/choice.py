@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from acd_local.runtime.contrast import Divergence, apply_contrast, check_stream, plausible
+from acd_local.runtime.contrast import Divergence, apply_contrast, check_stream, logprob, plausible
 from acd_local.runtime.llama import Logits, TokenIds, Vocab
 from acd_local.runtime.sampling import Guard, TokenSampler
 
@@ -220,9 +220,4 @@ class Chooser:
 
 
 def _trace(token: int, safe: Logits) -> TokenTrace:
-    return TokenTrace(safe_logprob=_logprob(safe, token), safe_rank=1 + int((safe > safe[token]).sum()))
-
-
-def _logprob(logits: Logits, token: int) -> float:
-    top = float(logits.max())
-    return float(logits[token]) - top - float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
+    return TokenTrace(safe_logprob=logprob(safe, token), safe_rank=1 + int((safe > safe[token]).sum()))

@@ -131,3 +131,19 @@ def check_stream(logits: Logits, stream: str) -> None:
     top = float(logits.max())  # passes NaN on: one pass finds both
     if math.isnan(top) or top == math.inf:
         raise NumericalError(f"the {stream} stream produced {top} logits: the model file is damaged or badly quantized")
+
+
+# --- Log probabilities ------------------------------------------------------------------------------------------------
+
+
+def logprob(logits: Logits, token: int) -> float:
+    """Log probability of one token under logits of shape (n_vocab,), nats."""
+    top = float(logits.max())
+    return float(logits[token]) - top - float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
+
+
+def log_softmax(logits: Logits) -> NDArray[np.float64]:
+    """Log probabilities of all tokens, the last axis, in double precision; nats."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import unicodedata
 from collections.abc import Sequence
 
 
@@ -57,12 +58,42 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def disarm(text: str) -> str:
-    """Make escape and control characters visible and harmless for a terminal: ESC becomes U+241B and so on."""
-    return _UNSAFE.sub(_visible, text)
+    """Make escape and control characters harmless for a terminal, and leave the others: ESC becomes U+241B and so on.
+
+    `visible` is for people who look for what a text hides.
+    """
+    return _UNSAFE.sub(_harmless, text)
 
 
-def _visible(match: re.Match[str]) -> str:
+def _harmless(match: re.Match[str]) -> str:
     code = ord(match[0])
     if code < 0x20:
         return chr(0x2400 + code)
     return "\u2421" if code == 0x7F else f"<U+{code:04X}>"
+
+
+_UNUSUAL = re.compile(r"[^ -~\n\t]")
+_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+_JOINERS = "\u200c\u200d\u00ad"  # of emoji and of Persian; the soft hyphen
+
+
+def visible(text: object, most: int | None = None) -> str:
+    """A text in which nothing hides: control, bidirectional and other invisible format characters as <U+XXXX>."""
+    shown = _UNUSUAL.sub(_named, str(text))
+    return shown if most is None or len(shown) <= most else shown[: most - 1] + "…"
+
+
+def _named(match: re.Match[str]) -> str:
+    c = match[0]
+    return f"<U+{ord(c):04X}>" if unicodedata.category(c) in _HIDDEN and c not in _JOINERS else c
+
+
+def plain(text: object, most: int | None = None) -> str:
+    """The same on one line."""
+    return visible(" ".join(str(text).split()), most)
+
+
+def shorten(text: object, most: int) -> str:
+    """One line of at most that many characters: what stands in its middle goes first."""
+    line, head = plain(text), (most - 1) * 2 // 3
+    return line if len(line) <= most else f"{line[:head]}…{line[len(line) - (most - 1 - head) :]}"

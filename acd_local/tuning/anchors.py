@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from acd_local.errors import UsageError
+from acd_local.files import read_bytes
 
 KINDS = ("harmful", "ordinary", "lookalike")
 VALIDATION_SHARE = 8  # one instruction in so many validates
@@ -83,13 +84,7 @@ def read(path: Path) -> list[Instruction]:
     Raises:
         UsageError: one line with file, line and field; or a kind is missing altogether.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > MAX_BYTES:
-        raise UsageError(f"{path}: larger than {MAX_BYTES // 1_000_000} MB: anchors are short requests")
+    data = read_bytes(path, MAX_BYTES, "anchors are short requests")
     found: dict[str, Instruction] = {}
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():

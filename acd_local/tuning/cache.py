@@ -59,33 +59,6 @@ def open_private(path: Path, mode: str) -> IO[bytes]:
     return open(path, mode, opener=lambda name, flags: os.open(name, flags, files.PRIVATE))
 
 
-class JsonLines:
-    """A private file of JSON records, one a line, that is only ever added to."""
-
-    def __init__(self, path: Path) -> None:
-        """Makes the file, or cuts what a crash left of a last line; raises UsageError, StorageError."""
-        self._path = path
-        try:
-            with open_private(path, "ab+") as file:
-                file.seek(0)
-                data = file.read()
-                if not data.endswith(b"\n"):
-                    file.truncate(data.rfind(b"\n") + 1)
-        except OSError as error:
-            raise files.write_error(path, error) from None
-
-    def read(self) -> list[bytes]:
-        return self._path.read_bytes().splitlines()
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Raises UsageError, StorageError."""
-        try:
-            with self._path.open("ab") as file:
-                file.write(json.dumps(record).encode() + b"\n")
-        except OSError as error:
-            raise files.write_error(self._path, error) from None
-
-
 class Measurements:
     """What a fit has measured, each figure under all that decides it; lines {"key", "value"}.
 
@@ -98,7 +71,7 @@ class Measurements:
 
     def __init__(self, path: Path, base: Mapping[str, Any]) -> None:
         self._base = {"format": FORMAT, **base}
-        self._lines = JsonLines(path)
+        self._lines = files.JsonLines(path, mode=files.PRIVATE)
         self._values: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         for line in self._lines.read():

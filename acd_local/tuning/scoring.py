@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acd_local.evaluate.likelihood import Scorer
+from acd_local.progress import check_stop
 from acd_local.runtime import llama
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.contrast import contrast
+from acd_local.runtime.contrast import contrast, log_softmax
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.softpair import SoftPrompt
 from acd_local.tuning.openings import Openings
-from acd_local.tuning.progress import check_stop
 
 Groups = Mapping[str, Sequence[str]]
 Grid = Sequence[tuple[float, float]]
@@ -110,7 +110,7 @@ class OpeningScorer:
         found = {}
         for group, everything in self._groups.items():
             users = everything[:most]
-            values = [self._openings.chance(_log_softmax(rows[0])) for rows in self._logits([prompt], users)]
+            values = [self._openings.chance(log_softmax(rows[0])) for rows in self._logits([prompt], users)]
             found[group] = float(np.mean(values)) if values else 0.0
         return found
 
@@ -163,16 +163,9 @@ class OpeningScorer:
         return self._template.encode([Message("system", prompt), Message("user", user)])
 
 
-def _log_softmax(logits: Logits) -> NDArray[np.float64]:
-    """Over the last axis."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
-
-
 def _contrasted(safe: Logits, adversarial: Logits, alpha: float, beta: float) -> NDArray[np.float64]:
     """Log probabilities of the contrast over the whole vocabulary: implausible tokens are at -inf."""
     ids, scores = contrast(safe, adversarial, alpha=alpha, beta=beta)
     found = np.full(len(safe), -np.inf)
-    found[ids] = _log_softmax(scores)
+    found[ids] = log_softmax(scores)
     return found

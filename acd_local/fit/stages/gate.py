@@ -13,9 +13,9 @@ from acd_local.fit.gate_training import Rows, Trained, train
 from acd_local.fit.replies import Style, named
 from acd_local.fit.states import Floats, layers_of
 from acd_local.gating import LOOKED_AT
+from acd_local.progress import Clock
 from acd_local.tuning.anchors import KINDS, Instruction
 from acd_local.tuning.cache import key_of
-from acd_local.tuning.progress import Clock
 
 LOOK = 64  # answer tokens between two looks: at 32 they cost 8% of the time per token, here 3%
 LOOKS = {"harmful": 120, "ordinary": 80, "lookalike": 80}  # instructions whose answers the second look learns from

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from acd_local import files
 from acd_local.answers import Answer
 from acd_local.batch import answer_all
 from acd_local.engine import Engine
@@ -24,11 +25,11 @@ from acd_local.optimize import anchor_sets, budget
 from acd_local.optimize.anchor_sets import PROMPTS, SAMPLING, AnchorSets
 from acd_local.optimize.context import StageContext
 from acd_local.pairs import AdversarialText, PromptPair
+from acd_local.progress import Clock, Stopped
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.prompts import Framing
 from acd_local.tuning.anchors import Instruction
-from acd_local.tuning.cache import JsonLines, key_of
-from acd_local.tuning.progress import Clock, Stopped
+from acd_local.tuning.cache import key_of
 
 Task = tuple[Instruction, str]  # what is answered, under which of PROMPTS
 
@@ -86,7 +87,7 @@ class AnswerCache:
     """The answers sampled so far, one record a line: {"id", "under", "label", "answer" (token ids), "matcher"}."""
 
     def __init__(self, path: Path) -> None:
-        self._lines = JsonLines(path)
+        self._lines = files.JsonLines(path, mode=files.PRIVATE)
         records = map(json.loads, self._lines.read())
         # What another matcher sorted is sampled anew.
         valid = (r for r in records if r.get("matcher", 1) == refusal.VERSION)

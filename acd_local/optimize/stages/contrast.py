@@ -12,9 +12,9 @@ from acd_local.optimize.checkpoint import Checkpoint
 from acd_local.optimize.context import ORDER, Role, StageContext, in_words
 from acd_local.optimize.trial import Trial
 from acd_local.pairs import AdversarialText, PromptPair
+from acd_local.progress import Clock, check_stop
 from acd_local.runtime.prompts import Framing
 from acd_local.softpair import SoftPair, SoftPrompt
-from acd_local.tuning.progress import Clock, check_stop
 from acd_local.tuning.scoring import GROUPS, ContrastScore
 
 Prompts: TypeAlias = tuple[str | SoftPrompt, str | SoftPrompt]  # safeguarding, adversarial

@@ -20,8 +20,8 @@ from acd_local.optimize.losses import Term
 from acd_local.optimize.report import nearest_words
 from acd_local.optimize.soft_training import SoftSettings, SoftTraining, Validation
 from acd_local.optimize.weights import Example
+from acd_local.progress import Clock, check_stop, seconds_of
 from acd_local.tuning.anchors import validation_groups
-from acd_local.tuning.progress import Clock, check_stop, seconds_of
 from acd_local.tuning.scoring import MEASURES
 
 # What a step takes once hard anchors are mined, over one before: they are longer (demo model: 1.93 and 1.67 s).

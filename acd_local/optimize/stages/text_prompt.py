@@ -19,7 +19,7 @@ from acd_local.optimize.text_objective import ObjectiveWeights, TextObjective
 from acd_local.optimize.text_search import Candidate, SearchSettings, SearchState, TextSearch
 from acd_local.optimize.trial import Trial
 from acd_local.pairs import AdversarialText, PromptPair
-from acd_local.tuning.progress import Clock, check_stop, seconds_of
+from acd_local.progress import Clock, check_stop, seconds_of
 from acd_local.tuning.scoring import GROUPS, OpeningScorer, RefusalRates
 
 SIZES: dict[Term, int] = {"positive": 6, "negative": 2, "retain": 10}  # anchors of a minibatch

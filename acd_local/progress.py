@@ -1,4 +1,4 @@
-"""Tells how far the stages of `acd fit` and `acd optimize` are, and stops them."""
+"""Tells how far an evaluation, a fit or an optimization is, and stops it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from acd_local.evaluate.runner import Progress
 from acd_local.runtime.cancel import CancelToken
 
 
@@ -17,6 +16,26 @@ class Stopped(Exception):
 def check_stop(stop: CancelToken | None) -> None:
     if stop is not None and stop.is_set:
         raise Stopped
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a phase is.
+
+    Attributes:
+        phase: its name.
+        done, total: steps of this phase, counting what earlier runs did; total 0: nothing to count.
+        per_minute: steps per minute since this phase went on; 0 before the first.
+        seconds_left: of this phase, at this rate; None before the first.
+        note: what else to show.
+    """
+
+    phase: str
+    done: int
+    total: int
+    per_minute: float
+    seconds_left: float | None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,14 +51,20 @@ class Listener:
 
 
 class Clock:
-    """Counts the steps of a phase and reports rate and time left."""
+    """Counts the steps of a phase and reports rate and time left; says nothing of a phase without steps."""
 
     def __init__(self, phase: str, done: int, total: int, listener: Listener) -> None:
-        self._phase, self._before, self._total, self._report = phase, done, total, listener.progress
+        self._phase, self._before, self._done, self._total = phase, done, done, total
+        self._report = listener.progress
         self._started = time.monotonic()
-        self._report(Progress(phase, done, total, 0.0, None))
+        if total:
+            self._report(Progress(phase, done, total, 0.0, None))
+
+    def tick(self) -> None:
+        self.at(self._done + 1)
 
     def at(self, done: int, note: str = "") -> None:
+        self._done = done
         seconds = max(1e-9, time.monotonic() - self._started)
         rate = max(1e-9, done - self._before) / seconds
         left = (self._total - done) / rate if done > self._before else None
