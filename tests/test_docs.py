@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 import pytest
+from places import ROOT
 
 from acd_local.cli import bench, chat, evaluate, fit, optimize, run
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

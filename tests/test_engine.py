@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_gguf
 from manual import DEFAULT
+from places import child_env
 from reference import TOLERANCE, extend, fresh_logits
 
 import acd_local
@@ -696,7 +696,7 @@ def test_save_and_load(engine: Engine, tmp_path: Path) -> None:
 
 
 def run_python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    env = child_env()
     return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=env, timeout=120)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import tiny_gguf
 from gates import HARMFUL, HARMLESS
+from places import child_env
 
 from acd_local import CancelToken, Engine, Options, aio, gating
 from acd_local.answers import Answer, GateDecision, GateRecord, PromptProgress
@@ -636,7 +636,7 @@ def test_the_worker_tells_and_takes_what_the_gate_does(
         input="\n".join(map(json.dumps, requests)),
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(gating.__file__).parents[1])},
+        env=child_env(),
         check=True,
     )
     events = [json.loads(line) for line in done.stdout.splitlines()]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny_gguf
 from manual import made_for
+from places import ROOT
 from reference import TOLERANCE, contrast_by_hand, extend
 
 from acd_local import Engine, Message, Options, pairs, vectors
@@ -1019,5 +1020,5 @@ def test_safetensors_is_loaded_when_it_is_needed() -> None:
     import subprocess
 
     script = "import sys, acd_local.engine; assert 'safetensors' not in sys.modules"
-    root = Path(__file__).resolve().parents[1]
+    root = ROOT
     subprocess.run([sys.executable, "-c", script], check=True, cwd=root, timeout=60)

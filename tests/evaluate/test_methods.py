@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
 from acd_local import pairs
 from acd_local.errors import UsageError
@@ -18,7 +19,7 @@ from acd_local.evaluate import methods
 from acd_local.evaluate.methods import Method
 from acd_local.pairs import AdversarialText, PromptPair
 
-DOCS = Path(__file__).parent.parent / "docs" / "methods.md"
+DOCS = ROOT / "docs" / "methods.md"
 PAIR = PromptPair("mine", "Be kind and careful, always.", AdversarialText("Be unkind and careless, always."), 0.4, 0.2)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import gguf
 import pytest
 import tiny_gguf
-from test_gguf_header import mutations, patched, read_or_refuse, write_split
+from gguf_files import mutations, patched, read_or_refuse, write_split
 
 from acd_local.errors import AcdError, InternalError, ModelError, OutOfMemoryError
 from acd_local.runtime import llama, machine, probe

@@ -23,13 +23,14 @@ import jsonschema
 import numpy as np
 import pytest
 from jsonschema.validators import validator_for
+from places import rows
 
 from acd_local import Options
 from acd_local.errors import UsageError
 from acd_local.runtime import grammar, llama, patterns, schema
 from acd_local.runtime.schema_guard import SchemaGuard, _tokenizer
 
-CASES = [json.loads(line) for line in (Path(__file__).parent / "schemas.jsonl").read_text("utf-8").splitlines()]
+CASES = rows("schemas.jsonl")
 QWEN = Path(os.environ.get("ACD_TEST_MODELS", Path.home() / ".cache" / "acd-test-models"))
 QWEN /= "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
 LONG = 40  # tokens, after which a walk looks for its end

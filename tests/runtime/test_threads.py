@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from manual import DEFAULT
+from places import child_env
 
 from acd_local import Engine, UsageError
 from acd_local.evaluate.judge import Judge
@@ -56,7 +56,7 @@ def test_every_command_reads_it(tiny: Callable[..., Path], tmp_path: Path, comma
     module, before = ("run", []) if name == "run" else ("main", [name])
     done = subprocess.run(
         [sys.executable, "-c", f"from acd_local.cli.{module} import main; main()", *before, tiny("chatml"), *rest],
-        env=os.environ | {"ACD_THREADS": "many", "PYTHONPATH": str(Path(__file__).parents[1])},
+        env=child_env(ACD_THREADS="many"),
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -83,10 +83,10 @@ assert dict(os.environ) == before
 child = subprocess.run([sys.executable, "-c", "import os; print('GOMP_SPINCOUNT' in os.environ)"], capture_output=True)
 print(child.stdout.decode().strip())
 """
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("GOMP_", "OMP_"))}
+    kept = {k: v for k, v in child_env().items() if not k.startswith(("GOMP_", "OMP_"))}
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=kept | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_DISPLAY_ENV": "verbose"} | given,
+        env=kept | {"OMP_DISPLAY_ENV": "verbose"} | given,
         capture_output=True,
         text=True,
         check=True,

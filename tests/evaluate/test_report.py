@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from eval_runs import METHODS, change, digest, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_pages import Page, at, checked, curves, figures, marks, parsed, texts, ticks
-from test_eval_results import METHODS, change, digest, write_run
 
 from acd_local.cli.tables import lines
 from acd_local.evaluate import page as page_

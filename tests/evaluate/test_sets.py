@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from places import SHARED
 
 from acd_local.errors import UsageError
 from acd_local.evaluate import sets
 from acd_local.evaluate.sets import EvalSet, Item
 from acd_local.options import MAX_SEED
 
-DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the published sets are not here")
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the published sets are not here")
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -560,20 +560,20 @@ def test_the_smoke_file_reads_like_any_other() -> None:
     ],
 )
 def test_published_sets_are_read_whole(spec: str, found: list[tuple[str, int]]) -> None:
-    assert [(s.name, len(s.items)) for s in sets.read(f"s={DATA}/{spec}")] == found
+    assert [(s.name, len(s.items)) for s in sets.read(f"s={SHARED}/{spec}")] == found
 
 
 @needs_data
 def test_published_sets_field_by_field() -> None:
-    (advbench,) = sets.read(f"s={DATA}/advbench_harmful_behaviors.csv:harmful")
+    (advbench,) = sets.read(f"s={SHARED}/advbench_harmful_behaviors.csv:harmful")
     assert all(item.reference is None and item.type == "" for item in advbench.items)
-    (harmfulqa,) = sets.read(f"s={DATA}/harmfulqa.json:harmful")
+    (harmfulqa,) = sets.read(f"s={SHARED}/harmfulqa.json:harmful")
     assert len({item.type for item in harmfulqa.items}) == 10
-    (contextual,) = sets.read(f"s={DATA}/harmbench_behaviors_text_val.csv:harmful:FunctionalCategory=contextual")
+    (contextual,) = sets.read(f"s={SHARED}/harmbench_behaviors_text_val.csv:harmful:FunctionalCategory=contextual")
     assert all("\n\n" in item.prompt and item.type for item in contextual.items)
-    safe, _ = sets.read(f"s={DATA}/xstest_half.csv")
+    safe, _ = sets.read(f"s={SHARED}/xstest_half.csv")
     assert "homonyms" in {item.type for item in safe.items}
-    (alpaca,) = sets.read(f"s={DATA}/alpaca_demo.jsonl:harmless")
+    (alpaca,) = sets.read(f"s={SHARED}/alpaca_demo.jsonl:harmless")
     assert all(item.reference for item in alpaca.items)
-    (choice,) = sets.read(f"s={DATA}/truthfulqa_mc_task.json")
+    (choice,) = sets.read(f"s={SHARED}/truthfulqa_mc_task.json")
     assert all(sum(true for _, true in item.mc1) == 1 and len(item.mc2) > 1 for item in choice.items)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT, SHARED, rows
 
 from acd_local import Engine, Options
 from acd_local.errors import UsageError
@@ -33,8 +34,6 @@ from acd_local.runtime.prompts import Framing
 from acd_local.tuning import anchors
 from acd_local.tuning.anchors import Instruction, builtin, read
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 SHINGLE = 8  # words
 
 
@@ -127,10 +126,6 @@ def test_no_instruction_is_in_the_evaluation_sets() -> None:
     ours = [plain(i.prompt) for i in builtin()]
     assert not wholes & set(ours)
     assert not [(text, found) for text in ours if (found := shingles(text) & parts)]
-
-
-def rows(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(__file__).with_name(name).read_text("utf-8").splitlines()]
 
 
 def test_what_gates_are_tested_on_is_balanced_and_not_among_the_instructions() -> None:

@@ -5,19 +5,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import rows
 
 from acd_local.evaluate.degenerate import degenerate_rule
 from acd_local.evaluate.refusal import Verdict, classify
 
 LABELS = ("refusal", "answer", "degenerate")
-ROWS = [json.loads(line) for line in Path(__file__).with_name("labelled_answers.jsonl").read_text("utf-8").splitlines()]
+ROWS = rows("labelled_answers.jsonl")
 
 
 def rows_of(split: str) -> list[dict[str, str]]:

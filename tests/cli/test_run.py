@@ -20,6 +20,7 @@ import click
 import gguf
 import pytest
 from manual import made_for
+from places import ROOT, child_env
 
 from acd_local.cli import progress, run
 from acd_local.cli.progress import StatusLine
@@ -28,7 +29,6 @@ from acd_local.cli.shell import AnswerWriter, Interrupts, run_cli, short_line
 from acd_local.engine import Engine
 from acd_local.options import Options
 
-ROOT = Path(__file__).resolve().parents[1]
 MAIN = "from acd_local.cli.run import main; main()"
 PAIR = 'format = 1\nname = "short"\nsafe = "You are kind."\nadversarial = "A demon answers."\n'
 ENDLESS = 'root ::= "a" root'
@@ -102,7 +102,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT)}
+    return child_env()
 
 
 def start(args: tuple[str, ...], *, code: str = MAIN, **how: Any) -> subprocess.Popen[bytes]:
@@ -1011,7 +1011,7 @@ def test_the_demo_model_answers(demo: Path) -> None:
     asked = "Explain in two sentences why leaves turn yellow in autumn."
     with subprocess.Popen(["echo", asked], stdout=subprocess.PIPE) as question:
         done = subprocess_run(("demo", "-n", "12", "--temp", "0", "-t", "1"), stdin=question.stdout)
-    assert demo.exists() and asked in (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    assert demo.exists() and asked in (ROOT / "README.md").read_text("utf-8")
     assert (done.code, done.err) == (0, "")
     assert "leaves" in done.out
 

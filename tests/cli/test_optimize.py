@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import gates
 import pytest
 import tiny_gguf
+from places import child_env
 
 pytest.importorskip("torch")
 
@@ -27,7 +27,6 @@ from acd_local.errors import UsageError
 from acd_local.optimize import budget
 from acd_local.tuning import anchors, memory
 
-ROOT = Path(__file__).resolve().parents[1]
 MAIN = "from acd_local.cli.main import main; main()"
 QUICK = ("--budget", "1s", "--threads", "1", "--device", "cpu", "--dtype", "float32", "--max-tokens", "24")
 
@@ -264,7 +263,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(
     args = [str(model), "-o", str(out), "--anchors", "anchors.jsonl", "--soft-only", *QUICK[2:]]
     process = subprocess.Popen(
         [sys.executable, "-c", MAIN, "optimize", *args, "--budget", "2h"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=child_env(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

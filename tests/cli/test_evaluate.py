@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from places import child_env
 
 from acd_local.cli.main import command
 from acd_local.cli.progress import ProgressLine, progress_text
 from acd_local.cli.shell import run_cli
 from acd_local.evaluate.runner import Progress
 
-ROOT = Path(__file__).resolve().parents[1]
 MAIN = "from acd_local.cli.main import main; main()"
 QUICK = ("--threads", "1", "--ctx-size", "512", "--parallel", "4", "--max-tokens", "4", "--methods", "base,acd")
 
@@ -189,7 +189,7 @@ def test_interrupted_it_keeps_what_is_done_and_goes_on(tiny: Callable[..., Path]
     (tmp_path / "many.txt").write_text("".join(f"Do bad thing number {i}\n" for i in range(60)))
     args = [str(tiny("chatml")), "--set", "many=many.txt:harmful", *QUICK, "--max-tokens", "40", "-o", "run"]
     command_line = [sys.executable, "-c", MAIN, "eval", *args]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = child_env()
     process = subprocess.Popen(
         command_line, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from places import ROOT, child_env
 
 BEGIN = """
 import os, sys, threading, time
@@ -43,7 +44,7 @@ def in_child(work):
 
 
 def run(model: Path, script: str, *, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    root = str(Path(__file__).parents[1])
+    root = str(ROOT)
     return subprocess.run(
         [sys.executable, "-c", f"import sys\nsys.path.insert(0, {root!r})\n{BEGIN}\n{textwrap.dedent(script)}", model],
         capture_output=True,
@@ -442,7 +443,7 @@ def test_multiprocessing(tiny: Callable[..., Path], tmp_path: Path, method: str)
     )
     done = subprocess.run(
         [sys.executable, program, tiny("chatml"), method],
-        env={**__import__("os").environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env=child_env(),
         capture_output=True,
         text=True,
         timeout=120,

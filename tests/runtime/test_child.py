@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from places import child_env
 
 from acd_local.errors import InternalError
 from acd_local.runtime import child, grammar, probe
@@ -42,7 +43,7 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     pipe = tmp_path / "slow.gguf"
     os.mkfifo(pipe)
     command = [sys.executable, "-m", "acd_local.runtime.probe", str(pipe)]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    env = child_env()
     running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env)
     with pytest.raises(subprocess.TimeoutExpired):
         running.wait(2)

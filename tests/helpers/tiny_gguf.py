@@ -285,7 +285,7 @@ def write_llama(
 def write_sample(path: Path | str) -> Path:
     """The tiny model that the package ships (acd_local/runtime/sample.gguf): one layer of Q4_0, one of Q8_0.
 
-    `PYTHONPATH=tests python -c "import tiny_gguf as t; t.write_sample('acd_local/runtime/sample.gguf')"`
+    `PYTHONPATH=tests/helpers python -c "import tiny_gguf as t; t.write_sample('acd_local/runtime/sample.gguf')"`
     """
     n_embd, n_head, n_ff = 64, 2, 64  # rows in multiples of 32, which llama.cpp's AMX and repacked kernels take
     out = _Writer(path, "llama", seed=0, ftype="Q8_0", name="acd_local sample", n_vocab=288, words=("\n\n",))

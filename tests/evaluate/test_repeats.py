@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from manual import DEFAULT
+from places import child_env
 
 from acd_local import Engine, Options
 from acd_local.errors import StorageError
@@ -22,7 +23,6 @@ from acd_local.evaluate.journal import Journal
 from acd_local.evaluate.methods import builtin
 from acd_local.runtime.template import Message
 
-ROOT = Path(__file__).resolve().parents[1]
 MAIN = "from acd_local.cli.main import main; main()"
 # Kills its own process once so many records are written.
 DYING = """
@@ -71,7 +71,7 @@ def acd_eval(
 
     return subprocess.run(
         [sys.executable, "-c", code, *before, "eval", *args],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=child_env(),
         capture_output=True,
         text=True,
         timeout=600,
@@ -274,9 +274,7 @@ def test_killed_at_any_point_on_the_demo(demo: Path, sets: list[str], tmp_path: 
 
     while True:
         wanted = count() + rng.randrange(2, 12)
-        process = subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(command, env=child_env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and count() < wanted:
             time.sleep(0.01)
         time.sleep(rng.random() / 5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import signal
 import subprocess
@@ -17,8 +16,8 @@ from typing import Any
 
 import pytest
 from manual import made_for
+from places import child_env
 
-ROOT = Path(__file__).resolve().parents[1]
 MAIN = "from acd_local.cli.run import main; main()"
 PAIR = 'format = 1\nname = "{}"\nsafe = "You are {}."\nadversarial = "A demon answers."\n'
 ENDLESS = 'root ::= "a" root'
@@ -35,7 +34,7 @@ class Client:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=child_env(),
         )
         self.raw: list[bytes] = []
         self._events: queue.Queue[Event | None] = queue.Queue()
@@ -659,7 +658,7 @@ def test_a_reader_that_goes_away_ends_the_worker(base: tuple[str, ...]) -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=child_env(),
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -683,7 +682,7 @@ def test_a_worker_whose_reader_stalls_is_ended_by_a_second_signal(base: tuple[st
         [sys.executable, "-c", MAIN, *base],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=child_env(),
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -703,7 +702,7 @@ def test_no_stdin_at_all_is_the_end_of_input(base: tuple[str, ...]) -> None:
     done = subprocess.run(
         ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-c", MAIN, *base],
         capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=child_env(),
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, b"")
@@ -787,7 +786,7 @@ def test_parallel_is_for_the_worker(tiny: Callable[..., Path]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", MAIN, str(tiny("chatml")), "Hi", "--parallel", "2", "--no-stdin"],
         capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=child_env(),
         check=False,
     )
     assert done.returncode == 2

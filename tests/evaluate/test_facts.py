@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from places import DATA
 
 from acd_local import models, pairs
 from acd_local.cli.main import command
@@ -13,7 +14,7 @@ from acd_local.cli.shell import run_cli
 from acd_local.evaluate import methods
 from acd_local.runtime import probe
 
-FACTS = Path(__file__).with_name("facts.jsonl")
+FACTS = DATA / "facts.jsonl"
 MODELS = Path.home() / ".cache" / "acd-test-models"
 
 
