@@ -10,11 +10,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tiny_gguf
+from asking import SHORT
 from manual import DEFAULT
+from reference import TOLERANCE, extend, fresh_logits
 
-from acd_local import CancelToken, Engine, Message, Options
-from acd_local.errors import AcdError, ContextError, EngineClosedError
+from acd_local import CancelToken, Engine, Message, Options, TurnsDropped
+from acd_local.answers import AnswerEvent
+from acd_local.errors import (
+    AcdError,
+    ContextError,
+    EngineClosedError,
+    UsageError,
+)
 from acd_local.runtime import llama
 from acd_local.runtime.prompts import Framing, PromptBuilder
 from acd_local.runtime.template import ChatTemplate
@@ -292,3 +302,131 @@ def test_closing_the_engine_ends_the_search(tiny: Callable[..., Path]) -> None:
         for thread in threads:
             thread.join(30)
         assert [type(error) for error in errors] == [EngineClosedError] * 3
+
+
+# -- conversations -----------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_remembers_and_redecodes_only_what_is_new(engine: Engine) -> None:
+    chat = engine.chat(options=SHORT)
+    first = chat.ask("What is the sky?")
+    second = chat.ask("And the water?")
+    assert [m.role for m in chat.messages] == ["user", "assistant", "user", "assistant"]
+    assert chat.messages[1].content == first.text
+    assert second.prompt_tokens > first.prompt_tokens
+    assert second.prompt_decoded < second.prompt_tokens
+    assert chat.undo()
+    assert len(chat.messages) == 2
+    again = chat.ask("And the water?")
+    assert again.prompt_tokens == second.prompt_tokens
+    chat.clear()
+    assert chat.messages == []
+    assert not chat.undo()
+
+
+def test_regenerate_replaces_the_answer_with_another_seed(engine: Engine) -> None:
+    chat = engine.chat(options=Options(max_tokens=12, temp=2.0, seed=3))
+    first = chat.ask("Tell me about wine.")
+    other = chat.regenerate().run()
+    assert other.seed != first.seed
+    assert len(chat.messages) == 2
+    assert chat.messages[1].content == other.text
+    same = chat.regenerate(seed=3).run()
+    assert same.seed == 3
+    with pytest.raises(UsageError):
+        engine.chat().regenerate()
+
+
+@pytest.mark.parametrize("writer", [tiny_gguf.write_llama, tiny_gguf.write_gemma3, tiny_gguf.write_mamba])
+def test_caches_stay_true_through_turns_overflow_and_undo(
+    tiny: Callable[..., Path], writer: Callable[..., Path]
+) -> None:
+    """Whatever was reused, rolled back or dropped: the next logits are those of a fresh evaluation."""
+    with Engine(tiny("chatml", writer=writer), pair=DEFAULT, ctx_size=768, threads=1) as engine:
+        chat, events = engine.chat(options=Options(max_tokens=40, temp=1.0, seed=1)), []
+        for turn in range(9):
+            chat.stream(f"Question {turn}: " + "tell me about the water. " * 6, on_event=events.append).run()
+            if turn == 3:
+                chat.undo()
+            slot = engine.decoder.slots[0]
+            for cache in (slot.safe, slot.adversarial):
+                assert len(cache.tokens) <= 768
+                expected = fresh_logits(engine.decoder.model, [*cache.tokens, 65], 1024)
+                tokens = list(cache.tokens)
+                (row,) = extend([(cache, [65])])
+                np.testing.assert_allclose(row, expected, atol=TOLERANCE)
+                assert cache.tokens == [*tokens, 65]
+        dropped = [e.messages for e in events if isinstance(e, TurnsDropped)]
+        assert dropped
+        assert all(messages % 2 == 0 for messages in dropped)
+
+
+def test_overflow_drops_old_turns_until_half_is_free(tiny: Callable[..., Path]) -> None:
+    with Engine(tiny("chatml", n_ctx=4096), pair=DEFAULT, ctx_size=1500, threads=1) as engine:
+        turns = []
+        for i in range(14):
+            turns += [Message("user", f"q{i} " + "water " * 60), Message("assistant", "sky " * 20)]
+        turns.append(Message("user", "LAST question"))
+        events: list[AnswerEvent] = []
+        answer = engine.generate(turns, SHORT, on_event=events.append).run()
+        (event,) = [e for e in events if isinstance(e, TurnsDropped)]
+        assert answer.dropped_turns == event.messages > 0
+        assert answer.prompt_tokens <= 750
+        slot = engine.decoder.slots[0]
+        for cache, prompt in (
+            (slot.safe, engine.pair.safe),
+            (slot.adversarial, engine.pair.adversarial.reveal_for_negative_stream()),
+        ):
+            text = b"".join(engine.vocab.piece(t) for t in cache.tokens).decode("utf-8", "replace")
+            assert prompt in text
+            assert "LAST question" in text
+            assert "q0 " not in text
+            assert f"q{event.messages // 2} " in text
+        with pytest.raises(ContextError, match="overflow"):
+            engine.generate(turns, SHORT.replace({"overflow": "error"})).run()
+
+
+def test_a_long_answer_limit_does_not_cost_the_conversation(tiny: Callable[..., Path]) -> None:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=1024, threads=1) as engine:
+        turns = [Message("user", "water"), Message("assistant", "sky"), Message("user", "wine")]
+        with engine.generate(turns, Options(max_tokens=5000, temp=0.0)) as stream:
+            next(stream)
+            assert engine.decoder.slots[0].safe.tokens.count(engine.vocab.bos) == 5  # nothing was dropped
+        with pytest.raises(ContextError, match="overflow"):
+            engine.generate(turns, Options(max_tokens=5000, overflow="error")).run()
+
+
+def test_warnings_about_model_and_pair(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    with Engine(tiny("chatml", n_ctx=512), pair=DEFAULT, ctx_size=1024, threads=1) as engine:
+        assert engine.warning == "the model was trained for 512 tokens, not 1024"
+    (tmp_path / "other.toml").write_text(
+        'format = 1\nname = "other"\nsafe = "Be kind."\nadversarial = "Be rude."\n[models]\narchitecture = "falcon"\n'
+    )
+    with Engine(tiny("chatml"), pair=str(tmp_path / "other.toml"), ctx_size=512, threads=1) as engine:
+        assert engine.warning == "the prompt pair 'other' was made for another model"
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
+        assert engine.warning is None
+
+
+def test_a_message_that_can_never_fit(tiny: Callable[..., Path]) -> None:
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
+        with pytest.raises(ContextError, match=r"\d+ tokens long.* 512 ") as caught:
+            engine.generate("wine " * 2000, SHORT).run()
+        assert caught.value.exit_code == 4
+        assert engine.decoder.slots[0].safe.tokens == [], "nothing may be decoded for it"
+        assert engine.generate("Hi", SHORT).run().text
+
+
+def test_the_context_limits_an_answer(tiny: Callable[..., Path]) -> None:
+    with Engine(tiny("chatml", n_ctx=4096), pair=DEFAULT, ctx_size=300, threads=1) as engine:
+        answer = engine.generate("Hi", Options(temp=1.0, seed=1)).run()
+        if answer.finish_reason == "length":
+            assert max(answer.context_used) <= 300
+            assert max(answer.context_used) >= 299
+        assert engine.n_ctx == 300
+
+
+def test_default_context_is_4096_or_the_models_own_limit(tiny: Callable[..., Path]) -> None:
+    for n_ctx, expected in ((8192, 4096), (1024, 1024)):
+        with Engine(tiny("chatml", n_ctx=n_ctx), pair=DEFAULT, threads=1) as engine:
+            assert engine.n_ctx == expected

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_families
 import tiny_gguf
 from reference import TOLERANCE, fresh_logits
 
@@ -184,11 +185,11 @@ def test_a_guards_own_template_asks(guard: Judge) -> None:
 
 
 def test_another_template_gets_our_question(tiny: Callable[..., Path]) -> None:
-    for source in ("{{ 'safe' or 'unsafe' }}{% if", tiny_gguf.LLAMA3):  # a broken one falls back to ChatML
+    for source in ("{{ 'safe' or 'unsafe' }}{% if", tiny_families.LLAMA3):  # a broken one falls back to ChatML
         with Judge(tiny("llama3", chat_template=source), threads=1) as judge:
             assert judge.style == "generic"
             assert (judge.warning or "").startswith("the model's chat template cannot be used") == (
-                source != tiny_gguf.LLAMA3
+                source != tiny_families.LLAMA3
             )
 
 

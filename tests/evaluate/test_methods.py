@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -492,32 +490,6 @@ def test_a_files_own_negative_is_adversarial_too(tmp_path: Path) -> None:
         methods.load(path, PAIR, earlier)
 
 
-# --- The documentation ------------------------------------------------------------------------------------------------
-
-
-def test_the_documented_table_is_the_file() -> None:
-    rows = [
-        [cell.strip() for cell in line.strip("|\n").split("|")]
-        for line in DOCS.read_text("utf-8").splitlines()
-        if line.startswith("| `")
-    ]
-    table = {row[0].strip("`"): row[1:] for row in rows if len(row) == 8}
-    written = tomllib.loads(Path(methods.__file__).with_name("methods.toml").read_text("utf-8"))["methods"]
-    assert list(table) == list(written)
-    for name, (positive, negative, alpha, beta, scale, window, source) in table.items():
-        method = written[name]
-        contrast = "negative" in method or "negative_text" in method
-        assert positive.startswith(method.get("positive", "")) and positive
-        assert ("gated" in positive) == ("gate" in method)
-        assert ("demonstration" in positive) == ("shots" in method)
-        assert negative == method.get("negative", "reverse prompt" if contrast else "")
-        for shown, key in ((alpha, "alpha"), (beta, "beta")):
-            assert shown == ((f"{method[key]:g}" if key in method else "pair") if contrast else ""), name
-        assert scale == (("raw" if method.get("raw") else "scaled") if contrast else "")
-        assert window == str(method.get("window", ""))
-        assert source
-
-
 def test_the_documented_fields_and_example(tmp_path: Path) -> None:
     text = DOCS.read_text("utf-8")
     for key in methods._KEYS:
@@ -526,11 +498,3 @@ def test_the_documented_fields_and_example(tmp_path: Path) -> None:
     path.write_text(text.split("```toml\n")[1].split("```")[0])
     method = methods.load(path, PAIR)["kind-null"]
     assert numbers(method) == (0.4, 0.2, False, None) and method.negative is None and method.contrast
-
-
-def test_every_arxiv_number_is_in_both_places() -> None:
-    found = [
-        set(re.findall(r"arXiv (\d{4}\.\d{5})", path.read_text("utf-8")))
-        for path in (DOCS, Path(methods.__file__).with_name("methods.toml"))
-    ]
-    assert found[0] == found[1] and len(found[0]) == 7

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_gguf
+import tiny_families
 
 from acd_local import pairs, vectors
 from acd_local.cli.main import command
@@ -41,7 +41,7 @@ WITH_OWN = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n"
     + OWN
     + "<|im_end|>\\n' }}{% endif %}"
-    + tiny_gguf.CHATML
+    + tiny_families.CHATML
 )
 
 

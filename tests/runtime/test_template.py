@@ -9,7 +9,8 @@ import jinja2
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny_gguf import FAMILIES, Family, write_family, write_llama
+from tiny_families import FAMILIES, Family
+from tiny_gguf import write_family, write_llama
 
 from acd_local.errors import UsageError
 from acd_local.runtime import llama

@@ -1,17 +1,10 @@
-"""Execution strategies: the same text as stepwise, fewer and larger batches, and what decides between them."""
+"""The safe stream ahead: the same text as stepwise, in fewer and larger batches."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,28 +13,20 @@ import tiny_gguf
 from exactness import near_tie, near_ties, variation
 from manual import DEFAULT
 from reference import TOLERANCE, fresh_logits
+from strategies import PROMPTS, N
 
 from acd_local.answers import Answer
 from acd_local.bench.questions import many_prompts
 from acd_local.engine import Engine
 from acd_local.errors import InternalError, NumericalError, UsageError
 from acd_local.options import Options
-from acd_local.runtime import llama, machine, rowcosts
-from acd_local.runtime.choice import Chooser, SafeCandidates
-from acd_local.runtime.draft_policy import DraftPolicy, expected
-from acd_local.runtime.lookup import GREEDY, MATCH, QUOTED, REST, SAMPLED, Lookup
-from acd_local.runtime.rowcosts import MAX_DRAFT, MIN_DRAFT, RowClock, RowCosts
+from acd_local.runtime import llama
+from acd_local.runtime.choice import Chooser
+from acd_local.runtime.draft_policy import DraftPolicy
+from acd_local.runtime.lookup import Lookup
+from acd_local.runtime.rowcosts import MAX_DRAFT, RowCosts
 from acd_local.runtime.streams import DecodeRequest, Streams, extend
 from acd_local.runtime.template import Message
-
-PROMPTS = (
-    "How do I get red wine out of a carpet?",
-    "Name three rivers. Name three lakes. Name three rivers.",
-    "x",
-    "Write a poem about the sea, and then one about the sky.",
-)
-N = 40
-
 
 MANY = 200  # prompts of the slow tests
 
@@ -449,74 +434,13 @@ def test_rows_with_logits_have_to_fit_one_batch(tiny: Callable[..., Path]) -> No
             streams.close()
 
 
-# -- how far ahead -----------------------------------------------------------------------------------------------------
+# -- the option --------------------------------------------------------------------------------------------------------
 
 
-def look(*scores: float) -> SafeCandidates:
-    return SafeCandidates(0, np.arange(len(scores), dtype=np.int32), np.array(scores, np.float32), None)
-
-
-def test_the_gap_is_between_the_two_best() -> None:
-    assert look(1.0, 3.0, 2.5).gap == 0.5
-    assert look(1.0).gap == float("inf")
-
-
-def test_a_run_ends_where_a_change_is_likely() -> None:
-    pace = DraftPolicy(RowCosts(pair=1.8, fixed=0.7, each=0.45), alpha=0.5, greedy=True)
-    assert pace.goes_on(1.0, 1)
-    assert pace.goes_on(1 - pace.chance(look(3.0, 1.0)), 1)
-    assert not pace.goes_on(1 - pace.chance(look(3.0, 2.95)), 1)
-    assert not pace.goes_on(1.0, 16)
-    weak = DraftPolicy(RowCosts(), alpha=0.1, greedy=True)
-    assert weak.chance(look(3.0, 2.8)) < pace.chance(look(3.0, 2.8))
-
-
-def test_readers_of_slow_models_do_not_wait_long_for_the_next_words() -> None:
-    assert RowCosts(seconds=0.007).longest_run == 16
-    assert RowCosts(seconds=0.05).longest_run == 8
-    slow = DraftPolicy(RowCosts(seconds=0.2), alpha=0.5, greedy=True)
-    assert slow.goes_on(1.0, 3)
-    assert not slow.goes_on(1.0, 4)
-
-
-def test_a_pace_learns_from_its_answer() -> None:
-    pace = DraftPolicy(RowCosts(pair=1.9, fixed=0.7, each=0.45), alpha=0.5, greedy=True)
-    before = pace.chance(look(3.0, 2.0))
-    for _ in range(40):
-        pace.learn(look(3.0, 2.0), changed=True)
-    assert pace.chance(look(3.0, 2.0)) > 0.7 > before
-    assert pace.pays
-    for _ in range(40):  # five rows a token
-        pace.spend([2, 3], 1)
-    assert not pace.pays
-
-
-def test_what_is_about_as_dear_goes_on_as_it_was() -> None:
-    pace, ways = DraftPolicy(RowCosts(pair=2.0, fixed=0.7, each=0.45, ahead=1.0), alpha=0.5, greedy=True), []
-    for rows in (18, 20, 22, 20):
-        for _ in range(100):
-            pace.spend([1] * rows, 10)
-        ways.append(pace.pays)
-    assert ways == [True, True, False, False]
-
-
-@pytest.mark.parametrize("rare", [True, False])
-def test_a_pace_learns_from_positions_side_by_side(rare: bool) -> None:
-    pace = DraftPolicy(RowCosts(pair=1.9, fixed=0.7, each=0.45), alpha=0.5, greedy=rare)
-    assert pace.pays == rare  # greedy answers change less
-    for _ in range(3):
-        for i in range(400):
-            pace.beside(look(3.0, 2.6), changed=rare or i % 100 == 0)
-        assert pace.pays != rare
-        rare = not rare
-
-
-def test_the_expected_cost_knows_of_alpha_and_temperature() -> None:
-    costs = RowCosts(pair=1.9, fixed=0.9, each=0.4)
-    weak, usual, strong = (expected(costs, alpha, greedy=True) for alpha in (0.1, 0.5, 0.9))
-    assert weak < usual < strong
-    assert usual == pytest.approx(1.65, abs=0.05)  # measured: docs/speed.md
-    assert usual < expected(costs, 0.5, greedy=False) == pytest.approx(1.9, abs=0.05)
+@pytest.mark.parametrize("value", ["fast", "", None, 3])
+def test_an_unknown_strategy_is_refused(value: Any) -> None:
+    with pytest.raises(UsageError, match="strategy"):
+        Options(strategy=value)
 
 
 @pytest.mark.parametrize("temp", [0.0, 1.0])
@@ -535,292 +459,3 @@ def test_the_forecast_is_what_running_ahead_costs(engine: Engine, temp: float, m
             engine.generate(prompt, Options(**asked, strategy=strategy)).run()
         per_token.append(sum(spent for spent, _ in found) / sum(n for _, n in found))
     assert per_token[1] == pytest.approx(per_token[0], rel=0.06)
-
-
-def test_quotations_are_as_long_as_rows_are_cheap() -> None:
-    usual, dear = (
-        DraftPolicy(RowCosts(1.9, fixed, each), alpha=0.5, greedy=True) for fixed, each in ((0.9, 0.4), (0.0, 1.0))
-    )
-    assert usual.quote(GREEDY, alone=False) == 4
-    assert usual.quote(0.3, alone=False) == 0
-    assert usual.quote(1.0, alone=False) == 15
-    assert dear.quote(0.99, alone=False) == dear.quote(0.99, alone=True) == 0
-    gpu = DraftPolicy(RowCosts(pair=1.05, fixed=0.95, each=0.05), alpha=0.5, greedy=True)
-    assert gpu.quote(0.5, alone=True) == 0 < gpu.quote(GREEDY, alone=True)
-    assert DraftPolicy(RowCosts(seconds=0.2), alpha=0.5, greedy=True).quote(1.0, alone=False) == 3
-
-
-def test_cheap_batches_make_running_ahead_pay_and_dear_ones_do_not() -> None:
-    assert DraftPolicy(RowCosts(pair=2.0, fixed=0.8, each=0.3), alpha=0.5, greedy=False).pays
-    assert not DraftPolicy(RowCosts(pair=1.8, fixed=0.3, each=0.8), alpha=0.5, greedy=True).pays
-    assert not DraftPolicy(RowCosts(pair=1.05, fixed=0.9, each=0.05), alpha=0.5, greedy=True).pays  # a GPU
-
-
-def test_running_ahead_does_not_pay_where_what_its_batches_save_goes_into_handling_them() -> None:
-    near, clear = (RowCosts(pair=pair, fixed=0.7, each=0.45) for pair in (1.75, 1.85))
-    assert near.pair > expected(near, 0.5, greedy=True)
-    assert not DraftPolicy(near, alpha=0.5, greedy=True).pays
-    assert DraftPolicy(clear, alpha=0.5, greedy=True).pays
-    assert DraftPolicy(replace(near, ahead=1.0), alpha=0.5, greedy=True).pays
-    assert not DraftPolicy(replace(clear, ahead=1.3), alpha=0.5, greedy=True).pays
-
-
-def test_drafts_continue_what_came_before() -> None:
-    lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2])
-    assert lookup.draft([3], 4) == [4, 5, 6, 7]
-    assert lookup.draft([3], 2) == [4, 5]
-    assert lookup.draft([9], 10) == []
-    lookup.extend([3])
-    assert lookup.draft([], 4) == [4, 5, 6, 7]
-    assert lookup.draft([], 0) == []
-    assert MATCH == 3
-
-
-def test_drafts_grow_while_they_come_true_and_rest_when_they_fail() -> None:
-    lookup, pace = Lookup([1, 2, 3]), DraftPolicy(RowCosts(1.9, 0.9, 0.4), alpha=0.5, greedy=True)
-    lengths = []
-    for right in (4, 8, 0, 0, 0, 0):
-        lengths.append(pace.quote(lookup.chance, alone=False))
-        lookup.learn(lengths[-1], right)
-    assert lengths == [4, 8, 15, 5, 3, 2]
-    assert pace.quote(lookup.chance, alone=False) == 0
-    lookup.extend(range(200, 200 + REST))
-    assert pace.quote(lookup.chance, alone=False) == 4
-
-
-def test_what_would_have_been_drafted_is_learned_from() -> None:
-    """Sampled answers begin without drafts, and come to them where they repeat the conversation."""
-    text = [*range(100, 130)]
-    lookup = Lookup(text, SAMPLED)
-    assert lookup.chance == SAMPLED
-    lookup.extend(text[:3])
-    assert lookup.chance == SAMPLED
-    lookup.extend(text[3:7])
-    before = lookup.chance
-    assert 0.7 < before < GREEDY
-    lookup.extend([5, *text[:3]])
-    lookup.extend([6])
-    assert lookup.chance < before
-    lookup.extend(text[:20])
-    assert GREEDY <= lookup.chance < 0.85  # what is above drafts tell
-    assert Lookup([*text, *text], SAMPLED).chance == SAMPLED  # nothing of this was said
-    drafting, watching = Lookup(text, SAMPLED), Lookup(text, SAMPLED)
-    drafting.extend(text[:3]), watching.extend(text[:3])
-    drafting.draft([], 4)
-    drafting.learn(4, 4)
-    drafting.extend(text[3:8])  # four of them are counted already
-    watching.extend(text[3:8])
-    assert drafting.chance == watching.chance
-
-
-def test_a_quotation_goes_on_behind_a_replaced_token() -> None:
-    lookup = Lookup([*range(100, 120), 100, 101, 102])
-    assert lookup.draft([], 8) == [103, 104, 105, 106, 107, 108, 109, 110]
-    lookup.learn(8, QUOTED)
-    assert lookup.draft([103, 104, 105, 106, 7], 3) == [108, 109, 110]
-    lookup.extend([103, 104, 105, 106, 7])
-    assert lookup.draft([], 3) == [108, 109, 110]
-    assert lookup.draft([8], 3) == []
-    lookup.learn(3, 0)  # that was none
-    lookup.extend([9])
-    assert lookup.draft([], 3) == []
-
-
-def test_embedding_rows_are_never_drafted() -> None:
-    assert Lookup([1, 2, 3, 4, -5, 6, 1, 2, 3]).draft([], 9) == [4]
-
-
-# -- what rows cost ----------------------------------------------------------------------------------------------------
-
-
-def measured(clock: RowClock, *, pair: float, fixed: float, each: float) -> None:
-    for _ in range(12):
-        clock.note(1, 1, 0.01)
-        clock.note(2, 1, 0.01 * pair)
-        for k in (4, 8, 12):
-            clock.note(1, k, 0.01 * (fixed + each * k))
-
-
-def test_row_costs_are_measured_once_and_kept(tmp_path: Path) -> None:
-    path = tmp_path / "costs" / "a.json"
-    clock = RowClock(path)
-    clock.settle()
-    assert clock.known is None and not path.exists()
-    measured(clock, pair=1.7, fixed=0.8, each=0.35)
-    clock.settle()
-    assert clock.known == RowCosts(1.7, 0.8, 0.35, 0.01, RowCosts.ahead)
-    again = RowClock(path)
-    assert again.known == clock.known
-    measured(again, pair=3.0, fixed=0.1, each=0.9)
-    again.settle()
-    assert again.known == clock.known
-
-
-def test_few_rows_cost_what_was_measured_and_more_lie_on_a_line(tmp_path: Path) -> None:
-    clock = RowClock(tmp_path / "a.json")
-    measured(clock, pair=1.9, fixed=2.0, each=0.25)
-    for _ in range(3):
-        clock.note(1, 2, 0.018)
-        clock.note(1, 3, 0.024)
-    clock.settle()
-    costs = RowClock(tmp_path / "a.json").known
-    assert costs == clock.known == RowCosts(1.9, 2.0, 0.25, 0.01, few=(1.8, 2.4))
-    found = [costs.rows(k) for k in (1, 1.5, 2, 2.5, 3, 3.5, 4, 8)]
-    assert found == pytest.approx([1, 1.5, 1.8, 2.1, 2.4, 2.7, 3.0, 4.0])
-    assert replace(costs, few=()).rows(2) == 2.5
-
-
-@pytest.mark.parametrize(("beside", "ahead", "found"), [(1.0, 1.1, 1.1), (1.1, 1.1, 1.0), (1.0, 0.95, 0.95)])
-def test_what_running_ahead_takes_is_measured(tmp_path: Path, beside: float, ahead: float, found: float) -> None:
-    """Of what batches are reckoned to, beside the same of tokens side by side; and of how many rows were expected."""
-    for runs in (0, 23, 24):
-        clock = RowClock(tmp_path / f"{runs}.json")
-        measured(clock, pair=1.9, fixed=1.0, each=0.5)
-        for _ in range(12):
-            clock.note_step(0.019 * beside)
-        for _ in range(runs):
-            clock.note_run([1, 1, 1, 4], 4, 0.06 * ahead, lambda costs: costs.pair - 0.4)
-        clock.settle()
-        costs = RowCosts(1.9, 1.0, 0.5, 0.01)
-        assert clock.known == {0: costs, 23: None, 24: replace(costs, ahead=found)}[runs]
-
-
-def test_how_many_rows_runs_take_is_measured_beside_what_is_usual(tmp_path: Path) -> None:
-    clock = RowClock(tmp_path / "a.json")
-    measured(clock, pair=1.9, fixed=1.0, each=0.5)
-    for _ in range(12):
-        clock.note_step(0.019)
-    for _ in range(32):
-        clock.note_run([1, 1, 4], 2, 0.05, lambda costs: 2.0)  # 2.5 rows a token, 64 tokens; as many are taken as usual
-    clock.settle()
-    assert clock.known is not None
-    assert (clock.known.ahead, clock.known.typical) == (1.0, 1.12)
-    assert DraftPolicy(clock.known, alpha=0.5, greedy=True).cost == pytest.approx(
-        1.12 * expected(clock.known, 0.5, greedy=True)
-    )
-
-
-def test_runs_and_steps_of_an_answer_are_timed(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without what its reader does in between, and only until it is known what rows cost."""
-    now = itertools.count()  # ticks whenever it is asked for
-    read = [0]
-    monkeypatch.setattr("acd_local.runtime.deferred.time", SimpleNamespace(perf_counter=lambda: next(now) + read[0]))
-    with Engine(tiny("chatml", seed=4), pair=DEFAULT, ctx_size=512, threads=1) as engine:
-        clock = engine.decoder.row_clock
-        monkeypatch.setattr(clock, "settle", lambda: None)
-        monkeypatch.setattr("acd_local.runtime.deferred.PATIENCE", 1e12)
-        options = Options(temp=0.0, max_tokens=N)
-        for _ in engine.generate(PROMPTS[3], options):
-            read[0] += 10**6
-        assert len(clock._steps) == 15  # the first token comes out of the prompt
-        assert len(clock._runs) > 0
-        assert 1 <= min(clock._steps) <= max(clock._steps) < 100
-        assert 1 <= min(run.seconds for run in clock._runs) <= max(run.seconds for run in clock._runs) < 100
-        steps, runs = len(clock._steps), len(clock._runs)
-        monkeypatch.setattr(clock, "known", RowCosts())
-        engine.generate(PROMPTS[3], options).run()
-        assert (len(clock._steps), len(clock._runs)) == (steps, runs)
-
-
-def test_readers_do_not_wait_for_long_runs_before_it_is_known_what_rows_cost(
-    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(DraftPolicy, "goes_on", lambda pace, survival, drafted: drafted < pace.costs.longest_run)
-    for patience, longest in ((60.0, MAX_DRAFT), (0.0, MIN_DRAFT)):
-        monkeypatch.setattr("acd_local.runtime.deferred.PATIENCE", patience)
-        with Engine(tiny("chatml", seed=4), pair=DEFAULT, ctx_size=512, threads=1) as engine:
-            monkeypatch.setattr(engine.decoder.row_clock, "settle", lambda: None)
-            options = Options(temp=0.0, max_tokens=N, strategy="deferred")
-            engine.generate(PROMPTS[3], options, divergence=True).run()  # which every position waits for
-            lengths = [len(run.batches) - 1 for run in engine.decoder.row_clock._runs]
-        assert max(lengths) == longest
-
-
-def test_figures_are_collected_and_settled_by_several_threads(tmp_path: Path) -> None:
-    clock, wrong, old = RowClock(tmp_path / "a.json"), [], sys.getswitchinterval()
-    for _ in range(12):
-        clock.note(1, 1, 0.01)
-        clock.note(2, 1, 0.02)
-
-    def settle() -> None:
-        try:
-            for _ in range(300):
-                clock.settle()
-        except RuntimeError as error:
-            wrong.append(error)
-
-    sys.setswitchinterval(1e-6)
-    try:
-        settling = threading.Thread(target=settle)
-        settling.start()
-        for rows in itertools.count(100):  # sizes that are no measure: nothing is ever settled
-            clock.note(1, rows, 0.1)
-            if not settling.is_alive():
-                break
-    finally:
-        sys.setswitchinterval(old)
-        settling.join()
-    assert wrong == []
-
-
-def test_old_figures_are_measured_again(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(asdict(RowCosts())))
-    assert RowClock(path).known == RowCosts()
-    os.utime(path, (0, time.time() - rowcosts.MAX_AGE - 60))
-    assert RowClock(path).known is None
-
-
-@pytest.mark.parametrize("name", ["identity", "extra_buffers"])
-def test_figures_belong_to_a_machine_and_a_llama_cpp(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Path("model.gguf")
-    here = rowcosts.file_for(model, threads=1)
-    assert here == rowcosts.file_for(model, threads=1) != rowcosts.file_for(model, threads=2)
-    monkeypatch.setattr(machine, name, lambda: "another")
-    assert rowcosts.file_for(model, threads=1) != here
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        "[]",
-        "3",
-        '{"pair": 2, "fixed": 1, "each": 0.4, "seconds": 0.01}',
-        '{"pair": "x"}',
-        '{"pairs": 1}',
-        '{"pair": -1}',
-        '{"pair": NaN}',
-    ],
-)
-def test_damaged_figures_are_measured_again(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "a.json"
-    path.write_text(text)
-    assert RowClock(path).known is None
-
-
-def test_an_engine_measures_and_the_next_one_knows(
-    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path))
-    path = tiny("chatml", seed=4)
-    with Engine(path, pair=DEFAULT, ctx_size=512, threads=1) as engine:
-        for prompt in (*PROMPTS, *PROMPTS):
-            engine.generate(prompt, Options(temp=0.0, max_tokens=N)).run()
-        known = engine.decoder.row_clock.known
-    assert known is not None
-    (kept,) = (tmp_path / "rowcosts").iterdir()
-    assert json.loads(kept.read_text()) == json.loads(json.dumps(asdict(known)))
-    assert len(known.few) == 2
-    with Engine(path, pair=DEFAULT, ctx_size=512, threads=1) as engine:
-        assert engine.decoder.row_clock.known == known
-
-
-# -- the option --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", ["fast", "", None, 3])
-def test_an_unknown_strategy_is_refused(value: Any) -> None:
-    with pytest.raises(UsageError, match="strategy"):
-        Options(strategy=value)
