@@ -13,6 +13,7 @@ from manual import DEFAULT
 
 from acd_local import models
 from acd_local.engine import Engine
+from acd_local.evaluate import page
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,6 +58,12 @@ def engine(tiny: Callable[..., Path]) -> Iterator[Engine]:
     """A tiny model under the manual pair, for tests that leave it as it was."""
     with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=1024, threads=1) as engine:
         yield engine
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages have no figures, as where matplotlib is missing: drawing takes most of the time of a page."""
+    monkeypatch.setattr(page, "_drawing", lambda: None)
 
 
 @pytest.fixture

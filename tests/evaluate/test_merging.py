@@ -12,6 +12,8 @@ from eval_runs import change, digest, records, write_run
 from acd_local.errors import UsageError
 from acd_local.evaluate import results
 
+pytestmark = pytest.mark.usefixtures("no_figures")  # those of pages: see test_report
+
 # --- Merging ----------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,8 @@ from eval_runs import SETS, change, digest, records, write_run
 from acd_local.errors import UsageError
 from acd_local.evaluate import results, verdict
 
+pytestmark = pytest.mark.usefixtures("no_figures")  # those of pages: see test_report
+
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,8 @@ from acd_local.evaluate.sets import EvalSet, Item
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.template import Message
 
+pytestmark = pytest.mark.usefixtures("no_figures")  # those of pages: see test_report
+
 NAMES = ("base", "nid", "sp", "acd", "acd-first-m")
 MAX_TOKENS = 6
 MARGINS = frozenset(hashlib.sha256(f"Do bad thing {i}".encode()).hexdigest()[:16] for i in range(3))

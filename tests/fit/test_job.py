@@ -34,6 +34,8 @@ from acd_local.tuning import anchors
 from acd_local.tuning.cache import Measurements
 from acd_local.tuning.progress import Listener, Stopped
 
+pytestmark = pytest.mark.usefixtures("no_figures")  # those of pages: see test_report
+
 QUICK = {"budget": 1.0, "threads": 1}
 GREEDY = Options(alpha=0.0, temp=0.0, max_tokens=TOKENS)
 OWN = "You are Tiny, made by hand."

@@ -11,6 +11,7 @@ from gated import four_layers
 
 from acd_local import Engine
 from acd_local.pairs import PromptPair
+from acd_local.runtime import reading
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +36,10 @@ def engine(model: Path, pair: PromptPair) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def slow_model(tiny: Callable[..., Path]) -> Path:
     return tiny("chatml", n_embd=512, n_layers=6, n_ctx=4096)
+
+
+@pytest.fixture
+def short_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers of 128 tokens."""
+    for name in ("READ_TOKENS", "LEAST_TOKENS"):
+        monkeypatch.setattr(reading, name, 128)

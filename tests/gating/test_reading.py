@@ -19,7 +19,6 @@ from acd_local.batch import BatchRunner
 from acd_local.errors import EngineClosedError
 from acd_local.gate import WINDOW, Probe
 from acd_local.pairs import PromptPair
-from acd_local.runtime import reading
 from acd_local.runtime.template import Message
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -71,13 +70,6 @@ def test_a_message_too_long_to_be_read_whole_is_read_in_places() -> None:
     assert read[0][0] == message[0] and read[-1][-1] == message[-1]
     ((whole, _),) = gating._excerpts([*range(5000), *message[:300], *tail], range(5000), 5000, 5300, 1024)
     assert whole[-302:] == [*message[:300], *tail] and len(whole) <= 1024  # the system prompt is what is cut
-
-
-@pytest.fixture
-def short_sight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Readers of 128 tokens."""
-    for name in ("READ_TOKENS", "LEAST_TOKENS"):
-        monkeypatch.setattr(reading, name, 128)
 
 
 @pytest.mark.usefixtures("short_sight")

@@ -15,6 +15,8 @@ from acd_local import pairs
 from acd_local.optimize import budget
 from acd_local.optimize.stages import soft_prompt
 
+pytestmark = pytest.mark.usefixtures("no_figures")  # those of pages: see test_report
+
 
 def test_an_hour_is_divided_as_documented() -> None:
     assert sum(budget.SHARES.values()) == 60

@@ -28,6 +28,8 @@ from acd_local.tuning.cache import locked
 from acd_local.tuning.progress import Listener, Stopped
 from acd_local.tuning.scoring import OpeningScorer
 
+pytestmark = pytest.mark.usefixtures("no_figures")  # those of pages: see test_report
+
 
 def state_files(cache: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in cache.glob("optimize/*/*") if path.name != "lock"}

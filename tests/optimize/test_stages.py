@@ -27,6 +27,8 @@ from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.tuning import anchors
 from acd_local.tuning.anchors import builtin
 
+pytestmark = pytest.mark.usefixtures("no_figures")  # those of pages: see test_report
+
 
 @dataclass
 class Trained:

@@ -28,6 +28,8 @@ from acd_local.tuning import memory
 from acd_local.tuning.memory import Lengths, Sizes
 from acd_local.tuning.progress import Stopped
 
+pytestmark = pytest.mark.usefixtures("no_figures")  # those of pages: see test_report
+
 
 def test_memory_pressure_does_not_change_how_many_anchors_are_answered_at_once(
     asked: Asked, monkeypatch: pytest.MonkeyPatch
