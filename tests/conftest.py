@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import tiny_gguf
+from manual import DEFAULT
 
 from acd_local import models
+from acd_local.engine import Engine
+from acd_local.evaluate import page
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,6 +51,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Callable[..., Path]) -> Iterator[Engine]:
+    """A tiny model under the manual pair, for tests that leave it as it was."""
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=1024, threads=1) as engine:
+        yield engine
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages have no figures, as where matplotlib is missing: drawing takes most of the time of a page."""
+    monkeypatch.setattr(page, "_drawing", lambda: None)
 
 
 @pytest.fixture

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import click
 import pytest
+from places import ROOT
 
 from acd_local.cli import bench, chat, evaluate, fit, optimize, run
+from acd_local.evaluate import methods
 
-ROOT = Path(__file__).parents[1]
+METHODS = ROOT / "docs" / "methods.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -53,3 +56,37 @@ def test_every_option_is_explained(page: str, command: click.Command) -> None:
     options = {name for option in command.params for name in option.opts if name.startswith("--")}
     explained = set(re.findall(r"--[a-z][a-z-]*", text)) | {"--version", "--help"}
     assert options - explained == set()
+
+
+# --- The documentation ------------------------------------------------------------------------------------------------
+
+
+def test_the_documented_table_is_the_file() -> None:
+    rows = [
+        [cell.strip() for cell in line.strip("|\n").split("|")]
+        for line in METHODS.read_text("utf-8").splitlines()
+        if line.startswith("| `")
+    ]
+    table = {row[0].strip("`"): row[1:] for row in rows if len(row) == 8}
+    written = tomllib.loads(Path(methods.__file__).with_name("methods.toml").read_text("utf-8"))["methods"]
+    assert list(table) == list(written)
+    for name, (positive, negative, alpha, beta, scale, window, source) in table.items():
+        method = written[name]
+        contrast = "negative" in method or "negative_text" in method
+        assert positive.startswith(method.get("positive", "")) and positive
+        assert ("gated" in positive) == ("gate" in method)
+        assert ("demonstration" in positive) == ("shots" in method)
+        assert negative == method.get("negative", "reverse prompt" if contrast else "")
+        for shown, key in ((alpha, "alpha"), (beta, "beta")):
+            assert shown == ((f"{method[key]:g}" if key in method else "pair") if contrast else ""), name
+        assert scale == (("raw" if method.get("raw") else "scaled") if contrast else "")
+        assert window == str(method.get("window", ""))
+        assert source
+
+
+def test_every_arxiv_number_is_in_both_places() -> None:
+    found = [
+        set(re.findall(r"arXiv (\d{4}\.\d{5})", path.read_text("utf-8")))
+        for path in (METHODS, Path(methods.__file__).with_name("methods.toml"))
+    ]
+    assert found[0] == found[1] and len(found[0]) == 7

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 from manual import made_for
+from places import ROOT, child_env
 
 from acd_local import files, pairs
 from acd_local.cli.shell import as_acd_error
 from acd_local.errors import AcdError, OutOfMemoryError, StorageError, UsageError
 
-ROOT = Path(__file__).resolve().parents[1]
 ODD_NAMES = {
     "a folder": ".",
     "under a file": "file/b",
@@ -381,7 +381,7 @@ def test_too_little_memory_is_one_line(base: tuple[str, ...], megabytes: int) ->
         resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
 
     main = "from acd_local.cli.run import main; main()"
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = child_env()
     command = [sys.executable, "-c", main, *base, "hi", "-n", "2", "--no-stdin"]
     done = subprocess.run(command, env=env, preexec_fn=limit, capture_output=True, text=True)
     if done.returncode != 0:  # where this much is enough, it is enough

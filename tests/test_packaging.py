@@ -20,8 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from places import ROOT
 
 # --- Distributions ----------------------------------------------------------------------------------------------------
 

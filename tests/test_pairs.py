@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import json
 import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import places
 import pytest
 
 from acd_local import Engine, pairs, vectors
@@ -419,7 +419,7 @@ def test_the_demo_models_pair(demo: Path) -> None:
 
 def test_the_demo_models_gate_tells_requests_apart(demo: Path) -> None:
     """Twenty requests of ours, ten of them harmful, that nothing was trained or chosen on."""
-    rows = [json.loads(line) for line in (Path(__file__).parent / "requests.jsonl").read_text("utf-8").splitlines()]
+    rows = places.rows("requests.jsonl")
     with Engine(demo, ctx_size=512, threads=1) as engine:
         assert engine.pair is not None and engine.pair.gate is not None
         passed = [engine.gate_probability(r["prompt"]) >= engine.pair.gate.threshold for r in rows]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _FORMAT = 2  # of a verdict file
 _REFUSED = 4  # the child's exit code when llama.cpp refused the file and lived
-_SAMPLE = Path(__file__).with_name("sample.gguf")  # 4- and 8-bit weights, written by tests/tiny_gguf.py
+_SAMPLE = Path(__file__).with_name("sample.gguf")  # 4- and 8-bit weights, written by tests/helpers/tiny_gguf.py
 _CRASHES = ("SIGSEGV", "SIGABRT", "SIGILL", "SIGBUS", "SIGFPE", "SIGTRAP", "SIGSYS")
 _ABORTED, _STOPPED = 3, 0xC000013A  # Windows: the exit codes of abort() and of Ctrl-C
 _WITHOUT = "--no-extra-buffers"  # what the child is told

@@ -1,7 +1,7 @@
 """Estimates how much memory an optimization takes before it starts, and measures how much it took.
 
 The estimate follows what the parts are: weights, what transformers holds while it loads them, what the backward pass
-keeps of each token, logits. Its factors were measured (tests/test_tuning_memory.py compares again).
+keeps of each token, logits. Its factors were measured (tests/tuning/test_memory.py compares again).
 """
 
 from __future__ import annotations

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import batches
 import pytest
-from manual import DEFAULT
 
 from acd_local.bench import measuring, questions
 from acd_local.cli.main import command
 from acd_local.cli.shell import run_cli
-from acd_local.engine import Engine
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +19,6 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(questions.TEXTS, "repeats", [text[:300] for text in questions.TEXTS["repeats"]])
     monkeypatch.setattr(batches, "REPEATED", 2)
     monkeypatch.setattr(measuring, "WARM_UPS", 2)
-
-
-@pytest.fixture
-def engine(tiny: Callable[..., Path]) -> Iterator[Engine]:
-    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=1024, threads=1) as engine:
-        yield engine
 
 
 @pytest.fixture
