@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from acd_local.answers import Answer
-from acd_local.batch import BatchRunner
+from acd_local.batch import answer_all
 from acd_local.bench.questions import many_prompts
 from acd_local.bench.rounds import Progress, in_turns
 from acd_local.engine import Engine, measured_pair
@@ -65,7 +64,7 @@ def run(
     def answer(engine: Engine, n: int, number: int) -> tuple[float, list[str]]:
         prompts = many_prompts(number) if number else many_prompts(0)[:n]  # these decode the system prompts
         started = time.perf_counter()
-        texts = answer_all(engine, prompts, options)
+        texts = texts_of(engine, prompts, options)
         return 60 * len(prompts) / (time.perf_counter() - started), texts
 
     with (
@@ -88,18 +87,11 @@ def run(
     )
 
 
-def answer_all(engine: Engine, prompts: Sequence[str], options: Options) -> list[str]:
-    """The answers' texts, in the order of the prompts; as many at once as the engine has conversations."""
-    waiting = iter(enumerate(prompts))
+def texts_of(engine: Engine, prompts: Sequence[str], options: Options) -> list[str]:
+    """The answers' texts, in the order of the prompts."""
     texts = [""] * len(prompts)
-    with BatchRunner(engine) as batch:
-        while True:
-            while batch.room and (task := next(waiting, None)) is not None:
-                batch.add(task[0], engine.generate(task[1], options))
-            if not len(batch):
-                return texts
-            for event in batch.step():
-                if isinstance(event.what, Exception):
-                    raise event.what
-                if isinstance(event.what, Answer):
-                    texts[int(str(event.key))] = event.what.text
+    for place, answer in answer_all(engine, range(len(prompts)), lambda n: engine.generate(prompts[n], options)):
+        if isinstance(answer, Exception):
+            raise answer
+        texts[place] = answer.text
+    return texts

@@ -31,8 +31,8 @@ def test_answers_come_in_the_order_of_the_prompts(tiny: Callable[..., Path]) -> 
     options = Options(temp=0.0, max_tokens=5)
     questions = ["What is red?", "What is a carpet, and why is it blue?", "Wine?", "How?"]
     with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1, conversations=2) as engine:
-        texts = throughput.answer_all(engine, questions, options)
+        texts = throughput.texts_of(engine, questions, options)
         assert texts == [engine.generate(q, options).run().text for q in questions]
         assert len(set(texts)) > 1
         with pytest.raises(ContextError):
-            throughput.answer_all(engine, ["the water " * 600], options)
+            throughput.texts_of(engine, ["the water " * 600], options)
