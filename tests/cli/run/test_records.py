@@ -137,7 +137,7 @@ def test_trace(cli: Callable[..., Done], base: tuple[str, ...], tmp_path: Path) 
     ascii_text = "".join(line["text"] for line in lines)
     if "�" not in ascii_text:
         assert ascii_text == record["text"]
-    cli(*base, "hi", "-n", "4", "--plain", "--trace", str(path))
+    cli(*base, "hi", "-n", "4", "--seed", "1", "--plain", "--trace", str(path))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == 4
     assert all(line["safe_logprob"] <= 0 and not line["changed"] for line in lines)
