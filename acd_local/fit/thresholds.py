@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from acd_local.fit.replies import Shares
 from acd_local.tuning.anchors import KINDS
 
-# Where thresholds are chosen, a harmful request answered counts so much more than a harmless one refused: our
-# look-alikes are harder than those of public sets, of which about half as many pass (docs/fit.md).
+# Where thresholds are chosen, a harmful request answered counts so much more than a harmless one refused: set with a
+# look at public sets (docs/fit.md, step 6).
 HARM_WEIGHT = 0.5
 MIN_GAIN = 0.05  # of the objective, for a pair to be worth writing
 MAX_ORDINARY_LOSS = 0.1  # requests that it may refuse more often than the model as it is, few dozens being asked
@@ -48,12 +48,17 @@ def choose(
     worth = 0.0
     for threshold, low in _candidates(chances, split=helpful is not None):
         found = Thresholds(threshold, low, _shares(chances, threshold, low, as_is, pair, helpful))
-        value = _value(found) + knows * (float((chances["ordinary"] < low).mean()) if len(chances["ordinary"]) else 0.0)
+        value = _value(found) + knows * share(chances["ordinary"] < low)
         # Of equals the higher ones: less is contrasted, and a request that the helpful text answers is decoded once.
         gain = value - worth
         if best is None or gain > 1e-9 or (gain > -1e-9 and (threshold, low) > (best.threshold, best.low)):
             best, worth = found, value
     return best or Thresholds(1.0, 0.0, _shares(chances, 1.0, 0.0, as_is, pair, helpful))
+
+
+def share(where: NDArray[np.bool_]) -> float:
+    """Of all, how many are; 0 of none."""
+    return float(where.mean()) if len(where) else 0.0
 
 
 def answer_threshold(chances: NDArray[np.floating], share: float = 0.01) -> float:
@@ -64,8 +69,8 @@ def answer_threshold(chances: NDArray[np.floating], share: float = 0.01) -> floa
 
 
 def refuses_better(as_is: Shares, pair: Shares) -> bool:
-    """Whether a pair helps: its objective is MIN_GAIN above those of the model as it is, no fewer of them are of
-    harmful requests, ordinary requests are answered, and no more answers are broken than chance would have it."""
+    """Whether a pair helps: its objective is MIN_GAIN above that of the model as it is, no fewer harmful requests are
+    refused, ordinary requests are answered, and no more answers are broken than chance would have it."""
     gain = pair.objective - as_is.objective
     return (
         gain >= MIN_GAIN
@@ -100,8 +105,8 @@ def _shares(
     found = {}
     for kind in KINDS:
         c = chances[kind]
-        below = float((c < low).mean()) if helpful is not None and len(c) else 0.0
-        above = float((c >= threshold).mean()) if len(c) else 0.0
+        below = share(c < low) if helpful is not None else 0.0
+        above = share(c >= threshold)
         between = 1 - below - above
         found[kind] = below * (helpful or {}).get(kind, 0.0) + between * as_is[kind] + above * pair[kind]
     return Shares(**found)

@@ -95,7 +95,7 @@ def second_look(context: FitContext, base: str | None, layer: int) -> tuple[Look
     trained = train(_finite(states), kinds)
     area = float(np.mean(list(trained.areas.values())))
     threshold = thresholds.answer_threshold(trained.probabilities[~kinds.harmful])
-    caught = float((trained.probabilities[kinds.harmful] >= threshold).mean())
+    caught = thresholds.share(trained.probabilities[kinds.harmful] >= threshold)
     context.figures["second_look"] = {"auc": round(area, 4), "caught": round(caught, 4), "stretches": len(rows)}
     told = f"area under the curve {area:.3f}, {caught:.0%} of stretches of answers to harm are told"
     if caught < WORTHWHILE:

@@ -24,13 +24,11 @@ def choose_thresholds(
 ) -> tuple[Thresholds, str]:
     pair = context.measure(style, passing(context, gate), "pair").shares
     judged = {i.id for group in context.of(JUDGE, validates=False).values() for i in group}
-    chances = {kind: np.array([], np.float32) for kind in KINDS}
-    for kind in KINDS:
-        those = [i for i in context.instructions() if i.group == kind and i.id not in judged]
-        chances[kind] = np.array([gate.chances[i.id] for i in those])
+    others = [i for i in context.instructions() if i.id not in judged]
+    chances = {kind: np.array([gate.chances[i.id] for i in others if i.group == kind]) for kind in KINDS}
     under_helpful = None if helpful.shares is None else asdict(helpful.shares)
     chosen = thresholds.choose(chances, asdict(as_is), asdict(pair), under_helpful, helpful.knows)
-    shares = {kind: float((c >= chosen.threshold).mean()) if len(c) else 0.0 for kind, c in chances.items()}
+    shares = {kind: thresholds.share(c >= chosen.threshold) for kind, c in chances.items()}
     context.figures["passing"] = {kind: round(value, 4) for kind, value in shares.items()}
     low = f", helpful below {chosen.low:g}" if helpful.candidate and chosen.low else ""
     parts = ", ".join(f"{value:.0%} of {named(kind)}" for kind, value in shares.items())

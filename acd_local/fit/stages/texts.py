@@ -75,7 +75,7 @@ def helpful(context: FitContext, as_is: Shares) -> tuple[HelpfulResult, str]:
     if known.faults < FAULTS:
         return HelpfulResult(), "not needed"
     best = known.faults - FAULTS / 2, HelpfulResult()
-    for text, chances in _least_faulty(context, every, openings, knows_all=known.facts == len(candidates.facts())):
+    for text, chances in _least_faulty(context, every, openings, knows_all=known.wrong == 0):
         shares = context.measure(Style(text.text), context.of(CHOICE, validates=True), "helpful text").shares
         tried = _Base(shares, chances, context.facts(text.text))
         faults = tried.faults + MISSED * max(0.0, as_is.harmful - shares.harmful)
@@ -83,7 +83,7 @@ def helpful(context: FitContext, as_is: Shares) -> tuple[HelpfulResult, str]:
         context.tables.setdefault("helpful", []).append(row | {"facts": tried.facts, "facts_as_is": known.facts})
         sound = tried.facts >= known.facts - 1 and shares.broken <= as_is.broken + 0.05
         if sound and faults < best[0]:
-            best = faults, HelpfulResult(text, shares, (tried.facts - known.facts) / len(candidates.facts()))
+            best = faults, HelpfulResult(text, shares, known.wrong - tried.wrong)
     found = best[1]
     if found.candidate is None:
         return found, "none refuses less needlessly, or knows more"
@@ -175,17 +175,25 @@ class _Base:
     @property
     def faults(self) -> float:
         """Needless refusals and wrong facts, as shares."""
-        answers = self.shares.ordinary + self.shares.lookalike
-        return (answers + _needless(self.openings)) / 2 + 1 - self.facts / len(candidates.facts())
+        return (self.shares.ordinary + self.shares.lookalike + _needless(self.openings)) / 2 + self.wrong
+
+    @property
+    def wrong(self) -> float:
+        """Easy facts that are not right, as a share."""
+        return _wrong(self.facts)
 
 
 def _least_faulty(
     context: FitContext, texts: Sequence[Candidate], openings: Sequence[Mapping[str, float]], *, knows_all: bool
 ) -> list[tuple[Candidate, Mapping[str, float]]]:
     """The few that refuse least needlessly and, where the model does not know all easy facts, know most of them."""
-    wrong = [0 if knows_all else 1 - context.facts(text.text) / len(candidates.facts()) for text in texts]
+    wrong = [0 if knows_all else _wrong(context.facts(text.text)) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: _needless(openings[i]) + wrong[i])
     return [(texts[i], openings[i]) for i in order[:FINALISTS]]
+
+
+def _wrong(facts: int) -> float:
+    return 1 - facts / len(candidates.facts())
 
 
 def _needless(openings: Mapping[str, float]) -> float:
