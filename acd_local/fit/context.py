@@ -146,8 +146,7 @@ class FitContext:
         started = time.perf_counter()
         self.respondent.ask(Style(), prompts)
         answering = (time.perf_counter() - started) / len(prompts)
-        anchors_read = min(len(self.job.instructions), MAX_ORDINARY + 2000)
-        whole = (anchors_read + 2 * _OPENINGS) * reading + _ANSWERS * answering
+        whole = (len(self.instructions()) + 2 * _OPENINGS) * reading + _ANSWERS * answering
         return float(np.clip(0.85 * self.job.request.budget / whole, 0.02, 1.0))
 
     def _seconds_of_reading(self, prompts: Sequence[str]) -> float:
