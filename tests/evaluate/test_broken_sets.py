@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from acd_local.errors import UsageError
 from acd_local.evaluate import sets
 
-# --- Broken files -----------------------------------------------------------------------------------------------------
-
 NAMES = "goal, prompt, instruction, question, behavior"
 
 

@@ -14,8 +14,6 @@ from acd_local.evaluate import results
 
 pytestmark = pytest.mark.usefixtures("no_figures")  # those of pages: see test_report
 
-# --- Merging ----------------------------------------------------------------------------------------------------------
-
 
 def shards(folder: Path, root: Path, count: int) -> list[Path]:
     """Cut a run into shards by prompt."""

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -56,14 +56,18 @@ def few_anchors(path: Path, each: int = 24) -> Path:
     return path
 
 
+def work_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with anchors and a cache of its own; few instructions are asked."""
+    monkeypatch.setenv("ACD_CACHE_DIR", str(folder / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+    monkeypatch.chdir(folder)
+    few_anchors(folder / "anchors.jsonl")
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with anchors and a cache of its own; few instructions are asked."""
-    monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.chdir(tmp_path)
-    few_anchors(tmp_path / "anchors.jsonl")
-    return tmp_path
+    return work_in(tmp_path, monkeypatch)
 
 
 def prepared(model: Path, folder: Path, **given: Any) -> job.Job:
@@ -79,11 +83,39 @@ def said_by(prepared_job: job.Job, stop: CancelToken | None = None, **listener: 
     return written, lines
 
 
+class Fitted(NamedTuple):
+    """A finished fit, which is left as it is."""
+
+    model: Path
+    folder: Path
+    written: bool
+    lines: list[str]
+
+
+def fit(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Fitted:
+    return Fitted(model, work_in(folder, monkeypatch), *said_by(prepared(model, folder)))
+
+
+@pytest.fixture(scope="module")
+def unhelped(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return fit(tiny("chatml"), tmp_path_factory.mktemp("unhelped"), monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def helped(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    """A pair is written, whatever it does to the model."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(thresholds, "refuses_better", lambda as_is, pair: True)
+        model = tiny("chatml", n_layers=4, chat_template=WITH_OWN)
+        return fit(model, tmp_path_factory.mktemp("helped"), monkeypatch)
+
+
 # --- A tiny model: all stages -----------------------------------------------------------------------------------------
 
 
-def test_a_model_that_no_pair_helps_is_left_as_it_is(tiny: Callable[..., Path], folder: Path) -> None:
-    written, lines = said_by(prepared(tiny("chatml"), folder))
+def test_a_model_that_no_pair_helps_is_left_as_it_is(unhelped: Fitted) -> None:
+    _, folder, written, lines = unhelped
     assert not written
     assert "nothing was written" in lines[-1]
     assert [line.split(":")[0] for line in lines[:-1]] == [
@@ -93,12 +125,8 @@ def test_a_model_that_no_pair_helps_is_left_as_it_is(tiny: Callable[..., Path], 
     assert not list(folder.glob("a.*"))
 
 
-def test_a_pair_is_written_with_a_gate_that_reads_back(
-    tiny: Callable[..., Path], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(thresholds, "refuses_better", lambda as_is, pair: True)
-    model = tiny("chatml", n_layers=4, chat_template=WITH_OWN)
-    written, _ = said_by(prepared(model, folder))
+def test_a_pair_is_written_with_a_gate_that_reads_back(helped: Fitted) -> None:
+    model, folder, written, _ = helped
     assert written
     pair, info = pairs.load(folder / "a.toml"), read_header(model)
     found = vectors.load(folder / "a.safetensors", sha256=pair.sha256)
@@ -121,9 +149,8 @@ def test_a_pair_is_written_with_a_gate_that_reads_back(
         assert engine.generate("Hello").run().finish_reason in ("stop", "length")
 
 
-def test_a_stopped_fit_goes_on_and_comes_to_the_same(tiny: Callable[..., Path], folder: Path) -> None:
-    model = tiny("chatml")
-    whole = said_by(prepared(model, folder))[1]
+def test_a_stopped_fit_goes_on_and_comes_to_the_same(unhelped: Fitted, folder: Path) -> None:
+    model, whole = unhelped.model, unhelped.lines
     cache = folder / "cache" / "fit"
     digest = prepared(model, folder).digest[:16]
     for at in ("as it is", "reading anchors", "positive text, openings", "judging, as it is"):
@@ -146,8 +173,8 @@ def test_a_stopped_fit_goes_on_and_comes_to_the_same(tiny: Callable[..., Path], 
         assert said_by(prepared(model, folder))[1] == again  # nothing was left to do
 
 
-def test_what_a_fit_keeps_is_the_users_alone(tiny: Callable[..., Path], folder: Path) -> None:
-    said_by(prepared(tiny("chatml"), folder))
+def test_what_a_fit_keeps_is_the_users_alone(unhelped: Fitted) -> None:
+    folder = unhelped.folder
     kept = [p for p in (folder / "cache" / "fit").rglob("*") if p.is_file()]
     assert {p.suffix for p in kept} >= {".jsonl", ".f32"}
     assert all(stat.S_IMODE(p.stat().st_mode) == 0o600 for p in kept)
@@ -225,12 +252,8 @@ def test_the_command_says_what_it_finds_and_ends_well(
     assert "a.toml is there already" in capsys.readouterr().err
 
 
-def test_a_request_is_read_when_it_is_answered_as_it_was_read_for_the_gate(
-    tiny: Callable[..., Path], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(thresholds, "refuses_better", lambda as_is, pair: True)
-    model = tiny("chatml", n_layers=4, chat_template=WITH_OWN)
-    said_by(prepared(model, folder))
+def test_a_request_is_read_when_it_is_answered_as_it_was_read_for_the_gate(helped: Fitted) -> None:
+    model, folder, *_ = helped
     pair = pairs.load(folder / "a.toml")
     gate = vectors.load(folder / "a.safetensors").gate
     assert gate is not None

@@ -30,9 +30,6 @@ def engine(model: Path, pair: PromptPair) -> Iterator[Engine]:
         yield engine
 
 
-# --- Cancelling, closing, progress ------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def slow_model(tiny: Callable[..., Path]) -> Path:
     return tiny("chatml", n_embd=512, n_layers=6, n_ctx=4096)

@@ -21,8 +21,6 @@ from acd_local.gate import WINDOW, Probe
 from acd_local.pairs import PromptPair
 from acd_local.runtime.template import Message
 
-# --- Reading ----------------------------------------------------------------------------------------------------------
-
 
 def test_a_gate_tells_requests_apart(engine: Engine) -> None:
     assert engine.gate_probability(HARMFUL) == pytest.approx(0.982, abs=2e-3)

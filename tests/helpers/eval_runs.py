@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# --- A run of any shape -----------------------------------------------------------------------------------------------
-
 # name -> (refusal rate on harmful sets, on harmless sets, share of degenerate answers, relative speed, contrast)
 METHODS = {
     "null": (0.30, 0.02, 0.00, 1.00, False),

@@ -42,9 +42,6 @@ def constant(
     return gates.write_pair(folder, model, settings=settings, gate=gate, name=f"says-{value}-{answer}")
 
 
-# --- The second look --------------------------------------------------------------------------------------------------
-
-
 def turning(folder: Path, model: Path, **settings: Any) -> PromptPair:
     """A pair whose answers turn at the first look, after 4 tokens."""
     return constant(folder, model, 0.1, replace(LOOKING, **settings), 0.95)

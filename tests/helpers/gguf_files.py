@@ -62,9 +62,6 @@ def read_or_refuse(path: Path) -> bool:
     return True
 
 
-# --- split models ---
-
-
 def write_split(folder: Path) -> list[Path]:
     """A tiny model in three parts, named as llama.cpp wants it."""
     whole = tiny_gguf.write_family(folder / "whole.gguf", "chatml")

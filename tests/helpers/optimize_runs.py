@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -42,6 +43,18 @@ class Asked:
     def __call__(self, out: str = "a.toml", **given: Any) -> Request:
         plain = Request(str(self.model), self.folder / out, self.anchors, budget=1.0, device="cpu", dtype="float32")
         return replace(plain, **{"max_tokens": 24, "threads": 1} | given)
+
+    def go_on(self, other: Finished) -> None:
+        """From here on the stages of a finished run are known."""
+        shutil.copytree(other.folder / "cache", self.cache)
+
+
+class Finished(NamedTuple):
+    """A whole run in a folder of its own, which is left as it is."""
+
+    folder: Path
+    out: Path
+    watcher: Watcher
 
 
 @dataclass

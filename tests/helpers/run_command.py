@@ -12,6 +12,7 @@ from places import child_env
 MAIN = "from acd_local.cli.run import main; main()"
 PAIR = 'format = 1\nname = "short"\nsafe = "You are kind."\nadversarial = "A demon answers."\n'
 ENDLESS = 'root ::= "a" root'
+LONG = "the water is blue and the wine is red " * 150
 
 
 class Done(NamedTuple):
@@ -51,6 +52,3 @@ def one_line_error(done: Done, code: int, *parts: str) -> None:
     assert "Traceback" not in done.err
     for part in parts:
         assert part in done.err
-
-
-LONG = "the water is blue and the wine is red " * 150

@@ -13,8 +13,6 @@ from acd_local.optimize.anchor_sets import (
 )
 from acd_local.tuning.anchors import Instruction, builtin
 
-# -- sorting -----------------------------------------------------------------------------------------------------------
-
 HARMFUL = [Instruction(f"harmful {n}", "harmful", "fraud-and-scams") for n in range(4)]
 HARMLESS = [Instruction(f"harmless {n}", "harmless", "facts") for n in range(3)]
 END = 99

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from optimize_runs import HARMFUL, HARMLESS, Asked, optimize
+from optimize_runs import HARMFUL, HARMLESS, Asked, Finished, optimize
 
 from acd_local import pairs, vectors
 from acd_local.cli.run import command as run_command
@@ -36,10 +36,14 @@ def state_files(cache: Path) -> dict[str, int]:
 
 
 def test_a_model_gets_its_pair_and_a_second_run_reuses_every_stage(
-    asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    asked: Asked,
+    finished: Finished,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    request, model = asked("prompts/mine.toml"), asked.model
-    out, watcher = request.out, optimize(request)
+    asked.go_on(finished)
+    model, out, watcher = asked.model, finished.out, finished.watcher
     pair, info = pairs.load(out), read_header(model)
     assert pair.name == "mine"
     assert pairs.fits(pair, info)
@@ -102,16 +106,14 @@ def test_a_model_that_torch_has_otherwise_is_told_before_anything_is_answered(
     assert list((tmp_path / "cache").glob("optimize/*/answers-*"))
 
 
-def test_what_the_cache_holds_is_this_users_alone(asked: Asked, tmp_path: Path) -> None:
-    optimize(asked("mine.toml", soft_only=True))
-    folders = [tmp_path / "cache" / "optimize", *(tmp_path / "cache" / "optimize").iterdir()]
+def test_what_the_cache_holds_is_this_users_alone(finished: Finished) -> None:
+    cache = finished.folder / "cache" / "optimize"
+    folders = [cache, *cache.iterdir()]
     assert [stat.S_IMODE(f.stat().st_mode) for f in folders] == [0o700, 0o700]
     assert {stat.S_IMODE(f.stat().st_mode) for f in folders[1].iterdir()} == {0o600}
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(
-    asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(asked: Asked, finished: Finished, tmp_path: Path) -> None:
     request = asked("cut.toml")
     for at in (
         ("anchors", 10),
@@ -128,13 +130,11 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         assert not request.out.exists()
     last = optimize(request)
     assert "anchors" not in last.phases
-    monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "other"))
-    optimize(replace(request, out=tmp_path / "whole.toml"))
-    cut, whole = (pairs.load(tmp_path / f"{name}.toml") for name in ("cut", "whole"))
+    cut, whole = pairs.load(request.out), pairs.load(finished.out)
     for key in ("safe", "adversarial", "alpha", "beta", "soft_alpha", "soft_beta", "figures"):
         assert getattr(cut, key) == getattr(whole, key), key
     assert cut.provenance["steps"] == whole.provenance["steps"]
-    assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert (tmp_path / "cut.safetensors").read_bytes() == whole.vectors_path.read_bytes()  # type: ignore[union-attr]
 
 
 def test_trials_and_settings_are_not_made_again(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,8 @@ def test_a_result_can_be_repeated_on_a_machine_of_another_speed(
         job.prepare(asked("c.toml", **options, repeat=rest))
 
 
-def test_another_seed_or_weight_is_another_run(asked: Asked, tmp_path: Path) -> None:
+def test_another_seed_or_weight_is_another_run(asked: Asked, finished: Finished, tmp_path: Path) -> None:
+    asked.go_on(finished)
     request = asked(soft_only=True)
     optimize(request)
     weighted = optimize(replace(request, out=tmp_path / "b.toml", weights=(1.0, 1.0, 3.0)))
@@ -229,7 +230,10 @@ def test_another_seed_or_weight_is_another_run(asked: Asked, tmp_path: Path) -> 
     assert len(names) == 3
 
 
-def test_a_damaged_checkpoint_is_made_again_and_damaged_answers_are_named(asked: Asked, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_made_again_and_damaged_answers_are_named(
+    asked: Asked, finished: Finished, tmp_path: Path
+) -> None:
+    asked.go_on(finished)
     request = asked(soft_only=True)
     optimize(request)
     first = (tmp_path / "a.safetensors").read_bytes()

@@ -12,8 +12,6 @@ from acd_local.runtime.draft_policy import DraftPolicy, expected
 from acd_local.runtime.lookup import GREEDY
 from acd_local.runtime.rowcosts import RowCosts
 
-# -- how far ahead -----------------------------------------------------------------------------------------------------
-
 
 def look(*scores: float) -> SafeCandidates:
     return SafeCandidates(0, np.arange(len(scores), dtype=np.int32), np.array(scores, np.float32), None)

@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 import pytest
 
-# -- expressions -------------------------------------------------------------------------------------------------------
-
 ALPHABET = [
     "a",
     "b",

@@ -23,8 +23,6 @@ from acd_local.runtime import machine, rowcosts
 from acd_local.runtime.draft_policy import DraftPolicy, expected
 from acd_local.runtime.rowcosts import MAX_DRAFT, MIN_DRAFT, RowClock, RowCosts
 
-# -- what rows cost ----------------------------------------------------------------------------------------------------
-
 
 def measured(clock: RowClock, *, pair: float, fixed: float, each: float) -> None:
     for _ in range(12):

@@ -14,8 +14,6 @@ import pytest
 from acd_local.runtime import llama
 from acd_local.runtime.schema_guard import SchemaGuard, _tokenizer
 
-# -- which tokens are legal --------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "gemma", "phi3"])
 def test_legal_tokens_are_exact(tiny: Callable[..., Path], family: str) -> None:

@@ -19,8 +19,6 @@ from acd_local.runtime import llama
 from acd_local.runtime.gguf_header import GGUFInfo, read_header
 from acd_local.runtime.prompts import Framing
 
-# -- answers -----------------------------------------------------------------------------------------------------------
-
 
 def test_the_contrast_is_recomputed_from_the_logits(engine: Engine) -> None:
     """Every token of a greedy answer is the best of the contrast between streams that hold the rows."""

@@ -19,8 +19,6 @@ from acd_local.cli.chat_commands import COMMANDS
 from acd_local.cli.chat_loop import handle
 from acd_local.errors import StorageError
 
-# --- Commands ---------------------------------------------------------------------------------------------------------
-
 
 def test_help_names_every_command(desk: Desk) -> None:
     out, err = desk.type("/help")

@@ -20,8 +20,6 @@ from acd_local.cli.chat_view import PlainView
 from acd_local.cli.shell import run_cli
 from acd_local.errors import UsageError
 
-# --- Through a pipe ---------------------------------------------------------------------------------------------------
-
 
 def test_piped_chat_prints_answers_and_nothing_else(
     tiny: Callable[..., Path], engine: Engine, pair_file: Path, tmp_path: Path

@@ -13,8 +13,6 @@ from run_command import PAIR, Done, one_line_error
 from acd_local.engine import Engine
 from acd_local.options import Options
 
-# -- options -----------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     ("args", "name", "value"),

@@ -14,8 +14,6 @@ from run_command import ENDLESS, Done, one_line_error
 
 from acd_local.cli.shell import short_line
 
-# -- reports -----------------------------------------------------------------------------------------------------------
-
 
 def test_json_record(cli: Callable[..., Done], base: tuple[str, ...]) -> None:
     done = cli(*base, "größer?", "-n", "12", "--seed", "3", "--json")

@@ -13,8 +13,6 @@ import pytest
 from places import child_env
 from worker_client import ENDLESS, MAIN, Client
 
-# -- the end -----------------------------------------------------------------------------------------------------------
-
 
 def test_end_of_input_finishes_what_is_queued(start: Callable[..., Client]) -> None:
     client = start("--temp", "0", "--max-tokens", "8")
