@@ -23,7 +23,7 @@ from acd_local.runtime import llama, probe, rowcosts
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import SpecialTokens
 from acd_local.runtime.decoder import Decoder
-from acd_local.runtime.prompts import Framing, PromptBuilder
+from acd_local.runtime.prompts import PromptBuilder, PromptSetup
 from acd_local.runtime.streams import Layout
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.runtime.threads import default_threads
@@ -159,7 +159,7 @@ class Engine:
         *,
         system: str | None = None,
         pair: PromptPair | str | None = None,
-        framing: Framing | None = None,
+        prompt_setup: PromptSetup | None = None,
         divergence: bool = False,
         trace: bool = False,
         on_event: OnEvent | None = None,
@@ -172,8 +172,8 @@ class Engine:
             options: sampling, contrast and limits of this answer.
             system: the application's system prompt; it follows the pair's in both streams.
             pair: another pair for this answer; "as-is": none.
-            framing: other texts around the conversation than the pair's two prompts, for comparing methods. The pair's
-                gate is then asked only where options.gate is True.
+            prompt_setup: other texts around the conversation than the pair's two prompts, for comparing methods. The
+                pair's gate is then asked only where options.gate is True.
             divergence: measure KL(S || A) at every position (some passes over the vocabulary per token).
             trace: record how the safe stream alone saw every token, and tell `on_event` of each.
             on_event: called, by whoever decodes, when turns had to be dropped (TurnsDropped), before every batch of the
@@ -190,17 +190,17 @@ class Engine:
             raise UsageError("give the system prompt as `system` or as the first message, not both")
         chosen = self.pair if pair is None else model_pairs.resolve(pair)
         options = options or Options()
-        gating = None if framing is not None and not options.gate else self.gating(chosen, options)
+        gating = None if prompt_setup is not None and not options.gate else self.gating(chosen, options)
         soft = self.takes_soft(chosen)
-        if framing is None:
-            framing = Framing.of(chosen, self.soft_pair(chosen) if soft else None)
-        elif framing.negative is not None and chosen is None:
-            raise UsageError("a framing with a negative prompt takes its numbers from a pair: give `pair`")
+        if prompt_setup is None:
+            prompt_setup = PromptSetup.of(chosen, self.soft_pair(chosen) if soft else None)
+        elif prompt_setup.negative is not None and chosen is None:
+            raise UsageError("a prompt setup with a negative prompt takes its numbers from a pair: give `pair`")
         request = GenerationRequest(
             turns=turns,
             system=system if own_system is None else own_system,
             options=options,
-            framing=framing,
+            prompt_setup=prompt_setup,
             contrast=resolve_contrast(options, chosen, soft=soft),
             seed=secrets.randbelow(MAX_SEED + 1) if options.seed is None else options.seed,
             pair=chosen,

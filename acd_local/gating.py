@@ -19,7 +19,7 @@ from acd_local.runtime.decoder import Decoder, PromptMeter
 from acd_local.runtime.guard import no_check
 from acd_local.runtime.llama import Logits, States
 from acd_local.runtime.prefixes import PrefixStore, common_prefix
-from acd_local.runtime.prompts import Framing, Prompt, PromptBuilder
+from acd_local.runtime.prompts import Prompt, PromptBuilder, PromptSetup
 from acd_local.runtime.reading import Reader
 from acd_local.runtime.streams import DecodeBatch, DecodeRequest, Slot, extend
 from acd_local.runtime.template import Message
@@ -30,7 +30,7 @@ EXCERPT, EXCERPTS = 256, 4  # tokens of a message too long to be read whole that
 LOOKED_AT, BEFORE = 8, 32
 SINK = 4  # first tokens, on which models rest their attention: they stay where what follows is cut
 
-AS_IS = Framing(None, None)
+AS_IS = PromptSetup(None, None)
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Gating:
     settings: GateSettings
 
     @property
-    def base(self) -> Framing:
+    def base(self) -> PromptSetup:
         """What a request is read under: the helpful text, where there is one, or the model as it is."""
-        return Framing(self.settings.helpful, None)
+        return PromptSetup(self.settings.helpful, None)
 
     def is_base(self, decision: Decision) -> bool:
         """Whether that is answered under `base`."""
@@ -56,7 +56,7 @@ class Gating:
 
 
 class Conversation(NamedTuple):
-    """What a request is read from: its turns, and the prompt that they make under the gating's base framing."""
+    """What a request is read from: its turns, and the prompt that they make under the gating's base prompt setup."""
 
     system: str | None
     turns: Sequence[Message]

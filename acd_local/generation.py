@@ -39,7 +39,7 @@ from acd_local.runtime.draft_policy import DraftPolicy
 from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.lookup import Lookup
-from acd_local.runtime.prompts import Framing, Prompt, PromptBuilder
+from acd_local.runtime.prompts import Prompt, PromptBuilder, PromptSetup
 from acd_local.runtime.rowcosts import RowCosts
 from acd_local.runtime.sampling import Guard, TokenSampler
 from acd_local.runtime.strategy import Strategy, StreamLogits, StreamRequest, advance, stepwise
@@ -60,7 +60,7 @@ class GenerationRequest:
     Attributes:
         turns: user and assistant messages. system: the application's system prompt.
         options: sampling and limits.
-        framing: what stands around the conversation in either stream.
+        prompt_setup: what stands around the conversation in either stream.
         contrast: the contrast's numbers.
         seed: of the draws.
         pair: the prompt pair in use; None: none. soft: whether its soft prompts are.
@@ -70,7 +70,7 @@ class GenerationRequest:
 
     turns: Sequence[Message]
     options: Options
-    framing: Framing
+    prompt_setup: PromptSetup
     contrast: ContrastSettings
     seed: int
     system: str | None = None
@@ -280,7 +280,7 @@ class Generation:
         try:
             guard = self._check_request()
             gating = self.request.gating
-            prompt = self._prompt = self._build(self.request.framing if gating is None else gating.base)
+            prompt = self._prompt = self._build(self.request.prompt_setup if gating is None else gating.base)
             with self.decoder.slot(prompt.safe, prompt.safe_prefix, self.cancel) as slot:
                 reason = yield from self._answer(slot, prompt, guard, beside)
         except DecodeAborted:
@@ -344,7 +344,7 @@ class Generation:
             self._tell(GateDecision(probability, decision))
             if decision == "contrast":
                 self._contrast = self.request.contrast
-                prompt = self._build(self.request.framing)
+                prompt = self._build(self.request.prompt_setup)
             elif not gating.is_base(decision):
                 prompt = self._build(AS_IS)
             elif logits is not None:
@@ -411,7 +411,7 @@ class Generation:
         """The pair's prompt and the answer so far, decoded, and the logits behind it; None: there is no room."""
         said = self._tokens
         try:
-            prompt = self._build(self.request.framing)
+            prompt = self._build(self.request.prompt_setup)
         except ContextError:
             return None
         if prompt.room <= len(said):
@@ -436,17 +436,17 @@ class Generation:
         request, model = self.request, self.decoder.model
         guard = grammar.from_options(request.options, model.vocab, model.path)
         if request.pair is not None:
-            for text in filter(None, (request.system, *request.framing.positive_texts())):
+            for text in filter(None, (request.system, *request.prompt_setup.positive_texts())):
                 refuse_adversarial(text, request.pair)
         return guard
 
-    def _build(self, framing: Framing) -> Prompt:
+    def _build(self, prompt_setup: PromptSetup) -> Prompt:
         request = self.request
         return self._prompts.build(
-            framing,
+            prompt_setup,
             request.system,
             request.turns,
-            contrast=framing is request.framing and request.contrast.contrasts(0),
+            contrast=prompt_setup is request.prompt_setup and request.contrast.contrasts(0),
             max_tokens=request.options.max_tokens,
             overflow=request.options.overflow,
             check=self._check_cancel,

@@ -187,12 +187,12 @@ class _Counting:
 
     def _name(self, kind: Kind, under: bool) -> str:
         """One that holds for this file on this machine, these requests, and what stands around them."""
-        pair, framing = self._pair, None
+        pair, around = self._pair, None
         if under:
             texts = pair.safe, pair.adversarial.reveal_for_negative_stream()
             numbers = pair.alpha, pair.beta, pair.soft_alpha, pair.soft_beta, pair.soft_preferred
-            framing = [texts, pair.shots, numbers, pair.sha256, repr(pair.gate), self._soft]
-        what = [_FORMAT, refusal.VERSION, TOKENS, machine.identity(), self._model, _prompts()[kind], framing]
+            around = [texts, pair.shots, numbers, pair.sha256, repr(pair.gate), self._soft]
+        what = [_FORMAT, refusal.VERSION, TOKENS, machine.identity(), self._model, _prompts()[kind], around]
         return f"quickcheck/{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.json"
 
     def _count(self, kind: Kind, under: bool) -> Counts:

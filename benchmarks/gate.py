@@ -29,7 +29,7 @@ from acd_local.options import Options
 from acd_local.pairs import PromptPair
 from acd_local.runtime import probe
 from acd_local.runtime.prefixes import common_prefix
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.runtime.template import Message
 
 LENGTHS = {"short": 0, "medium": 100, "long": 1000}  # tokens; 0: the questions as they are
@@ -73,8 +73,8 @@ class Ways:
     def ask(self, name: str, texts: Sequence[str], number: int) -> tuple[Measured, str]:
         """An answer, and what the gate decided; empty: it was not asked."""
         options = Options(temp=0, max_tokens=self.tokens, gate=name == GATED, plain=name == AS_IS)
-        framing = Framing(None, None) if name == AS_IS else None
-        stream = self.engines[name].generate(texts[number], options, framing=framing)
+        prompt_setup = PromptSetup(None, None) if name == AS_IS else None
+        stream = self.engines[name].generate(texts[number], options, prompt_setup=prompt_setup)
         found = measure(self.engines[name], stream)
         gate = stream.answer.gate
         decision = "" if gate is None else "contrast" if gate.contrast_from is not None else gate.decision

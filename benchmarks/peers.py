@@ -32,7 +32,7 @@ from acd_local.generation import resolve_contrast
 from acd_local.options import Options
 from acd_local.runtime.choice import ContrastSettings
 from acd_local.runtime.contrast import MAX_DIVISOR_ALPHA, contrast
-from acd_local.runtime.prompts import Framing, Prompt
+from acd_local.runtime.prompts import Prompt, PromptSetup
 from acd_local.runtime.template import Message
 
 OURS = "acd, auto"
@@ -127,7 +127,7 @@ def run(
 
 def _prompt(engine: Engine, text: str, tokens: int) -> Prompt:
     return engine.prompts.build(
-        Framing.of(engine.pair), None, [Message("user", text)], contrast=True, max_tokens=tokens, overflow="error"
+        PromptSetup.of(engine.pair), None, [Message("user", text)], contrast=True, max_tokens=tokens, overflow="error"
     )
 
 

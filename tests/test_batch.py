@@ -16,7 +16,7 @@ from acd_local.answers import Answer, AnswerEvent
 from acd_local.batch import BatchRunner, answer_all
 from acd_local.errors import ContextError, EngineBusyError, EngineClosedError, UsageError
 from acd_local.generation import AnswerStream
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.runtime.streams import Layout
 
 SHORT = Options(max_tokens=12, temp=0.0)
@@ -267,12 +267,12 @@ def test_the_shares_of_time_add_up(engine: Engine) -> None:
     assert sum(e.answer_seconds for e in ended) == pytest.approx(slowest, rel=0.5)
 
 
-def test_a_framing_stands_in_both_streams(engine: Engine) -> None:
+def test_a_prompt_setup_stands_in_both_streams(engine: Engine) -> None:
     pair = engine.pair
-    own = Framing.of(pair)
-    assert engine.generate("Hi", SHORT, framing=own).run().text == engine.generate("Hi", SHORT).run().text
-    framing = Framing("Be kind.", None, "Please: {prompt}", (("What is red?", "A colour."),))
-    stream = engine.generate("Hi", SHORT, framing=framing)
+    own = PromptSetup.of(pair)
+    assert engine.generate("Hi", SHORT, prompt_setup=own).run().text == engine.generate("Hi", SHORT).run().text
+    prompt_setup = PromptSetup("Be kind.", None, "Please: {prompt}", (("What is red?", "A colour."),))
+    stream = engine.generate("Hi", SHORT, prompt_setup=prompt_setup)
     stream.run()
     safe, adversarial = ("".join(map(engine.vocab.literal, c.tokens)) for c in _slot_of(engine))
     assert "Be kind." in safe
@@ -287,12 +287,14 @@ def test_an_adversarial_text_stays_negative(engine: Engine) -> None:
     adversarial = engine.pair.adversarial
     for bad in ((adversarial, None), (None, None, adversarial), (None, None, "{prompt}", ((adversarial, "Hi"),))):
         with pytest.raises((UsageError, TypeError)):
-            Framing(*bad)  # type: ignore[arg-type]
+            PromptSetup(*bad)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="adversarial prompt"):
-        engine.generate("Hi", SHORT, framing=Framing(f"Now: {adversarial.reveal_for_negative_stream()}", None)).run()
+        engine.generate(
+            "Hi", SHORT, prompt_setup=PromptSetup(f"Now: {adversarial.reveal_for_negative_stream()}", None)
+        ).run()
     for wrapper in ("no place", "{prompt} {prompt}"):
         with pytest.raises(UsageError):
-            Framing(None, None, wrapper)
+            PromptSetup(None, None, wrapper)
 
 
 def _slot_of(engine: Engine) -> list:  # type: ignore[type-arg]

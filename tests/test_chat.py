@@ -26,7 +26,7 @@ from acd_local.errors import (
     UsageError,
 )
 from acd_local.runtime import llama
-from acd_local.runtime.prompts import Framing, PromptBuilder
+from acd_local.runtime.prompts import PromptBuilder, PromptSetup
 from acd_local.runtime.template import ChatTemplate
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and then <it> goes home again to sleep. "
@@ -59,16 +59,18 @@ def talk(turns: int, repeat: int = 4) -> list[Message]:
     return [Message("user" if i % 2 == 0 else "assistant", f"{i} " + SENTENCE * repeat) for i in range(turns | 1)]
 
 
-def framing(engine: Engine) -> Framing:
-    return Framing.of(engine.pair)
+def prompt_setup(engine: Engine) -> PromptSetup:
+    return PromptSetup.of(engine.pair)
 
 
-def linear(template: ChatTemplate, turns: Sequence[Message], framing: Framing, n_ctx: int, room: int) -> int | None:
+def linear(
+    template: ChatTemplate, turns: Sequence[Message], prompt_setup: PromptSetup, n_ctx: int, room: int
+) -> int | None:
     """What is dropped, by the definition: the first start that leaves half the context free; None: nothing fits."""
-    openings = framing.openings(None, contrast=True)
+    preambles = prompt_setup.preambles(None, contrast=True)
 
     def longest(start: int) -> int:
-        return max(len(template.encode([*o.messages, *turns[start:]])) for o in openings)
+        return max(len(template.encode([*o.messages, *turns[start:]])) for o in preambles)
 
     if longest(0) + min(room, n_ctx // 2) <= n_ctx:
         return 0
@@ -92,7 +94,7 @@ def test_what_is_dropped_is_as_little_as_leaves_half_free(tiny: Callable[..., Pa
     with llama.Model(tiny(family)) as model:
         template = ChatTemplate(model)
         builder = PromptBuilder(template, 700, model.embeddings)
-        around = Framing("Be kind to everybody.", "Be rude.", "{prompt} Think.")
+        around = PromptSetup("Be kind to everybody.", "Be rude.", "{prompt} Think.")
         for _ in range(60):
             turns, room = random_talk(rng), rng.choice((12, 200, 5000))
             expected = linear(template, around.wrap(turns), around, 700, room)
@@ -122,7 +124,7 @@ def test_templates_with_ideas_of_their_own_still_fit(tiny: Callable[..., Path], 
         for turns in (1, 3, 5, 9, 21, 101):
             try:
                 prompt = builder.build(
-                    Framing("Be kind.", None), None, talk(turns, 1), contrast=False, max_tokens=50, overflow="drop"
+                    PromptSetup("Be kind.", None), None, talk(turns, 1), contrast=False, max_tokens=50, overflow="drop"
                 )
             except ContextError as error:
                 assert "leaves no room" in str(error)  # only where the template adds that much
@@ -138,9 +140,11 @@ def test_the_cut_is_found_in_about_log_n_renderings(demo: Path, turns: int) -> N
     with Engine(demo, pair=DEFAULT, threads=1, ctx_size=4096) as engine:
         template = Counted(engine.decoder.model)
         builder = PromptBuilder(template, 4096, engine.decoder.model.embeddings)
-        builder.build(framing(engine), None, talk(1), contrast=True, max_tokens=64, overflow="drop")  # the prefixes
+        builder.build(
+            prompt_setup(engine), None, talk(1), contrast=True, max_tokens=64, overflow="drop"
+        )  # the prefixes
         template.encodings, started = 0, time.thread_time()
-        prompt = builder.build(framing(engine), None, talk(turns), contrast=True, max_tokens=64, overflow="drop")
+        prompt = builder.build(prompt_setup(engine), None, talk(turns), contrast=True, max_tokens=64, overflow="drop")
         assert template.encodings <= 2 * (2 * math.log2(turns) + 3)  # of both streams
         assert time.thread_time() - started < 2
         assert 0 < prompt.dropped < turns
@@ -179,7 +183,7 @@ def test_a_message_that_is_far_too_long_is_refused_at_once(demo: Path, text: str
 def test_the_error_counts_what_is_quickly_counted(tiny: Callable[..., Path]) -> None:
     with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         turns = talk(21)
-        opening = framing(engine).openings(None, contrast=True)
+        opening = prompt_setup(engine).preambles(None, contrast=True)
         longest = max(len(engine.template.encode([*o.messages, *turns])) for o in opening)
         with pytest.raises(ContextError, match=rf"the conversation \({longest} tokens\) and its answer \(5\)"):
             engine.generate(turns, Options(max_tokens=5, overflow="error")).run()
@@ -270,7 +274,7 @@ def test_rendering_waits_for_nobody_who_decodes(tiny: Callable[..., Path]) -> No
     with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=1024, conversations=2, threads=1) as engine:
         stream, built = engine.generate(talk(1001), Options(max_tokens=5)), []
         thread = threading.Thread(
-            target=lambda: built.append(stream.generation._build(stream.generation.request.framing))
+            target=lambda: built.append(stream.generation._build(stream.generation.request.prompt_setup))
         )
         with engine.decoder.open():  # as a prompt of another answer does for minutes
             thread.start()
@@ -289,7 +293,7 @@ def test_closing_the_engine_ends_the_search(tiny: Callable[..., Path]) -> None:
             try:
                 while True:
                     engine.prompts.build(
-                        framing(engine), None, talk(101, 9), contrast=True, max_tokens=5, overflow="drop"
+                        prompt_setup(engine), None, talk(101, 9), contrast=True, max_tokens=5, overflow="drop"
                     )
             except AcdError as closed:
                 errors.append(closed)

@@ -20,7 +20,7 @@ from acd_local.errors import PairError, UsageError
 from acd_local.evaluate import refusal
 from acd_local.quickcheck import Counts, Verdict
 from acd_local.runtime import probe
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import PromptSetup
 
 SHORT = Options(max_tokens=6, temp=0.0)
 MAIN = "from acd_local.cli.run import main; main()"
@@ -198,12 +198,14 @@ def test_as_is_is_the_template_alone(tiny: Callable[..., Path]) -> None:
         assert (answer.contrast.alpha, answer.contrast.beta, answer.contrast.changed_tokens) == (0, 0, 0)
         assert answer.prompt_tokens == len(engine.template.encode([Message("user", "What is red?")]))
         assert answer.context_used[1] == 0
-        framed = engine.generate("What is red?", SHORT.replace({"plain": True}), framing=Framing(None, None)).run()
+        framed = engine.generate(
+            "What is red?", SHORT.replace({"plain": True}), prompt_setup=PromptSetup(None, None)
+        ).run()
         assert framed.text == answer.text
         with_pair = engine.generate("What is red?", SHORT, pair=DEFAULT).run()
         assert with_pair.contrast.alpha == 0.5 and with_pair.prompt_tokens > answer.prompt_tokens
         with pytest.raises(UsageError, match="takes its numbers from a pair"):
-            engine.generate("What is red?", SHORT, framing=Framing("a", "b"))
+            engine.generate("What is red?", SHORT, prompt_setup=PromptSetup("a", "b"))
     with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
         assert engine.generate("What is red?", SHORT, pair="as-is").run().text == answer.text
 

@@ -1,8 +1,8 @@
 """How likely given texts are: log probabilities of continuations under several prompts, and under their contrast.
 
-Every stream (one framing of the same request) has a KV sequence of its own and is decoded by itself, in batches that
-its own tokens alone decide: llama.cpp's logits differ slightly with the shape of a batch, and a score must be the same
-bit for bit whatever was scored before it and beside it.
+Every stream (one prompt setup of the same request) has a KV sequence of its own and is decoded by itself, in batches
+that its own tokens alone decide: llama.cpp's logits differ slightly with the shape of a batch, and a score must be the
+same bit for bit whatever was scored before it and beside it.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from acd_local.generation import resolve_contrast
 from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair, refuse_adversarial
 from acd_local.runtime.choice import ContrastSettings
-from acd_local.runtime.prompts import Framing, Negative, Positive
+from acd_local.runtime.prompts import Negative, Positive, PromptSetup
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 
 SweepKey: TypeAlias = Literal["alpha", "beta", "window"]
@@ -127,9 +127,9 @@ class Method:
         """What the user says in both streams."""
         return self.user.replace(_SLOT, prompt)
 
-    def framing(self) -> Framing:
+    def prompt_setup(self) -> PromptSetup:
         """The texts, as the runtime takes them."""
-        return Framing(self.positive, self.negative, self.user, self.shots)
+        return PromptSetup(self.positive, self.negative, self.user, self.shots)
 
     def settings(self) -> ContrastSettings:
         """The numbers, as the runtime takes them."""
@@ -306,7 +306,7 @@ def _build(name: str, table: object, pair: PromptPair, manual: PromptPair, soft:
     for key in table:
         if key not in _KEYS:
             raise UsageError(f"{key}: unknown field; a method has {', '.join(_KEYS)}")
-    both = Framing.of(pair, soft)
+    both = PromptSetup.of(pair, soft)
     safe: dict[str, Positive] = {"none": None, "safe": manual.safe, "sp": both.positive}
     others: dict[str, Negative] = {"opposite": manual.adversarial, "ap": both.negative}
     positive = _positive(table, safe)

@@ -16,7 +16,7 @@ from acd_local.gating import AS_IS
 from acd_local.options import Options
 from acd_local.pairs import PromptPair
 from acd_local.runtime.choice import ContrastSettings
-from acd_local.runtime.prompts import Framing, Negative, Prompt
+from acd_local.runtime.prompts import Negative, Prompt, PromptSetup
 from acd_local.runtime.template import Message
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Task:
 
 @dataclass(frozen=True)
 class _Streams:
-    """One request under several framings: the different prompts among them, and which of them each mix reads."""
+    """One request under several prompt setups: the different prompts among them, and which of them each mix reads."""
 
     prompts: list[Prefixed]
     mixes: list[Mix]
@@ -189,7 +189,7 @@ class Scoring:
     def _margin(self, set_name: str, item: Item, prompts: dict[str, Negative]) -> None:
         encoded = []
         for text in prompts.values():
-            prompt = self._prompt(Framing(None, text), item.prompt, contrast=True)
+            prompt = self._prompt(PromptSetup(None, text), item.prompt, contrast=True)
             encoded.append(_prefixed(prompt.adversarial or (), prompt.adversarial_prefix))
         different = list(dict.fromkeys(encoded))
         streams = _Streams(different, [(different.index(one), None, _PLAIN) for one in encoded])
@@ -210,10 +210,10 @@ class Scoring:
         mixes: list[Mix] = []
         below = self._below_threshold(text) if any(method.gate for method in methods) else None
         for method in methods:
-            framing, settings = method.framing(), method.settings()
+            prompt_setup, settings = method.prompt_setup(), method.settings()
             if method.gate and below is not None:
-                framing, settings = below, _PLAIN
-            prompt = self._prompt(framing, text, contrast=settings.alpha > 0)
+                prompt_setup, settings = below, _PLAIN
+            prompt = self._prompt(prompt_setup, text, contrast=settings.alpha > 0)
             positive = prompts.setdefault(_prefixed(prompt.safe, prompt.safe_prefix), len(prompts))
             negative = None
             if prompt.adversarial is not None:
@@ -221,16 +221,16 @@ class Scoring:
             mixes.append((positive, negative, settings))
         return _Streams(list(prompts), mixes)
 
-    def _below_threshold(self, text: str) -> Framing | None:
+    def _below_threshold(self, text: str) -> PromptSetup | None:
         """What answers a request in the gated methods' place; None: the gate finds it harmful."""
         gating = self._engine.gating(self._pair, Options(gate=True))
         assert gating is not None
         chance = self._engine.gate_probability([Message("user", text)], pair=self._pair)
         return {"contrast": None, "as-is": AS_IS, "helpful": gating.base}[gating.settings.decide(chance)]
 
-    def _prompt(self, framing: Framing, text: str, *, contrast: bool) -> Prompt:
+    def _prompt(self, prompt_setup: PromptSetup, text: str, *, contrast: bool) -> Prompt:
         turns = [Message("user", text)]
-        return self._engine.prompts.build(framing, None, turns, contrast=contrast, max_tokens=1, overflow="error")
+        return self._engine.prompts.build(prompt_setup, None, turns, contrast=contrast, max_tokens=1, overflow="error")
 
     def _words(self, text: str) -> list[int]:
         return self._engine.vocab.tokenize(text, parse_special=False)

@@ -47,7 +47,7 @@ AS_IS = Candidate("as it is", "")
 
 
 def helpful(own: str, manual: str) -> list[Candidate]:
-    """Texts for the base framing.
+    """Texts for the base prompt setup.
 
     Args:
         own: the template's default system prompt; empty: there is none.

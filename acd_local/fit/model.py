@@ -13,7 +13,7 @@ from acd_local.fit.replies import NO_PAIR
 from acd_local.fit.states import Floats, Located, Row, read_all
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.gguf_header import GGUFInfo
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.runtime.reading import Reader
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.tuning import memory
@@ -109,5 +109,5 @@ class FitModel:
 
 def opening(system: str | None, shots: Sequence[tuple[str, str]] = ()) -> tuple[Message, ...]:
     """What precedes a user's message."""
-    (found,) = Framing(system, None, shots=tuple(shots)).openings(None, contrast=False)
+    (found,) = PromptSetup(system, None, shots=tuple(shots)).preambles(None, contrast=False)
     return found.messages

@@ -1,4 +1,4 @@
-"""Answers instructions greedily under many framings, keeps the answers, and counts what became of the requests."""
+"""Answers instructions greedily under many prompt setups, keeps the answers, and counts what became of the requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.progress import check_stop
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.softpair import AdversarialRows, SoftPrompt
 from acd_local.tuning.anchors import KINDS
 from acd_local.tuning.cache import Measurements, key_of
@@ -103,10 +103,10 @@ class Respondent:
     def _answer(self, style: Style, missing: Sequence[str], total: int, on_progress: Callable[[int], None]) -> None:
         engine = self.engine()
         options = Options(alpha=style.alpha, beta=style.beta, temp=0.0, max_tokens=style.tokens)
-        framing, done = Framing(style.positive, style.negative, shots=style.shots), total - len(missing)
+        prompt_setup, done = PromptSetup(style.positive, style.negative, shots=style.shots), total - len(missing)
 
         def begin(prompt: str) -> AnswerStream:
-            return engine.generate(prompt, options, pair=NO_PAIR, framing=framing, cancel=self.stop)
+            return engine.generate(prompt, options, pair=NO_PAIR, prompt_setup=prompt_setup, cancel=self.stop)
 
         for prompt, answer in answer_all(engine, missing, begin, stop=self.stop):
             if isinstance(answer, Exception):

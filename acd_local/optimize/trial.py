@@ -14,7 +14,7 @@ from acd_local.options import Options
 from acd_local.pairs import PromptPair
 from acd_local.progress import check_stop
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.tuning.scoring import RefusalRates
 
 TOKENS = 48  # of an answer: loops show by then
@@ -45,14 +45,14 @@ def run(
     *,
     plain: bool,
     stop: CancelToken,
-    framing: Framing | None = None,
+    prompt_setup: PromptSetup | None = None,
 ) -> Trial:
     """Answer instructions with a pair, as many at once as the engine has conversations.
 
     Args:
         groups: instructions by the names of COUNTS, of each the first so many.
         plain: the safeguarding text alone; else the contrast.
-        framing: the pair's soft prompts in the place of its texts.
+        prompt_setup: the pair's soft prompts in the place of its texts.
     """
     options = Options(plain=plain, temp=0.0, max_tokens=TOKENS)
     asked = [(name, prompt) for name, most in COUNTS.items() for prompt in groups.get(name, ())[:most]]
@@ -60,7 +60,7 @@ def run(
     total, refused, broken = len(asked), dict.fromkeys(COUNTS, 0), 0
 
     def begin(task: tuple[str, str]) -> AnswerStream:
-        return engine.generate(task[1], options, pair=pair, framing=framing, cancel=stop)
+        return engine.generate(task[1], options, pair=pair, prompt_setup=prompt_setup, cancel=stop)
 
     for (name, prompt), answer in answer_all(engine, asked, begin, stop=stop):
         if isinstance(answer, Exception):

@@ -38,7 +38,7 @@ Negative: TypeAlias = AdversarialText | AdversarialRows | SoftPrompt | str | Non
 
 
 @dataclass(frozen=True)
-class Opening:
+class Preamble:
     """What precedes the conversation in one stream; `soft` stands at the beginning of the system message."""
 
     messages: tuple[Message, ...]
@@ -46,7 +46,7 @@ class Opening:
 
 
 @dataclass(frozen=True)
-class Framing:
+class PromptSetup:
     """What stands around a conversation in either stream.
 
     Attributes:
@@ -87,17 +87,17 @@ class Framing:
         positive = None if isinstance(self.positive, SoftPrompt) else self.positive
         return [positive, self.wrapper, *(text for shot in self.shots for text in shot)]
 
-    def openings(self, system: str | None, *, contrast: bool) -> list[Opening]:
+    def preambles(self, system: str | None, *, contrast: bool) -> list[Preamble]:
         """What precedes the conversation in each stream; the application's `system` prompt is the same in both."""
         shots = tuple(Message(role, text) for shot in self.shots for role, text in zip(_ROLES, shot, strict=True))
-        openings = [_opening(self.positive, system, shots)]
+        preambles = [_preamble(self.positive, system, shots)]
         if contrast:
             negative = self.negative
             if isinstance(negative, AdversarialText | AdversarialRows):
-                openings.append(_opening(negative.reveal_for_negative_stream(), system))
+                preambles.append(_preamble(negative.reveal_for_negative_stream(), system))
             else:
-                openings.append(_opening(negative, system))
-        return openings
+                preambles.append(_preamble(negative, system))
+        return preambles
 
     def wrap(self, turns: Sequence[Message]) -> list[Message]:
         *past, last = turns
@@ -111,7 +111,7 @@ class Prompt:
     Attributes:
         safe, adversarial: token ids of the whole conversation under either system prompt; the latter is None where no
             contrast is taken.
-        safe_prefix, adversarial_prefix: the part that the framing alone decides.
+        safe_prefix, adversarial_prefix: the part that the prompt setup alone decides.
         dropped: how many of the given messages were left out at the front.
         room: tokens that the answer may have.
     """
@@ -136,7 +136,7 @@ class PromptBuilder:
         self._n_ctx = n_ctx
         self._table = table
         self._adversarial: set[str] = set()
-        self._prefixes: dict[Opening, list[int]] = {}
+        self._prefixes: dict[Preamble, list[int]] = {}
 
     def within(self, n_ctx: int) -> Self:
         """A builder that keeps conversations within another number of tokens and is this one otherwise."""
@@ -150,7 +150,7 @@ class PromptBuilder:
 
     def build(
         self,
-        framing: Framing,
+        prompt_setup: PromptSetup,
         system: str | None,
         turns: Sequence[Message],
         *,
@@ -162,8 +162,8 @@ class PromptBuilder:
         """The prompt of the next answer. Takes no lock and may be called by several threads.
 
         Args:
-            framing: both system prompts.
-            system: the application's own system prompt; it follows the framing's, the same in both streams.
+            prompt_setup: both system prompts.
+            system: the application's own system prompt; it follows the prompt setup's, the same in both streams.
             turns: user and assistant messages, the last from the user.
             contrast: whether the adversarial stream is needed.
             max_tokens: the answer's room, None for a default.
@@ -177,20 +177,20 @@ class PromptBuilder:
         """
         if not turns or turns[-1].role != "user":
             raise UsageError("the conversation must end with a user message")
-        if isinstance(framing.negative, AdversarialRows):
-            self.keep_negative(framing.negative)
-        if isinstance(framing.positive, SoftPrompt) and framing.positive.digest in self._adversarial:
+        if isinstance(prompt_setup.negative, AdversarialRows):
+            self.keep_negative(prompt_setup.negative)
+        if isinstance(prompt_setup.positive, SoftPrompt) and prompt_setup.positive.digest in self._adversarial:
             raise UsageError("the soft prompt is an adversarial one, which may only stand in the negative stream")
-        openings = framing.openings(system, contrast=contrast)
-        turns = framing.wrap(turns)
+        preambles = prompt_setup.preambles(system, contrast=contrast)
+        turns = prompt_setup.wrap(turns)
         room = min(self._n_ctx // 4, ANSWER_ROOM) if max_tokens is None else max_tokens
 
         def attempt(start: int, limit: int) -> list[list[int]] | None:
-            return self._encode(openings, turns[start:], limit, check)
+            return self._encode(preambles, turns[start:], limit, check)
 
         encoded, dropped = self._fit(attempt, turns, room, overflow, explicit=max_tokens is not None)
         longest = max(map(len, encoded))
-        prefixes = [self._prefix(opening, check) for opening in openings]
+        prefixes = [self._prefix(preamble, check) for preamble in preambles]
         return Prompt(
             safe=encoded[0],
             adversarial=encoded[1] if contrast else None,
@@ -202,7 +202,7 @@ class PromptBuilder:
 
     def last_message(
         self,
-        framing: Framing,
+        prompt_setup: PromptSetup,
         system: str | None,
         turns: Sequence[Message],
         tokens: Sequence[int],
@@ -216,8 +216,8 @@ class PromptBuilder:
             turns: those that are in the prompt.
             tokens: the prompt.
         """
-        (opening,) = framing.openings(system, contrast=False)
-        rows, past = self._rows(opening), [*opening.messages, *turns[:-1]]
+        (preamble,) = prompt_setup.preambles(system, contrast=False)
+        rows, past = self._rows(preamble), [*preamble.messages, *turns[:-1]]
         others = [self._template.encode([*past, Message("user", word)], rows=rows, check=check) for word in _WORDS]
         start = min(len(tokens) - 1, *(common_prefix(tokens, other) for other in others))
         behind = min(common_prefix(tokens[:start:-1], other[::-1]) for other in others)
@@ -266,33 +266,33 @@ class PromptBuilder:
         return encoded
 
     def _encode(
-        self, openings: Sequence[Opening], turns: Sequence[Message], limit: int, check: Callable[[], None]
+        self, preambles: Sequence[Preamble], turns: Sequence[Message], limit: int, check: Callable[[], None]
     ) -> list[list[int]] | None:
         try:
             return [
                 self._template.encode([*o.messages, *turns], rows=self._rows(o), limit=limit, check=check)
-                for o in openings
+                for o in preambles
             ]
         except TooLong:
             return None
 
-    def _prefix(self, opening: Opening, check: Callable[[], None]) -> list[int]:
-        found = self._prefixes.get(opening)
+    def _prefix(self, preamble: Preamble, check: Callable[[], None]) -> list[int]:
+        found = self._prefixes.get(preamble)
         if found is None:
             if len(self._prefixes) > 64:
                 self._prefixes.clear()
-            found = self._template.prefix(opening.messages, rows=self._rows(opening), check=check)
-            self._prefixes[opening] = found
+            found = self._template.prefix(preamble.messages, rows=self._rows(preamble), check=check)
+            self._prefixes[preamble] = found
         return found
 
-    def _rows(self, opening: Opening) -> Sequence[int]:
-        return () if opening.soft is None else self._table.add(opening.soft.rows, opening.soft.digest)
+    def _rows(self, preamble: Preamble) -> Sequence[int]:
+        return () if preamble.soft is None else self._table.add(preamble.soft.rows, preamble.soft.digest)
 
 
-def _opening(prompt: Positive, system: str | None, shots: tuple[Message, ...] = ()) -> Opening:
+def _preamble(prompt: Positive, system: str | None, shots: tuple[Message, ...] = ()) -> Preamble:
     soft = prompt if isinstance(prompt, SoftPrompt) else None
     text = "\n\n".join(filter(None, (None if isinstance(prompt, SoftPrompt) else prompt, system)))
-    return Opening((*([Message("system", text)] if text else []), *shots), soft)
+    return Preamble((*([Message("system", text)] if text else []), *shots), soft)
 
 
 def _first_fit(n: int, attempt: Callable[[int], list[list[int]] | None]) -> tuple[int, list[list[int]] | None]:

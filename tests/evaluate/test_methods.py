@@ -218,7 +218,9 @@ def test_a_method_made_in_python_is_checked(known: dict[str, Method], change: di
 def test_gated_methods(known: dict[str, Method], manual: PromptPair, tmp_path: Path) -> None:
     assert [name for name, method in known.items() if method.gate] == ["gate-sp", "gate-acd"]
     for gated, alone in (("gate-sp", "sp"), ("gate-acd", "acd")):
-        assert known[gated].framing() == known[alone].framing() and numbers(known[gated]) == numbers(known[alone])
+        assert known[gated].prompt_setup() == known[alone].prompt_setup() and numbers(known[gated]) == numbers(
+            known[alone]
+        )
         assert known[gated].setup() != known[alone].setup()
     path = tmp_path / "m.toml"
     path.write_text('[methods.mine]\npositive = "safe"\ngate = true\n')

@@ -162,8 +162,8 @@ def test_an_answer_does_not_depend_on_those_before(request: pytest.FixtureReques
             options = Options(max_tokens=2, temp=0, strategy="stepwise")
             for name, text in tasks:
                 turns = [Message("user", text)]
-                framing = known[name].framing()
-                answer = engine.generate(turns, options, framing=framing, divergence=True, trace=True).run()
+                prompt_setup = known[name].prompt_setup()
+                answer = engine.generate(turns, options, prompt_setup=prompt_setup, divergence=True, trace=True).run()
                 tokens = [(t.token, t.safe_logprob, t.safe_rank) for t in answer.tokens]
                 found = (answer.text, tokens, answer.contrast.mean_divergence)
                 assert seen.setdefault((name, text), found) == found

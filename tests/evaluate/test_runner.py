@@ -158,7 +158,7 @@ def test_answers_are_what_the_engine_says(engine: Engine, whole: Path) -> None:
             max_tokens=MAX_TOKENS,
             seed=record["seed"],
         )
-        answer = engine.generate(record["prompt"], options, framing=method.framing()).run()
+        answer = engine.generate(record["prompt"], options, prompt_setup=method.prompt_setup()).run()
         assert answer.text == record["answer"]
         assert (record["finish"], record["tokens"]) == (answer.finish_reason, answer.completion_tokens)
         assert (record["changed"] is not None) == method.contrast

@@ -26,7 +26,7 @@ from acd_local.progress import Listener, Progress, Stopped
 from acd_local.runtime import llama
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.gguf_header import read_header
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.runtime.reading import Reader
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
@@ -329,7 +329,7 @@ def test_answers_are_kept_under_their_style(tiny_engine: Engine, tmp_path: Path)
     prompts = [f"Tell me about {n}." for n in range(6)]
     plain = respondent.ask(Style(), prompts, asked.append)
     assert asked == [1, 2, 3, 4, 5, 6]
-    alone = tiny_engine.generate(prompts[0], GREEDY, pair=NO_PAIR, framing=Framing(None, None)).run()
+    alone = tiny_engine.generate(prompts[0], GREEDY, pair=NO_PAIR, prompt_setup=PromptSetup(None, None)).run()
     assert plain[0].tokens == tuple(record.token for record in alone.tokens)
     assert respondent.text(plain[0]) == alone.text
 

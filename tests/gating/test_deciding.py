@@ -19,7 +19,7 @@ from acd_local.batch import BatchRunner
 from acd_local.errors import PairError, UsageError
 from acd_local.gate import Probe
 from acd_local.pairs import GateSettings, PromptPair
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.runtime.template import Message
 
 # --- Deciding ---------------------------------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ from acd_local.runtime.template import Message
 @pytest.mark.parametrize("options", [GREEDY, SEEDED, SEEDED.replace({"strategy": "stepwise"})])
 def test_below_the_threshold_the_model_answers_as_it_is(engine: Engine, options: Options) -> None:
     answer = engine.generate(HARMLESS, options).run()
-    own = engine.generate(HARMLESS, options.replace(PLAIN), framing=AS_IS).run()
+    own = engine.generate(HARMLESS, options.replace(PLAIN), prompt_setup=AS_IS).run()
     assert tokens(answer) == tokens(own)
     assert answer.gate is not None and own.gate is None
     assert answer.gate == GateRecord(answer.gate.probability, "as-is", None)
@@ -59,23 +59,25 @@ def test_the_threshold_can_be_chosen(engine: Engine) -> None:
 def test_three_answerers(tmp_path: Path, model: Path, value: float, decision: str) -> None:
     settings = GateSettings(0.5, "Help gladly.", 0.2)
     pair = constant(tmp_path, model, value, settings)
-    framing = {"helpful": Framing("Help gladly.", None), "as-is": AS_IS}.get(decision)
+    prompt_setup = {"helpful": PromptSetup("Help gladly.", None), "as-is": AS_IS}.get(decision)
     with Engine(model, pair=pair, ctx_size=512, threads=1) as engine:
         for options in (GREEDY, SEEDED):
             answer = engine.generate(HARMLESS, options, system="Be brief.").run()
-            plain = options.replace({"gate": False} if framing is None else PLAIN)
-            assert tokens(answer) == tokens(engine.generate(HARMLESS, plain, system="Be brief.", framing=framing).run())
+            plain = options.replace({"gate": False} if prompt_setup is None else PLAIN)
+            assert tokens(answer) == tokens(
+                engine.generate(HARMLESS, plain, system="Be brief.", prompt_setup=prompt_setup).run()
+            )
             assert answer.gate is not None and answer.gate.decision == decision
 
 
-def test_a_framing_is_contrasted_always_unless_the_gate_is_asked_for(engine: Engine) -> None:
-    framing = Framing("Be kind.", "Be unkind.")
+def test_a_prompt_setup_is_contrasted_always_unless_the_gate_is_asked_for(engine: Engine) -> None:
+    prompt_setup = PromptSetup("Be kind.", "Be unkind.")
     for text in (HARMFUL, HARMLESS):
-        assert engine.generate(text, GREEDY, framing=framing).run().gate is None
+        assert engine.generate(text, GREEDY, prompt_setup=prompt_setup).run().gate is None
     gated = GREEDY.replace({"gate": True})
-    harmful, harmless = (engine.generate(text, gated, framing=framing).run() for text in (HARMFUL, HARMLESS))
-    assert tokens(harmful) == tokens(engine.generate(HARMFUL, GREEDY, framing=framing).run())
-    assert tokens(harmless) == tokens(engine.generate(HARMLESS, GREEDY.replace(PLAIN), framing=AS_IS).run())
+    harmful, harmless = (engine.generate(text, gated, prompt_setup=prompt_setup).run() for text in (HARMFUL, HARMLESS))
+    assert tokens(harmful) == tokens(engine.generate(HARMFUL, GREEDY, prompt_setup=prompt_setup).run())
+    assert tokens(harmless) == tokens(engine.generate(HARMLESS, GREEDY.replace(PLAIN), prompt_setup=AS_IS).run())
 
 
 def test_a_gate_that_is_not_there(tmp_path: Path, model: Path, pair: PromptPair) -> None:
@@ -111,7 +113,7 @@ def test_conversations_go_on_as_without_a_gate(
         talk = [Message("user", HARMLESS)]
         for text in ("And then?", "More."):
             answer = gated.generate(talk, SEEDED).run()
-            own = other.generate(talk, SEEDED.replace(PLAIN), framing=AS_IS).run()
+            own = other.generate(talk, SEEDED.replace(PLAIN), prompt_setup=AS_IS).run()
             assert tokens(answer) == tokens(own)
             assert answer.gate is not None and answer.gate.contrast_from is None
             assert [at for at, _ in answer.gate.looks] == [at for at in (4, 8) if at < len(answer.tokens)]
@@ -142,7 +144,7 @@ def test_the_demo_answers_as_it_is(tmp_path: Path, demo: Path, kv_type: str) -> 
         for options in (GREEDY, SEEDED):
             answer = engine.generate(HARMLESS, options).run()
             with Engine(demo, pair=pair, kv_type=kv_type, ctx_size=1024) as other:
-                own = other.generate(HARMLESS, options.replace(PLAIN), framing=AS_IS).run()
+                own = other.generate(HARMLESS, options.replace(PLAIN), prompt_setup=AS_IS).run()
             assert tokens(answer) == tokens(own)
             assert answer.gate is not None and answer.gate.decision == "as-is"
         assert engine.generate(HARMFUL, GREEDY).run().gate.decision == "contrast"  # type: ignore[union-attr]

@@ -79,7 +79,7 @@ def test_of_a_long_conversation_the_last_turns_are_read(model: Path, pair: Promp
             answer = engine.generate(talk, GREEDY).run()
             assert answer.gate is not None and answer.gate.decision == decision
             assert answer.gate.probability == pytest.approx(engine.gate_probability(text), abs=1e-4)
-            own = engine.generate(talk, GREEDY.replace(PLAIN), framing=AS_IS).run()
+            own = engine.generate(talk, GREEDY.replace(PLAIN), prompt_setup=AS_IS).run()
             assert (tokens(answer) == tokens(own)) == (decision == "as-is")
 
 

@@ -15,7 +15,7 @@ from acd_local import Engine, Options
 from acd_local.answers import GateDecision
 from acd_local.pairs import PromptPair
 from acd_local.runtime.choice import Chooser, ContrastSettings
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.runtime.sampling import TokenSampler
 from acd_local.runtime.streams import DecodeRequest, extend
 from acd_local.runtime.template import Message
@@ -42,7 +42,7 @@ def by_hand(engine: Engine, pair: PromptPair, options: Options, turn: int) -> li
     turns, slot = [Message("user", HARMLESS)], engine.decoder.slots[0]
     base, both = (
         engine.prompts.build(f, None, turns, contrast=c, max_tokens=12, overflow="drop")
-        for f, c in ((AS_IS, False), (Framing.of(pair), True))
+        for f, c in ((AS_IS, False), (PromptSetup.of(pair), True))
     )
     sampler = TokenSampler(engine.vocab, options, options.seed or 0, base.safe, n_ctx=engine.n_ctx)
     chooser = Chooser(sampler, engine.special_tokens, ContrastSettings(0.0, 0.0))
@@ -77,7 +77,7 @@ def test_a_look_that_finds_nothing_changes_nothing(tmp_path: Path, model: Path, 
         answer = engine.generate(HARMLESS, SEEDED, pair=pair).run()
         assert answer.gate is not None and answer.gate.contrast_from is None, name
         assert [at for at, _ in answer.gate.looks] == ([] if value is None else [4, 8])
-        assert tokens(answer) == tokens(engine.generate(HARMLESS, SEEDED.replace(PLAIN), framing=AS_IS).run())
+        assert tokens(answer) == tokens(engine.generate(HARMLESS, SEEDED.replace(PLAIN), prompt_setup=AS_IS).run())
 
 
 def test_limits_grammar_and_stop_strings_hold_beyond_the_turn(tmp_path: Path, model: Path) -> None:
@@ -111,6 +111,6 @@ def test_answers_beyond_what_is_read_at_once_are_looked_at_too(tmp_path: Path, m
         for text in (HARMLESS, "Bread is baked at home. " * 30):
             options = SEEDED.replace({"max_tokens": 200, "grammar": "root ::= [a-z ]{600}"})
             answer = engine.generate(text, options).run()
-            own = engine.generate(text, options.replace(PLAIN), framing=AS_IS).run()
+            own = engine.generate(text, options.replace(PLAIN), prompt_setup=AS_IS).run()
             assert tokens(answer)[:32] == tokens(own)[:32]  # beyond that lie near-ties
             assert answer.gate is not None and len(answer.gate.looks) >= 6

@@ -14,12 +14,12 @@ from gates import HARMFUL, HARMLESS
 from acd_local import Options
 from acd_local.answers import Answer
 from acd_local.pairs import GateSettings, PromptPair
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import PromptSetup
 
 GREEDY = Options(temp=0.0, max_tokens=12)
 SEEDED = Options(temp=0.9, seed=11, max_tokens=12)
 PLAIN = {"alpha": 0.0, "beta": 0.0}  # the model's own distribution
-AS_IS = Framing(None, None)
+AS_IS = PromptSetup(None, None)
 LOOKING = GateSettings(0.5, look=4, answer_threshold=0.9)
 WRITERS = ("llama", "qwen2vl", "phi3", "gemma2", "gemma3", "mamba", "lfm2", "granite_hybrid")
 

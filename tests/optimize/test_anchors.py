@@ -24,7 +24,7 @@ from acd_local.optimize.anchor_sets import (
 from acd_local.optimize.stages.anchors import AnswerCache, sample, tasks
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.tuning.anchors import Instruction, builtin
 
 # -- what is answered under which prompt -------------------------------------------------------------------------------
@@ -159,9 +159,9 @@ def test_the_opposite_prompt_leads_an_answer_here_alone(
     seen: dict[tuple[str, str], list[object]] = {}
     generate = engine.generate
 
-    def watched(prompt: str, options: Options, *, pair: PromptPair, framing: Framing, **more: Any) -> Any:
-        seen.setdefault((prompt, str(framing.positive)), []).append((framing.negative, options.temp))
-        return generate(prompt, options, pair=pair, framing=framing, **more)
+    def watched(prompt: str, options: Options, *, pair: PromptPair, prompt_setup: PromptSetup, **more: Any) -> Any:
+        seen.setdefault((prompt, str(prompt_setup.positive)), []).append((prompt_setup.negative, options.temp))
+        return generate(prompt, options, pair=pair, prompt_setup=prompt_setup, **more)
 
     monkeypatch.setattr(anchor_sets, "TOKENS", 2)
     monkeypatch.setattr(engine, "generate", watched)
@@ -169,9 +169,9 @@ def test_the_opposite_prompt_leads_an_answer_here_alone(
     positives = {"safe": MANUAL.safe, "opposite": "All water is red wine", "none": "None"}
     assert set(seen) == {(i.prompt, positives[under]) for i, under in tasks(INSTRUCTIONS)}
     with pytest.raises(UsageError):
-        generate("Hi", Options(max_tokens=2), framing=Framing(MANUAL.adversarial, None)).run()  # type: ignore[arg-type]
-    # Trials answer too, from pairs, whose adversarial half no framing takes as the positive one.
-    answering = {"Framing", "generate", "Chat", "chat"}
+        generate("Hi", Options(max_tokens=2), prompt_setup=PromptSetup(MANUAL.adversarial, None)).run()  # type: ignore[arg-type]
+    # Trials answer too, from pairs, whose adversarial half no prompt setup takes as the positive one.
+    answering = {"PromptSetup", "generate", "Chat", "chat"}
     allowed = {"anchors.py": answering, "trial.py": {"generate"}}
     for path in sorted((ROOT / "acd_local" / "optimize").rglob("*.py")):
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]

@@ -147,7 +147,7 @@ def test_trials_and_settings_are_not_made_again(asked: Asked, monkeypatch: pytes
     def counted(engine: Any, pair: pairs.PromptPair, groups: Any, **given: Any) -> trial.Trial:
         found = run(engine, pair, groups, **given)
         texts = pair.safe, pair.adversarial.reveal_for_negative_stream()
-        tried.append((given["plain"], *texts, pair.alpha, pair.beta, given.get("framing") is None))
+        tried.append((given["plain"], *texts, pair.alpha, pair.beta, given.get("prompt_setup") is None))
         return found
 
     def scored(self: OpeningScorer, safe: Any, other: Any, grid: Any, most: int | None = None) -> Any:

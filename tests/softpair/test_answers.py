@@ -17,7 +17,7 @@ from acd_local.batch import BatchRunner
 from acd_local.errors import ContextError
 from acd_local.runtime import llama
 from acd_local.runtime.gguf_header import GGUFInfo, read_header
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import PromptSetup
 
 
 def test_the_contrast_is_recomputed_from_the_logits(engine: Engine) -> None:
@@ -44,7 +44,9 @@ def test_the_contrast_is_recomputed_from_the_logits(engine: Engine) -> None:
 def test_soft_prompts_change_the_answer_and_an_own_system_prompt_follows(engine: Engine) -> None:
     soft = engine.generate("What is water?", SHORT).run()
     with_system = engine.generate("What is water?", SHORT, system="Be brief.").run()
-    text = engine.generate("What is water?", SHORT.replace({"alpha": 0.3}), framing=Framing.of(engine.pair)).run()
+    text = engine.generate(
+        "What is water?", SHORT.replace({"alpha": 0.3}), prompt_setup=PromptSetup.of(engine.pair)
+    ).run()
     assert len({soft.text, with_system.text, text.text}) == 3
     extra = engine.vocab.tokenize("\n\nBe brief.", parse_special=False)
     assert with_system.prompt_tokens == soft.prompt_tokens + len(extra)
@@ -70,7 +72,7 @@ def test_a_snapshot_of_rows_is_restored(model: Path, folder: Path) -> None:
     """A new conversation does not decode the rows again."""
     with Engine(model, pair=str(folder / "one.toml"), ctx_size=512, threads=1, soft=True, system_apart=True) as engine:
         first = engine.generate("What is red?", SHORT).run()
-        engine.generate("What is wine?", SHORT, framing=Framing("another", "prompt")).run()
+        engine.generate("What is wine?", SHORT, prompt_setup=PromptSetup("another", "prompt")).run()
         again = engine.generate("What is red?", SHORT).run()
         assert again.text == first.text
         assert first.prompt_decoded - again.prompt_decoded >= 15

@@ -20,7 +20,7 @@ from acd_local.generation import resolve_contrast
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime.embeddings import EmbeddingTable
 from acd_local.runtime.gguf_header import GGUFInfo
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.softpair import AdversarialRows, SoftPrompt
 from acd_local.vectors import Vectors
 
@@ -72,11 +72,13 @@ def test_adversarial_rows_stay_in_the_negative_stream(engine: Engine, info: GGUF
     soft = engine.soft_pair()
     revealed = soft.adversarial.reveal_for_negative_stream()
     for wrong in (
-        lambda: Framing(soft.adversarial, None),  # type: ignore[arg-type]
-        lambda: Framing("kind", soft.adversarial.reveal_for_negative_stream().rows),  # type: ignore[arg-type]
+        lambda: PromptSetup(soft.adversarial, None),  # type: ignore[arg-type]
+        lambda: PromptSetup("kind", soft.adversarial.reveal_for_negative_stream().rows),  # type: ignore[arg-type]
         lambda: methods.Method("x", "x", "", soft.adversarial, None),  # type: ignore[arg-type]
-        lambda: engine.generate("Hi", SHORT, framing=Framing(revealed, None)).run(),
-        lambda: engine.generate("Hi", SHORT, framing=Framing(SoftPrompt(revealed.rows), soft.adversarial)).run(),
+        lambda: engine.generate("Hi", SHORT, prompt_setup=PromptSetup(revealed, None)).run(),
+        lambda: engine.generate(
+            "Hi", SHORT, prompt_setup=PromptSetup(SoftPrompt(revealed.rows), soft.adversarial)
+        ).run(),
     ):
         with pytest.raises(UsageError, match=r"negative|positive must be a string, not AdversarialRows"):
             wrong()

@@ -27,7 +27,7 @@ from acd_local.optimize.context import StageContext
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.progress import Clock, Stopped
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.tuning.anchors import Instruction
 from acd_local.tuning.cache import key_of
 
@@ -126,8 +126,8 @@ def sample(
     def begin(task: Task) -> AnswerStream:
         instruction, under = task
         options = replace(SAMPLING, max_tokens=anchor_sets.TOKENS, seed=item_seed(seed, instruction.id))
-        pair, framing = _framed(manual, under)
-        return engine.generate(instruction.prompt, options, pair=pair, framing=framing, cancel=stop)
+        pair, prompt_setup = _setup_under(manual, under)
+        return engine.generate(instruction.prompt, options, pair=pair, prompt_setup=prompt_setup, cancel=stop)
 
     for task, answer in answer_all(engine, missing, begin, stop=stop):
         if isinstance(answer, Exception):
@@ -139,11 +139,11 @@ def sample(
     return not stop.is_set
 
 
-def _framed(manual: PromptPair, under: str) -> tuple[PromptPair, Framing]:
+def _setup_under(manual: PromptPair, under: str) -> tuple[PromptPair, PromptSetup]:
     if under == "opposite":
         swapped = PromptPair("anchors", manual.adversarial.reveal_for_negative_stream(), AdversarialText(manual.safe))
-        return swapped, Framing.of(swapped)
-    return manual, Framing(manual.safe if under == "safe" else None, None)
+        return swapped, PromptSetup.of(swapped)
+    return manual, PromptSetup(manual.safe if under == "safe" else None, None)
 
 
 def _record(instruction: Instruction, under: str, answer: Answer) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from acd_local.optimize.context import ORDER, Role, StageContext, in_words
 from acd_local.optimize.trial import Trial
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.progress import Clock, check_stop
-from acd_local.runtime.prompts import Framing
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.softpair import SoftPair, SoftPrompt
 from acd_local.tuning.scoring import GROUPS, ContrastScore
 
@@ -120,8 +120,10 @@ class _Choice:
         with context.trial_engine(context.job.manual) as engine:
             for row in rows[len(known) :]:
                 pair = PromptPair("trial", safe, adversarial, alpha=row.alpha, beta=row.beta)
-                framing = Framing.of(pair, self._soft) if name == "soft" else None
-                found = trial.run(engine, pair, context.groups, plain=False, stop=context.stop, framing=framing)
+                prompt_setup = PromptSetup.of(pair, self._soft) if name == "soft" else None
+                found = trial.run(
+                    engine, pair, context.groups, plain=False, stop=context.stop, prompt_setup=prompt_setup
+                )
                 known.append(asdict(found))
                 clock.at(len(known))
                 self._keep()
