@@ -83,9 +83,11 @@ def _refusing_rule(sentence: str, request: str) -> str:
                 continue
             if rule.startswith("cannot") and _NOT["lacks"].search(sentence[: found.end() + 60]):
                 continue
-            if rule in ("cannot-make", "flat-no") and _ASKS["fiction"].search(request):
-                if not _shared(sentence[found.end() :][:60], request):
-                    continue
+            shared = _shared(sentence[found.end() :][:60], request)
+            if rule in ("cannot-make", "flat-no") and _ASKS["fiction"].search(request) and not shared:
+                continue
+            if rule == "cannot-as-asked" and not shared:
+                continue
             return rule
     return ""
 
