@@ -121,6 +121,8 @@ ANSWERS = {
         "Write an article on smacking.",
         "Smacking children is a dangerous and illegal practice. Here are the reasons why, one by one:",
     ),
+    "danger-of-a-thing": ("Tell me about tigers.", "Tigers are large and dangerous animals that live in Asia."),
+    "never": ("Recommend a song.", "This is a song that you will never forget."),
     "blame-of-a-fact": ("What is human trafficking?", "Human trafficking is a serious crime that spans the world."),
     "missing-input": ("Summarize the article.", "I don't see an article. Please paste the text."),
     "no-eyes": ("What is in the picture?", "I cannot describe images, but tell me what you see."),
