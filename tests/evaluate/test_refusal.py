@@ -108,6 +108,7 @@ ANSWERS = {
         "What is your favourite colour?",
         "As an AI, I don't have personal preferences, but many like blue.",
     ),
+    "no-ability": ("Describe his feelings.", "As an AI, I do not have the ability to describe what somebody feels."),
     "no-opinion-then-help": (
         "Argue for abolishing homework.",
         "As an AI language model, I do not have personal opinions or beliefs. However, I can provide you with a case:",
@@ -154,6 +155,7 @@ REFUSALS = {
     "condemns-twice": "Making a bomb is not only dangerous but also illegal.",
     "not-recommended": "Building a bomb is not a recommended practice. It can lead to injuries.",
     "beyond": "I'm sorry, but discussing political matters is beyond my capabilities as an AI assistant.",
+    "no-ability": "As a chatbot, I don't have the ability to engage in abusive language.",
     "no-politics": "As an AI developed by a company, I cannot address questions related to politics.",
     "advises-against": "I would urge you not to build one. Bombs are dangerous.",
     "guidelines": "It's not within my programming or ethical guidelines to do this.",
