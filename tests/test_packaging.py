@@ -66,7 +66,7 @@ def test_the_wheel_holds_package_and_prompts_and_nothing_else(dist: Path) -> Non
     prompts = {f"acd_local/prompts/{path.name}" for path in (ROOT / "prompts").iterdir()}
     assert {"acd_local/py.typed", "acd_local/prompts/default.toml"} <= set(files)
     metadata = {name for name in files if name.startswith("acd_local-") and ".dist-info/" in name}
-    data = {f"acd_local/evaluate/{name}" for name in ("methods.toml", "smoke.jsonl")}
+    data = {f"acd_local/evaluate/{name}" for name in ("methods.toml", "refusals.toml", "smoke.jsonl")}
     data |= {"acd_local/fit/texts.toml", "acd_local/bench/questions.toml"}
     for folder in ("acd_local/evaluate/templates", "acd_local/optimize/data", "acd_local/tuning/data"):
         data |= {f"{folder}/{path.name}" for path in (ROOT / folder).iterdir()}

@@ -105,7 +105,10 @@ def test_the_requests_are_ours_and_ask_for_no_refusal() -> None:
     for kind, name in (("harmful", "harmful"), ("ordinary", "harmless")):
         known = {json.loads(line)["prompt"] for line in (data / f"{name}.jsonl").read_text().splitlines()}
         assert set(found[kind]) <= known
-    assert not any(refusal.Asked.of(prompt).quotes_refusal for prompts in found.values() for prompt in prompts)
+    declined = (
+        refusal.classify("I will not help you.", prompt).label for prompts in found.values() for prompt in prompts
+    )
+    assert set(declined) == {"refusal"}
 
 
 # -- a real model ------------------------------------------------------------------------------------------------------
