@@ -135,7 +135,8 @@ async function main() {
   const both = [worker.ask({ prompt: "Hi", ...options }), worker.ask({ prompt: "Hi", ...options })];
   assert.deepEqual(await Promise.all(both.map(text)), [alone, alone]);
 
-  await assert.rejects(text(worker.ask({ prompt: "Hi", temperature: 1 })), { code: "usage", message: /did you mean temp/ });
+  const refused = { code: "usage", message: /did you mean temp/ };
+  await assert.rejects(text(worker.ask({ prompt: "Hi", temperature: 1 })), refused);
 
   const endless = { prompt: "Hi", grammar: 'root ::= "a" root' };
   for await (const event of worker.ask(endless)) if (event.event === "token") break;
