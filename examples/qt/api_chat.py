@@ -1,6 +1,6 @@
 """A chat window over the Python API: the model lives in this process, in a QThread.
 
-    python api_chat.py [MODEL]
+python api_chat.py [MODEL]
 """
 
 from __future__ import annotations

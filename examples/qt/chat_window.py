@@ -1,6 +1,6 @@
 """The window of both examples: a conversation, what the guard did to each answer, and a line to write in.
 
-It knows a `Backend` and nothing of acd_local. Colours come from the palette alone, so that it is dark where the system is.
+It knows a `Backend` and nothing of acd_local. Colours are the palette's alone, so that it is dark where the system is.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class ChatWindow(QMainWindow):
     def ask(self, question: str) -> None:
         """Send a question; it must be ready, and not answering."""
         self._question = question
-        self._conversation.add(Bubble(question), Qt.AlignmentFlag.AlignRight)
+        self._conversation.add(Bubble(question), right=True)
         self._answer = Answer()
         self._conversation.add(self._answer)
         self._show_state()
@@ -259,8 +259,9 @@ class Conversation(QScrollArea):
         self.verticalScrollBar().valueChanged.connect(self._note)
         self.verticalScrollBar().rangeChanged.connect(self._follow)
 
-    def add(self, widget: QWidget, alignment: Qt.AlignmentFlag = Qt.AlignmentFlag(0)) -> None:
-        self._column.insertWidget(self._column.count() - 1, widget, alignment=alignment)
+    def add(self, widget: QWidget, *, right: bool = False) -> None:
+        side = Qt.AlignmentFlag.AlignRight if right else Qt.AlignmentFlag(0)
+        self._column.insertWidget(self._column.count() - 1, widget, alignment=side)
 
     def _note(self, value: int) -> None:
         self._follows = value >= self.verticalScrollBar().maximum() - 4
@@ -282,7 +283,9 @@ class Bubble(QLabel):
 
     def sizeHint(self) -> QSize:
         """A label that wraps would rather be narrow."""
-        wide = self.fontMetrics().boundingRect(0, 0, COLUMN - 200, 0, Qt.TextFlag.TextWordWrap, self.text()).width() + 30
+        wide = (
+            self.fontMetrics().boundingRect(0, 0, COLUMN - 200, 0, Qt.TextFlag.TextWordWrap, self.text()).width() + 30
+        )
         return QSize(wide, self.heightForWidth(wide))
 
     def paintEvent(self, event: QPaintEvent) -> None:
@@ -408,7 +411,8 @@ def split(text: str, tokens: deque[Token]) -> Iterator[tuple[str, str | None]]:
     while text:
         instead = None
         while tokens and not text.startswith(tokens[0].text):
-            instead = instead or tokens.popleft().instead
+            passed = tokens.popleft()
+            instead = passed.instead if instead is None else instead
         if instead is None and tokens:
             token = tokens.popleft()
             length, instead = len(token.text), token.instead

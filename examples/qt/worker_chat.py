@@ -1,6 +1,6 @@
 """A chat window over the JSON-lines worker: the model lives in a process of its own, which QProcess runs.
 
-    python worker_chat.py [MODEL] [options of acd-run]
+python worker_chat.py [MODEL] [options of acd-run]
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ class WorkerBackend(Backend):
                 self._is_answering = False
                 contrast, rate = event["contrast"], event["timings"]["tokens_per_second"]
                 cancelled = event["finish_reason"] == "cancelled"
-                self.done.emit(
-                    Done(event["text"], cancelled, contrast["positions"], contrast["changed_tokens"], rate)
-                )
+                self.done.emit(Done(event["text"], cancelled, contrast["positions"], contrast["changed_tokens"], rate))
             case "error" if event["final"]:
                 self._is_answering = False
                 self.failed.emit(event["message"])
