@@ -5,6 +5,7 @@ python api_chat.py [MODEL]
 
 from __future__ import annotations
 
+import signal
 import sys
 from functools import partial
 from typing import Any
@@ -110,6 +111,7 @@ def open_window(model: str, **settings: Any) -> ChatWindow:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in a terminal ends it: Qt's event loop runs no Python handler
     application = QApplication(sys.argv[:1])
     window = open_window(sys.argv[1] if len(sys.argv) > 1 else "demo")
     sys.exit(application.exec())

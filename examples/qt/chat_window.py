@@ -19,6 +19,7 @@ from PySide6.QtGui import (
     QPaintEvent,
     QPalette,
     QShortcut,
+    QTextBlockFormat,
     QTextCharFormat,
     QTextCursor,
 )
@@ -313,7 +314,7 @@ class Badge(QLabel):
 
     def paintEvent(self, event: QPaintEvent) -> None:
         inside = QPalette.ColorRole.Highlight if self._on else QPalette.ColorRole.Base
-        outside = QPalette.ColorRole.Highlight if self._on else QPalette.ColorRole.Mid
+        outside = QPalette.ColorRole.Highlight if self._on else QPalette.ColorRole.PlaceholderText
         fill_round(self, inside, outside, self.height() / 2)
         super().paintEvent(event)
 
@@ -357,6 +358,9 @@ class GrowingText(QTextEdit):
         self.setVerticalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
         self.viewport().setAutoFillBackground(False)
         self.document().setDocumentMargin(0)
+        airy = QTextBlockFormat()
+        airy.setLineHeight(120, QTextBlockFormat.LineHeightTypes.ProportionalHeight.value)
+        QTextCursor(self.document()).setBlockFormat(airy)
         self.document().documentLayout().documentSizeChanged.connect(self._fit)
         self._fit()
 

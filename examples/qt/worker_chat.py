@@ -6,6 +6,7 @@ python worker_chat.py [MODEL] [options of acd-run]
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from typing import Any
 
@@ -113,6 +114,7 @@ def open_window(args: list[str]) -> ChatWindow:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in a terminal ends it: Qt's event loop runs no Python handler
     application = QApplication(sys.argv[:1])
     window = open_window(sys.argv[1:])
     sys.exit(application.exec())
