@@ -63,14 +63,15 @@ class ApiBackend(Backend):
 
     @Slot()
     def _load(self) -> None:
-        told = {"on_progress": partial(self._on_loading, "model"), "on_check": partial(self._on_loading, "check")}
+        reading, checking = partial(self._on_loading, "model"), partial(self._on_loading, "check")
         try:
-            self._engine = engine = acd_local.load(self._model, **told, **self._settings)
+            engine = acd_local.load(self._model, on_progress=reading, on_check=checking, **self._settings)
         except Closing:
             return
         except acd_local.AcdError as error:  # no such model, out of memory, a bad pair, ...
             self.down.emit(str(error))
             return
+        self._engine = engine
         pair = "as-is" if engine.pair is None else engine.pair.name
         self.ready.emit(engine.info.name, f"Prompt pair: {pair}")
         if engine.warning:

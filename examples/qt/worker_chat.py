@@ -59,7 +59,7 @@ class WorkerBackend(Backend):
 
     def _read(self) -> None:
         while self.process.canReadLine():
-            event = json.loads(self.process.readLine().data())
+            event = json.loads(bytes(self.process.readLine().data()))
             if not self._is_closing and event.get("id") in (None, self._id):
                 self._on_event(event)
 
