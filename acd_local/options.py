@@ -76,7 +76,7 @@ _AT_START = {
 }
 
 
-_MAX_FLOAT = 3.4e38
+MAX_FLOAT = 3.4e38  # of float32, in which logits are contrasted and sampled
 _INT32 = 2**31 - 1
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class Options:
     """
 
     # Contrast. None: the prompt pair decides, and where it does not, pairs.DEFAULT_ALPHA and DEFAULT_BETA.
-    alpha: float | None = _number(None, 0.0, _MAX_FLOAT, "Strength of the contrast, >= 0; default: the pair's, or 0.5.")
+    alpha: float | None = _number(None, 0.0, MAX_FLOAT, "Strength of the contrast, >= 0; default: the pair's, or 0.5.")
     beta: float | None = _number(None, 0.0, 1.0, "Keep tokens with p >= beta * max p; default: the pair's, or 0.1.")
     raw_contrast: bool = False
     plain: bool = False
@@ -119,25 +119,25 @@ class Options:
 
     # Sampling
     seed: int | None = _number(None, 0, MAX_SEED, "Repeats an answer; default: random, shown by --stats and --json.")
-    temp: float = _number(0.8, 0.0, _MAX_FLOAT, "Temperature, 0 is greedy")
+    temp: float = _number(0.8, 0.0, MAX_FLOAT, "Temperature, 0 is greedy")
     top_k: int = _number(40, 0, _INT32, "Keep the k best tokens, 0 keeps all")
     top_p: float = _number(0.95, 0.0, 1.0, "Nucleus sampling, 1 is off")
     min_p: float = _number(0.05, 0.0, 1.0, "Keep tokens with p >= min-p * max p, 0 is off")
     typical: float = _number(1.0, 0.0, 1.0, "Locally typical sampling, 1 is off")
     repeat_last_n: int = _number(64, 0, _INT32, "Window of the three penalties")
-    repeat_penalty: float = _number(1.0, 1e-6, _MAX_FLOAT, "Repetition penalty, 1 is off")
-    presence_penalty: float = _number(0.0, -_MAX_FLOAT, _MAX_FLOAT, "Presence penalty, 0 is off")
-    frequency_penalty: float = _number(0.0, -_MAX_FLOAT, _MAX_FLOAT, "Frequency penalty, 0 is off")
-    dry_multiplier: float = _number(0.0, 0.0, _MAX_FLOAT, "DRY repetition penalty, 0 is off")
-    dry_base: float = _number(1.75, 0.0, _MAX_FLOAT, "DRY base")
+    repeat_penalty: float = _number(1.0, 1e-6, MAX_FLOAT, "Repetition penalty, 1 is off")
+    presence_penalty: float = _number(0.0, -MAX_FLOAT, MAX_FLOAT, "Presence penalty, 0 is off")
+    frequency_penalty: float = _number(0.0, -MAX_FLOAT, MAX_FLOAT, "Frequency penalty, 0 is off")
+    dry_multiplier: float = _number(0.0, 0.0, MAX_FLOAT, "DRY repetition penalty, 0 is off")
+    dry_base: float = _number(1.75, 0.0, MAX_FLOAT, "DRY base")
     dry_allowed_length: int = _number(2, 0, _INT32, "DRY allowed length")
     dry_penalty_last_n: int = _number(64, 0, _INT32, "DRY window")
     dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
     xtc_probability: float = _number(0.0, 0.0, 1.0, "XTC probability, 0 is off")
     xtc_threshold: float = _number(0.1, 0.0, 1.0, "XTC threshold")
     mirostat: int = _number(0, 0, 2, "Mirostat 1 or 2, 0 is off")
-    mirostat_lr: float = _number(0.1, 0.0, _MAX_FLOAT, "Mirostat learning rate")
-    mirostat_ent: float = _number(5.0, 0.0, _MAX_FLOAT, "Mirostat target entropy")
+    mirostat_lr: float = _number(0.1, 0.0, MAX_FLOAT, "Mirostat learning rate")
+    mirostat_ent: float = _number(5.0, 0.0, MAX_FLOAT, "Mirostat target entropy")
     grammar: str | None = None
     json_schema: str | None = None
 
@@ -237,8 +237,8 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
     if low <= value <= high:
         return
     allowed = f"in [{low:g}, {high:.15g}]"
-    if high in (_MAX_FLOAT, _INT32):
-        allowed = "finite" if low == -_MAX_FLOAT else f"finite and >= {low:g}"
+    if high in (MAX_FLOAT, _INT32):
+        allowed = "finite" if low == -MAX_FLOAT else f"finite and >= {low:g}"
     raise UsageError(f"{name} must be {allowed}, not {value}")
 
 

@@ -49,30 +49,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from acd_local import files
 from acd_local.errors import PairError, UsageError, printable, shown
+from acd_local.options import MAX_FLOAT
 
 if TYPE_CHECKING:
     from acd_local.runtime.gguf_header import GGUFInfo
-
-__all__ = [
-    "AS_IS",
-    "DEFAULT_ALPHA",
-    "DEFAULT_BETA",
-    "FORMAT",
-    "AdversarialText",
-    "GateSettings",
-    "ModelMatch",
-    "PromptPair",
-    "available",
-    "best_for",
-    "check",
-    "find",
-    "fits",
-    "fitted",
-    "load",
-    "refuse_adversarial",
-    "scan",
-    "search_path",
-]
 
 FORMAT = 1
 DEFAULT = "default"  # the manual pair, for models that have none of their own
@@ -80,7 +60,6 @@ AS_IS = "as-is"  # in the place of a pair's name: the model answers under its te
 DEFAULT_ALPHA = 0.5
 DEFAULT_BETA = 0.1
 MAX_BYTES = 1_000_000
-MAX_ALPHA = 3.4e38  # float32, in which logits are contrasted
 
 _KEYS = (
     *("format", "name", "safe", "adversarial", "alpha", "beta", "sha256"),
@@ -110,7 +89,7 @@ class AdversarialText:
             raise UsageError(f"adversarial text must be a string, not {type(self._text).__name__}")
 
     def reveal_for_negative_stream(self) -> str:
-        """The text itself, for the negative stream and for showing or checking a pair; never for a positive prompt."""
+        """Return the text, for the negative stream and for showing or checking a pair; never for a positive prompt."""
         return self._text
 
     def __repr__(self) -> str:
@@ -132,10 +111,6 @@ class ModelMatch:
     names: tuple[str, ...] = ()
     n_layers: int | None = None
     n_embd: int | None = None
-
-    @property
-    def is_generic(self) -> bool:
-        return not (self.architecture or self.tokenizer or self.names)
 
 
 # Who answers: the helpful text, the model as it is, or the pair.
@@ -161,7 +136,7 @@ class GateSettings:
     answer_threshold: float = 1.0
 
     def decide(self, probability: float) -> Decision:
-        """Who answers a request with this chance of harm."""
+        """Say who answers a request with this chance of harm."""
         if probability >= self.threshold:
             return "contrast"
         return "helpful" if self.helpful is not None and probability < self.low else "as-is"
@@ -214,9 +189,9 @@ class PromptPair:
             checked = {
                 "safe": safe,
                 "adversarial": AdversarialText(adversarial),
-                "alpha": _checked_number("alpha", self.alpha, MAX_ALPHA),
+                "alpha": _checked_number("alpha", self.alpha, MAX_FLOAT),
                 "beta": _checked_number("beta", self.beta, 1.0),
-                "soft_alpha": _checked_number("soft.alpha", self.soft_alpha, MAX_ALPHA),
+                "soft_alpha": _checked_number("soft.alpha", self.soft_alpha, MAX_FLOAT),
                 "soft_beta": _checked_number("soft.beta", self.soft_beta, 1.0),
             }
         except _Fault as fault:
@@ -257,11 +232,14 @@ def refuse_adversarial(text: str, pair: PromptPair | None) -> None:
 
 
 class _Fault(Exception):
-    """What is wrong with one field; the caller adds the place."""
+    """What is wrong with one field; the caller adds the place.
+
+    `shot`: in which of the demonstrations it is, from 0.
+    """
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
-        self.field = field
+        self.field, self.shot = field, 0
 
 
 def _checked_text(key: str, value: object) -> str:
@@ -300,7 +278,7 @@ def _checked_number(key: str, value: object, most: float) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _Fault(key, f"must be a number, not {_kind(value)}")
     if not 0 <= value <= most:
-        allowed = "finite and >= 0" if most == MAX_ALPHA else f"in [0, {most:g}]"
+        allowed = "finite and >= 0" if most == MAX_FLOAT else f"in [0, {most:g}]"
         given = value if isinstance(value, float) or abs(value) < 10**9 else "this number"
         raise _Fault(key, f"{given} is out of range: it must be {allowed}")
     return float(value)
@@ -326,17 +304,23 @@ def _checked_models(found: object) -> ModelMatch:
 def _checked_shots(value: object) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, list):
         raise _Fault("shots", f"must be an array of tables, not {_kind(value)}")
-    tables = [_checked_table("shots", shot, _SHOT_KEYS) for shot in value]
-    if not all(table.keys() == {*_SHOT_KEYS} for table in tables):
-        raise _Fault("shots", "each needs user and assistant")
-    return tuple(
-        (_checked_text("shots", table["user"]), _checked_text("shots", table["assistant"])) for table in tables
-    )
+    shots = []
+    for number, shot in enumerate(value):
+        try:
+            table = _checked_table("shots", shot, _SHOT_KEYS)
+            if table.keys() != {*_SHOT_KEYS}:
+                raise _Fault("shots", "each needs user and assistant")
+            user, assistant = (_checked_text(f"shots.{key}", table[key]) for key in _SHOT_KEYS)
+        except _Fault as fault:
+            fault.shot = number
+            raise
+        shots.append((user, assistant))
+    return tuple(shots)
 
 
 def _checked_soft(value: object) -> dict[str, Any]:
     table = _checked_table("soft", value, _SOFT_KEYS)
-    alpha, beta = (_checked_number(f"soft.{k}", table.get(k), m) for k, m in (("alpha", MAX_ALPHA), ("beta", 1.0)))
+    alpha, beta = (_checked_number(f"soft.{k}", table.get(k), m) for k, m in (("alpha", MAX_FLOAT), ("beta", 1.0)))
     preferred = table.get("preferred", False)
     if not isinstance(preferred, bool):
         raise _Fault("soft.preferred", f"must be true or false, not {_kind(preferred)}")
@@ -407,7 +391,7 @@ def load(path: str | os.PathLike[str]) -> PromptPair:
 
 
 def check(path: str | os.PathLike[str]) -> list[str]:
-    """Warnings about a pair file that is valid, one line each; for `acd pairs check`.
+    """List warnings about a valid pair file, one line each; for `acd pairs check`.
 
     Raises:
         PairError: the file is not valid.
@@ -431,7 +415,7 @@ def check(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _parse(path: Path) -> PromptPair:
-    """Everything `load` does except comparing with the other known pairs."""
+    """Parse a file without comparing it with the other known pairs."""
     source = _read(path)
     try:
         table = tomllib.loads(source)
@@ -444,7 +428,7 @@ def _parse(path: Path) -> PromptPair:
 
 
 def _build(table: dict[str, Any], path: Path) -> PromptPair:
-    """The pair of a parsed file; raises _Fault."""
+    """Make the pair of a parsed file; raises _Fault."""
     version = table.get("format")
     if version is None:
         raise _Fault("format", f"missing; write format = {FORMAT}")
@@ -468,7 +452,7 @@ def _build(table: dict[str, Any], path: Path) -> PromptPair:
         name=table["name"],
         safe=safe,
         adversarial=AdversarialText(adversarial),
-        alpha=_checked_number("alpha", table.get("alpha"), MAX_ALPHA),
+        alpha=_checked_number("alpha", table.get("alpha"), MAX_FLOAT),
         beta=_checked_number("beta", table.get("beta"), 1.0),
         shots=_checked_shots(table.get("shots", [])),
         models=_checked_models(table.get("models", {})),
@@ -504,19 +488,20 @@ def _syntax_message(path: Path, source: str, error: Exception) -> str:
 
 
 def _located(path: Path, source: str, fault: _Fault) -> PairError:
-    line = _line_of(source, fault.field)
+    line = _line_of(source, fault.field, fault.shot)
     place = f"line {line}: " if line else ""
     return PairError(f"{shown(path)}: {place}{shown(fault.field, 80)}: {fault}")
 
 
-def _line_of(source: str, name: str) -> int | None:
-    """The line where a field ("safe", "models.tokenizer") or table ("models") starts; None if it is not found.
+def _line_of(source: str, name: str, shot: int) -> int | None:
+    """Find the line where a field ("safe", "models.tokenizer") or table ("models") starts; None if there is none.
 
     A line that looks right may stand inside a multi-line string: it counts only if everything above it parses, and
-    leaves the wanted table open.
+    leaves the wanted table open. Of several [[shots]] number `shot` is meant.
     """
-    table, _, key = name.rpartition(".") if name.startswith(("models.", "soft.", "gate.")) else ("", "", name)
-    looks_right = re.compile(rf"\s*(?:\[\s*|(?:{table}\s*\.\s*)?)[\"']?{re.escape(key)}[\"']?\s*[=\].]")
+    known = name.startswith(("models.", "soft.", "gate.", "shots."))
+    table, _, key = name.rpartition(".") if known else ("", "", name)
+    looks_right = re.compile(rf"\s*(?:\[\[?\s*|(?:{table}\s*\.\s*)?)[\"']?{re.escape(key)}[\"']?\s*[=\].]")
     lines = source.split("\n")
     candidates = [number for number, line in enumerate(lines, 1) if looks_right.match(line)]
     for number in candidates[:20]:
@@ -524,16 +509,23 @@ def _line_of(source: str, name: str) -> int | None:
             above = tomllib.loads("\n".join([*lines[: number - 1], "acd-probe = 0"]))
         except (ValueError, RecursionError):
             continue
-        if lines[number - 1].lstrip().startswith("[") or "acd-probe" in (above.get(table, {}) if table else above):
+        header, shots = lines[number - 1].lstrip().startswith("["), above.get("shots", [])
+        if header:
+            found = key != "shots" or len(shots) == shot
+        elif table == "shots":
+            found = len(shots) == shot + 1 and "acd-probe" in shots[-1]
+        else:
+            found = "acd-probe" in (above.get(table, {}) if table else above)
+        if found:
             return number
-    return _line_of(source, table) if table else None
+    return _line_of(source, table, shot) if table else None
 
 
 # --- Finding and choosing ---------------------------------------------------------------------------------------------
 
 
 def search_path() -> tuple[Path, ...]:
-    """The folders pairs are looked up in, first match first: $ACD_PROMPTS_DIR, the user's own, the shipped ones."""
+    """List the folders of pairs, first match first: $ACD_PROMPTS_DIR, the user's own, the shipped ones."""
     own = files.config_dir()
     folders = [_shipped()] if own is None else [own / "prompts", _shipped()]
     if extra := os.environ.get("ACD_PROMPTS_DIR"):
@@ -550,7 +542,7 @@ def _shipped() -> Path:
 
 
 def scan() -> tuple[list[PromptPair], list[PairError]]:
-    """Every known pair, sorted by name, and what is wrong with the files that are none.
+    """List every known pair, sorted by name, and what is wrong with the files that are none.
 
     Of several valid pairs with the same name the first one along `search_path()` counts.
     """
@@ -573,12 +565,12 @@ def _scan_in_order() -> tuple[list[PromptPair], list[PairError]]:
 
 
 def available() -> list[PromptPair]:
-    """Every known pair, sorted by name; broken files are left out (`scan()` reports them)."""
+    """List every known pair, sorted by name; broken files are left out (`scan()` reports them)."""
     return scan()[0]
 
 
 def find(name_or_path: str | os.PathLike[str]) -> PromptPair:
-    """The pair that `--pair` means: a path if it holds a separator or ends in .toml, else a name.
+    """Find the pair that `--pair` means: a path if it holds a separator or ends in .toml, else a name.
 
     Raises:
         PairError: there is none (AS_IS never is one), or its file is broken.
@@ -622,9 +614,9 @@ def fitted(pair: PromptPair, info: GGUFInfo) -> bool:
 
 
 def best_for(info: GGUFInfo) -> PromptPair | None:
-    """The pair that is used by itself: the first one along `search_path()`, then by name, that is fitted to the model.
+    """Find the pair that a model answers under by itself: the first one that is fitted to it; None: there is none.
 
-    None where there is none. Broken files are passed over.
+    The order is that of `search_path()`, then of names. Broken files are passed over.
     """
     return next((pair for pair in _scan_in_order()[0] if fitted(pair, info)), None)
 
