@@ -19,9 +19,9 @@ ENGINE_RANGES = {
     "gpu_layers": (-1, 2**31 - 1),
 }
 
-Strategy: TypeAlias = Literal["auto", "stepwise", "deferred"]
+StrategyName: TypeAlias = Literal["auto", "stepwise", "deferred"]
 Overflow: TypeAlias = Literal["drop", "error"]
-STRATEGIES, OVERFLOWS = get_args(Strategy), get_args(Overflow)
+STRATEGIES, OVERFLOWS = get_args(StrategyName), get_args(Overflow)
 MAX_SEED = 2**32 - 2  # llama.cpp keeps 2^32 - 1 for "draw a seed"
 
 # What other tools (llama.cpp's programs and bindings, OpenAI's API, transformers, ollama) call ours.
@@ -100,12 +100,17 @@ class Options:
     """
 
     # Contrast. None: the prompt pair decides, and where it does not, pairs.DEFAULT_ALPHA and DEFAULT_BETA.
-    alpha: float | None = _number(None, 0.0, MAX_FLOAT, "Strength of the contrast, >= 0; default: the pair's, or 0.5.")
+    alpha: float | None = _number(
+        None,
+        0.0,
+        MAX_FLOAT,
+        "Strength of the contrast, >= 0; with a gate only where the gate finds harm; default: the pair's, or 0.5.",
+    )
     beta: float | None = _number(None, 0.0, 1.0, "Keep tokens with p >= beta * max p; default: the pair's, or 0.1.")
     raw_contrast: bool = False
     plain: bool = False
     window: int | None = _number(None, 0, _INT32, "Contrast only the first N tokens of an answer; default: all.")
-    strategy: Strategy = "auto"
+    strategy: StrategyName = "auto"
     # None: contrast only what the pair's gate finds harmful, where the pair has one. False: at every step.
     gate: bool | None = None
     gate_threshold: float | None = _number(
@@ -142,7 +147,7 @@ class Options:
     json_schema: str | None = None
 
     def __new__(cls, *_: Any, **given: Any) -> Self:
-        """Python's own answer to an unknown name is a TypeError without a hint."""
+        """Refuse unknown names with a hint; Python's TypeError has none."""
         refuse_unknown(given, cls.names())
         return super().__new__(cls)
 
@@ -168,7 +173,7 @@ class Options:
         return frozenset(field.name for field in dataclasses.fields(cls))
 
     def replace(self, changes: Mapping[str, Any]) -> Self:
-        """A copy with some options changed.
+        """Return a copy with some options changed.
 
         Raises:
             UsageError: an unknown name or a bad value.
@@ -178,10 +183,10 @@ class Options:
 
 
 def refuse_unknown(given: Collection[str], known: Collection[str]) -> None:
-    """Look for names that are none of `known`: ours is told where another tool's is given, else the closest one.
+    """Refuse names that are none of `known`, with a hint: our name for another tool's, or the closest one.
 
     Raises:
-        UsageError: there is one.
+        UsageError: there is such a name.
     """
     for name in sorted(set(given) - set(known)):
         raise UsageError(f"unknown option {name!r}{_hint(name, known)}")
@@ -220,7 +225,7 @@ def check_engine_number(name: str, value: object, called: str = "") -> None:
 
 
 def check_alpha_beta(alpha: float, beta: float) -> None:
-    """The range of the contrast's two numbers, for options, pairs and arrays alike.
+    """Refuse numbers that the contrast cannot take, in options, pairs and arrays alike.
 
     A negative alpha would reward what the adversarial prompt prefers and turn the method around.
 

@@ -92,7 +92,7 @@ class Paced(Generation):
         super().__init__(engine.decoder, engine.prompts, engine.special_tokens, request)
         self.pace = FixedPace(length, alpha=request.contrast.alpha, greedy=options.temp == 0)
 
-    def strategy(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, *, deferring: bool) -> Strategy:
+    def make_strategy(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, *, deferring: bool) -> Strategy:
         return deferred(first, chooser, self.pace, _NoLookup(()), limit=prompt.room, always_ahead=True)
 
 

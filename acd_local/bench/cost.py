@@ -29,7 +29,7 @@ from acd_local.bench.measuring import (
 )
 from acd_local.bench.questions import text_of
 from acd_local.bench.rounds import Case, Measured, Progress, Way, auto_against_best, cases_of, check_counts, in_turns
-from acd_local.engine import Engine, measured_pair
+from acd_local.engine import Engine, pair_to_measure
 from acd_local.generation import resolve_contrast
 from acd_local.options import Options
 from acd_local.runtime import llama
@@ -127,7 +127,7 @@ def run(
     """
     check_counts(tokens, rounds)
     settings: dict[str, Any] = {"threads": threads or default_threads(), "ctx_size": ctx_size}
-    used = measured_pair(model, pair)
+    used = pair_to_measure(model, pair)
     with ExitStack() as stack:
         engines = {
             name: stack.enter_context(Engine(model, pair=used, **settings, **ENGINES[name]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from acd_local.bench.measuring import ENGINE_PLAIN, ENGINES, PLAIN, decode_plain
 from acd_local.bench.questions import text_of
-from acd_local.engine import Engine, measured_pair
+from acd_local.engine import Engine, pair_to_measure
 from acd_local.errors import InternalError, UsageError
 from acd_local.models import resolve
 from acd_local.options import Options
@@ -21,7 +21,7 @@ def peak_mb(case: str, model: str, *, pair: str | None, threads: int, ctx_size: 
 
     Args:
         case: PLAIN or one of ENGINES.
-        pair: as `measured_pair` takes it.
+        pair: as `pair_to_measure` takes it.
 
     Raises:
         InternalError: the process failed.
@@ -60,7 +60,7 @@ def _answer(case: str, model: str, threads: int, ctx_size: int, pair: str | None
         ):
             decode_plain(context, loaded.vocab.tokenize(question * 12, parse_special=False), TOKENS + 1)
         return
-    used = measured_pair(model, pair)
+    used = pair_to_measure(model, pair)
     with Engine(model, threads=threads, ctx_size=ctx_size, pair=used, **ENGINES[case]) as engine:
         plain = case == ENGINE_PLAIN
         options = Options(gate=False, temp=0.0, max_tokens=TOKENS, strategy="deferred", plain=plain)

@@ -111,7 +111,7 @@ def run(model: str | None, **given: Any) -> int:
 
 def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local import pairs
-    from acd_local.engine import measured_pair
+    from acd_local.engine import pair_to_measure
     from acd_local.evaluate import results, sets
     from acd_local.evaluate.journal import Journal
     from acd_local.evaluate.runner import Evaluation, Plan
@@ -126,7 +126,7 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     chosen = [sets.shard(s, *shard) for s in drawn]
     Options(temp=given["temp"], max_tokens=given["max_tokens"], seed=given["seed"])
     with ExitStack() as stack:
-        pair = measured_pair(model, given["pair"])
+        pair = pair_to_measure(model, given["pair"])
         given["soft"] = given["soft"] or (given["methods"] is None and pair.soft_preferred)
         engine = stack.enter_context(_engine(model, pair, given))
         progress = stack.enter_context(ProgressLine(PROGRAM))

@@ -67,7 +67,7 @@ _ENGINE = (
 )
 
 _NUMBERS = {field.name: field for field in dataclasses.fields(Options) if "range" in field.metadata}
-_SAMPLERS = list(_NUMBERS)[list(_NUMBERS).index("seed") :]
+_SAMPLERS = [name for name in _NUMBERS if name not in ("alpha", "beta", "window", "gate_threshold", "max_tokens")]
 
 
 def _number(name: str, *short: str) -> Callable[[F], F]:
