@@ -21,6 +21,7 @@ from acd_local.fit.replies import Measured, Respondent, Style
 from acd_local.fit.states import layers_of
 from acd_local.progress import Clock, Listener
 from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.tuning import anchors
 from acd_local.tuning.anchors import KINDS, Instruction
 from acd_local.tuning.cache import Measurements
@@ -134,7 +135,7 @@ class FitContext:
     def facts(self, system: str | None) -> int:
         """How many of the short factual questions are answered right."""
         asked = candidates.facts()
-        replies = self.respondent.ask(Style(system), [fact.question for fact in asked])
+        replies = self.respondent.ask(Style(PromptSetup(system)), [fact.question for fact in asked])
         return sum(f.is_right(self.respondent.text(r)) for f, r in zip(asked, replies, strict=True))
 
     # -- what it takes -------------------------------------------------------------------------------------------------

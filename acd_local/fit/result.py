@@ -44,14 +44,16 @@ class FitResult:
     tables: dict[str, list[dict[str, Any]]]
 
 
-def gate(context: FitContext, found: FitResult) -> Gate:
+def make_gate(context: FitContext, found: FitResult) -> Gate:
+    """Make the gate of the two probes."""
     info = context.job.info
     answer = None if found.look is None else found.look.probe
     model = info.architecture, info.tokenizer, info.n_embd, info.n_layers, info.name
     return Gate(found.layers, found.gate.probe, answer, *model)
 
 
-def pair_file(context: FitContext, found: FitResult) -> PairFile:
+def make_pair_file(context: FitContext, found: FitResult) -> PairFile:
+    """Make the pair's file: the chosen texts and numbers, or the kept pair's, with the gate's settings."""
     job = context.job
     numbers: dict[str, Any] = {"alpha": found.style.alpha, "beta": found.style.beta}
     soft: dict[str, Any] = {}
@@ -68,7 +70,7 @@ def pair_file(context: FitContext, found: FitResult) -> PairFile:
         safe=safe,
         adversarial=adversarial,
         **numbers,
-        shots=job.kept.shots if job.kept else found.style.shots,
+        shots=job.kept.shots if job.kept else found.style.setup.shots,
         soft=soft,
         models=pairfile.models_table(job.info),
         provenance=_provenance(context, found),
@@ -99,7 +101,7 @@ def _provenance(context: FitContext, found: FitResult) -> dict[str, Any]:
 
 
 def _figures(context: FitContext, found: FitResult) -> dict[str, Any]:
-    """On instructions that nothing was chosen on; the kept pair's own figures besides."""
+    """Put together what was measured where nothing was chosen; the kept pair's own figures besides."""
     job = context.job
     as_is, pair = found.judged
     own: dict[str, Any] = {
