@@ -82,7 +82,7 @@ class StageContext:
 
     def close(self, checkpoint: Checkpoint, summary: str) -> None:
         """A stage ended: say so, and note what it took."""
-        spent, title = checkpoint.spent(), budget.TITLES[checkpoint.stage]
+        spent, title = checkpoint.spent(), budget.STAGES[checkpoint.stage].title
         row: dict[str, Any] = {"stage": checkpoint.stage, "name": title, "seconds": spent.get("seconds", 0.0)}
         row |= {"peak_bytes": spent.get("peak", 0.0), "reused": checkpoint.reused}
         took = f"{duration(row['seconds'])}, {gb(row['peak_bytes'])}"

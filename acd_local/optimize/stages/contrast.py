@@ -80,7 +80,7 @@ class _Choice:
         manual = context.job.manual
         self._usual = manual.alpha or pairs.DEFAULT_ALPHA, manual.beta or pairs.DEFAULT_BETA
         total = 2 * len(self._prompts) + 2
-        self._clock = Clock(budget.TITLES["setting"], len(self._state["before_after"]), total, context.listener)
+        self._clock = Clock(budget.STAGES["setting"].title, len(self._state["before_after"]), total, context.listener)
 
     def make(self) -> dict[str, Any]:
         state = self._state

@@ -136,7 +136,7 @@ class SoftPromptStage:
         if checkpoint.state:
             training.load(checkpoint.state)
         total = training.settings.steps
-        clock = Clock(budget.TITLES[checkpoint.stage], training.step_number, total, context.listener)
+        clock = Clock(budget.STAGES[checkpoint.stage].title, training.step_number, total, context.listener)
         latest = [r.validation for r in training.history if r.validation]
 
         def on_step(record: soft_training.SoftRecord) -> None:

@@ -111,7 +111,7 @@ class TextPromptStage:
                 check_stop(context.stop)
             state = progress.search()
             total = checkpoint.counts["rounds"] + checkpoint.counts["steps"]
-            clock = Clock(budget.TITLES[checkpoint.stage], state.step, total, context.listener)
+            clock = Clock(budget.STAGES[checkpoint.stage].title, state.step, total, context.listener)
             TextSearch(
                 objective,
                 space,
