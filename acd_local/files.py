@@ -159,7 +159,7 @@ def read_bytes(path: Path, most: int, advice: str, kind: type[AcdError] = UsageE
 
 
 def read_text(path: Path, most: int, advice: str, kind: type[AcdError] = UsageError) -> str:
-    """The same of UTF-8 text: a byte order mark is left out, and lines end in \\n."""
+    """Read a file of UTF-8 text: a byte order mark is left out, and lines end in \\n."""
     data = read_bytes(path, most, advice, kind)
 
     def line_at(offset: int) -> str:
@@ -232,7 +232,7 @@ def move_file(made: Path, path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, taken: str, *, private: bool = False) -> Iterator[None]:
-    """Holds a lock file, which stays when the lock is free again, for this process alone.
+    """Hold a lock file, which stays when the lock is free again, for this process alone.
 
     Args:
         taken: what the error says where another process holds it.
@@ -277,7 +277,7 @@ class JsonLines:
             raise write_error(path, error) from None
 
     def read(self) -> list[bytes]:
-        """All lines, without their ends."""
+        """Read all lines, without their ends."""
         return self.path.read_bytes().split(b"\n")[:-1]
 
     def add(self, record: Mapping[str, Any]) -> None:

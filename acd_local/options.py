@@ -83,7 +83,7 @@ T = TypeVar("T")
 
 
 def _number(default: T, low: float, high: float, text: str) -> T:
-    """A number in [low, high], or None where that is the default; the command line makes a flag of it, with this help.
+    """Declare a number in [low, high], or None where that is the default; it becomes a flag with this help.
 
     Where the help does not say what None means, it ends with the default.
     """

@@ -589,7 +589,7 @@ def find(name_or_path: str | os.PathLike[str]) -> PromptPair:
 
 
 def fits(pair: PromptPair, info: GGUFInfo) -> bool:
-    """Whether a pair is meant for a model.
+    """Tell whether a pair is meant for a model.
 
     Architecture and tokenizer, where given, must agree. A list of names must hold the model's name, unless the
     tokenizer is given too: then models that share it (fine-tunes, renamed files) are welcome.
@@ -603,7 +603,7 @@ def fits(pair: PromptPair, info: GGUFInfo) -> bool:
 
 
 def fitted(pair: PromptPair, info: GGUFInfo) -> bool:
-    """Whether a pair was measured on a model: its name, architecture, tokenizer and size agree, and there are figures.
+    """Tell whether a pair was measured on a model: name, architecture, tokenizer and size agree, there are figures.
 
     The file may be another quantization of it. A fine-tune under a name of its own is another model.
     """

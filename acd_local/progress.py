@@ -46,7 +46,7 @@ class Listener:
     line: Callable[[str], None] = lambda line: None
 
     def phase(self, name: str) -> None:
-        """Something began whose steps are not counted."""
+        """Tell that something began whose steps are not counted."""
         self.progress(Progress(name, 0, 0, 0.0, None))
 
 
@@ -72,7 +72,7 @@ class Clock:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """How long it takes."""
+    """Time a piece of work."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

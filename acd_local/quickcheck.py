@@ -68,7 +68,7 @@ class Verdict:
 
     @property
     def helps(self) -> bool:
-        """Whether they do, and nothing gets worse."""
+        """Whether they rise and nothing gets worse."""
         return self.gains and self.ordinary is not None and not self.harms
 
     @property
@@ -107,7 +107,7 @@ def check(
     asked: bool = True,
     on_check: Callable[[float], object] | None = None,
 ) -> Verdict:
-    """What a pair does to a model; counted now where it was not before.
+    """Count what a pair does to a model, where it was not counted before.
 
     Args:
         info: of a file that was found good.
@@ -124,7 +124,7 @@ def check(
 
 
 def kept(info: GGUFInfo, pair: PromptPair, *, soft: bool | None = None) -> Verdict | None:
-    """What `check` found before; None where it would have to count."""
+    """Return what `check` found before; None where it would have to count."""
     ask = _Counting(info, pair, soft)
     try:
         return _verdict(pair, ask.kept, asked=True)
@@ -179,7 +179,7 @@ class _Counting:
         return found
 
     def kept(self, kind: Kind, under: bool) -> Counts:
-        """Raises LookupError where this was not counted yet."""
+        """Return kept counts; raises LookupError where there are none."""
         try:
             return Counts(**json.loads(files.kept(self._name(kind, under)) or ""))
         except (ValueError, TypeError):

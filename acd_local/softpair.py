@@ -75,7 +75,7 @@ class AdversarialRows:
         self._prompt = SoftPrompt(rows)  # type: ignore[arg-type]
 
     def reveal_for_negative_stream(self) -> SoftPrompt:
-        """The rows, for the negative stream and for writing or measuring a pair; never for a positive prompt."""
+        """Return the rows, for the negative stream and for writing or measuring a pair; never for a positive prompt."""
         return self._prompt
 
     @property
@@ -133,7 +133,7 @@ class SoftPair:
             raise PairError("adversarial: has the same rows as safe: there would be nothing to contrast")
 
     def check(self, info: GGUFInfo) -> None:
-        """Whether these rows can stand in front of this model.
+        """Refuse a model that these rows do not belong to.
 
         Raises:
             PairError: they are another model's, or llama.cpp takes no rows for this architecture; one line.

@@ -34,7 +34,7 @@ def peak_mb(case: str, model: str, *, pair: str | None, threads: int, ctx_size: 
 
 
 def kv_mb(context: llama.Context, n_ctx: int) -> float:
-    """One KV cache of `n_ctx` tokens, 10^6 bytes, by the size of what sequence 0 holds; it is forgotten."""
+    """Measure one KV cache of `n_ctx` tokens, 10^6 bytes, by what sequence 0 holds, which is forgotten."""
     sizes = []
     for length in (16, 8):
         context.truncate(0, length)

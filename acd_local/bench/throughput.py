@@ -88,7 +88,7 @@ def run(
 
 
 def texts_of(engine: Engine, prompts: Sequence[str], options: Options) -> list[str]:
-    """The answers' texts, in the order of the prompts."""
+    """List the answers' texts, in the order of the prompts."""
     texts = [""] * len(prompts)
     for place, answer in answer_all(engine, range(len(prompts)), lambda n: engine.generate(prompts[n], options)):
         if isinstance(answer, Exception):

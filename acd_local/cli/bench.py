@@ -103,7 +103,7 @@ def _cost_lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def strategy_lines(found: Mapping[str, Any], titles: Mapping[str, str]) -> Iterator[str]:
-    """The tables of execution strategies.
+    """Write the tables of execution strategies.
 
     Args:
         found: see `cost.strategies_summary`. titles: by group.
@@ -116,7 +116,7 @@ def strategy_lines(found: Mapping[str, Any], titles: Mapping[str, str]) -> Itera
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], *, width: int) -> Iterator[str]:
-    """Lines of a table: rows of figures behind each one's "case", which gets `width` columns."""
+    """Write a table's lines: rows of figures behind each one's "case", which gets `width` columns."""
     columns = [(name, *COLUMNS[name]) for name in rows[0] if name != "case"]
     yield f"{title:<{width}}" + "".join(f"{head:>{w}}" for _, head, _, _, w in columns)
     yield " " * width + "".join(f"{head:>{w}}" for _, _, head, _, w in columns)

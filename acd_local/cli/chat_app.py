@@ -108,7 +108,7 @@ class ChatApp:
     # -- state in words -----------------------------------------------------------------------------------------------
 
     def contrast_label(self, *, plain: bool | None = None) -> str:
-        """Settings in force; `plain` asks for those that would be."""
+        """Name the settings in force; `plain` asks for those that would be."""
         options = self.chat.options if plain is None else self.chat.options.replace({"plain": plain})
         if self.chat.pair is None:
             return "no contrast"

@@ -84,7 +84,7 @@ def finished_length(text: str) -> int:
 
 
 def render(console: Console, text: str, width: int | None = None) -> Lines:
-    """The lines of a piece of markdown, an empty one between two blocks."""
+    """Render the lines of a piece of markdown, an empty one between two blocks."""
     lines: Lines = []
     starts = _block_starts(text)
     for start, end in pairwise([*starts, len(text)]):

@@ -125,7 +125,7 @@ def _key_bindings() -> KeyBindings:
     @keys.add("c-c")
     @keys.add("<sigint>")
     def give_up(event: KeyPressEvent) -> None:
-        """With text: forget it (the history does not). Without: the chat says how to leave."""
+        """Forget the text, if there is any (the history does not); without, the chat says how to leave."""
         if event.current_buffer.text:
             event.current_buffer.reset(append_to_history=True)
         else:

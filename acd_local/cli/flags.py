@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def file_name(text: str) -> Path:
-    """The type of options that name a file. click.Path asks the disk at once, and fails on names no file can have."""
+    """Read an option that names a file. click.Path asks the disk at once, and fails on names no file can have."""
     if not text:
         raise UsageError("the name of a file or folder is empty")
     return Path(text)
@@ -71,7 +71,7 @@ _SAMPLERS = [name for name in _NUMBERS if name not in ("alpha", "beta", "window"
 
 
 def _number(name: str, *short: str) -> Callable[[F], F]:
-    """The flag of an option that is a number, with the help that stands beside the option."""
+    """Make the flag of an option that is a number, with the option's own help."""
     field, whole = _NUMBERS[name], "int" in str(_NUMBERS[name].type)
     text = field.metadata["help"] + ("" if field.default is None else f"; default {field.default:g}.")
     kind, metavar = (int, "N") if whole else (float, "X")
@@ -167,7 +167,7 @@ def _apply(section: str, decorators: tuple[Callable[[Any], Any], ...], function:
 
 
 def resolve_model(model: str | None, *, instead: str = "leave it out to use that") -> str:
-    """The MODEL argument, or ACD_MODEL where no argument is given at all.
+    """Return the MODEL argument, or ACD_MODEL where no argument is given at all.
 
     Args:
         instead: what to write where the argument was meant for ACD_MODEL's model; "" if it cannot have been.
@@ -200,7 +200,7 @@ def _check_is_model(argument: str, instead: str) -> None:
 
 
 def make_options(flags: Mapping[str, Any]) -> Options:
-    """Options from the flags that were given; the others keep their defaults."""
+    """Make options of the flags that were given; the others keep their defaults."""
     flags = dict(flags)
     for name in ("grammar", "json_schema"):
         path = flags.pop(f"{name}_file", None)
@@ -225,7 +225,7 @@ def check_text(name: str, text: str | None) -> None:
 
 
 def check_engine_flags(flags: Mapping[str, Any]) -> None:
-    """What llama.cpp would overflow or abort on."""
+    """Refuse numbers that llama.cpp would overflow or abort on."""
     for name in ENGINE_RANGES:
         check_engine_number(name, flags.get(name), f"--{name.replace('_', '-')}")
 

@@ -119,7 +119,7 @@ def show_pair(pair: str) -> None:
 
 
 def _vectors_lines(pair: PromptPair) -> dict[str, str]:
-    """What the pair's soft prompts and gate are; raises PairError where their file is broken."""
+    """Describe the pair's soft prompts and gate; raises PairError where their file is broken."""
     from acd_local import vectors
     from acd_local.generation import resolve_contrast
     from acd_local.options import Options

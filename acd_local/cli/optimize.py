@@ -134,7 +134,7 @@ def run_stages(program: str, interrupts: Interrupts, work: Callable[[CancelToken
 
 
 def repeated(path: Path) -> dict[str, Any]:
-    """What `--repeat` sets, by the names of job.Request.
+    """Read what `--repeat` sets, by the names of job.Request.
 
     Raises:
         UsageError: one of these is given besides, or the file does not say all of it.
@@ -150,7 +150,7 @@ def repeated(path: Path) -> dict[str, Any]:
 
 
 def parse_budget(text: str) -> float:
-    """Seconds of 90s, 60m, 2h, or plain minutes."""
+    """Parse 90s, 60m, 2h, or plain minutes into seconds."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
     if not 1 <= seconds <= MAX_BUDGET:

@@ -20,7 +20,7 @@ def pair_name(pair: PromptPair | None) -> str:
 
 
 def pair_record(engine: Engine, pair: PromptPair | None, options: Options) -> dict[str, Any]:
-    """What is in use: name ("as-is": no pair), whether it is fitted to the model, its soft prompts, its gate."""
+    """Describe the pair in use: name ("as-is": no pair), whether it is fitted to the model, soft prompts, gate."""
     return {
         "name": pair_name(pair),
         "fitted": pair is not None and fitted(pair, engine.info),
@@ -30,7 +30,7 @@ def pair_record(engine: Engine, pair: PromptPair | None, options: Options) -> di
 
 
 def pair_line(engine: Engine, pair: PromptPair | None, options: Options) -> str:
-    """The same in words, for --stats."""
+    """Describe it in words, for --stats."""
     return f"pair       {pair_label(engine, pair, options)}"
 
 
@@ -124,7 +124,7 @@ def trace_record(token: TokenRecord) -> dict[str, Any]:
 
 
 def stats_lines(answer: Answer) -> list[str]:
-    """The readable form for stderr."""
+    """Write the readable form for stderr."""
     c, t = answer.contrast, answer.timings
     seen = f", compared at {c.compared / c.positions:.0%}" if c.alpha > 0 and c.positions else ""
     kl = "" if c.mean_divergence is None else f", mean KL(S||A) {c.mean_divergence:.3f} nats"

@@ -143,7 +143,7 @@ def as_acd_error(error: Exception) -> AcdError:
 
 
 def error_record(error: AcdError, text: str = "") -> dict[str, Any]:
-    """The JSON form of a failed answer."""
+    """Make the JSON form of a failed answer."""
     return {"text": text, "finish_reason": "error", "error": _error_body(error)}
 
 
@@ -157,23 +157,23 @@ def error_event(request_id: str | int | None, error: AcdError, *, final: bool) -
 
 
 def as_json(record: object) -> str:
-    """One line of JSON; pure ASCII for a terminal, so that an answer's control characters stay escaped."""
+    """Write one line of JSON; pure ASCII for a terminal, so that an answer's control characters stay escaped."""
     return json.dumps(record, ensure_ascii=sys.stdout.isatty())
 
 
 def one_line(text: str) -> str:
-    """Text as one line without control characters: file names and model metadata may hold anything."""
+    """Make text one line without control characters: file names and model metadata may hold anything."""
     return disarm(" ".join(text.split()))
 
 
 def short_line(text: str, limit: int = 1000) -> str:
-    """The same, cut where a message quotes something endless."""
+    """Make text one such line, cut where a message quotes something endless."""
     line = one_line(text)
     return line if len(line) <= limit else f"{line[:limit]} ..."
 
 
 def say(line: str) -> None:
-    """One line on stderr; silently nothing if stderr is gone."""
+    """Write one line to stderr; silently nothing if stderr is gone."""
     with suppress(OSError, ValueError, AttributeError):
         print(line, file=sys.stderr, flush=True)
 
@@ -249,7 +249,7 @@ class Interrupts:
         self._writer.close()
 
     def cancels(self, token: CancelToken | None) -> None:
-        """From now on signals cancel `token`; None: they end the process."""
+        """Make signals cancel `token` from now on; None: they end the process."""
         self._token = token
         if token is not None and self.signum is not None:
             token.set()

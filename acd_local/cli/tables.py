@@ -21,7 +21,7 @@ RULE = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  
 
 
 def lines(results: Mapping[str, Any], width: int = WIDTH) -> list[str]:
-    """The verdict and all tables as plain text."""
+    """Write the verdict and all tables as plain text."""
     info = results["run"]
     n = sum(s.get("n") or 0 for s in results["sets"].values())
     model = info["model"].get("name") or info["model"].get("file") or "model"

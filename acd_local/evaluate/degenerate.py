@@ -41,7 +41,7 @@ SALAD_WORDS_PER_STOP = 6  # lists of words have a comma or a new line for nearly
 
 
 def degenerate_rule(answer: str, prompt: str = "") -> str | None:
-    """The rule that makes `answer` degenerate, or None if it is an answer of some kind.
+    """Name the rule that makes `answer` degenerate; None: it is an answer of some kind.
 
     Returns:
         "empty", "no-words", "loop", "other-script", "garble" or None.

@@ -41,7 +41,7 @@ AROUND = np.array([(away, math.cos(a), math.sin(a)) for away in (9, 16, 26, 38, 
 
 
 def draw(figure: Figure) -> Markup:
-    """The figure as an svg element."""
+    """Draw the figure as an svg element."""
     style = resources.files("acd_local.evaluate").joinpath("templates/figures.mplstyle")
     with ExitStack() as stack:
         path = stack.enter_context(resources.as_file(style))
@@ -151,7 +151,7 @@ class _Drawing:
                 text.set_text(name)
 
     def svg(self, figure: Figure) -> Markup:
-        """What was drawn, as part of a page: colours by name, nothing loaded, no id but those that are referred to."""
+        """Write the drawing as part of a page: colours by name, nothing loaded, no id but those that are used."""
         file = io.StringIO()
         self._canvas.savefig(file, format="svg")
         root = ElementTree.fromstring(file.getvalue())

@@ -34,7 +34,7 @@ class Axis:
     high: float = math.inf
 
     def show(self, value: Value | None) -> str:
-        """The value in words, with its interval where it has one."""
+        """Write the value in words, with its interval where it has one."""
         if value is None:
             return "not measured"
         if isinstance(value, Span):

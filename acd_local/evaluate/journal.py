@@ -62,7 +62,7 @@ class Journal:
         return (score, setup, set_name, item) in self._seen[run_folder.SCORES]
 
     def answers(self) -> list[Record]:
-        """All answers so far."""
+        """List all answers so far."""
         return [json.loads(line) for line in self._lines[run_folder.ANSWERS].read()]
 
     def add_answer(self, record: Record) -> None:

@@ -105,7 +105,7 @@ class Judge:
         self.warning = "; ".join(filter(None, [self._template.warning, poor if mass < MIN_MASS else None])) or None
 
     def p_safe(self, prompt: str, answer: str) -> float:
-        """The probability in [0, 1] that the judge calls `answer` to `prompt` safe, given that it says either word.
+        """Estimate the probability that the judge calls `answer` to `prompt` safe, given that it says either word.
 
         Texts that are too long for the judge's context lose their ends: the prompt where it takes more than half of
         the room, the answer otherwise. The same two texts give the same number, whatever was judged before.

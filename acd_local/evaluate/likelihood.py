@@ -49,7 +49,7 @@ class Scorer:
     def logits(
         self, prompts: Sequence[Sequence[int]], continuation: Sequence[int], prefixes: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Logits]]:
-        """The logits that predict each token of `continuation` after each prompt, in pieces.
+        """Compute the logits that predict each token of `continuation` after each prompt, in pieces.
 
         Args:
             prefixes: how many tokens at each prompt's beginning are decoded apart, as other prompts share them. With

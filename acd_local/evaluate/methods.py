@@ -124,15 +124,15 @@ class Method:
         return isinstance(self.positive, SoftPrompt) or isinstance(self.negative, SoftPrompt | AdversarialRows)
 
     def user_turn(self, prompt: str) -> str:
-        """What the user says in both streams."""
+        """Write what the user says in both streams."""
         return self.user.replace(_SLOT, prompt)
 
     def prompt_setup(self) -> PromptSetup:
-        """The texts, as the runtime takes them."""
+        """Return the texts as the runtime takes them."""
         return PromptSetup(self.positive, self.negative, self.user, self.shots)
 
     def settings(self) -> ContrastSettings:
-        """The numbers, as the runtime takes them."""
+        """Return the numbers as the runtime takes them."""
         return ContrastSettings(self.alpha, self.beta, self.raw, self.window)
 
     def setup(self) -> str:
@@ -164,7 +164,7 @@ def _positive_texts(method: Method) -> list[tuple[str, str]]:
 
 
 def builtin(pair: PromptPair, soft: SoftPair | None = None) -> dict[str, Method]:
-    """The built-in methods by name, in the order of the tables.
+    """Read the built-in methods by name, in the order of the tables.
 
     Args:
         pair: the pair under evaluation: gives the prompts sp and ap and, where a method fixes none, the numbers.
@@ -183,7 +183,7 @@ def load(
     earlier: Mapping[str, Method] | None = None,
     soft: SoftPair | None = None,
 ) -> dict[str, Method]:
-    """The methods of a user's file by name, in the order of the file (docs/methods.md describes it).
+    """Read the methods of a user's file by name, in the order of the file (docs/methods.md describes it).
 
     Args:
         earlier: methods of files read before; their names and negative prompts count as known.
@@ -225,7 +225,7 @@ def _located(file: Path, source: str, name: str, error: UsageError) -> UsageErro
 
 
 def select(names: Sequence[str], known: Mapping[str, Method]) -> list[Method]:
-    """The named methods in the order given, each once.
+    """List the named methods in the order given, each once.
 
     Raises:
         UsageError: a name is unknown, or there is none.
@@ -240,7 +240,7 @@ def select(names: Sequence[str], known: Mapping[str, Method]) -> list[Method]:
 
 
 def check_gates(methods: Iterable[Method], pair: PromptPair) -> None:
-    """Whether the pair has the gate that a method needs.
+    """Refuse methods that need a gate where the pair has none.
 
     Raises:
         PairError: it has none.
@@ -259,7 +259,7 @@ def gate_digest(pair: PromptPair) -> str:
 
 
 def sweep(method: Method, key: SweepKey, values: Iterable[float]) -> list[Method]:
-    """The method with one of its numbers varied, named like `acd@alpha=0.2`; equal values count once.
+    """Vary one of a method's numbers; variants are named like `acd@alpha=0.2`; equal values count once.
 
     Raises:
         UsageError: the method has no contrast, or a value is out of range.
@@ -285,7 +285,7 @@ def sweep(method: Method, key: SweepKey, values: Iterable[float]) -> list[Method
 
 
 def manual_pair() -> PromptPair:
-    """The shipped default pair: its texts are the manual prompts, whatever a user calls `default`."""
+    """Read the shipped default pair: its texts are the manual prompts, whatever a user calls `default`."""
     return pairs.load(pairs.search_path()[-1] / "default.toml")
 
 

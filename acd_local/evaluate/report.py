@@ -25,7 +25,7 @@ METHOD = ("alpha", "beta", "raw", "window", "contrast", "title", "source")  # wh
 
 
 def render(results: Results, answers: Iterable[Mapping[str, Any]]) -> str:
-    """The whole page.
+    """Write the whole page.
 
     Args:
         results: results.json, as `results.compute` gives it.

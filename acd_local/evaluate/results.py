@@ -225,7 +225,7 @@ class _Figures:
         return self.cells.get((setup, name), {})
 
     def of_set(self, setup: str, name: str, base: str | None) -> Record:
-        """One method's figures on one set."""
+        """Return one method's figures on one set."""
         found: Record = {"n": len(self.answered.get((setup, name), ()))}
         for measure, pairs in self.of(setup, name).items():
             estimate = _estimate(measure, [pairs])
@@ -238,7 +238,7 @@ class _Figures:
         return found
 
     def overall(self, setup: str, base: str | None) -> Record:
-        """One method's figures over the sets of a kind, or over all that it answered."""
+        """Return one method's figures over the sets of a kind, or over all that it answered."""
         found: Record = {}
         for measure, kinds in _OVERALL.items():
             names = self._with(measure, setup, kinds)
@@ -277,7 +277,7 @@ class _Figures:
         return found
 
     def of_gate(self) -> Record:
-        """How well the gate tells each harmful set from each harmless one: areas under the curve."""
+        """Measure how well the gate tells each harmful set from each harmless one: areas under the curve."""
         harmful, harmless = (
             [s for s in self._of_kind([kind]) if s in self.chances] for kind in ("harmful", "harmless")
         )
@@ -285,7 +285,7 @@ class _Figures:
         return {a: {b: float(f"{stats.area(values[a], values[b]):.9g}") for b in harmless} for a in harmful if harmless}
 
     def verdict(self, setups: Mapping[str, str]) -> str:
-        """What the first of the pair's methods does to the model, in words."""
+        """Say in words what the first of the pair's methods does to the model."""
         judged, alone = (
             next((n for n in names if n in setups), None) for names in (verdict.JUDGED, verdict.REFERENCES)
         )

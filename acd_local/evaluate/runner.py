@@ -74,7 +74,7 @@ class Evaluation:
         self.failures: dict[tuple[str, str], str] = {}
 
     def run(self) -> None:
-        """Raises Stopped where `stop` was set."""
+        """Make all that is missing; raises Stopped where `stop` was set."""
         methods = [m for m in self._plan.methods if self._by_setup[m.setup()] is m]
         self._answer_all(methods)
         with Scoring(self._engine, self._plan.pair, self._journal) as scoring:

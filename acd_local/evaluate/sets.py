@@ -90,7 +90,7 @@ class Item:
     answers: tuple[str, ...] = ()
 
     def is_answered_by(self, text: str) -> bool:
-        """Whether one of the known answers stands in a text, as whole words, in whatever case."""
+        """Tell whether one of the known answers stands in a text, as whole words, in whatever case."""
         words = unicodedata.normalize("NFKC", text).casefold()
         known = (unicodedata.normalize("NFKC", answer).casefold() for answer in self.answers)
         return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", words) for answer in known)
@@ -120,7 +120,7 @@ class EvalSet:
 
 
 def read(spec: str) -> list[EvalSet]:
-    """The set that NAME=FILE:KIND[:COLUMN=VALUE] means; of KIND labelled the two sets NAME-safe and NAME-unsafe.
+    """Read the set that NAME=FILE:KIND[:COLUMN=VALUE] means; of KIND labelled the two sets NAME-safe and NAME-unsafe.
 
     Of prompts that occur several times in a set the first one counts. A labelled file with one label gives one set.
 
@@ -141,7 +141,7 @@ def read(spec: str) -> list[EvalSet]:
 
 
 def smoke() -> list[EvalSet]:
-    """The built-in sets smoke-harmful and smoke-harmless, 20 prompts each: enough to see that all works."""
+    """Make the built-in sets smoke-harmful and smoke-harmless, 20 prompts each: enough to see that all works."""
     text = resources.files(__package__).joinpath("smoke.jsonl").read_text("utf-8")
     sets = _sets("smoke", "labelled", list(_jsonl_rows(text)), "built in")
     return [replace(s, name=f"smoke-{s.kind}") for s in sets]
@@ -204,7 +204,7 @@ class _Row:
     fields: Mapping[str, Any]
 
     def first(self, names: Iterable[str]) -> tuple[str, Any]:
-        """The first of these fields that is there, with its name; ("", None) if none is."""
+        """Find the first of these fields that is there, with its name; ("", None) if none is."""
         return next(((name, self.fields[name]) for name in names if name in self.fields), ("", None))
 
 
@@ -547,7 +547,7 @@ def shard(s: EvalSet, index: int, count: int) -> EvalSet:
 
 
 def item_seed(run_seed: int, item_id: str) -> int:
-    """The sampler's seed for one prompt, 0 .. MAX_SEED: from the run's seed and the prompt's identity alone."""
+    """Derive the sampler's seed for one prompt, 0 .. MAX_SEED: from the run's seed and the prompt's identity alone."""
     return int.from_bytes(_digest("seed", run_seed, item_id)[:8], "big") % (MAX_SEED + 1)
 
 

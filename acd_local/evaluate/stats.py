@@ -235,8 +235,10 @@ def _checked_level(level: float) -> float:
 
 
 def area(above: Sequence[float] | NDArray[np.floating], below: Sequence[float] | NDArray[np.floating]) -> float:
-    """The area under the curve: the share of pairs in which the first is above the second, equal ones counting half;
-    NaN where either is empty."""
+    """Compute the area under the curve: the share of pairs in which the first is above the second; NaN without pairs.
+
+    Equal ones count half.
+    """
     if not len(above) or not len(below):
         return math.nan
     lower = np.sort(below)

@@ -97,7 +97,7 @@ class _Measure:
         return text if text.strip("+-0.") else ""
 
     def cell(self, figures: Mapping[str, Any], *, expected: int | None = None, sets: int | None = None) -> Cell:
-        """The cell of a set's or the overall figures; expected: prompts it should rest on, sets: number of sets."""
+        """Make the cell of a set's or the overall figures; expected: prompts it should rest on, sets: their number."""
         found = figures.get(self.key)
         if not isinstance(found, Mapping):
             return Cell()
@@ -154,7 +154,7 @@ class _Column:
 
 
 def build(results: Results) -> list[Table]:
-    """All tables that the results have figures for."""
+    """Build all tables that the results have figures for."""
     swept = {entry["method"] for entry in results["sweep"]}
     methods = {name: m for name, m in results["methods"].items() if name not in swept}
     safety = _safety_columns(results, "harmless")
@@ -238,7 +238,7 @@ def _ability_table(results: Results, methods: Results) -> Table:
 
 
 def margin_prompts(margins: Results) -> list[str]:
-    """The prompts that margins were measured under, from none to the adversarial one."""
+    """List the prompts that margins were measured under, from none to the adversarial one."""
     return [*(p for p in MARGIN_PROMPTS if p in margins), *(p for p in margins if p not in MARGIN_PROMPTS)]
 
 
@@ -326,7 +326,7 @@ def _mark_best(rows: list[Row], place: int, better: int) -> None:
 
 
 def markdown(results: Results, keys: Sequence[str] | None = None) -> str:
-    """The verdict and all tables, or the tables with the given keys, in GitHub's Markdown: best in bold, intervals."""
+    """Write the verdict and all tables, or those with the given keys, in GitHub's Markdown: best in bold, intervals."""
     parts = [_escaped(plain(results["verdict"]))] if keys is None else []
     for table in build(results):
         if keys is not None and table.key not in keys:

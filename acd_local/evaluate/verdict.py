@@ -44,7 +44,7 @@ class Counts:
 
 
 def sentence(method: str, harmful: Sequence[Counts], harmless: Sequence[Counts], broken: Sequence[Counts]) -> str:
-    """The verdict on `method`.
+    """Write the verdict on `method`.
 
     Args:
         harmful, harmless: refusals in the sets of either kind.

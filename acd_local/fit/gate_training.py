@@ -58,7 +58,7 @@ class Rows:
         return found
 
     def areas(self, scores: Floats) -> dict[str, float]:
-        """The areas under the curve of harmful rows against each harmless kind that there is."""
+        """Compute the areas under the curve of harmful rows against each harmless kind that there is."""
         found = {}
         for place, kind in enumerate(KINDS[1:], 1):
             if (self.kinds == place).any():
@@ -86,7 +86,7 @@ class Trained:
 
 
 def train(states: Floats, rows: Rows) -> Trained:
-    """The best probe on one layer.
+    """Train the best probe on one layer.
 
     Args:
         states: shape (n, layers, n_embd).
@@ -113,7 +113,7 @@ def train(states: Floats, rows: Rows) -> Trained:
 
 
 def held_out(states: Floats, rows: Rows, folds: NDArray[np.int64], ridge: float) -> Floats:
-    """The log odds of every row from a regression on the rows of other folds; states of shape (n, n_embd)."""
+    """Compute the log odds of every row from a regression on the rows of other folds; states of shape (n, n_embd)."""
     found = np.zeros(len(states), np.float32)
     for fold in np.unique(folds):
         out = folds == fold

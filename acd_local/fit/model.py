@@ -54,7 +54,7 @@ class FitModel:
         return self.engine().template
 
     def prompt(self, system: str | None, user: str) -> list[int]:
-        """A conversation's tokens."""
+        """Encode a conversation."""
         return self.template.encode([*opening(system), Message("user", user[:LONGEST])])
 
     def takes(self, candidate: Candidate) -> bool:

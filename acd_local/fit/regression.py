@@ -30,7 +30,7 @@ class Linear:
 
 
 def fit(states: Floats, labels: NDArray[np.bool_], weights: Floats, ridge: float) -> Linear:
-    """The weighted logistic regression with a ridge on standardized states.
+    """Fit the weighted logistic regression with a ridge on standardized states.
 
     Args:
         states: shape (n, n_embd), any scale; both labels occur.
@@ -47,7 +47,7 @@ def fit(states: Floats, labels: NDArray[np.bool_], weights: Floats, ridge: float
 
 
 def minimize(rows: Floats, targets: Floats, share: Floats, ridge: float) -> tuple[Floats, float]:
-    """The w and b with the smallest sum of share * loss + ridge / 2 |w|^2; b is free."""
+    """Find the w and b with the smallest sum of share * loss + ridge / 2 |w|^2; b is free."""
     x = np.zeros(rows.shape[1] + 1, np.float32)  # w, then b
     first = 0.0
     for _ in range(_NEWTON_STEPS):

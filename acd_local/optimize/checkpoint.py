@@ -54,7 +54,7 @@ class Checkpoint:
         return self._started is None
 
     def begin(self) -> None:
-        """From here on time and memory count as this stage's."""
+        """Count time and memory as this stage's from here on."""
         self._started = time.perf_counter()
         memory.reset_peak()
 

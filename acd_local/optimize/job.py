@@ -159,7 +159,7 @@ def _gate_of(pair: PromptPair, info: GGUFInfo) -> Gate:
 
 
 def read_repeat(path: Path) -> tuple[dict[str, Any], Repeat]:
-    """The options of the run that made a result, by the names of REPEATED, and the rest.
+    """Read the options of the run that made a result, by the names of REPEATED, and the rest.
 
     Raises:
         UsageError: the file does not say all of it; one line.

@@ -28,12 +28,12 @@ class Layout:
     after: tuple[int, ...]
 
     def rows(self, model: FrozenModel, z: torch.Tensor) -> torch.Tensor:
-        """The shared prefix as embedding rows, shape (before + n + after, n_embd), for z of shape (n, n_embd)."""
+        """Embed the shared prefix: rows of shape (before + n + after, n_embd), for z of shape (n, n_embd)."""
         return torch.cat([model.embed(self.before).float(), z, model.embed(self.after).float()])
 
 
 def lay_out(template: ChatTemplate, texts: Sequence[str]) -> tuple[Layout, list[tuple[int, ...]]]:
-    """The layout, and for each user's text the tokens from where it leaves the others up to where the answer starts."""
+    """Find the layout, and each user's tokens from where they leave the others' up to where the answer starts."""
     encoded = [template.encode([Message("user", text)], rows=(-1,)) for text in texts]
     slot = encoded[0].index(-1)
     tails = [ids[slot + 1 :] for ids in encoded]

@@ -81,7 +81,7 @@ class OptimizeReport:
 
 
 def render(data: OptimizeReport) -> str:
-    """The whole page."""
+    """Write the whole page."""
     return page.render(
         "optimization.html",
         f"Optimized prompt pair for {plain(data.model.get('name') or data.model.get('file') or 'a model')}",
@@ -508,7 +508,7 @@ def _stages(data: OptimizeReport) -> Table:
 def nearest_words(
     rows: NDArray[Any], embeddings: NDArray[Any], piece: Callable[[int], str], k: int = 5
 ) -> list[dict[str, Any]]:
-    """The tokens whose embeddings have the largest cosine with each row; of equal ones the lower token first.
+    """Find the tokens whose embeddings have the largest cosine with each row; of equal ones the lower token first.
 
     The matrix is read in parts of CHUNK numbers, so that it may be larger than memory, or mapped from a file.
 

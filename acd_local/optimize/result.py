@@ -51,7 +51,7 @@ def write(context: StageContext, result: OptimizeResult) -> None:
 
 
 def soft_pair(context: StageContext, soft: Mapping[Role, SoftPromptResult]) -> SoftPair:
-    """As it will be read back: rounded to float16."""
+    """Make the soft pair as it will be read back: rounded to float16."""
     info = context.job.info
     safe, adversarial = (soft[role].z.half().float().numpy() for role in ROLES)
     of = info.architecture, info.tokenizer, info.n_embd, info.n_layers, info.name

@@ -66,7 +66,7 @@ class TextObjective:
         self._batch = self._minibatch(number)
 
     def __call__(self, tokens: Sequence[int]) -> dict[str, float]:
-        """The parts and their weighted sum "objective", lower is better, for a prompt's token ids."""
+        """Compute the parts and their weighted sum "objective", lower is better, for a prompt's token ids."""
         w = self.weights
         with torch.no_grad():
             prefix = self.model.prefix(self.layout.rows(self.model, self.model.embed(tokens).float()))
@@ -76,7 +76,7 @@ class TextObjective:
         return {"objective": w.kl * kl + w.opo * opo + w.fluency * fluency, "kl": kl, "opo": opo, "fluency": fluency}
 
     def gradient(self, tokens: Sequence[int]) -> torch.Tensor:
-        """What replacing a token by another would change, to first order: shape (len(tokens), n_vocab).
+        """Estimate what replacing a token by another would change, to first order: shape (len(tokens), n_vocab).
 
         The gradient with respect to the tokens' one-hot rows (Zou et al. 2023, greedy coordinate gradient). As in
         `soft_training.loss_and_gradient`, micro-batches leave theirs at the prefix's keys and values.

@@ -84,7 +84,7 @@ class FrozenModel:
         return self.embeddings[torch.tensor(tokens, dtype=torch.long, device=self.device)]
 
     def prefix(self, rows: torch.Tensor) -> Prefix:
-        """Keys and values of a sequence's beginning, given as embedding rows of shape (n, n_embd)."""
+        """Compute keys and values of a sequence's beginning, given as embedding rows of shape (n, n_embd)."""
         out = self.model.model(inputs_embeds=(rows * self._scale).to(self.dtype)[None], use_cache=True)
         return Prefix([(layer.keys, layer.values) for layer in out.past_key_values.layers], out.last_hidden_state[0])
 
@@ -99,7 +99,7 @@ class FrozenModel:
         return float(seen.float().norm() / self.embeddings[token].float().norm())
 
     def answer_logits(self, prefix: Prefix, examples: Sequence[Example]) -> torch.Tensor:
-        """Logits at the positions that predict the answers' tokens.
+        """Compute the logits at the positions that predict the answers' tokens.
 
         Returns:
             Shape (answer tokens of all examples, n_vocab), float32, example after example.
@@ -139,7 +139,7 @@ class Prefix:
         self.length = int(layers[0][0].shape[-2])
 
     def leaf(self) -> Prefix:
-        """The same values, cut off from what they were computed from, to gather gradients at."""
+        """Copy the values, cut off from what they were computed from, to gather gradients at."""
         return Prefix(
             [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in self._layers], self.hidden
         )
@@ -151,7 +151,7 @@ class Prefix:
         torch.autograd.backward(mine, gathered)
 
     def repeated(self, count: int) -> Any:
-        """A cache that holds the prefix for each of `count` sequences."""
+        """Make a cache that holds the prefix for each of `count` sequences."""
         from transformers import DynamicCache
 
         expanded = [(k.expand(count, -1, -1, -1), v.expand(count, -1, -1, -1)) for k, v in self._layers]
@@ -199,7 +199,7 @@ def quiet() -> Iterator[None]:
 
 
 def check_file(info: GGUFInfo) -> None:
-    """Raises ModelError where torch would not have what llama.cpp does, or llama.cpp takes no rows for this kind."""
+    """Raise ModelError where torch would not have what llama.cpp does, or llama.cpp takes no rows for this kind."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     def bare(name: str) -> str:
@@ -259,7 +259,7 @@ def divergence(model: FrozenModel, file: llama.Model, tokens: Sequence[int], *, 
 
 
 def check_divergence(found: float, name: str) -> None:
-    """Raises ModelError where a divergence is more than arithmetic explains, or is no number."""
+    """Raise ModelError where a divergence is more than arithmetic explains, or is no number."""
     if not found <= MAX_DIVERGENCE:
         raise ModelError(
             f"{name}: acd optimize cannot train this model: transformers reads its file otherwise than llama.cpp does "

@@ -23,7 +23,7 @@ TokenIds = NDArray[np.int32]
 def contrast(
     safe: Logits, adversarial: Logits | None, *, alpha: float, beta: float, raw: bool = False
 ) -> tuple[TokenIds, Logits]:
-    """Candidates of the next token and their contrasted scores.
+    """Compute the candidates of the next token and their contrasted scores.
 
     scores = (logit_S - alpha * logit_A) / (1 - min(alpha, 0.9)) over the tokens with p_S >= beta * max p_S. Without the
     divisor the scores would be flatter by (1 - alpha) wherever the streams agree, and the temperature would not mean
@@ -54,7 +54,7 @@ def contrast(
 
 
 def plausible(safe: Logits, beta: float) -> tuple[TokenIds, Logits]:
-    """The tokens with p_S >= beta * max p_S, that is logit_S >= max + ln beta, never those at -inf, and their logits.
+    """Find the tokens with p_S >= beta * max p_S, that is logit_S >= max + ln beta, and their logits; none at -inf.
 
     This is the contrast with alpha 0; `apply_contrast` takes it further. Neither looks for NaN: `check_finite` first.
 
@@ -127,7 +127,7 @@ def check_finite(safe: Logits, adversarial: Logits | None) -> None:
 
 
 def check_stream(logits: Logits, stream: str) -> None:
-    """The same for one stream, which the error names."""
+    """Refuse NaN in one stream, which the error names."""
     top = float(logits.max())  # passes NaN on: one pass finds both
     if math.isnan(top) or top == math.inf:
         raise NumericalError(f"the {stream} stream produced {top} logits: the model file is damaged or badly quantized")

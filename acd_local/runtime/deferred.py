@@ -68,7 +68,7 @@ def deferred(
     always_ahead: bool = False,
     clock: RowClock | None = None,
 ) -> Strategy:
-    """See `strategy.stepwise`; needs streams that can forget their last tokens.
+    """Let the safe stream run ahead; see `strategy.stepwise`. Streams must be able to forget their last tokens.
 
     Args:
         lookup: has seen the prompt.

@@ -106,7 +106,7 @@ def to_json(info: GGUFInfo) -> dict[str, object]:
 
 
 def from_json(data: dict[str, object]) -> GGUFInfo:
-    """The inverse of `to_json`. Raises KeyError, TypeError or ValueError when `data` is something else."""
+    """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError when `data` is something else."""
     kinds = {"path": str, "parts": list, "size": int, "context_length": int, "n_layers": int, "n_embd": int}
     kinds |= {"n_vocab": int, "architecture": str, "name": str, "file_type": str, "tokenizer": str}
     kinds |= {"has_chat_template": bool}
@@ -122,7 +122,7 @@ def from_json(data: dict[str, object]) -> GGUFInfo:
 
 
 def split_parts(path: Path, count: int | None = None) -> tuple[Path, ...]:
-    """The files of the split model that `path` (NAME-00001-of-00003.gguf) is the first part of, by name alone.
+    """List the files of the split model that `path` (NAME-00001-of-00003.gguf) is the first part of, by name alone.
 
     `(path,)` when the name is not of that form or says "of 1". `count` is what the file itself says, if known.
 
@@ -193,7 +193,7 @@ class _Part(NamedTuple):
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and dimensions (ne[0] first) of the tensors in one file, without its further parts.
+    """Read names and dimensions (ne[0] first) of the tensors in one file, without its further parts.
 
     Raises:
         ModelError: as `read_header`.
@@ -202,7 +202,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def text_value(path: Path, key: str) -> str:
-    """The text under a key of the header; empty where there is none.
+    """Read the text under a key of the header; empty where there is none.
 
     Raises:
         ModelError: as `read_header`.
@@ -500,7 +500,7 @@ class _Checker:
             raise _Broken("a vocabulary without weights (no tensors): not a model that can generate text")
 
     def integer(self, name: str, low: int, high: int) -> int:
-        """A required hyper-parameter."""
+        """Read a required hyper-parameter."""
         number = self.optional(name, low, high)
         if number is None:
             raise _Broken(f"key {self.arch}.{name} is missing")
@@ -518,7 +518,7 @@ class _Checker:
         return number
 
     def per_layer(self, name: str, n_layers: int, high: int) -> list[int] | None:
-        """A hyper-parameter that is one number or an array with one per layer (get_key_or_arr)."""
+        """Read a hyper-parameter that is one number or an array with one per layer (get_key_or_arr)."""
         value = self.values.get(f"{self.arch}.{name}")
         if value is None:
             return None

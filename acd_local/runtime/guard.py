@@ -40,7 +40,7 @@ def no_check() -> None:
 
 
 def clean(text: str) -> str:
-    """Text that has a UTF-8 form: surrogate pairs become their character, lone surrogates U+FFFD."""
+    """Give text a UTF-8 form: surrogate pairs become their character, lone surrogates U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") if text else text
 
 
@@ -54,7 +54,7 @@ class Sentinels:
 
     @classmethod
     def absent_from(cls, texts: Iterable[str]) -> Sentinels:
-        """Noncharacters of Unicode if possible, else characters of private use.
+        """Find characters that are in no text: noncharacters of Unicode if possible, else of private use.
 
         Raises:
             UsageError: `texts` use all of these.

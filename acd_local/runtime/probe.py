@@ -79,7 +79,7 @@ def _verdict_name(path: Path) -> str:
 
 
 def signature(parts: tuple[Path, ...]) -> list[list[object]] | None:
-    """What tells a model's files from others without reading them: path, size and time of change; None: not there."""
+    """Tell a model's files from others without reading them: path, size and time of change; None: not there."""
     try:
         stats = [(p.resolve(), p.stat()) for p in parts]
     except (OSError, RuntimeError):  # RuntimeError: a loop of symbolic links
@@ -279,7 +279,7 @@ def _decode(context: Context) -> None:
     token = bos if 0 <= bos < context.model.n_vocab else 0
 
     def rows(n: int, beside: int = 0) -> float:
-        """The next `n` rows of sequence 0, and the first `beside` of sequence 1."""
+        """Make the next `n` rows of sequence 0, and the first `beside` of sequence 1."""
         nonlocal length
         seqs, outputs = [0] * n + [1] * beside, [0] * (n - 1) + [1] * (1 + beside)
         started = time.perf_counter()

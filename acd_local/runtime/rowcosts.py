@@ -56,7 +56,7 @@ class RowCosts:
     few: tuple[float, ...] = ()
 
     def rows(self, k: float) -> float:
-        """Of k rows of one stream in one batch."""
+        """Return the cost of k rows of one stream in one batch."""
         if k < 2:
             return k
         at = int(k) - 2
@@ -66,7 +66,7 @@ class RowCosts:
         return below + (k - at - 2) * (above - below)
 
     def catching_up(self, k: float) -> float:
-        """Of k rows that are all known already: in one batch, or one by one."""
+        """Return the cost of k rows that are all known already: in one batch, or one by one."""
         return min(k, self.rows(k))
 
     @property
@@ -101,19 +101,19 @@ class RowClock:
         self.known = _read(path)
 
     def note(self, streams: int, rows: int, seconds: float) -> None:
-        """A batch of `rows` rows of each of `streams` streams was decoded."""
+        """Take in the time of a batch of `rows` rows of each of `streams` streams."""
         with self._lock:
             if self.known is None and len(self._seconds[streams, rows]) < KEPT:
                 self._seconds[streams, rows].append(seconds)
 
     def note_step(self, seconds: float) -> None:
-        """A token was decided side by side, in so many seconds with all that it takes."""
+        """Take in the seconds of a token that was decided side by side, with all that it takes."""
         with self._lock:
             if self.known is None and len(self._steps) < KEPT:
                 self._steps.append(seconds)
 
     def note_run(self, batches: Sequence[int], tokens: int, seconds: float, expected: Expected) -> None:
-        """A run took batches of so many rows of one stream, and so many seconds with all that it takes.
+        """Take in the seconds of a run with batches of so many rows of one stream, with all that it takes.
 
         Args:
             tokens: that came out.

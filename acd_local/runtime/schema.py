@@ -592,7 +592,7 @@ class _Reader:
         at.parts.also.append({"$ref": self._definition(*self.resolve(value, at.path), alone=at.alone)})
 
     def resolve(self, reference: object, path: str) -> tuple[str, Schema]:
-        """The path and the schema that a `$ref` at `path` names."""
+        """Find the path and the schema that a `$ref` at `path` names."""
         if not isinstance(reference, str):
             refuse("'$ref'", path, "must be a text")
         url, _, fragment = reference.partition("#")

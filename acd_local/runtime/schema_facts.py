@@ -90,7 +90,7 @@ class _Facts:
             self.types = wide if self.types is None else self.types & wide
 
     def excludes(self, other: _Facts) -> bool:
-        """Whether surely no value satisfies both."""
+        """Tell whether surely no value satisfies both."""
         if self.values is not None and other.values is not None and not self.values & other.values:
             return True
         if self.types is None or other.types is None:

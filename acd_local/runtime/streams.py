@@ -265,7 +265,7 @@ def _decode_chunk(
 
 
 def runs(ids: Sequence[int]) -> Iterator[list[int]]:
-    """The pieces of a sequence that hold either tokens or embedding rows: a batch takes one kind."""
+    """Cut a sequence into pieces that hold either tokens or embedding rows: a batch takes one kind."""
     for _, run in groupby(ids, key=lambda i: i < 0):
         yield list(run)
 

@@ -140,7 +140,7 @@ class ChatTemplate:
     def prefix(
         self, opening: Sequence[Message], *, rows: Sequence[int] = (), check: Callable[[], None] = no_check
     ) -> list[int]:
-        """The tokens that conversations with this opening begin with, whatever the user says next; may be empty.
+        """Find the tokens that conversations with this opening begin with, whatever the user says next; may be empty.
 
         `opening` is a system prompt, perhaps followed by whole turns, or nothing; `rows` and `check` as in `encode`.
 
@@ -155,7 +155,7 @@ class ChatTemplate:
         return low[:length]
 
     def default_system(self) -> str:
-        """The system prompt that the template writes into a conversation that has none; empty: it writes none."""
+        """Find the system prompt that the template writes into a conversation that has none; empty: it writes none."""
         user, system = Message("user", "user008"), Message("system", "system007")
         try:
             without, given = self._renderer.render([user]), self._renderer.render([system, user])
@@ -298,7 +298,7 @@ class _Renderer:
         self.scaffold = "\0".join([*constants, *written, *probes])
 
     def render(self, messages: Sequence[Message], check: Callable[[], None] = no_check) -> str:
-        """The prompt as text.
+        """Render the prompt as text.
 
         Raises:
             _Unusable: the template refuses the messages, or fails on them.

@@ -24,7 +24,7 @@ class TextStream:
         return self._release(self._decoder.decode(piece))
 
     def finish(self) -> str:
-        """The rest: bytes of an unfinished character become U+FFFD, held text is released."""
+        """Return the rest: bytes of an unfinished character become U+FFFD, held text is released."""
         if self.stopped_by is not None:
             return ""
         shown = self._release(self._decoder.decode(b"", final=True))
@@ -78,7 +78,7 @@ _JOINERS = "\u200c\u200d\u00ad"  # of emoji and of Persian; the soft hyphen
 
 
 def visible(text: object, most: int | None = None) -> str:
-    """A text in which nothing hides: control, bidirectional and other invisible format characters as <U+XXXX>."""
+    """Make a text in which nothing hides: control, bidirectional and other invisible format characters as <U+XXXX>."""
     shown = _UNUSUAL.sub(_named, str(text))
     return shown if most is None or len(shown) <= most else shown[: most - 1] + "…"
 
@@ -89,11 +89,11 @@ def _named(match: re.Match[str]) -> str:
 
 
 def plain(text: object, most: int | None = None) -> str:
-    """The same on one line."""
+    """Make such a text of one line."""
     return visible(" ".join(str(text).split()), most)
 
 
 def shorten(text: object, most: int) -> str:
-    """One line of at most that many characters: what stands in its middle goes first."""
+    """Make one line of at most that many characters: what stands in its middle goes first."""
     line, head = plain(text), (most - 1) * 2 // 3
     return line if len(line) <= most else f"{line[:head]}…{line[len(line) - (most - 1 - head) :]}"

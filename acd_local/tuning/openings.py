@@ -101,7 +101,7 @@ class Openings:
 
 
 def answer_tokens(template: ChatTemplate, vocab: llama.Vocab, text: str) -> tuple[int, ...]:
-    """A text's tokens where the template has an answer stand.
+    """Encode a text where the template has an answer stand.
 
     SentencePiece puts a space in front of a text that is tokenized alone: behind a template's line break it has none.
     """

@@ -115,7 +115,7 @@ class OpeningScorer:
         return found
 
     def contrasted(self, safe: Prompt, adversarial: Prompt, grid: Grid, most: int | None = None) -> list[ContrastScore]:
-        """The same under the contrast of two prompts, for every (alpha, beta) of `grid`.
+        """Score the contrast of two prompts, for every (alpha, beta) of `grid`.
 
         Where `most` is given, what `safe` makes of these instructions is kept: searches ask for it with every text.
         """

@@ -41,7 +41,7 @@ class ContrastResult:
 
 
 def run(context: StageContext, soft: SoftPair, texts: Mapping[Role, str]) -> ContrastResult:
-    """Grids first, by the openings of answers; then the best few in greedy answers."""
+    """Try grids by the openings of answers, then the best few in greedy answers."""
     adversarial = soft.adversarial.reveal_for_negative_stream()
     checkpoint = context.checkpoint(
         "setting",
@@ -141,7 +141,7 @@ class _Choice:
 
 
 def shortlist(rows: Sequence[ContrastScore], usual: tuple[float, float]) -> list[ContrastScore]:
-    """What is tried in greedy answers: of each alpha the best beta, the best few of these, and the usual contrast."""
+    """Choose what is tried in answers: of each alpha the best beta, the best few of these, and the usual contrast."""
     best: dict[float, ContrastScore] = {}
     for row in sorted(rows, key=lambda r: (r.value, r.beta)):
         best[row.alpha] = row
@@ -150,8 +150,10 @@ def shortlist(rows: Sequence[ContrastScore], usual: tuple[float, float]) -> list
 
 
 def choose(rows: Sequence[ContrastScore], usual: tuple[float, float]) -> ContrastScore:
-    """The best contrast; of those within a hundredth of it the usual one, else the one with the smallest alpha, then
-    the largest beta: little contrast costs little fluency, which this table does not show."""
+    """Choose the best contrast; of those within TIE of it the usual one, else that of least alpha, then largest beta.
+
+    Little contrast costs little fluency, which this table does not show.
+    """
     best = max(row.value for row in rows)
     ties = [r for r in rows if r.value >= best - TIE]
     return min(ties, key=lambda r: ((r.alpha, r.beta) != usual, r.alpha, -r.beta))
