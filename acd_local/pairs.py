@@ -50,6 +50,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from acd_local import files
 from acd_local.errors import PairError, UsageError, printable, shown
 from acd_local.options import MAX_FLOAT
+from acd_local.runtime.text import refused_character
 
 if TYPE_CHECKING:
     from acd_local.runtime.gguf_header import GGUFInfo
@@ -72,7 +73,6 @@ _GATE_KEYS = ("threshold", "helpful", "low", "look", "answer_threshold")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>")
-_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder what a reviewer sees
 
 
 # --- The pair ---------------------------------------------------------------------------------------------------------
@@ -244,10 +244,9 @@ class _Fault(Exception):
 
 def _checked_text(key: str, value: object) -> str:
     if not isinstance(value, str):
-        raise _Fault(key, f"must be a string, not {_kind(value)}")
-    for character in value:
-        if (unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t") or character in _BIDI:
-            raise _Fault(key, f"holds the control character U+{ord(character):04X}: remove it")
+        raise _Fault(key, f"must be a string, not {toml_kind(value)}")
+    if character := refused_character(value):
+        raise _Fault(key, f"holds the control character {character}: remove it")
     text = value.strip()
     if not text:
         raise _Fault(key, "is empty: write the prompt's text")
@@ -263,7 +262,7 @@ def _checked_texts(safe: object, adversarial: object) -> tuple[str, str]:
 
 def _checked_name(value: object) -> str:
     if not isinstance(value, str):
-        raise _Fault("name", f"must be a string, not {_kind(value)}")
+        raise _Fault("name", f"must be a string, not {toml_kind(value)}")
     if not _NAME.fullmatch(value):
         start = shown(value, 80)
         raise _Fault("name", f"{start!r} is no pair name: up to 64 of A-Z a-z 0-9 . _ -, letter or digit first")
@@ -276,7 +275,7 @@ def _checked_number(key: str, value: object, most: float) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _Fault(key, f"must be a number, not {_kind(value)}")
+        raise _Fault(key, f"must be a number, not {toml_kind(value)}")
     if not 0 <= value <= most:
         allowed = "finite and >= 0" if most == MAX_FLOAT else f"in [0, {most:g}]"
         given = value if isinstance(value, float) or abs(value) < 10**9 else "this number"
@@ -292,7 +291,7 @@ def _checked_models(found: object) -> ModelMatch:
         raise _Fault("models.tokenizer", "must be a SHA-256 as 64 hex digits: the tokenizer fingerprint of a GGUF file")
     names = value.get("names", [])
     if not isinstance(names, list):
-        raise _Fault("models.names", f"must be an array of strings, not {_kind(names)}")
+        raise _Fault("models.names", f"must be an array of strings, not {toml_kind(names)}")
     return ModelMatch(
         match.get("architecture", ""),
         tokenizer,
@@ -303,7 +302,7 @@ def _checked_models(found: object) -> ModelMatch:
 
 def _checked_shots(value: object) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, list):
-        raise _Fault("shots", f"must be an array of tables, not {_kind(value)}")
+        raise _Fault("shots", f"must be an array of tables, not {toml_kind(value)}")
     shots = []
     for number, shot in enumerate(value):
         try:
@@ -323,7 +322,7 @@ def _checked_soft(value: object) -> dict[str, Any]:
     alpha, beta = (_checked_number(f"soft.{k}", table.get(k), m) for k, m in (("alpha", MAX_FLOAT), ("beta", 1.0)))
     preferred = table.get("preferred", False)
     if not isinstance(preferred, bool):
-        raise _Fault("soft.preferred", f"must be true or false, not {_kind(preferred)}")
+        raise _Fault("soft.preferred", f"must be true or false, not {toml_kind(preferred)}")
     return {"soft_alpha": alpha, "soft_beta": beta, "soft_preferred": preferred}
 
 
@@ -345,7 +344,7 @@ def _checked_gate(value: object) -> GateSettings:
 
 def _checked_table(key: str, value: object, known: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise _Fault(key, f"must be a table, not {_kind(value)}")
+        raise _Fault(key, f"must be a table, not {toml_kind(value)}")
     for name in value:
         if name not in known:
             raise _Fault(f"{key}.{name}", f"unknown field; [{key}] knows {', '.join(known)}")
@@ -364,8 +363,8 @@ def _checked_sha256(value: object) -> str:
     return value
 
 
-def _kind(value: object) -> str:
-    """The TOML name of a value's type."""
+def toml_kind(value: object) -> str:
+    """Name a value's type as TOML does."""
     kinds = {bool: "a boolean", int: "an integer", float: "a float", str: "a string", list: "an array", dict: "a table"}
     return kinds.get(type(value), "a date or time" if hasattr(value, "isoformat") else type(value).__name__)
 
@@ -446,7 +445,7 @@ def _build(table: dict[str, Any], path: Path) -> PromptPair:
         raise _Fault("name", f"is {table['name']!r}, but the file is called {printable(path.name)!r}: make them agree")
     for key in ("provenance", "figures"):
         if not isinstance(table.get(key, {}), dict):
-            raise _Fault(key, f"must be a table, not {_kind(table[key])}")
+            raise _Fault(key, f"must be a table, not {toml_kind(table[key])}")
     safe, adversarial = _checked_texts(table["safe"], table["adversarial"])
     return PromptPair(
         name=table["name"],

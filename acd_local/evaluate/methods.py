@@ -15,7 +15,6 @@ import json
 import os
 import re
 import tomllib
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,10 @@ from acd_local.errors import PairError, UsageError, printable, shown
 from acd_local.files import read_text
 from acd_local.generation import resolve_contrast
 from acd_local.options import Options
-from acd_local.pairs import AdversarialText, PromptPair, refuse_adversarial
+from acd_local.pairs import AdversarialText, PromptPair, refuse_adversarial, toml_kind
 from acd_local.runtime.choice import ContrastSettings
-from acd_local.runtime.prompts import Negative, Positive, PromptSetup
+from acd_local.runtime.prompts import Negative, Positive, PromptSetup, identity
+from acd_local.runtime.text import refused_character
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 
 SweepKey: TypeAlias = Literal["alpha", "beta", "window"]
@@ -47,7 +47,6 @@ _KEYS = (
     *("title", "source", "positive", "positive_text", "negative", "negative_text"),
     *("user", "shots", "alpha", "beta", "raw", "window", "gate"),
 )
-_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder what a reviewer sees
 
 
 # --- The method -------------------------------------------------------------------------------------------------------
@@ -58,7 +57,7 @@ class Method:
     """One way to answer.
 
     The positive stream sees the system prompt `positive`, the demonstrations `shots` and the user's turn; the negative
-    stream the system prompt `negative` and the user's turn. Both see the same turn, `user_turn(prompt)`.
+    stream the system prompt `negative` and the user's turn. Both see the same turn.
 
     Attributes:
         name: what `--methods` calls it.
@@ -123,10 +122,6 @@ class Method:
         """Whether a soft prompt stands in either stream."""
         return isinstance(self.positive, SoftPrompt) or isinstance(self.negative, SoftPrompt | AdversarialRows)
 
-    def user_turn(self, prompt: str) -> str:
-        """Write what the user says in both streams."""
-        return self.user.replace(_SLOT, prompt)
-
     def prompt_setup(self) -> PromptSetup:
         """Return the texts as the runtime takes them."""
         return PromptSetup(self.positive, self.negative, self.user, self.shots)
@@ -137,19 +132,12 @@ class Method:
 
     def setup(self) -> str:
         """16 hex digits over all that changes an answer: two methods with the same setup share their answers."""
-        what: list[object] = [_identity(self.positive), self.user, self.shots]
+        what: list[object] = [identity(self.positive), self.user, self.shots]
         if self.contrast:
-            what += [_identity(self.negative), self.alpha, self.beta, self.raw, self.window]
+            what += [identity(self.negative), self.alpha, self.beta, self.raw, self.window]
         if self.gate:
             what.append("gate")
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-
-
-def _identity(prompt: Negative) -> object:
-    """What tells a prompt from others: a text itself, the digest of rows."""
-    if isinstance(prompt, SoftPrompt | AdversarialRows):
-        return {"rows": prompt.digest}
-    return prompt.reveal_for_negative_stream() if isinstance(prompt, AdversarialText) else prompt
 
 
 def _positive_texts(method: Method) -> list[tuple[str, str]]:
@@ -302,7 +290,7 @@ def _with_counterpart(
 def _build(name: str, table: object, pair: PromptPair, manual: PromptPair, soft: SoftPair | None) -> Method:
     """One [methods.NAME] table as a method, `soft` for sp and ap where given; UsageErrors say field and fault."""
     if not isinstance(table, dict):
-        raise UsageError(f"must be a table [methods.{name}], not {_kind(table)}")
+        raise UsageError(f"must be a table [methods.{name}], not {toml_kind(table)}")
     for key in table:
         if key not in _KEYS:
             raise UsageError(f"{key}: unknown field; a method has {', '.join(_KEYS)}")
@@ -357,7 +345,7 @@ def _numbers(table: Mapping[str, Any], pair: PromptPair, soft: bool) -> dict[str
     given = {key: table[key] for key in ("alpha", "beta", "raw", "window") if key in table}
     for key in given.keys() & {"alpha", "beta"}:
         if isinstance(given[key], bool) or not isinstance(given[key], int | float):
-            raise UsageError(f"{key}: must be a number, not {_kind(given[key])}")
+            raise UsageError(f"{key}: must be a number, not {toml_kind(given[key])}")
     _flag("raw", given.get("raw", False))
     if not _has_negative(table):
         if given:
@@ -371,7 +359,7 @@ def _numbers(table: Mapping[str, Any], pair: PromptPair, soft: bool) -> dict[str
 
 def _shots(value: object) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, list):
-        raise UsageError(f"shots: must be an array of [user, assistant] arrays, not {_kind(value)}")
+        raise UsageError(f"shots: must be an array of [user, assistant] arrays, not {toml_kind(value)}")
     for shot in value:
         if not isinstance(shot, list) or len(shot) != 2:
             raise UsageError("shots: each must be an array of two strings, [user, assistant]")
@@ -409,10 +397,9 @@ def _refuse_positive(method: Method, forbidden: Iterable[tuple[str, PromptPair]]
 
 def _text(key: str, value: object) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"{key}: must be a string, not {_kind(value)}")
-    for character in value:
-        if (unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t") or character in _BIDI:
-            raise UsageError(f"{key}: holds the control character U+{ord(character):04X}: remove it")
+        raise UsageError(f"{key}: must be a string, not {toml_kind(value)}")
+    if character := refused_character(value):
+        raise UsageError(f"{key}: holds the control character {character}: remove it")
     if not value.strip():
         raise UsageError(f"{key}: is empty: write a text, or leave it out")
     return value
@@ -420,7 +407,7 @@ def _text(key: str, value: object) -> str:
 
 def _flag(key: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise UsageError(f"{key}: must be true or false, not {_kind(value)}")
+        raise UsageError(f"{key}: must be true or false, not {toml_kind(value)}")
     return value
 
 
@@ -433,7 +420,7 @@ def _line(table: Mapping[str, Any], key: str, default: str) -> str:
 
 def _choice(key: str, value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"{key}: must be a string, not {_kind(value)}")
+        raise UsageError(f"{key}: must be a string, not {toml_kind(value)}")
     if value not in choices:
         raise UsageError(f"{key}: {value[:40]!r} is no prompt: choose {_listed(choices)}, or give {key}_text")
     return value
@@ -441,12 +428,6 @@ def _choice(key: str, value: object, choices: Sequence[str]) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def _kind(value: object) -> str:
-    """The TOML name of a value's type."""
-    kinds = {bool: "a boolean", int: "an integer", float: "a float", str: "a string", list: "an array", dict: "a table"}
-    return kinds.get(type(value), "a date or time")
 
 
 # --- Reading a file ---------------------------------------------------------------------------------------------------

@@ -17,8 +17,7 @@ from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.progress import check_stop
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.prompts import PromptSetup
-from acd_local.softpair import AdversarialRows, SoftPrompt
+from acd_local.runtime.prompts import PromptSetup, identity
 from acd_local.tuning.anchors import KINDS
 from acd_local.tuning.cache import Measurements, key_of
 from acd_local.tuning.scoring import objective
@@ -57,11 +56,9 @@ class Style:
     @property
     def key(self) -> str:
         """Hex SHA-256 over all that decides its answers."""
-        positive, negative = self.setup.positive, self.setup.negative
-        if isinstance(negative, AdversarialText | AdversarialRows):
-            negative = negative.reveal_for_negative_stream()
+        texts = [identity(self.setup.positive), identity(self.setup.negative)]
         numbers = [self.alpha, self.beta, self.tokens]
-        return key_of({"texts": [_named(positive), _named(negative)], "shots": self.setup.shots, "numbers": numbers})
+        return key_of({"texts": texts, "shots": self.setup.shots, "numbers": numbers})
 
 
 @dataclass(frozen=True)
@@ -123,10 +120,6 @@ class Respondent:
 
 def _inputs(style: Style, prompt: str) -> dict[str, Any]:
     return {"style": style.key, "prompt": prompt, "matcher": refusal.VERSION}
-
-
-def _named(prompt: str | SoftPrompt | None) -> Any:
-    return {"rows": prompt.digest} if isinstance(prompt, SoftPrompt) else prompt
 
 
 # --- What became of them ----------------------------------------------------------------------------------------------

@@ -37,6 +37,13 @@ Positive: TypeAlias = SoftPrompt | str | None
 Negative: TypeAlias = AdversarialText | AdversarialRows | SoftPrompt | str | None
 
 
+def identity(prompt: Negative) -> object:
+    """Return what tells a prompt from others, as JSON can hold it: a text itself, the digest of rows."""
+    if isinstance(prompt, SoftPrompt | AdversarialRows):
+        return {"rows": prompt.digest}
+    return prompt.reveal_for_negative_stream() if isinstance(prompt, AdversarialText) else prompt
+
+
 @dataclass(frozen=True)
 class Preamble:
     """What precedes the conversation in one stream; `soft` stands at the beginning of the system message."""

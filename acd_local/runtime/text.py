@@ -57,6 +57,12 @@ def _overlap(text: str, stop: str) -> int:
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
+def refused_character(text: str) -> str | None:
+    """Find the first character that no prompt may hold: a control, one that reorders a line, half a surrogate pair."""
+    found = next((c for c in text if _UNSAFE.match(c) or unicodedata.category(c) == "Cs"), None)
+    return found and f"U+{ord(found):04X}"
+
+
 def disarm(text: str) -> str:
     """Make escape and control characters harmless for a terminal, and leave the others: ESC becomes U+241B and so on.
 
@@ -89,7 +95,7 @@ def _named(match: re.Match[str]) -> str:
 
 
 def plain(text: object, most: int | None = None) -> str:
-    """Make such a text of one line."""
+    """Make a text of one line in which nothing hides."""
     return visible(" ".join(str(text).split()), most)
 
 
