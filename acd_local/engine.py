@@ -130,12 +130,7 @@ class Engine:
                 threads=self.threads,
                 system_apart=system_apart,
                 figures=rowcosts.file_for(
-                    self.info.path,
-                    threads=self.threads,
-                    kv=kv_type,
-                    layout=layout,
-                    gpu=gpu_layers,
-                    offload=llama.supports_gpu_offload(),
+                    self.info.path, threads=self.threads, kv=kv_type, layout=layout, gpu=gpu_layers
                 ),
             )
         except BaseException:

@@ -302,7 +302,7 @@ def _info(
     sets: list[tuple[EvalSet, EvalSet, EvalSet]],
     judge: Judge | None,
 ) -> dict[str, Any]:
-    """run.json."""
+    """Put together what run.json says."""
     from acd_local.evaluate.methods import gate_digest
     from acd_local.evaluate.run_folder import FORMAT
     from acd_local.generation import resolve_contrast
@@ -313,41 +313,17 @@ def _info(
     options = ("temp", "max_tokens", "seed", "limit", "parallel", "ctx_size")
     return {
         "format": FORMAT,
-        "model": {
-            "name": model.name,
-            "file": model.path.name,
-            "architecture": model.architecture,
-            "file_type": model.file_type,
-            "size": model.size,
-            "tokenizer": model.tokenizer,
-        },
+        "model": {"file": model.path.name, **_fields(model, "name architecture file_type size tokenizer")},
         "pair": {"name": pair.name, "alpha": numbers.alpha, "beta": numbers.beta, **gate},
         "options": {key: given[key] for key in options} | {"threads": engine.threads},
         "methods": [
-            {
-                "name": m.name,
-                "title": m.title,
-                "source": m.source,
-                "setup": m.setup(),
-                "alpha": m.alpha,
-                "beta": m.beta,
-                "raw": m.raw,
-                "window": m.window,
-                "contrast": m.contrast,
-                **({"gate": True} if m.gate else {}),
-            }
+            _fields(m, "name title source alpha beta raw window contrast")
+            | {"setup": m.setup(), **({"gate": True} if m.gate else {})}
             for m in methods
         ],
         "sweep": sweep,
         "sets": [
-            {
-                "name": s.name,
-                "kind": s.kind,
-                "source": s.source,
-                "n": len(s.items),
-                "total": len(whole.items),
-                "digest": drawn.digest(),
-            }
+            _fields(s, "name kind source") | {"n": len(s.items), "total": len(whole.items), "digest": drawn.digest()}
             for s, drawn, whole in sets
         ],
         "judge": None if judge is None else judge.info.path.name,
@@ -357,6 +333,10 @@ def _info(
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["acd", "eval", *click.get_current_context().meta[ARGUMENTS]]),
     }
+
+
+def _fields(value: object, names: str) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in names.split()}
 
 
 def _slug(model: str) -> str:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from acd_local import files
-from acd_local.runtime import machine
+from acd_local.runtime import llama, machine
 
 SINGLES, BATCHES, RUNS = 12, 6, 24  # measurements that are enough
 USUAL = 64  # as how many tokens' runs the expectation counts beside those that were seen
@@ -169,7 +169,7 @@ def _line(costs: dict[int, float]) -> tuple[float, float]:
 def file_for(model: Path, **settings: object) -> Path:
     """Return where figures of a model under `settings` are kept below the cache folder, by machine and llama.cpp."""
     here = {"machine": machine.identity(), "extra_buffers": machine.extra_buffers(), "cpus": os.cpu_count()}
-    settings = {**settings, **here}
+    settings = {**settings, **here, "offload": llama.supports_gpu_offload()}
     with suppress(OSError):
         seen = model.stat()
         settings = {**settings, "size": seen.st_size, "changed": seen.st_mtime_ns}
