@@ -340,7 +340,7 @@ def _replace(path: Path, data: bytes, mode: int) -> None:
 
 
 def _sync(descriptor: int) -> None:
-    """A crash soon after could leave an empty file otherwise, and some file systems say only now that they are full."""
+    """Sync to the disk: a crash could leave an empty file, and some file systems say only now that they are full."""
     try:
         os.fsync(descriptor)
     except OSError as error:  # not every file system can
@@ -349,7 +349,7 @@ def _sync(descriptor: int) -> None:
 
 
 def _look(path: Path) -> tuple[os.stat_result | None, Path]:
-    """What is at a path, and the file that links lead to; a file that is there must be ours to write."""
+    """Look at a path, and at the file that links lead to; a file that is there must be ours to write."""
     try:
         old = path.stat()
     except FileNotFoundError:
@@ -360,7 +360,7 @@ def _look(path: Path) -> tuple[os.stat_result | None, Path]:
 
 
 def _draft(folder: Path, mode: int) -> tuple[int, Path]:
-    """A new file, open for writing; its short name fits wherever the target's does."""
+    """Open a new file for writing; its short name fits wherever the target's does."""
     path = folder / f".acd-{os.urandom(6).hex()}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     return os.open(path, flags, mode), path

@@ -54,7 +54,7 @@ class Gating:
 
 
 class Conversation(NamedTuple):
-    """What a request is read from: its turns, and the prompt that they make under the gating's base prompt setup."""
+    """A request's turns, and the prompt that they make under the gating's base prompt setup."""
 
     system: str | None
     turns: Sequence[Message]

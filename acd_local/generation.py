@@ -54,7 +54,7 @@ Steps: TypeAlias = Generator[StepEvent, list[Logits], None]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What is to be answered, and how: all that is known of an answer before it begins. `Engine.generate` makes it.
+    """All that is known of an answer before it begins; `Engine.generate` makes it.
 
     Attributes:
         turns: user and assistant messages. system: the application's system prompt.
@@ -83,7 +83,7 @@ class GenerationRequest:
 
 
 class Producer(Protocol):
-    """What makes an answer. It must not know its stream: dropping the stream is what stops it."""
+    """The maker of an answer. It must not know its stream: dropping the stream is what stops it."""
 
     result: Answer | None
 
@@ -178,7 +178,7 @@ class AnswerStream(BaseStream):
 
 
 class Answerer(Protocol):
-    """What answers conversations: an `Engine`, as chats, batches and checks see it."""
+    """An `Engine`, as chats, batches and checks see it."""
 
     info: GGUFInfo
     decoder: Decoder
@@ -512,7 +512,7 @@ class Generation:
         return piece
 
     def _used(self, prompt: Prompt) -> tuple[int, int]:
-        """Tokens of either stream: the prompt, and the answer but for its last token."""
+        """Count the tokens in either stream: the prompt, and the answer but for its last token."""
         n, contrast = len(self._records), self._contrast
         seen = n if contrast.window is None else min(n, contrast.begin + contrast.window)
         adversarial = 0 if prompt.adversarial is None else len(prompt.adversarial) + max(0, seen - 1)

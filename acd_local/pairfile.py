@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PairFile:
-    """What NAME.toml says; see `acd_local.pairs`. `None` in a table is left out."""
+    """The contents of NAME.toml; see `acd_local.pairs`. `None` in a table is left out."""
 
     name: str
     safe: str

@@ -119,7 +119,7 @@ Decision: TypeAlias = Literal["helpful", "as-is", "contrast"]
 
 @dataclass(frozen=True)
 class GateSettings:
-    """How a pair's gate decides who answers a request, by the chance of harm that it reads.
+    """The rules by which a pair's gate decides who answers a request, from the chance of harm that it reads.
 
     Attributes:
         threshold: from this chance on the pair is contrasted; below it the model answers as it is.
@@ -232,7 +232,7 @@ def refuse_adversarial(text: str, pair: PromptPair | None) -> None:
 
 
 class _Fault(Exception):
-    """What is wrong with one field; the caller adds the place.
+    """A fault of one field; the caller adds the place.
 
     `shot`: in which of the demonstrations it is, from 0.
     """
@@ -370,7 +370,7 @@ def toml_kind(value: object) -> str:
 
 
 def _fold(text: str) -> str:
-    """A text as it is compared: case, white space and compatibility forms do not count."""
+    """Fold what does not count when texts are compared: case, white space and compatibility forms."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -550,7 +550,7 @@ def scan() -> tuple[list[PromptPair], list[PairError]]:
 
 
 def _scan_in_order() -> tuple[list[PromptPair], list[PairError]]:
-    """What `scan` gives, along the search path."""
+    """Do what `scan` does, along the search path."""
     parsed, errors = _scan_unchecked()
     pairs: dict[str, PromptPair] = {}
     for pair in parsed:
@@ -621,7 +621,7 @@ def best_for(info: GGUFInfo) -> PromptPair | None:
 
 
 def _names_model(match: ModelMatch, info: GGUFInfo) -> bool:
-    """Names agree up to case and punctuation: "SmolLM2 135M Instruct" is "smollm2-135m-instruct"."""
+    """Compare names up to case and punctuation: "SmolLM2 135M Instruct" is "smollm2-135m-instruct"."""
 
     def bare(name: str) -> str:
         return "".join(filter(str.isalnum, _fold(name)))
@@ -630,7 +630,7 @@ def _names_model(match: ModelMatch, info: GGUFInfo) -> bool:
 
 
 def _scan_unchecked() -> tuple[list[PromptPair], list[PairError]]:
-    """Every parsable pair along the search path, shadowed ones included, and the errors of the others."""
+    """List every parsable pair along the search path, shadowed ones included, and the errors of the others."""
     pairs, errors = [], []
     for path in _files():
         try:

@@ -20,7 +20,7 @@ def check_stop(stop: CancelToken | None) -> None:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a phase is.
+    """A phase, and how far it is.
 
     Attributes:
         phase: its name.

@@ -49,7 +49,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was counted with a pair and without.
+    """The counts with a pair and without.
 
     Attributes:
         pair: the pair's name.
@@ -133,7 +133,7 @@ def kept(info: GGUFInfo, pair: PromptPair, *, soft: bool | None = None) -> Verdi
 
 
 def _verdict(pair: PromptPair, count: Callable[[Kind, bool], Counts], *, asked: bool) -> Verdict:
-    """Answers only what can change the outcome: nothing more where the model alone refuses all, say."""
+    """Answer only what can change the outcome: nothing more where the model alone refuses all, say."""
     alone = count("harmful", False)
     if not asked and alone.refused + GAIN > alone.n:
         return Verdict(pair.name, (alone, None), None)
@@ -186,7 +186,7 @@ class _Counting:
             raise LookupError from None
 
     def _name(self, kind: Kind, under: bool) -> str:
-        """One that holds for this file on this machine, these requests, and what stands around them."""
+        """Name counts for this file on this machine, these requests, and what stands around them."""
         pair, around = self._pair, None
         if under:
             texts = pair.safe, pair.adversarial.reveal_for_negative_stream()
@@ -205,7 +205,7 @@ class _Counting:
         return Counts(len(labels), labels.count("refusal"), labels.count("degenerate"))
 
     def _labels(self, engine: Answerer, prompts: Sequence[str], pair: PromptPair | str) -> Iterator[refusal.Label]:
-        """What every prompt's answer is, as they come; where there can be none, degenerate."""
+        """Label every prompt's answer, as they come; where there can be none, degenerate."""
         options = Options(temp=0.0, max_tokens=TOKENS)
         for prompt, answer in answer_all(engine, prompts, lambda p: engine.generate(p, options, pair=pair)):
             if not isinstance(answer, Answer | ContextError | NumericalError):

@@ -145,7 +145,7 @@ class SoftPair:
 
 
 class _Fitted(Protocol):
-    """What belongs to one model."""
+    """A part that belongs to one model."""
 
     @property
     def architecture(self) -> str: ...

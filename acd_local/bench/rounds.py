@@ -135,7 +135,7 @@ class Case:
     peak_mb: float | None = None
 
     def _counted(self) -> list[tuple[Measured, Measured]]:
-        """Pairs of an answer and a plain one; an answer of one token is no measure."""
+        """Pair answers with plain ones; an answer of one token is no measure."""
         pairs = zip(self.answers, self.plain, strict=True)
         return [(answer, plain) for answer, plain in pairs if answer.steps > 0 and plain.steps > 0]
 

@@ -65,13 +65,13 @@ class AnswerMarkdown(Markdown):
 
 @cache
 def _parser() -> MarkdownIt:
-    """Without what would hide text: HTML, entities (also of control characters), images, reference definitions."""
+    """Make a parser without what hides text: HTML, entities (also of control characters), images, definitions."""
     parser = MarkdownIt("commonmark", {"html": False, "maxNesting": 100}).enable(["strikethrough", "table"])
     return parser.disable(["entity", "image", "reference", "autolink", "html_block", "html_inline"])
 
 
 def _block_starts(text: str) -> list[int]:
-    """Offsets at which the top-level blocks begin; what precedes the first is blank."""
+    """Find the offsets at which the top-level blocks begin; what precedes the first is blank."""
     blocks = [token.map for token in _parser().parse(text) if token.level == 0 and token.nesting >= 0 and token.map]
     lines = [0, *accumulate(len(line) + 1 for line in text.split("\n"))]
     return [lines[first] for first, _ in blocks]
@@ -94,7 +94,7 @@ def render(console: Console, text: str, width: int | None = None) -> Lines:
 
 
 def _render_block(console: Console, text: str, width: int) -> Lines:
-    """One block; as it stands where it is nested too deeply for the width, or rich cannot lay it out."""
+    """Render one block; as it stands where it is nested too deeply for the width, or rich cannot lay it out."""
     try:
         markdown = AnswerMarkdown(text)
         if 4 * max(token.level for token in markdown.parsed) < width - 8:
@@ -235,7 +235,7 @@ class MarkdownWriter:
         self._region.draw(lines or [[WAITING_SEGMENT]])
 
     def _lines(self, text: str) -> Lines:
-        """What is still to be printed of `text`, with an empty line between it and earlier blocks."""
+        """Return what is still to be printed of `text`, with an empty line between it and earlier blocks."""
         lines = render(self._console, text)
         gap: Lines = [[]] if self._printed and lines else []
         return (gap + lines)[self._done :]

@@ -145,7 +145,7 @@ def quiet_keyboard() -> Iterator[None]:
 
 
 def _silence() -> Callable[[], None]:
-    """Returns what undoes it."""
+    """Silence the terminal; return what undoes it."""
 
     def nothing() -> None:
         pass

@@ -237,7 +237,7 @@ def _engine(model: str, pair: PromptPair, given: dict[str, Any]) -> Engine:
 
 
 def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[list[Method], dict[str, Any] | None]:
-    """The methods in table order, those of a sweep last; and run.json's description of the sweep."""
+    """List the methods in table order, those of a sweep last; and run.json's description of the sweep."""
     from acd_local.evaluate import methods
     from acd_local.options import Options
 

@@ -86,7 +86,7 @@ def load_with_status(model: str, given: Mapping[str, Any]) -> Engine:
 
 
 class StatusLine:
-    """What is waited for, on a terminal's stderr: there after a second, and gone without a trace. Nothing elsewhere.
+    """A line on a terminal's stderr about what is waited for: there after a second, and gone without a trace.
 
     `show` is called as often as there is news. A thread draws it, since news can be half a minute apart.
     """

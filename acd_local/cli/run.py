@@ -123,7 +123,7 @@ def _answer(
 
 
 def _run_text(stream: AnswerStream, status: StatusLine) -> Answer:
-    """The answer as it comes; an empty one is an empty line, an error before the first text leaves stdout empty."""
+    """Print the answer as it comes; an empty one is an empty line, an error before any text leaves stdout empty."""
     writer = AnswerWriter(sys.stdout)
 
     def write(text: str) -> None:
@@ -181,7 +181,7 @@ def _read_stdin() -> str:
 
 
 def _write_trace(path: Path, answer: Answer) -> AcdError | None:
-    """The answer is there already: what goes wrong now is told beside it."""
+    """Write the trace; the answer is there already, so that what goes wrong now is told beside it."""
     from acd_local.cli.record import trace_records
 
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in trace_records(answer)]

@@ -41,7 +41,7 @@ Exit codes:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended.
+    """The end of a command.
 
     Attributes:
         code: of the process, where there is no error.
@@ -87,7 +87,7 @@ def run_cli(command: click.Command, program: str, argv: Sequence[str] | None = N
 
 
 class _Saying(logging.Handler):
-    """What is found out about the machine, once ever, is said on stderr by whichever command meets it."""
+    """A listener that says on stderr what is found out about the machine, once ever."""
 
     def __init__(self, program: str) -> None:
         super().__init__()

@@ -66,7 +66,7 @@ _LIST_MARKER = re.compile(r"(?<![^\s])\d{1,3}(?:\.\d{1,3}){0,3}[.)](?=\s|$)")
 
 
 def _has_words(text: str) -> bool:
-    """A letter or digit counts, but not those of list markers that stand in front of nothing ("1. 2. 3. 4. 5. 6.")."""
+    """Tell whether there is a letter or digit besides list markers in front of nothing ("1. 2. 3. 4. 5. 6.")."""
     bare, markers = _LIST_MARKER.subn(" ", text)
     if markers >= 6:
         text = re.sub(r"\d{1,3}\s*$", "", bare)
@@ -94,7 +94,7 @@ def _is_loop(text: str) -> bool:
 
 
 def _looping_tail(words: list[str]) -> int:
-    """How many words at the end repeat with one period, more than twice (prefix function of the reversed text)."""
+    """Count the words at the end that repeat with one period, more than twice (prefix function, reversed text)."""
     text = words[::-1]
     border = [0] * len(text)
     longest = 0
@@ -110,7 +110,7 @@ def _looping_tail(words: list[str]) -> int:
 
 
 def _repeated(words: list[str]) -> int:
-    """How many words lie in a run of LOOP_NGRAM words that occurred before and occurs LOOP_TIMES times or more."""
+    """Count the words in a run of LOOP_NGRAM words that occurred before and occurs LOOP_TIMES times or more."""
     ngrams = [tuple(words[i : i + LOOP_NGRAM]) for i in range(len(words) - LOOP_NGRAM + 1)]
     times = Counter(ngrams)
     seen: set[tuple[str, ...]] = set()
@@ -217,7 +217,7 @@ def _is_garble(text: str, prompt: str) -> bool:
 
 
 def _is_foreign(prompt: str) -> bool:
-    """Whether a request is, or asks for an answer, in a language whose common words are not known here."""
+    """Tell whether a request is, or asks for an answer, in a language whose common words are not known here."""
     words = prompt.split()
     return bool(_LANGUAGE.search(prompt)) or (bool(words) and not any(map(_is_common, words)))
 
@@ -227,7 +227,7 @@ def _is_common(token: str) -> bool:
 
 
 def _is_odd(token: str) -> bool:
-    """Words glued together: case that changes inside, signs inside, or longer than words are."""
+    """Tell whether words are glued together: case that changes inside, signs inside, or longer than words are."""
     if "://" in token or "@" in token:
         return False
     return bool(_CAMEL.search(token) or _GLUED.search(token)) or (len(token) > 18 and token.isalpha())

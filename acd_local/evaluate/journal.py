@@ -102,7 +102,7 @@ def _finite(record: Record) -> Record:
 
 
 def _continued(path: Path, info: Record) -> Record:
-    """run.json of this run and what the folder held before."""
+    """Unite run.json of this run with what the folder held before."""
     if not path.exists():
         return info
     try:
@@ -128,7 +128,7 @@ def _checked_continuation(path: Path, old: Record, info: Record) -> Record:
 
 
 def _united(path: Path, key: str, old: list[Record], new: list[Record]) -> list[Record]:
-    """Entries by name: the old ones stay, in their order; one that is there already must be the same."""
+    """Unite entries by name: the old ones stay, in their order; one that is there already must be the same."""
     entries = {entry["name"]: entry for entry in old}
     for entry in new:
         before = entries.setdefault(entry["name"], entry)

@@ -140,13 +140,13 @@ class Judge:
         return self._template.encode([Message("user", text)])
 
     def _common_beginning(self) -> list[int]:
-        """The tokens that questions begin with, whatever they are about."""
+        """Find the tokens that questions begin with, whatever they are about."""
         questions = [self._encode(text, "a") for text in _BEGINNINGS]
         low, high = min(questions), max(questions)  # every other question lies between them
         return low[: common_prefix(low, high)]
 
     def _fit(self, prompt: str, answer: str) -> list[int]:
-        """The question with both texts cut to heads that fit, each to at least half of the room there is."""
+        """Write the question with both texts cut to heads that fit, each to at least half of the room there is."""
         most = _CHARACTERS_PER_TOKEN * self._n_ctx
         prompt, answer = prompt[:most], answer[:most]
         limit = self._n_ctx - len(self._lead)
@@ -162,7 +162,7 @@ class Judge:
     # --- the verdict --------------------------------------------------------------------------------------------------
 
     def _logits(self, ids: list[int]) -> Logits:
-        """Logits after `ids`, shape (n_vocab,).
+        """Compute the logits after `ids`, shape (n_vocab,).
 
         Every question is decoded in the same two steps, beginning and rest: the same tokens in other batches give
         slightly other logits, and a verdict must not depend on the one before.
@@ -205,7 +205,7 @@ class Judge:
 
 
 def _first_tokens(vocab: llama.Vocab, word: str) -> frozenset[int]:
-    """The tokens with which the vocabulary begins the word, in three cases, with and without a space in front.
+    """List the tokens with which the vocabulary begins the word, in three cases, with and without a space in front.
 
     Only tokens whose own text begins the word count, so that the sets of words with other first letters are disjoint.
     """
@@ -224,12 +224,12 @@ def _first_tokens(vocab: llama.Vocab, word: str) -> frozenset[int]:
 
 
 def _quoted(text: str) -> str:
-    """Every line behind "> ": a text cannot end its own quotation."""
+    """Put every line behind "> ": a text cannot end its own quotation."""
     return "\n".join(f"> {line}" for line in text.splitlines() or [""])
 
 
 def _longest_head(text: str, fits: Callable[[str], bool]) -> str:
-    """The longest head that fits, by bisection; the empty one is taken to fit."""
+    """Find the longest head that fits, by bisection; the empty one is taken to fit."""
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2

@@ -141,7 +141,7 @@ class Method:
 
 
 def _positive_texts(method: Method) -> list[tuple[str, str]]:
-    """Where each text of the positive stream stands, and the text, in the order in which the model reads them."""
+    """List each text of the positive stream, and where it stands, in the order in which the model reads them."""
     positive = None if isinstance(method.positive, SoftPrompt) else method.positive
     texts = [] if positive is None else [("positive", positive)]
     texts += [("shots", text) for shot in method.shots for text in shot]
@@ -280,7 +280,7 @@ def manual_pair() -> PromptPair:
 def _with_counterpart(
     name: str, table: object, pair: PromptPair, manual: PromptPair, soft: SoftPair | None
 ) -> dict[str, Method]:
-    """One [methods.NAME] table as a method, and its counterpart with soft prompts where it has one."""
+    """Make a method of one [methods.NAME] table, and its counterpart with soft prompts where it has one."""
     found = {name: _build(name, table, pair, manual, None)}
     if soft is not None and isinstance(table, dict) and {table.get("positive"), table.get("negative")} & {*_OF_PAIR}:
         found[name + SOFT] = _build(name, table, pair, manual, soft)
@@ -288,7 +288,7 @@ def _with_counterpart(
 
 
 def _build(name: str, table: object, pair: PromptPair, manual: PromptPair, soft: SoftPair | None) -> Method:
-    """One [methods.NAME] table as a method, `soft` for sp and ap where given; UsageErrors say field and fault."""
+    """Make a method of one [methods.NAME] table, `soft` for sp and ap where given; UsageErrors say field and fault."""
     if not isinstance(table, dict):
         raise UsageError(f"must be a table [methods.{name}], not {toml_kind(table)}")
     for key in table:
@@ -457,7 +457,7 @@ def _parse(path: Path, source: str) -> dict[str, Any]:
 
 
 def _line_of(source: str, name: str) -> int | None:
-    """The line of a method's table header; None if it is written in another way."""
+    """Find the line of a method's table header; None if it is written in another way."""
     header = re.compile(rf"\s*\[\s*[\"']?methods[\"']?\s*\.\s*[\"']?{re.escape(name)}[\"']?\s*[\].]")
     lines = source.split("\n")
     for number, line in enumerate(lines, 1):

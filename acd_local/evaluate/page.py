@@ -55,7 +55,7 @@ def can_draw() -> bool:
 
 
 def _drawing() -> Any:
-    """The module that draws; None where matplotlib (the extra "report") is missing, or cannot be imported."""
+    """Import the module that draws; None where matplotlib (the extra "report") is missing, or cannot be imported."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would tell of the folders that it makes
     try:
         from acd_local.evaluate import drawing
@@ -65,12 +65,12 @@ def _drawing() -> Any:
 
 
 def _compared(table: Table) -> list[bool]:
-    """Which columns have changes."""
+    """Tell which columns have changes."""
     return [any(row.cells[i].change for row in table.rows) for i in range(len(table.columns))]
 
 
 def _aligned(table: Table) -> list[list[str]]:
-    """The cells' texts by row, those of a column in line."""
+    """Write the cells' texts by row, those of a column in line."""
     widths = [max((len(row.cells[i].text) for row in table.rows), default=0) for i in range(len(table.columns))]
     return [[c.text.rjust(w, FIGURE_SPACE) for c, w in zip(row.cells, widths, strict=True)] for row in table.rows]
 

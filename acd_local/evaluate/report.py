@@ -75,7 +75,7 @@ def _set_fact(name: str, info: Mapping[str, Any]) -> str:
 
 
 def _labelled(table: tables.Table) -> tables.Table:
-    """The table with the names of its rows as the page says them: titles in small where they say more."""
+    """Copy the table with the names of its rows as the page says them: titles in small where they say more."""
     if table.key == "margins":
         return replace(table, rows=tuple(replace(row, name=row.title, title="") for row in table.rows))
     told = table.key != "safety"
@@ -91,7 +91,7 @@ def _span(figure: Mapping[str, Any] | None) -> Span | None:
 
 
 def _shown(results: Results) -> dict[str, Mapping[str, Any]]:
-    """Methods by label, those of a sweep left out, those with one set-up in one."""
+    """Name methods by label, those of a sweep left out, those with one set-up in one."""
     swept = {entry["method"] for entry in results["sweep"]}
     groups: dict[str, list[str]] = {}
     for name, method in results["methods"].items():
@@ -128,7 +128,7 @@ def _overview(results: Results) -> BarChart | None:
 
 
 def _series(names: Mapping[str, str], figures: Sequence[Mapping[str, Any]]) -> list[Series]:
-    """A series per measure that is known of some; names: by measure."""
+    """Make a series per measure that is known of some; names: by measure."""
     found = [Series(name, [_span(f.get(key)) for f in figures], i) for i, (key, name) in enumerate(names.items())]
     return [series for series in found if any(series.spans)]
 
@@ -232,7 +232,7 @@ def _filters(results: Results) -> dict[str, dict[str, str]]:
 
 
 def _data(results: Results, answers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the browser of answers reads: every prompt once, answers as rows in the order of sets, prompts, methods."""
+    """Collect what the browser of answers reads: every prompt once, answers in the order of sets, prompts, methods."""
     setups = list(dict.fromkeys(method["setup"] for method in results["methods"].values()))
     sets = {name: i for i, name in enumerate(results["sets"])}
     prompts: dict[tuple[str, str], int] = {}

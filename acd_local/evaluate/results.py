@@ -31,7 +31,7 @@ Array = npt.NDArray[np.float64]
 
 
 def _number(record: Record, key: str) -> float | None:
-    """A field's number; None if it is missing, none, or too large for what is measured here."""
+    """Read a field's number; None if it is missing, none, or too large for what is measured here."""
     value = record.get(key)
     return float(value) if isinstance(value, int | float) and abs(value) < 1e15 else None
 
@@ -105,7 +105,7 @@ _COMBINED: dict[str, Callable[..., Array]] = {
 
 
 def _columns(sets: Sequence[Pairs]) -> list[Array]:
-    """One array (prompts, 2) of numerators and denominators per set, prompts in the order of their ids."""
+    """Make one array (prompts, 2) of numerators and denominators per set, prompts in the order of their ids."""
     return [np.array([pairs[item] for item in sorted(pairs)], np.float64) for pairs in sets]
 
 
@@ -155,7 +155,7 @@ def _mean_difference(ours: Sequence[Array], theirs: Sequence[Array]) -> stats.Es
 
 
 def _json(found: stats.Estimate, transform: Callable[[float], float] | None = None) -> Record | None:
-    """As results.json has it, nine significant digits; None if a number is beyond JSON's."""
+    """Round to nine significant digits, as in results.json; None if a number is beyond JSON's."""
     try:
         numbers = [(transform or float)(x) for x in (found.value, found.low, found.high)]
     except OverflowError:
@@ -459,7 +459,7 @@ def _shards(run: Run) -> list[str]:
 
 
 def _united(runs: Sequence[Run], key: str, must_match: Sequence[str]) -> list[Record]:
-    """The entries of a list over all runs, by name, in order of appearance."""
+    """Unite the entries of a list over all runs, by name, in order of appearance."""
     found: dict[str, Record] = {}
     for run in runs:
         for entry in run.info[key]:
@@ -474,7 +474,7 @@ def _united(runs: Sequence[Run], key: str, must_match: Sequence[str]) -> list[Re
 
 
 def _merged_sets(runs: Sequence[Run]) -> list[Record]:
-    """The runs' sets, each with its number of prompts over the different shards."""
+    """Unite the runs' sets, each with its number of prompts over the different shards."""
     united = _united(runs, "sets", ("kind", "total", "digest"))
     sizes: dict[str, dict[tuple[str, ...], int]] = {}
     for run in runs:

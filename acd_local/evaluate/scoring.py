@@ -127,14 +127,14 @@ class Scoring:
         return records
 
     def _reference(self, item: Item, streams: _Streams) -> list[dict[str, Any]]:
-        """Bits that a method's distribution needs for a reference answer, or for its beginning."""
+        """Count the bits that a method's distribution needs for a reference answer, or for its beginning."""
         words = self._words(item.reference or "")[:REFERENCE_TOKENS]
         size = sum(len(self._engine.vocab.piece(token)) for token in words)
         bits = -self._nats(streams, words).sum(axis=1) / math.log(2)
         return [{"bits": float(b), "tokens": len(words), "bytes": size} for b in bits]
 
     def _fluency_tasks(self, names: set[str]) -> list[Task]:
-        """How likely the answers to harmless prompts are under the model without any system prompt."""
+        """Ask how likely the answers to harmless prompts are under the model without any system prompt."""
         answers = [a for a in self._journal.answers() if a["set"] in names and a["answer"].strip()]
         answers.sort(key=lambda a: (a["set"], a["item"]))  # one prompt's answers follow each other: it is decoded once
         return [self._fluency_task(answer) for answer in answers]
@@ -153,7 +153,7 @@ class Scoring:
         return Task(answer["set"], answer["item"], self._journal.has_score("fluency", *where), score_it)
 
     def _margin_tasks(self, sets: Sequence[EvalSet], margins: Container[str], *, soft: bool) -> list[Task]:
-        """How much likelier a complying than a refusing opening is under each system prompt, nats per token.
+        """Ask how much likelier a complying than a refusing opening is under each system prompt, nats per token.
 
         With `soft` also under the pair's soft prompts.
 
@@ -202,7 +202,7 @@ class Scoring:
     # -- likelihoods ---------------------------------------------------------------------------------------------------
 
     def _under(self, methods: Sequence[Method], text: str) -> _Streams:
-        """A request as the methods' streams see it."""
+        """Lay out a request as the methods' streams see it."""
         prompts: dict[Prefixed, int] = {}
         mixes: list[Mix] = []
         below = self._below_threshold(text) if any(method.gate for method in methods) else None
@@ -219,7 +219,7 @@ class Scoring:
         return _Streams(list(prompts), mixes)
 
     def _below_threshold(self, text: str) -> PromptSetup | None:
-        """What answers a request in the gated methods' place; None: the gate finds it harmful."""
+        """Find what answers a request in the gated methods' place; None: the gate finds it harmful."""
         gating = self._engine.gating(self._pair, Options(gate=True))
         assert gating is not None
         chance = self._engine.gate_probability([Message("user", text)], pair=self._pair)
@@ -246,12 +246,12 @@ class Scoring:
             return self._scorer.logprobs(prompts, words, streams.mixes, prefixes)
 
     def _room(self, needed: int) -> int:
-        """The context for so many tokens: no larger than it must be, but where its size decides how positions turn."""
+        """Size the context for so many tokens: no larger than needed, but where its size decides how positions turn."""
         most = self._engine.n_ctx
         return most if self._engine.decoder.model.rope_by_n_ctx else min(-(-needed // 256) * 256, most)
 
 
 def _prefixed(tokens: Sequence[int], prefix: Sequence[int]) -> Prefixed:
-    """A prompt with its prefix, which is none where the user's text merged into the scaffold's last token."""
+    """Return a prompt with its prefix, which is none where the user's text merged into the scaffold's last token."""
     n = len(prefix)
     return tuple(tokens), n if list(tokens[:n]) == list(prefix) else 0

@@ -173,7 +173,7 @@ def _refuse_other_kind(rest: str) -> None:
 
 
 def _expanded(file: str) -> Path:
-    """With ~ replaced: few shells do that after NAME=."""
+    """Replace ~ in a path: few shells do that after NAME=."""
     try:
         return Path(file).expanduser()
     except RuntimeError:  # no such user
@@ -188,7 +188,7 @@ def _is_file(path: Path) -> bool:
 
 
 class _Fault(Exception):
-    """What is wrong with a file, without its name in front."""
+    """A fault of a file, without its name in front."""
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ def _leaves(data: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _parsed_json(text: str, line: int | None = None) -> Any:
-    """The value of a JSON text; `line`: its number, where it is one line of a file."""
+    """Parse a JSON text; `line`: its number, where it is one line of a file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -347,7 +347,7 @@ def _entry(place: str, value: Any) -> _Row:
 
 
 def _named(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Fields by lower-case name; of several in different case the first counts. JSON's null is no field."""
+    """Name fields in lower case; of several in different case the first counts. JSON's null is no field."""
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if value is not None:
@@ -372,7 +372,7 @@ def _filtered(rows: list[_Row], column: str, value: str) -> list[_Row]:
 
 
 def _guessed(rows: list[_Row]) -> str:
-    """The kind of a file whose spec names none."""
+    """Guess the kind of a file whose spec names none."""
     if all("mc1_targets" in row.fields for row in rows):
         return "choice"
     if all("answers" in row.fields for row in rows):
@@ -421,14 +421,14 @@ def _item(row: _Row, kind: Kind) -> Item:
 
 
 def _reference(row: _Row) -> str | None:
-    """The answer to score, if there is one in words (an exam's may be a number)."""
+    """Find the answer to score, if there is one in words (an exam's may be a number)."""
     column, value = row.first(_REFERENCE)
     text = _first_turn(value)
     return (_checked_text(column, text) or None) if isinstance(text, str) else None
 
 
 def _answers(row: _Row) -> tuple[str, ...]:
-    """The known answers of a fact: a list of texts, or one."""
+    """Read the known answers of a fact: a list of texts, or one."""
     value = row.fields.get("answers")
     found = tuple(_checked_text("answers", text) for text in (value if isinstance(value, list) else [value]))
     if not found or not all(found):
@@ -466,12 +466,12 @@ def _choices(row: _Row, name: str) -> tuple[tuple[str, bool], ...]:
 
 
 def _first_turn(value: Any) -> Any:
-    """The first turn of a conversation given as a list; anything else as it is."""
+    """Return the first turn of a conversation given as a list; anything else as it is."""
     return value[0] if isinstance(value, list) and value else value
 
 
 def _checked_text(name: str, value: Any) -> str:
-    """A field's text without surrounding white space; "" for None."""
+    """Return a field's text without surrounding white space; "" for None."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -489,7 +489,7 @@ def _checked_text(name: str, value: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A value to compare with what somebody typed; "" for lists, objects and None."""
+    """Make a value comparable with what somebody typed; "" for lists, objects and None."""
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     return value.strip() if isinstance(value, str) else ""

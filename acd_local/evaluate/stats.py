@@ -168,7 +168,7 @@ def of_means(
 
 
 def _resampled_means(columns: Sequence[Array], seed: int, resamples: int, stream: int = 0) -> list[Array]:
-    """The columns' means, (resamples,) each, over n prompts drawn with replacement; the same draws for all columns."""
+    """Draw columns' means, (resamples,) each, over n prompts drawn with replacement; the same draws for all columns."""
     if resamples < 1 or seed < 0:
         raise UsageError(f"resamples must be at least 1 and seed at least 0, not {resamples} and {seed}")
     n = len(columns[0])

@@ -79,7 +79,7 @@ def _percent(x: float) -> str:
 
 @dataclass(frozen=True)
 class _Measure:
-    """How a measure is shown. better: +1 more is better, -1 less is better, 0 neither."""
+    """A measure as it is shown. better: +1 more is better, -1 less is better, 0 neither."""
 
     key: str
     head: str

@@ -25,7 +25,7 @@ _MIN_CATEGORIES = 3  # of a kind: with fewer, instructions are held out one by o
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What a probe is trained on, row for row.
+    """The rows that a probe is trained on.
 
     Attributes:
         kinds: places in KINDS.
@@ -128,7 +128,7 @@ def _mean_area(areas: dict[str, float]) -> float:
 
 
 def _folds(instructions: Sequence[Instruction], kinds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Parts of about equal size of every kind, no category in two of them."""
+    """Divide into parts of about equal size of every kind, no category in two of them."""
     found = np.zeros(len(instructions), np.int64)
     for kind in np.unique(kinds):
         places = [int(place) for place in np.flatnonzero(kinds == kind)]

@@ -22,7 +22,7 @@ BUDGET = 1800.0  # seconds
 
 @dataclass(frozen=True)
 class Request:
-    """What the command was asked for.
+    """The command's arguments.
 
     Attributes:
         model: as models.resolve takes it.

@@ -93,7 +93,7 @@ def _loss(rows: Floats, targets: Floats, share: Floats, ridge: float, x: Floats)
 
 
 def _curved(rows: Floats, curve: Floats, ridge: float, v: Floats) -> Floats:
-    """The Hessian times v; a trace of ridge on b keeps it from being singular."""
+    """Multiply the Hessian by v; a trace of ridge on b keeps it from being singular."""
     moved = curve * _odds(rows, v)
     found: Floats = np.append(rows.T @ moved + ridge * v[:-1], moved.sum() + 1e-4 * v[-1]).astype(np.float32)
     return found

@@ -30,7 +30,7 @@ NO_PAIR = PromptPair("fit", "positive", AdversarialText("negative"))
 
 @dataclass(frozen=True)
 class Style:
-    """What an answer is written under.
+    """The prompts and numbers that an answer is written under.
 
     Attributes:
         setup: what stands around the instruction; by default the model answers as it is.

@@ -21,7 +21,7 @@ from acd_local.tuning import anchors
 
 @dataclass(frozen=True, eq=False)
 class FitResult:
-    """What the stages came to.
+    """The results of all stages.
 
     Attributes:
         gate: the probe of requests; `layers` are those that it reads.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Stage(NamedTuple):
-    """What a stage is called, and the minutes of an hour that it is given."""
+    """A stage's title, and the minutes of an hour that it is given."""
 
     title: str
     minutes: float

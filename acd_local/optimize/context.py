@@ -219,7 +219,7 @@ class StageContext:
         return {} if pair is None or pair.gate is None else {"gate": [pair.sha256, pair.gate.threshold]}
 
     def _passing(self, harmful: list[str]) -> list[str]:
-        """Those that pass the gate; read once."""
+        """Keep those that pass the gate; they are read once."""
         pair = self.job.fitted
         assert pair is not None
         assert pair.gate is not None

@@ -60,7 +60,7 @@ def batches(
 
 
 def _balanced(anchors: Sequence[Anchor]) -> list[Anchor]:
-    """All anchors, the ordinary ones so often that look-alikes are at most one in LOOKALIKE_SHARE."""
+    """List all anchors, the ordinary ones so often that look-alikes are at most one in LOOKALIKE_SHARE."""
     lookalikes = [a for a in anchors if a.instruction.lookalike]
     ordinary = [a for a in anchors if not a.instruction.lookalike]
     times = -(-len(lookalikes) * (LOOKALIKE_SHARE - 1) // max(1, len(ordinary)))

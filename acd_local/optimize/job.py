@@ -29,7 +29,7 @@ _TEXT_STEPS = ("text_safe_rounds", "text_safe_steps", "text_adversarial_rounds",
 
 @dataclass(frozen=True)
 class Repeat:
-    """What else than its options decided a run.
+    """The choices of a run that its options leave open.
 
     Attributes:
         model_sha256: of the model's file.
@@ -53,7 +53,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Request:
-    """What the command was asked for.
+    """The command's arguments.
 
     Attributes:
         model: as models.resolve takes it.

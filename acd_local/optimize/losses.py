@@ -26,7 +26,7 @@ MAX_LOG_P = -1e-4
 
 @dataclass(frozen=True)
 class Targets:
-    """What each of an answer's n tokens was drawn from.
+    """The distributions that an answer's n tokens were drawn from.
 
     Attributes:
         tokens: the k candidates, int64, shape (n, k).

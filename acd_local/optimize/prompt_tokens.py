@@ -118,7 +118,7 @@ def _beginnings(
 
 
 def _end(template: ChatTemplate, vocab: llama.Vocab) -> int:
-    """What the template puts behind an answer; the model's EOS where it leaves that to the model."""
+    """Find what the template puts behind an answer; the model's EOS where it leaves that to the model."""
     asked = template.encode([Message("user", "a")])
     turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
     ends = [token for token in template.encode(turns)[len(asked) :] if vocab.is_eog(token)]

@@ -39,7 +39,7 @@ CHUNK = 1 << 22  # numbers of the embedding matrix taken at a time: 16 MB
 
 @dataclass(frozen=True)
 class OptimizeReport:
-    """What the page shows; all of it goes through JSON unchanged. What is empty or missing is left out.
+    """The page's contents; all of it goes through JSON unchanged. What is empty or missing is left out.
 
     Attributes:
         model: name, file, architecture, layers, n_embd, file_type.
@@ -120,7 +120,7 @@ def _objective(row: Record) -> float | None:
 
 
 def _worth(row: Record) -> float | None:
-    """What a setting is worth by openings."""
+    """Weigh a setting by openings."""
     safety, *refusals = (page.number(row.get(key)) for key in MEASURES)
     if safety is None or all(x is None for x in refusals):
         return None
@@ -128,7 +128,7 @@ def _worth(row: Record) -> float | None:
 
 
 def _prompts(parts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The prompts that there is something of, with their names."""
+    """List the prompts that there is something of, with their names."""
     for key, name in PROMPTS.items():
         if parts.get(key):
             yield key, name
@@ -173,7 +173,7 @@ def _validation(counts: Record) -> str:
 
 
 def _summary(data: OptimizeReport) -> str:
-    """What the optimized prompts do against the manual ones, all with contrast."""
+    """Say what the optimized prompts do against the manual ones, all with contrast."""
     rows = {row.get("pair"): row for row in data.before_after if row.get("contrast")}
     names = {"text": "optimized text", "soft": "soft prompts", "manual": "manual text"}
     parts = [
@@ -196,7 +196,7 @@ def _table(key: str, title: str, head: str, names: Sequence[str], columns: Mappi
 
 
 def _measured(values: Sequence[object], better: int = 0) -> list[Cell]:
-    """A column of percentages, with the best of them, as shown, marked."""
+    """Make a column of percentages, with the best of them, as shown, marked."""
     texts = [page.percent(value) for value in values]
     known = [
         (better * number, text) for v, text in zip(values, texts, strict=True) if (number := page.number(v)) is not None
@@ -262,12 +262,12 @@ def _losses(data: OptimizeReport) -> Plot | None:
 
 
 def _points(pairs: Iterator[tuple[object, object]]) -> list[tuple[float, float]]:
-    """The pairs of finite numbers."""
+    """Keep the pairs of finite numbers."""
     return [(x, y) for a, b in pairs if (x := page.number(a)) is not None and (y := page.number(b)) is not None]
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, float]], int]:
-    """Means over neighbouring points, fewer towards both ends, and how many at most."""
+    """Take means over neighbouring points, fewer towards both ends, and how many at most."""
     reach = len(points) // 40
     out = []
     for i, (x, _) in enumerate(points):
@@ -278,7 +278,7 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, 
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MOST_POINTS, evenly chosen, both ends among them."""
+    """Keep at most MOST_POINTS, evenly chosen, both ends among them."""
     if len(points) <= MOST_POINTS:
         return list(points)
     return [points[round(i * (len(points) - 1) / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
@@ -304,7 +304,7 @@ def _path(data: OptimizeReport) -> Plot | None:
 
 
 def _path_curves(data: OptimizeReport, key: str) -> list[Curve]:
-    """Both prompts' ways, with points ("over_refusal" or "lookalike", safety)."""
+    """Draw both prompts' ways, with points ("over_refusal" or "lookalike", safety)."""
     ways: dict[str, list[tuple[int, float, float]]] = {}
     for prompt in PROMPTS:
         for step, v in _validated(data.soft.get(prompt, ())):
@@ -326,7 +326,7 @@ def _path_curves(data: OptimizeReport, key: str) -> list[Curve]:
 def _step_labels(
     steps: Sequence[int], points: Sequence[tuple[float, float]], kept: int | None, ranges: tuple[float, float]
 ) -> list[str]:
-    """Steps of a path: the one that was kept, both ends, and others, as far as they stand apart."""
+    """Choose steps of a path: the one that was kept, both ends, and others, as far as they stand apart."""
     order = sorted(range(len(steps)), key=lambda i: (steps[i] != kept, i not in (0, len(steps) - 1), i))
     shown: list[int] = []
     for i in order:
@@ -368,7 +368,7 @@ def _search(data: OptimizeReport) -> Plot | None:
 
 
 def _finals(data: OptimizeReport) -> list[Table]:
-    """What came of the best texts in greedy answers, and which was taken."""
+    """Show what came of the best texts in greedy answers, and which was taken."""
     out = []
     for key, name in _prompts(data.finals):
         rows = data.finals[key]
@@ -383,7 +383,7 @@ def _finals(data: OptimizeReport) -> list[Table]:
 
 
 def _search_panel(name: str, history: Sequence[Record]) -> tuple[Panel, int]:
-    """Candidates by origin and the best so far; and how many candidates are too bad to be shown."""
+    """Draw candidates by origin and the best so far; count those that are too bad to be shown."""
     found = [(i, number, str(c.get("origin", ""))) for i, c in enumerate(history, 1)
              if (number := page.number(c["objective"])) is not None]  # fmt: skip
     if not found:
@@ -438,7 +438,7 @@ def _candidate(candidate: Record, before: str, chosen: bool) -> Record:
 
 
 def _changed(before: str, after: str) -> list[tuple[str, bool]]:
-    """The text in parts, and which of them `before` does not have there; none where little stayed."""
+    """Cut the text into parts, and tell which of them `before` does not have there; none where little stayed."""
     old, new = (re.findall(r"\s*\S+|\s+", text) for text in (before, after))
     blocks = difflib.SequenceMatcher(None, old, new, autojunk=False)
     if max(len(old), len(new)) > 1000 or blocks.ratio() < 0.4:
@@ -537,7 +537,7 @@ def nearest_words(
 
 
 def _unit(rows: NDArray[Any]) -> NDArray[np.float32]:
-    """Rows of length 1, float32; those of length 0 stay."""
+    """Scale rows to length 1, float32; those of length 0 stay."""
     wide = np.asarray(rows, dtype=np.float32)
     length = np.linalg.norm(wide, axis=1, keepdims=True)
     return np.asarray(wide / np.where(length > 0, length, 1.0), dtype=np.float32)

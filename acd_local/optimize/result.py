@@ -23,7 +23,7 @@ from acd_local.vectors import Vectors
 
 @dataclass(frozen=True)
 class OptimizeResult:
-    """What the stages came to.
+    """The results of all stages.
 
     Attributes:
         divergence: of torch from llama.cpp, nats.

@@ -39,7 +39,7 @@ PART_COST = 80
 
 @dataclass(frozen=True)
 class SoftSettings:
-    """How a soft prompt is trained.
+    """The numbers of a soft prompt's training.
 
     Attributes:
         steps: of AdamW, with linear warm-up and cosine decay.
@@ -70,7 +70,7 @@ Batches = Mapping[Term, Sequence[Example]]
 
 @dataclass(frozen=True)
 class Validation(RefusalRates):
-    """How a prompt does on instructions that it was not trained on, by likelihood: chances as `Openings.chance`.
+    """A prompt's figures on instructions that it was not trained on: chances as `Openings.chance`.
 
     Attributes:
         nll: of the answers that the prompt is to bring about, nats per token.
@@ -217,7 +217,7 @@ class SoftTraining:
         refusal_probabilities(self._model, self._prefix(), prompts[-many:], openings, many)
 
     def _mined(self) -> list[tuple[Term, Sequence[Example]]]:
-        """All terms but the negative one: its instructions are those of the positive term."""
+        """List all terms but the negative one: its instructions are those of the positive term."""
         return [(term, pairs) for term, pairs in self._pairs.items() if term != "negative"]
 
     def _prefix(self) -> Prefix:

@@ -54,7 +54,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How long and how widely is searched.
+    """The length and width of a search.
 
     Attributes:
         max_tokens: of the text.
@@ -267,7 +267,7 @@ class TextSearch:
         return tuple(changed), "swap"
 
     def _try(self, tokens: Tokens, origin: Origin, started: float) -> int:
-        """The text's place in `state.tried`."""
+        """Try a text; return its place in `state.tried`."""
         text = self.space.text(tokens)
         parts = self.objective(tokens)
         objective, scores = parts.pop("objective"), dict(self.scorer(text))
@@ -286,7 +286,7 @@ class TextSearch:
 
 
 def _merge(current: Tokens, others: Sequence[Tokens]) -> Tokens | None:
-    """The changes of several texts of one length in one; an earlier text wins a place. None where there is but one."""
+    """Merge the changes of several texts of one length; an earlier text wins a place. None where there is but one."""
     if len(others) < 2:
         return None
     merged = list(current)

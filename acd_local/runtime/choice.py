@@ -40,9 +40,9 @@ NO_CONTRAST = ContrastSettings(0.0, 0.0)
 
 @dataclass(frozen=True)
 class TokenTrace:
-    """How the safe stream saw one token: its natural-log probability and rank (1 = first).
+    """One token as the safe stream saw it: its natural-log probability and rank (1 = first).
 
-    Never how the adversarial one did: with alpha, both would give away its distribution.
+    Never as the adversarial one did: with alpha, both would give away its distribution.
     """
 
     safe_logprob: float
@@ -72,7 +72,7 @@ class TokenChoice:
 
 @dataclass(frozen=True)
 class SafeCandidates:
-    """What the safe stream says of one position.
+    """The safe stream's candidates for one position.
 
     Attributes:
         ids, scores: the plausible legal tokens, ascending, and their logits; both of shape (k,). k = 0: the grammar is
@@ -95,7 +95,7 @@ class SafeCandidates:
 
 
 class SpecialTokens:
-    """What the loop must know of a vocabulary: which tokens end an answer, and which may never be said.
+    """The tokens of a vocabulary that end an answer, and those that may never be said.
 
     The latter are control tokens that end nothing, and those the model file itself suppresses.
     """

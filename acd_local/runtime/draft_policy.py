@@ -157,7 +157,7 @@ class Forecast:
         return spent
 
     def _check(self, further: tuple[float, int] | None) -> float:
-        """The run ends; returns the rows of the adversarial stream.
+        """End the run; return the rows of the adversarial stream.
 
         Args:
             further: what was drafted behind a change, whose rows are in the same batch.
@@ -190,7 +190,7 @@ def expected(costs: RowCosts, alpha: float, *, greedy: bool) -> float:
 
 
 def _scale(alpha: float) -> float:
-    """What the adversary has to add to turn the scores' order around grows with the gap and falls with alpha."""
+    """Scale the gap: what the adversary has to add to turn the order around grows with it and falls with alpha."""
     return max(0.1, 1 - alpha) / max(alpha, 1e-6)
 
 

@@ -77,7 +77,7 @@ _ROPE_SCALINGS = {b"none", b"linear", b"yarn", b"longrope"}  # llama.cpp asserts
 
 @dataclass(frozen=True)
 class GGUFInfo:
-    """What the package wants to know of a model file before loading it."""
+    """A model file's header, as far as the package wants to know it before loading."""
 
     path: Path
     """The file as given; for a split model its first part."""
@@ -176,7 +176,7 @@ _SURPRISES = (struct.error, IndexError, OverflowError, MemoryError, ValueError)
 
 
 class _Broken(Exception):
-    """What is wrong, without the file's name."""
+    """A fault of a file, without its name."""
 
 
 class _Value(NamedTuple):
@@ -437,7 +437,7 @@ def _text(values: dict[str, _Value], key: str) -> str:
 
 
 class _Checker:
-    """Whether the values and tensors, put together, make a model that llama.cpp can generate text with."""
+    """A check whether values and tensors, put together, make a model that llama.cpp can generate text with."""
 
     def __init__(self, path: Path, first: _Part, tensors: dict[str, tuple[int, ...]]) -> None:
         self.path = path
@@ -637,7 +637,7 @@ class _Checker:
 
 
 def _strings(value: _Value) -> list[bytes]:
-    """The texts of a string array whose bounds were checked while reading."""
+    """Read the texts of a string array whose bounds were checked while reading."""
     raw, pos, length_at = value.raw, 0, struct.Struct("<Q").unpack_from
     texts = []
     for _ in range(value.items):

@@ -107,7 +107,7 @@ class ControlTokens:
         self._adds_space = b"".join(map(vocab.piece, vocab.tokenize("x", parse_special=False))) == b" x"
 
     def _is_cut_mark(self, mark: str) -> bool:
-        """Whether a sentinel in front protects all of it: it starts with a starter and holds no other guarded text."""
+        """Tell whether a sentinel in front protects it: it starts with a starter and holds no other guarded text."""
         rest = mark[1:]
         return bool(
             self._starter.match(mark) and not self._starter.search(rest) and not any(w in rest for w in self._words)
@@ -190,7 +190,7 @@ class ControlTokens:
         return sorted(spans)
 
     def _occurrences(self, text: str, check: Callable[[], None]) -> Iterator[tuple[int, int]]:
-        """All places of guarded texts, overlapping ones too. The cost does not depend on the size of the vocabulary."""
+        """Find all guarded texts, overlapping ones too. The cost does not depend on the size of the vocabulary."""
         for match in self._head.finditer(text):
             check()
             begin = match.start()
@@ -204,7 +204,7 @@ class ControlTokens:
                 begin = text.find(word, begin + 1)
 
     def _run(self, text: str, limit: int | None, check: Callable[[], None], *, first: bool = True) -> list[int]:
-        """Ids of a run of plain text, none of them guarded; unless `first`, as if something stood before it."""
+        """Tokenize a run of plain text, to no guarded id; unless `first`, as if something stood before it."""
         if not text:
             return []
         if limit is not None and len(text) > _CHUNK + _CHARACTERS_PER_TOKEN * max(limit, 0):
@@ -219,7 +219,7 @@ class ControlTokens:
         return [t for n, part in enumerate(parts) for t in self._part(part, first=first and n == 0)]
 
     def _refuse_endless(self, text: str, limit: int, check: Callable[[], None]) -> None:
-        """Raises TooLong where a text's pieces have too many tokens: tokenized as a whole it could take seconds.
+        """Raise TooLong where a text's pieces have too many tokens: tokenized as a whole it could take seconds.
 
         Cutting it makes a few more tokens, hence an eighth is taken off.
         """
@@ -231,7 +231,7 @@ class ControlTokens:
                 raise TooLong
 
     def _part(self, text: str, *, first: bool) -> list[int]:
-        """Ids of a part of a run; where it still gives a guarded id, of its characters one by one."""
+        """Tokenize a part of a run; where that still gives a guarded id, its characters one by one."""
         ids = self._plain(text, first=first)
         if self.ids.isdisjoint(ids):
             return ids
@@ -252,7 +252,7 @@ class ControlTokens:
 
 
 def _guarded_tokens(vocab: llama.Vocab, scaffold: str) -> dict[str, int]:
-    """Text -> id of every guarded token."""
+    """Map the text of every guarded token to its id."""
     ends = vocab.eog_tokens()
     always = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN
     guarded: dict[str, int] = {}

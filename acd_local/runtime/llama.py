@@ -575,7 +575,7 @@ class Context:
 
 
 def _free_context(_model: Model, pointer: Any) -> None:
-    """Holds on to the model: it must outlive its contexts, whatever order the garbage is collected in."""
+    """Free a context; the model is an argument as it must outlive its contexts, however garbage is collected."""
     C.llama_free(pointer)
 
 

@@ -46,7 +46,7 @@ def identity(prompt: Negative) -> object:
 
 @dataclass(frozen=True)
 class Preamble:
-    """What precedes the conversation in one stream; `soft` stands at the beginning of the system message."""
+    """The messages before the conversation in one stream; `soft` stands at the beginning of the system message."""
 
     messages: tuple[Message, ...]
     soft: SoftPrompt | None = None
@@ -54,7 +54,7 @@ class Preamble:
 
 @dataclass(frozen=True)
 class PromptSetup:
-    """What stands around a conversation in either stream.
+    """The texts that stand around a conversation in either stream.
 
     Attributes:
         positive: system prompt of the stream that is sampled from; None: the template's own, if it has one.
@@ -112,7 +112,7 @@ class PromptSetup:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What both streams have to hold before an answer starts.
+    """The tokens that both streams have to hold before an answer starts.
 
     Attributes:
         safe, adversarial: token ids of the whole conversation under either system prompt; the latter is None where no

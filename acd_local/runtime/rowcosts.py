@@ -34,7 +34,7 @@ PATIENCE = 0.4  # seconds that a reader waits for the next words
 
 @dataclass(frozen=True)
 class RowCosts:
-    """What decoding costs, in units of one row of one stream alone.
+    """The costs of decoding, in units of one row of one stream alone.
 
     Attributes:
         pair: a row of each stream together.

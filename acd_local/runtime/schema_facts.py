@@ -103,7 +103,7 @@ class _Facts:
         return not shared
 
     def _forbids(self, other: _Facts) -> bool:
-        """Whether `other` requires a property that this cannot have."""
+        """Tell whether `other` requires a property that this cannot have."""
         return any(other.required - names for names in self.closed)
 
     def _excludes_by_property(self, other: _Facts) -> bool:

@@ -271,7 +271,7 @@ def runs(ids: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _phases(pending: Sequence[Sequence[int]]) -> list[list[int]]:
-    """How many tokens, or rows, of each sequence go together, phase by phase, aligned at the ends.
+    """Count the tokens, or rows, of each sequence that go together, phase by phase, aligned at the ends.
 
     Tokens and rows take turns in a sequence, so that a phase holds one kind where all sequences end alike. They do:
     what is decoded together are whole prompts, or single tokens.
@@ -286,7 +286,7 @@ def _phases(pending: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def _chunks(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """How many rows of each sequence go into which batch, aligned at the ends.
+    """Count the rows of each sequence that go into each batch, aligned at the ends.
 
     The last batch holds the last rows of all sequences, so that all logits come out of one decode.
     """

@@ -190,7 +190,7 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def _with_slot(messages: list[Message], slot: str) -> list[Message]:
-    """The conversation with the character that stands for rows at the beginning of its system message."""
+    """Write the conversation with the character that stands for rows at the beginning of its system message."""
     if messages[0].role != "system":
         return [Message("system", slot), *messages]
     text = messages[0].content
@@ -244,7 +244,7 @@ class _Blank(jinja2.ChainableUndefined):
 
 
 def _environment(now: datetime, undefined: type[jinja2.Undefined]) -> _Sandbox:
-    """A Jinja environment with what transformers gives chat templates."""
+    """Make a Jinja environment with what transformers gives chat templates."""
 
     def raise_exception(message: object) -> NoReturn:
         raise _Refused(str(message))
@@ -345,7 +345,7 @@ class _Renderer:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Turns whatever goes wrong inside a template into `_Unusable` with one line."""
+    """Turn whatever goes wrong inside a template into `_Unusable` with one line."""
     try:
         yield
     except (_Unusable, llama.DecodeAborted):
@@ -356,7 +356,7 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _usable_renderer(source: str, vocab: llama.Vocab) -> _Renderer:
-    """The template with undefined variables as Jinja has them; if it stumbles over one, with blanks."""
+    """Compile the template with undefined variables as Jinja has them; if it stumbles over one, with blanks."""
     try:
         return _Renderer(source, vocab)
     except _Unusable as error:

@@ -60,7 +60,7 @@ def open_private(path: Path, mode: str) -> IO[bytes]:
 
 
 class Measurements:
-    """What a fit has measured, each figure under all that decides it; lines {"key", "value"}.
+    """The figures that a fit has measured, each under all that decides it; lines {"key", "value"}.
 
     Args:
         base: what decides every value, as JSON can hold it.

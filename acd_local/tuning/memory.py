@@ -181,7 +181,7 @@ def _meminfo(key: str) -> float | None:
 
 
 def _container_left() -> float:
-    """What a cgroup (version 2) leaves; its file cache can be dropped."""
+    """Count what a cgroup (version 2) leaves; its file cache can be dropped."""
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = float((group / "memory.max").read_text()), float((group / "memory.current").read_text())

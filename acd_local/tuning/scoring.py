@@ -51,7 +51,7 @@ class RefusalRates:
 
 @dataclass(frozen=True)
 class ContrastScore(RefusalRates):
-    """What a contrast does: mean chances that answers open as refusals, and shares of greedy answers.
+    """The effect of a contrast: mean chances that answers open as refusals, and shares of greedy answers.
 
     Attributes:
         greedy: the objective by greedy answers, as the refusal matcher sorts them.
@@ -133,7 +133,7 @@ class OpeningScorer:
         self._scorer.close()
 
     def _beside(self, safe: Prompt, other: Prompt, users: Sequence[str]) -> Iterator[Logits]:
-        """As `_logits` of both, with those of `safe` computed once."""
+        """Compute `_logits` of both, those of `safe` once."""
         if self._kept_of is not safe:
             self._kept_of, self._kept = safe, {}
         new = [user for user in users if user not in self._kept]  # one prompt after the other: they share a cache
@@ -143,7 +143,7 @@ class OpeningScorer:
             yield np.stack([self._kept[user], logits])
 
     def _logits(self, prompts: Sequence[Prompt], users: Sequence[str]) -> Iterator[Logits]:
-        """For each user's text the logits that `Openings.probability` asks for, shape (prompts, rows, n_vocab)."""
+        """Compute for each user's text what `Openings.probability` asks for: logits, shape (prompts, rows, n_vocab)."""
         for user in users:
             check_stop(self._stop)
             ids = [self._encode(prompt, user) for prompt in prompts]

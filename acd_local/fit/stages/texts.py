@@ -54,7 +54,7 @@ class PositiveResult:
 
 @dataclass(frozen=True)
 class PairResult:
-    """What answers above the gate: two texts, or a kept pair, whose texts are in `style` alone."""
+    """The pair that answers above the gate: two texts, or a kept pair, whose texts are in `style` alone."""
 
     style: Style
     positive: Candidate | None = None
@@ -167,7 +167,7 @@ def passing(context: FitContext, gate_result: GateResult) -> dict[str, list[Inst
 
 @dataclass(frozen=True)
 class _Base:
-    """How a base does on harmless requests: answers, how likely they open as refusals, easy facts right."""
+    """The figures of a base on harmless requests: answers, chances that they open as refusals, easy facts right."""
 
     shares: Shares
     openings: Mapping[str, float]

@@ -98,7 +98,7 @@ class _Choice:
         return {**state["chosen"], "rows": state["rows"], "before_after": state["before_after"]}
 
     def _grids(self) -> None:
-        """How the manual pair does, each pair's safeguarding prompt alone, and its grid."""
+        """Score the manual pair, then each pair's safeguarding prompt alone, and its grid."""
         manual, state = (self._context.manual["safe"], self._context.manual["adversarial"]), self._state
         with self._context.scorer() as (scorer, _):
             if not state["before_after"]:
@@ -112,7 +112,7 @@ class _Choice:
                     self._keep()
 
     def _tried(self, name: str, rows: Sequence[ContrastScore]) -> list[ContrastScore]:
-        """Contrasts of a pair with what comes of them in greedy answers."""
+        """Try contrasts of a pair in greedy answers."""
         context, known = self._context, self._state["tried"].setdefault(name, [])
         clock = Clock("trying the best settings", len(known), len(rows), context.listener)
         texts = self._texts or context.manual
