@@ -7,15 +7,14 @@ prompts do, and is kept with them (see `vectors`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from acd_local.errors import PairError
-from acd_local.softpair import check_model
+from acd_local.softpair import ModelVectors
 
 if TYPE_CHECKING:
     from acd_local.runtime.gguf_header import GGUFInfo
@@ -81,14 +80,12 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Gate:
-    """Two probes, and the model they belong to.
+class Gate(ModelVectors):
+    """Two probes of a model's hidden states.
 
     Attributes:
         layers: whose output both probes read, from 0.
         request: reads the last message. answer: reads the latest tokens of an answer; None: answers are not read.
-        architecture, tokenizer, n_embd, n_layer, name: of the model's GGUFInfo.
-        path: its file; None if it was made in Python.
 
     Raises:
         PairError: the widths do not agree, or a layer is none of the model's.
@@ -97,12 +94,6 @@ class Gate:
     layers: tuple[int, ...]
     request: Probe
     answer: Probe | None
-    architecture: str
-    tokenizer: str
-    n_embd: int
-    n_layer: int
-    name: str = ""
-    path: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for key, probe in (("request", self.request), ("answer", self.answer)):
@@ -120,7 +111,7 @@ class Gate:
         Raises:
             PairError: it is another model's; one line.
         """
-        check_model(self, "gate", info)
+        self.check_model("gate", info)
 
 
 def probe_of(weight: Any, bias: Any) -> Probe:

@@ -46,10 +46,8 @@ class FitResult:
 
 def make_gate(context: FitContext, found: FitResult) -> Gate:
     """Make the gate of the two probes."""
-    info = context.job.info
     answer = None if found.look is None else found.look.probe
-    model = info.architecture, info.tokenizer, info.n_embd, info.n_layers, info.name
-    return Gate(found.layers, found.gate.probe, answer, *model)
+    return Gate(found.layers, found.gate.probe, answer, **Gate.fields_of(context.job.info))
 
 
 def make_pair_file(context: FitContext, found: FitResult) -> PairFile:

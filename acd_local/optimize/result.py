@@ -52,10 +52,8 @@ def write(context: StageContext, result: OptimizeResult) -> None:
 
 def soft_pair(context: StageContext, soft: Mapping[Role, SoftPromptResult]) -> SoftPair:
     """Make the soft pair as it will be read back: rounded to float16."""
-    info = context.job.info
     safe, adversarial = (soft[role].z.half().float().numpy() for role in ROLES)
-    of = info.architecture, info.tokenizer, info.n_embd, info.n_layers, info.name
-    return SoftPair(SoftPrompt(safe), AdversarialRows(adversarial), *of)
+    return SoftPair(SoftPrompt(safe), AdversarialRows(adversarial), **SoftPair.fields_of(context.job.info))
 
 
 def _pair_file(context: StageContext, result: OptimizeResult) -> pairfile.PairFile:

@@ -192,8 +192,7 @@ def test_a_pair_is_given_a_gate_and_keeps_all_else(
     info = read_header(model)
     rng = np.random.default_rng(0)
     safe, adversarial = (0.1 * rng.standard_normal((3, info.n_embd)).astype(np.float16) for _ in range(2))
-    of = info.architecture, info.tokenizer, info.n_embd, info.n_layers, info.name
-    soft = SoftPair(SoftPrompt(safe), AdversarialRows(adversarial), *of)
+    soft = SoftPair(SoftPrompt(safe), AdversarialRows(adversarial), **SoftPair.fields_of(info))
     vectors.save(vectors.Vectors(soft, None), folder / "old.safetensors")
     (folder / "old.toml").write_text(
         'format = 1\nname = "old"\nsafe = "Be kind."\nadversarial = "Be mean."\nalpha = 0.3\n'
