@@ -23,6 +23,7 @@ from acd_local.runtime import llama, probe, rowcosts
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import SpecialTokens
 from acd_local.runtime.decoder import Decoder
+from acd_local.runtime.lifetime import Closing
 from acd_local.runtime.prompts import PromptBuilder, PromptSetup
 from acd_local.runtime.streams import Layout
 from acd_local.runtime.template import ChatTemplate, Message
@@ -35,7 +36,7 @@ DEFAULT_CTX_SIZE = 4096
 _NOT_TEXT = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN | llama.ATTR_UNUSED
 
 
-class Engine:
+class Engine(Closing):
     """A model, loaded once, that answers by contrasting two streams. Safe to use from several threads.
 
     Args:
@@ -286,12 +287,6 @@ class Engine:
         In a forked child this does nothing.
         """
         self.decoder.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __reduce__(self) -> NoReturn:
         raise UsageError("an engine cannot be copied or sent to another process: load it where it is used")

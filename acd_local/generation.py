@@ -10,7 +10,7 @@ import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self, TypeAlias
+from typing import Protocol, TypeAlias
 
 from acd_local import pairs
 from acd_local.answers import (
@@ -37,6 +37,7 @@ from acd_local.runtime.decoder import Decoder, PromptMeter
 from acd_local.runtime.deferred import deferred
 from acd_local.runtime.draft_policy import DraftPolicy
 from acd_local.runtime.gguf_header import GGUFInfo
+from acd_local.runtime.lifetime import Closing
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.lookup import Lookup
 from acd_local.runtime.prompts import Prompt, PromptBuilder, PromptSetup
@@ -96,7 +97,7 @@ class Producer(Protocol):
     def pieces(self) -> Generator[str, None, None]: ...
 
 
-class BaseStream:
+class BaseStream(Closing):
     """One answer while it is made: iterate for pieces of its text (whole characters), then read `answer`.
 
     Closing it early (close(), a `with` block, or dropping it) stops decoding and frees its slot.
@@ -148,12 +149,6 @@ class BaseStream:
     def close(self) -> None:
         """Stop the answer here."""
         self._pieces.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class AnswerStream(BaseStream):

@@ -9,11 +9,11 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from acd_local.cli.flags import load_engine
 from acd_local.cli.shell import one_line, say
+from acd_local.runtime.lifetime import Closing
 
 if TYPE_CHECKING:
     from acd_local.answers import PromptProgress
@@ -25,7 +25,7 @@ TERMINAL_EVERY = 0.2  # seconds
 ELSEWHERE_EVERY = 30.0
 
 
-class ProgressLine:
+class ProgressLine(Closing):
     """`show` may be called as often as one likes; `close` leaves the cursor on a fresh line."""
 
     def __init__(self, program: str) -> None:
@@ -56,12 +56,6 @@ class ProgressLine:
         if self._open:
             self._open = False
             say("")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
 
 def progress_text(progress: Progress) -> str:

@@ -6,19 +6,18 @@ import json
 import math
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from acd_local.errors import UsageError
 from acd_local.evaluate import run_folder
 from acd_local.evaluate.run_folder import Record
 from acd_local.files import JsonLines, is_storage_fault, locked, write_error
+from acd_local.runtime.lifetime import Closing
 
 # What may not change between a run and its continuation, or answers of two runs would mix.
 _FIXED = ("format", "model", "pair", "judge", "judge_model", "shard")
 
 
-class Journal:
+class Journal(Closing):
     """A run's folder, opened for writing by one process at a time.
 
     Args:
@@ -73,12 +72,6 @@ class Journal:
 
     def close(self) -> None:
         self._lock.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
     def _add(self, name: str, record: Record) -> None:
         self._lines[name].add(_finite(record))

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from acd_local.errors import NumericalError, UsageError
 from acd_local.models import resolve
 from acd_local.options import check_engine_number
 from acd_local.runtime import llama, probe
+from acd_local.runtime.lifetime import Closing
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.streams import Cache, DecodeRequest, Snapshot, extend
 from acd_local.runtime.template import ChatTemplate, Message
@@ -57,7 +58,7 @@ _MIN_ROOM = 64  # tokens for the texts to judge
 _CHARACTERS_PER_TOKEN = 64  # more are not looked at when a long text is cut
 
 
-class Judge:
+class Judge(Closing):
     """A loaded judge. Not to be shared between threads.
 
     Args:
@@ -123,12 +124,6 @@ class Judge:
         if hasattr(self, "_context"):
             self._context.close()
         self._model.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # --- the prompt ---------------------------------------------------------------------------------------------------
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from acd_local.evaluate.journal import Journal
 from acd_local.evaluate.likelihood import LogProbs, Scorer
@@ -15,6 +14,7 @@ from acd_local.evaluate.sets import EvalSet, Item
 from acd_local.options import Options
 from acd_local.pairs import PromptPair
 from acd_local.runtime.choice import NO_CONTRAST, ContrastSettings
+from acd_local.runtime.lifetime import Closing
 from acd_local.runtime.prompts import Negative, Prompt, PromptSetup
 from acd_local.runtime.template import Message
 
@@ -58,7 +58,7 @@ class _Streams:
     mixes: list[Mix]
 
 
-class Scoring:
+class Scoring(Closing):
     """Makes the scoring tasks of a run; holds the scoring context meanwhile."""
 
     def __init__(self, engine: Engine, pair: PromptPair, journal: Journal) -> None:
@@ -86,12 +86,6 @@ class Scoring:
         if self._scorer is not None:
             self._scorer.close()
             self._scorer = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
     # -- tasks ---------------------------------------------------------------------------------------------------------
 

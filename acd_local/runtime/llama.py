@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NewType, Self, TypeAlias
+from typing import Any, NewType, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from acd_local.errors import InternalError, ModelError, NumericalError, OutOfMemoryError, UsageError
 from acd_local.runtime import lifetime, machine
 from acd_local.runtime.embeddings import EmbeddingTable
+from acd_local.runtime.lifetime import Closing, Owned
 from acd_local.runtime.lifetime import DecodeAborted as DecodeAborted
-from acd_local.runtime.lifetime import Owned
 from acd_local.runtime.threads import openmp_settings
 
 with openmp_settings():
@@ -170,7 +170,7 @@ def quantize(source: Path, target: Path, kind: str, *, threads: int = 1) -> None
 # Model and vocabulary
 
 
-class Model:
+class Model(Closing):
     """A loaded GGUF file (llama_model_load_from_file).
 
     Args:
@@ -252,12 +252,6 @@ class Model:
 
     def close(self) -> None:
         self.owned.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _LoadWatch:
@@ -370,7 +364,7 @@ class Vocab:
 # Context: KV sequences
 
 
-class Context:
+class Context(Closing):
     """A llama_context with `n_seq` KV sequences of `n_ctx` tokens each, every sequence in a buffer of its own.
 
     kv_unified is off: llama.cpp then gives each sequence n_ctx / n_seq_max cells, picks the long-rope factors by that
@@ -566,12 +560,6 @@ class Context:
 
     def close(self) -> None:
         self.owned.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _free_context(_model: Model, pointer: Any) -> None:
