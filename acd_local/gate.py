@@ -103,7 +103,7 @@ class Gate(ModelVectors):
                     f"{self.n_embd}"
                 )
         if sorted({*self.layers}) != list(self.layers) or not 0 <= self.layers[0] <= self.layers[-1] < self.n_layer - 1:
-            raise PairError(f"the layers {self.layers} are none that can be read of {self.n_layer}")
+            raise PairError(f"the layers {self.layers} cannot be read: the model has {self.n_layer}")
 
     def check(self, info: GGUFInfo) -> None:
         """Refuse a model that this gate does not read.

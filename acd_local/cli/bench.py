@@ -42,9 +42,9 @@ COLUMNS = {
     "--parallel",
     type=click.IntRange(2, 128),
     metavar="N",
-    help="Instead: prompts per minute, N at once against one by one.",
+    help="Measure prompts per minute instead, N at once against one by one.",
 )
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
     model: str | None, no_memory: bool, quantize: str | None, parallel: int | None, as_json: bool, **measuring: Any
 ) -> Outcome | None:

@@ -76,19 +76,19 @@ def command() -> None:
     help="Methods to compare, by commas, or 'all'; docs/methods.md describes them. "
     f"Default: {DEFAULT_WITH_GATE} where the pair has a gate, else {DEFAULT_METHODS}.",
 )
-@click.option("--methods-file", multiple=True, type=flags.file_name, metavar="FILE", help="Your own, TOML.")
+@click.option("--methods-file", multiple=True, type=flags.file_name, metavar="FILE", help="Methods of your own, TOML.")
 @click.option("--sweep", metavar="KEY=X,Y,...", help=f"Also vary alpha, beta or window of {SWEEP_OF}.")
-@click.option("--out", "-o", type=flags.file_name, metavar="DIR", help="Folder for everything; default eval-MODEL.")
+@click.option("--out", "-o", type=flags.file_name, metavar="DIR", help="Folder for all results; default eval-MODEL.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Prompts per set, drawn by --seed; default: all.")
 @click.option("--max-tokens", "-n", type=click.IntRange(1), default=64, show_default=True, help="Longest answer.")
 @click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws prompts and answers.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of prompts and answers.")
 @click.option(
     "--parallel",
     type=click.IntRange(1, 128),
     default=8,
     show_default=True,
-    help="Prompts answered at once; 1 repeats a run exactly, more do up to near-ties. Each holds two streams.",
+    help="Prompts answered at once, each in two streams; 1 repeats a run exactly, more may differ in near-ties.",
 )
 @click.option("--judge", metavar="MODEL.gguf", help="A model that calls answers safe or unsafe, such as Llama Guard.")
 @click.option("--shard", metavar="I/N", help="Only this part of every set, for several machines; see merge.")
@@ -184,7 +184,7 @@ def show(directory: Path, markdown: bool) -> None:
 
 @command.command("merge")
 @click.argument("directories", type=flags.file_name, nargs=-1, required=True, metavar="DIR...")
-@click.option("--out", "-o", type=flags.file_name, required=True, metavar="OUT", help="Folder for the whole.")
+@click.option("--out", "-o", type=flags.file_name, required=True, metavar="OUT", help="Folder for the merged run.")
 def merge(directories: tuple[Path, ...], out: Path) -> None:
     """Join runs of one model: shards from several machines, or other methods and sets."""
     from acd_local.evaluate import results

@@ -28,7 +28,7 @@ def command() -> None:
 
 
 @command.command("models")
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def list_models(as_json: bool) -> Outcome | None:
     """List GGUF models that Hugging Face, LM Studio, ollama and llama.cpp keep on this machine.
 

@@ -28,7 +28,7 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
 
 @click.command("optimize", epilog=EXIT_CODES, context_settings={"max_content_width": 100})
 @click.argument("model", required=False)
-@click.option("--out", "-o", type=flags.file_name, metavar="NAME.toml", help="Result; default prompts/MODEL.toml.")
+@click.option("--out", "-o", type=flags.file_name, metavar="NAME.toml", help="The pair; default prompts/MODEL.toml.")
 @click.option(
     "--budget", default="60m", show_default=True, metavar="TIME", help="Time for everything: 90s, 60m, 2h; 60 is 60m."
 )
@@ -44,7 +44,7 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="Of the weights in torch; auto takes the faster one.",
+    help="Number type of the weights in torch; auto takes the faster one.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Repeats a run.")
 @flags.anchors_flag
@@ -53,7 +53,7 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
     default="1,1,1",
     show_default=True,
     metavar="P,N,R",
-    help="Of the losses: wanted answers, unwanted answers, harmless answers.",
+    help="Weights of the losses of wanted, unwanted and harmless answers.",
 )
 @click.option(
     "--max-tokens", type=click.IntRange(16, 1024), default=96, show_default=True, help="Longest text of either prompt."
@@ -69,7 +69,7 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
 @click.option(
     "--fit",
     metavar="NAME|FILE",
-    help="Go on from this result of acd fit: the new pair has its gate, and refuses what passes it.",
+    help="Go on from this result of acd fit: the new pair keeps its gate, and refuses what the gate finds harmful.",
 )
 @click.option("--force", is_flag=True, help="Replace the files of an earlier result.")
 def command(model: str | None, **given: Any) -> int:

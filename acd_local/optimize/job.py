@@ -132,7 +132,7 @@ def prepare(request: Request) -> Job:
         raise UsageError(f"--repeat: that result was made from another file than {info.path.name}")
     if request.repeat is not None and request.repeat.anchors_sha256 != anchors.digest(instructions):
         raise UsageError(
-            "--repeat: that result was made with other instructions: name its file with --anchors, or take the version "
+            "--repeat: that result was made with other instructions: name its file with --anchors, or use the version "
             "that made it"
         )
     return Job(
@@ -178,7 +178,7 @@ def read_repeat(path: Path) -> tuple[dict[str, Any], Repeat]:
     names = _SOFT_STEPS if soft_only else _SOFT_STEPS + _TEXT_STEPS
     weights = get("weights", list)
     if len(weights) != 3 or not all(isinstance(w, int | float) for w in weights):
-        raise UsageError(f"{place}: provenance.weights are no three numbers")
+        raise UsageError(f"{place}: provenance.weights must be three numbers")
     options = {
         "seed": get("seed", int),
         "budget": float(get("budget_seconds", (int, float))),

@@ -262,6 +262,6 @@ def check_divergence(found: float, name: str) -> None:
     """Raise ModelError where a divergence is more than arithmetic explains, or is no number."""
     if not found <= MAX_DIVERGENCE:
         raise ModelError(
-            f"{name}: acd optimize cannot train this model: transformers reads its file otherwise than llama.cpp does "
+            f"{name}: acd optimize cannot train this model: transformers does not read its file as llama.cpp does "
             f"(their distributions differ by {found:.2g} nats a token)"
         )
