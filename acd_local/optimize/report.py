@@ -39,7 +39,7 @@ CHUNK = 1 << 22  # numbers of the embedding matrix taken at a time: 16 MB
 
 @dataclass(frozen=True)
 class OptimizeReport:
-    """The page's contents; all of it goes through JSON unchanged. What is empty or missing is left out.
+    """The page's contents. What is empty is left out; a number that is None or not finite is shown as a dash.
 
     Attributes:
         model: name, file, architecture, layers, n_embd, file_type.
@@ -84,7 +84,7 @@ def render(data: OptimizeReport) -> str:
     """Write the whole page."""
     return page.render(
         "optimization.html",
-        f"Optimized prompt pair for {plain(data.model.get('name') or data.model.get('file') or 'a model')}",
+        f"Optimized prompt pair for {plain(data.model['name'] or data.model['file'])}",
         lead=_summary(data),
         facts=_facts(data),
         command=data.command,
@@ -99,7 +99,7 @@ def render(data: OptimizeReport) -> str:
         finals=_finals(data),
         settings=_settings(data),
         stages=_stages(data),
-        reused=any(stage.get("reused") for stage in data.stages),
+        reused=any(stage["reused"] for stage in data.stages),
     )
 
 
@@ -114,14 +114,14 @@ def _size(value: object) -> str:
 
 
 def _objective(row: Record) -> float | None:
-    """Safety minus over-refusal."""
-    safety, over = page.number(row.get("safety")), page.number(row.get("over_refusal"))
+    """Subtract over-refusal from safety."""
+    safety, over = page.number(row["safety"]), page.number(row["over_refusal"])
     return None if safety is None or over is None else safety - over
 
 
 def _worth(row: Record) -> float | None:
     """Weigh a setting by openings."""
-    safety, *refusals = (page.number(row.get(key)) for key in MEASURES)
+    safety, *refusals = (page.number(row[key]) for key in MEASURES)
     if safety is None or all(x is None for x in refusals):
         return None
     return worth(safety, *(x or 0.0 for x in refusals))
@@ -138,52 +138,33 @@ def _prompts(parts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _facts(data: OptimizeReport) -> dict[str, str]:
-    model, settings = data.model, dict(data.settings)
-    units = {"layers": "{} layers", "n_embd": "n_embd {}"}
-    named = ("file", "architecture", "layers", "n_embd", "file_type")
-    weights = settings.pop("weights", None)
-    if "budget" in settings and page.number(settings["budget"]) is not None:
-        settings["budget"] = page.duration(settings["budget"])
+    model, anchors, weights = data.model, data.anchors, data.settings["weights"]
+    settings = {key: value for key, value in data.settings.items() if key != "weights"}
+    settings["budget"] = page.duration(settings["budget"])
+    sampled, written, validation = anchors["refusals_sampled"], anchors["refusals_written"], anchors["validation"]
     return {
-        "Model": " · ".join(units.get(k, "{}").format(plain(model[k])) for k in named if model.get(k)),
+        "Model": f"{plain(model['file'])} · {plain(model['architecture'])} · {plain(model['layers'])} layers · "
+        f"n_embd {plain(model['n_embd'])} · {plain(model['file_type'])}",
         "Settings": page.fact({str(k).replace("_", " "): v for k, v in settings.items()}),
-        "Loss weights": page.fact(weights) if weights else "",
-        "Anchors": _anchors(data.anchors),
-        "Validation": _validation(data.anchors.get("validation") or {}),
-        "Date": plain(data.date).replace("T", " "),
-        "Version": f"acd_local {plain(data.version)}" if data.version else "",
+        "Loss weights": page.fact(weights),
+        "Anchors": f"{plain(sampled)} sampled and {plain(written)} written refusals, {plain(anchors['complying'])} "
+        f"complying answers, {plain(anchors['answered'])} answers to harmless instructions",
+        "Validation": f"{plain(validation['harmful'])} harmful, {plain(validation['harmless'])} ordinary harmless, "
+        f"{plain(validation['lookalike'])} look-alike instructions, none of them trained on",
+        "Date": plain(data.date),
+        "Version": f"acd_local {plain(data.version)}",
     }
-
-
-def _anchors(counts: Record) -> str:
-    sampled, written = counts.get("refusals_sampled"), counts.get("refusals_written")
-    parts = []
-    if sampled is not None or written is not None:
-        total = (sampled or 0) + (written or 0)
-        parts.append(f"{total} refusals ({sampled or 0} sampled, {written or 0} written)")
-    named = {"complying": "complying answers", "answered": "answers to harmless instructions"}
-    parts += [f"{plain(counts[key])} {words}" for key, words in named.items() if counts.get(key) is not None]
-    return ", ".join(parts)
-
-
-def _validation(counts: Record) -> str:
-    named = {"harmful": "harmful", "harmless": "ordinary harmless", "lookalike": "look-alike"}
-    parts = [f"{plain(counts[key])} {words}" for key, words in named.items() if counts.get(key) is not None]
-    return ", ".join(parts) + " instructions, none of them trained on" if parts else ""
 
 
 def _summary(data: OptimizeReport) -> str:
     """Say what the optimized prompts do against the manual ones, all with contrast."""
-    rows = {row.get("pair"): row for row in data.before_after if row.get("contrast")}
+    rows = {row["pair"]: row for row in data.before_after if row["contrast"]}
     names = {"text": "optimized text", "soft": "soft prompts", "manual": "manual text"}
     parts = [
-        f"{name}, safety {page.percent(rows[pair].get('safety'))}%, "
-        f"over-refusal {page.percent(rows[pair].get('over_refusal'))}%"
-        for pair, name in names.items()
-        if pair in rows
+        f"{names[pair]}, safety {page.percent(row['safety'])}%, over-refusal {page.percent(row['over_refusal'])}%"
+        for pair in names
+        if (row := rows.get(pair))
     ]
-    if not set(rows) & {"text", "soft"}:
-        return ""
     return f"With contrast, on validation instructions: {'; '.join(parts)}."
 
 
@@ -206,18 +187,17 @@ def _measured(values: Sequence[object], better: int = 0) -> list[Cell]:
 
 
 def _measures(rows: Sequence[Record], better: bool) -> dict[str, list[Cell]]:
-    """Safety, over-refusal, look-alike refusal where it is known, and the first minus the second."""
+    """Make columns of safety, over-refusal and look-alike refusal, and of the first minus the second."""
     columns = {
-        f"{name} %": _measured([row.get(key) for row in rows], (1 if key == "safety" else -1) * better)
+        f"{name} %": _measured([row[key] for row in rows], (1 if key == "safety" else -1) * better)
         for key, name in MEASURES.items()
-        if key != "lookalike" or any(page.number(row.get(key)) is not None for row in rows)
     }
     return columns | {"safety \u2212 over-refusal": _measured([_objective(row) for row in rows], 1 * better)}
 
 
 def _before_after(data: OptimizeReport) -> Table:
     names = [
-        f"{PAIRS.get(str(row.get('pair')), row.get('pair'))}, {'with' if row.get('contrast') else 'no'} contrast"
+        f"{PAIRS.get(row['pair'], row['pair'])}, {'with' if row['contrast'] else 'no'} contrast"
         for row in data.before_after
     ]
     columns = _measures(data.before_after, better=True)
@@ -228,9 +208,7 @@ def _chosen(data: OptimizeReport) -> list[Record]:
     out: list[Record] = []
     for key, name in _prompts(data.texts):
         text = data.texts[key]
-        size = next(
-            (len(c["tokens"]) for c in data.distillation.get(key, ()) if c["text"] == text and c.get("tokens")), 0
-        )
+        size = next((len(c["tokens"]) for c in data.distillation[key] if c["text"] == text), 0)
         note = f"{size} tokens" if size else ""
         out.append({"key": key, "name": name, "text": text, "note": note, "negative": key == "adversarial"})
     return out
@@ -308,7 +286,7 @@ def _path_curves(data: OptimizeReport, key: str) -> list[Curve]:
     ways: dict[str, list[tuple[int, float, float]]] = {}
     for prompt in PROMPTS:
         for step, v in _validated(data.soft.get(prompt, ())):
-            x, y = page.number(v.get(key)), page.number(v.get("safety"))
+            x, y = page.number(v[key]), page.number(v["safety"])
             if x is not None and y is not None:
                 ways.setdefault(prompt, []).append((step, x, y))
     across = [x for way in ways.values() for _, x, _ in way]
@@ -372,11 +350,9 @@ def _finals(data: OptimizeReport) -> list[Table]:
     out = []
     for key, name in _prompts(data.finals):
         rows = data.finals[key]
-        names = [
-            f"{row.get('origin')}, step {row.get('step')}{' (chosen)' if row.get('chosen') else ''}" for row in rows
-        ]
-        trials = [row.get("trial") or {} for row in rows]
-        unreadable = _measured([t.get("degenerate") for t in trials], -1)
+        names = [f"{row['origin']}, step {row['step']}{' (chosen)' if row['chosen'] else ''}" for row in rows]
+        trials = [row["trial"] for row in rows]
+        unreadable = _measured([t["degenerate"] for t in trials], -1)
         columns = _measures(trials, better=True) | {"degenerate %": unreadable}
         out.append(_table(f"finals-{key}", f"{name}: the best texts tried in earnest", "text", names, columns))
     return out
@@ -384,7 +360,7 @@ def _finals(data: OptimizeReport) -> list[Table]:
 
 def _search_panel(name: str, history: Sequence[Record]) -> tuple[Panel, int]:
     """Draw candidates by origin and the best so far; count those that are too bad to be shown."""
-    found = [(i, number, str(c.get("origin", ""))) for i, c in enumerate(history, 1)
+    found = [(i, number, str(c["origin"])) for i, c in enumerate(history, 1)
              if (number := page.number(c["objective"])) is not None]  # fmt: skip
     if not found:
         return Panel(name, Axis("candidate"), []), 0
@@ -396,7 +372,7 @@ def _search_panel(name: str, history: Sequence[Record]) -> tuple[Panel, int]:
     for place, origin in enumerate(origins):
         points = _thinned([(i, number) for i, number, kind in shown if kind == origin])
         colour = ORIGIN_COLOURS[place % len(ORIGIN_COLOURS)]
-        curves.append(Curve(plain(origin) or "candidate", colour, points, line=False, marks=True, faint=True))
+        curves.append(Curve(plain(origin), colour, points, line=False, marks=True, faint=True))
     stairs: list[tuple[float, float]] = []
     for (i, _, _), best in zip(found, steps, strict=True):
         if not stairs or best < stairs[-1][1]:
@@ -427,14 +403,12 @@ def _improvements(data: OptimizeReport) -> list[tuple[str, str, str, list[Record
 
 
 def _candidate(candidate: Record, before: str, chosen: bool) -> Record:
-    parts, scores = candidate.get("parts") or {}, candidate.get("scores") or {}
-    figures = [plain(candidate.get("origin", "")), f"objective {page.decimal(candidate['objective'])}"]
+    parts, scores = candidate["parts"], candidate["scores"]
+    figures = [plain(candidate["origin"]), f"objective {page.decimal(candidate['objective'])}"]
     figures += [f"{plain(k)} {page.decimal(v)}" for k, v in parts.items()]
-    figures += [
-        f"{name} {page.percent(scores[k])}%" for k, name in MEASURES.items() if page.number(scores.get(k)) is not None
-    ]
+    figures += [f"{name} {page.percent(scores[key])}%" for key, name in MEASURES.items()]
     marked = _changed(before, candidate["text"])
-    return {"step": candidate.get("step", "–"), "figures": figures, "chosen": chosen, "parts": marked}
+    return {"step": candidate["step"], "figures": figures, "chosen": chosen, "parts": marked}
 
 
 def _changed(before: str, after: str) -> list[tuple[str, bool]]:
@@ -458,7 +432,7 @@ def _settings(data: OptimizeReport) -> list[tuple[str, list[Any], list[tuple[Any
     """By pair: its name, the betas, and per alpha the cells."""
     by_pair: dict[str, list[Record]] = {}
     for row in data.setting_rows:
-        by_pair.setdefault(str(row.get("pair") or "text"), []).append(row)
+        by_pair.setdefault(row["pair"], []).append(row)
     out = []
     for pair, rows in by_pair.items():
         cells = {(row["alpha"], row["beta"]): row for row in rows}
@@ -476,12 +450,12 @@ def _heat_cell(row: Record | None, low: float, high: float) -> Record | None:
     if row is None or worth_ is None:
         return None
     shade = 1 + min(HEAT - 1, int(HEAT * (worth_ - low) / (high - low))) if high > low else 1
-    small = " / ".join(page.percent(row[key]) for key in MEASURES if page.number(row.get(key)) is not None)
+    small = " / ".join(page.percent(row[key]) for key in MEASURES)
     if (greedy := page.number(row.get("greedy"))) is not None:
         small += f", greedy {page.percent(greedy)}"
     if (broken := page.number(row.get("degenerate"))) is not None:
         small += f", broken {page.percent(broken)}"
-    return {"shade": shade, "chosen": row.get("chosen"), "worth": worth_, "small": small}
+    return {"shade": shade, "chosen": row["chosen"], "worth": worth_, "small": small}
 
 
 def _stages(data: OptimizeReport) -> Table:
@@ -496,8 +470,8 @@ def _stages(data: OptimizeReport) -> Table:
     }
     if any(on_device):
         texts["peak on the device"] = [_size(x) for x in (*on_device, max(x or 0.0 for x in on_device))]
-    if any(stage.get("reused") for stage in stages):
-        texts[""] = ["reused" if stage.get("reused") else "" for stage in stages] + [""]
+    if any(stage["reused"] for stage in stages):
+        texts[""] = ["reused" if stage["reused"] else "" for stage in stages] + [""]
     columns = {head: [Cell(text) for text in column] for head, column in texts.items()}
     return _table("stages", "Stages", "stage", names if stages else [], columns if stages else {})
 
