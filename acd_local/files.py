@@ -77,7 +77,7 @@ def _can_make(folder: Path) -> bool:
 
 
 def _folder(kind: Literal["cache", "config", "data"]) -> Path | None:
-    """A container may run without a home or a passwd entry: then platformdirs has no answer, or a relative one."""
+    """Ask platformdirs, which has no answer, or a relative one, in a container without a home or a passwd entry."""
     import platformdirs  # slow to import
 
     ask = {
@@ -93,7 +93,7 @@ def _folder(kind: Literal["cache", "config", "data"]) -> Path | None:
 
 
 def _own_folder(path: Path) -> Path:
-    """Anybody could have put a folder, or a link to one of theirs, at a name in the temporary folder."""
+    """Make the folder; anybody could have put one, or a link to one of theirs, at a name in the temporary folder."""
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
     found = path.lstat()

@@ -260,7 +260,7 @@ def _ollama() -> _Entries:
 
 
 def _ollama_weights(manifest: Path) -> str | None:
-    """Digest of the blob that holds the model, None if the manifest names none."""
+    """Return the digest of the blob that holds the model, None if the manifest names none."""
     try:
         layers = json.loads(manifest.read_text("utf-8"))["layers"]
         for layer in layers:

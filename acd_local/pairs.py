@@ -474,7 +474,7 @@ def _read(path: Path) -> str:
 
 
 def _syntax_message(path: Path, source: str, error: Exception) -> str:
-    """tomllib's message with its position in front."""
+    """Write tomllib's message with its position in front."""
     name = shown(path)
     if isinstance(error, RecursionError):
         return f"{name}: nested too deeply: this is no prompt pair"
@@ -533,7 +533,7 @@ def search_path() -> tuple[Path, ...]:
 
 
 def _shipped() -> Path:
-    """Inside the package when installed; the repository's prompts/ in a checkout or an editable install."""
+    """Find the shipped folder: in the package when installed; prompts/ in a checkout or an editable install."""
     package = Path(__file__).resolve().parent
     if not (package / "prompts").is_dir() and (package.parent / "pyproject.toml").is_file():
         return package.parent / "prompts"

@@ -79,7 +79,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def duration(seconds: float) -> str:
-    """42 s, 12 min, 1 h 05 min"""
+    """Write a duration: 42 s, 12 min, 1 h 05 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

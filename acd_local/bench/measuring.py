@@ -127,7 +127,7 @@ class Recorder:
         del self._context.decode  # the class' own is back
 
     def after(self, prompt: int) -> list[BatchShape]:
-        """Those that followed a prompt of so many tokens in the safe stream."""
+        """List those that followed a prompt of so many tokens in the safe stream."""
         starts = (i for i, b in enumerate(self.batches) if SAFE in b.seqs and b.start(SAFE) >= prompt)
         return self.batches[next(starts, len(self.batches)) :]
 

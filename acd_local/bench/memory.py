@@ -68,7 +68,7 @@ def _answer(case: str, model: str, threads: int, ctx_size: int, pair: str | None
 
 
 def _high_water_mark() -> float:
-    """Peak resident memory of this process, 10^6 bytes."""
+    """Read the peak resident memory of this process, 10^6 bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # ru_maxrss would count the parent's memory at the time of the fork
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

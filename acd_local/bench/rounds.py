@@ -187,7 +187,7 @@ def cases_of(found: Mapping[tuple[str, str], Sequence[Measured]], plain: str) ->
 
 
 def median(values: Sequence[float]) -> float | None:
-    """Rounded for people; None of nothing."""
+    """Round for people; None of nothing."""
     return round(statistics.median(values), 4) if values else None
 
 

@@ -40,7 +40,7 @@ class Throughput:
         return statistics.median(self.gains)
 
     def summary(self) -> dict[str, Any]:
-        """JSON types; prompts per minute as medians."""
+        """Return JSON types; prompts per minute are medians."""
         names = ("parallel", "prompts", "tokens", "threads", "gains", "gain", "differing")
         speeds = {n: statistics.median(values) for n, values in self.per_minute.items()}
         return {name: getattr(self, name) for name in names} | {"prompts_per_minute": speeds}

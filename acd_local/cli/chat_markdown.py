@@ -78,7 +78,7 @@ def _block_starts(text: str) -> list[int]:
 
 
 def finished_length(text: str) -> int:
-    """Length of the leading blocks that no further text can change; only whole lines decide."""
+    """Measure the leading blocks that no further text can change; only whole lines decide."""
     starts = _block_starts(text[: text.rfind("\n") + 1])
     return starts[-1] if len(starts) > 1 else 0
 
@@ -105,7 +105,7 @@ def _render_block(console: Console, text: str, width: int) -> Lines:
 
 
 def clean_lines(console: Console, renderable: RenderableType, width: int | None = None) -> Lines:
-    """Rendered lines without control segments, trailing spaces, and empty lines around them."""
+    """Strip rendered lines of control segments, trailing spaces, and empty lines around them."""
     options = console.options if width is None else console.options.update_width(width)
     lines = [list(_clean(line)) for line in console.render_lines(renderable, options, pad=False)]
     while lines and not lines[-1]:

@@ -136,7 +136,7 @@ def _key_bindings() -> KeyBindings:
 
 @contextmanager
 def quiet_keyboard() -> Iterator[None]:
-    """Between prompts, keys wait for the next one instead of being echoed into an answer; Ctrl-C still works."""
+    """Make keys wait, between prompts, for the next one instead of being echoed into an answer; Ctrl-C still works."""
     restore = _silence()
     try:
         yield

@@ -55,7 +55,7 @@ def spans(tokens: Sequence[TokenRecord], piece: Callable[[int], bytes]) -> list[
 def _characters(
     tokens: Sequence[TokenRecord], piece: Callable[[int], bytes]
 ) -> Iterator[tuple[list[TokenRecord], str]]:
-    """Shortest runs of tokens that hold whole characters, with their text."""
+    """Find the shortest runs of tokens that hold whole characters, with their text."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     unit: list[TokenRecord] = []
     text = ""

@@ -169,7 +169,7 @@ def parse_weights(text: str) -> tuple[float, ...]:
 
 
 def default_out(model: str) -> Path:
-    """prompts/ and the model file's name as a pair's name: "demo" and "hf:..." by the file they stand for."""
+    """Name prompts/NAME.toml after the model's file: "demo" and "hf:..." by the file they stand for."""
     from acd_local import models
     from acd_local.fit.job import pair_name
 

@@ -59,7 +59,7 @@ class ProgressLine(Closing):
 
 
 def progress_text(progress: Progress) -> str:
-    """answers 120/600, 31 per minute, 15:29 left"""
+    """Write a line: answers 120/600, 31 per minute, 15:29 left."""
     text = f"{progress.phase} {progress.done}/{progress.total}" if progress.total else progress.phase
     if progress.seconds_left is not None and progress.done < progress.total:
         minutes, seconds = divmod(round(progress.seconds_left), 60)

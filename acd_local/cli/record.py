@@ -35,7 +35,7 @@ def pair_line(engine: Engine, pair: PromptPair | None, options: Options) -> str:
 
 
 def pair_label(engine: Engine, pair: PromptPair | None, options: Options) -> str:
-    """default (not fitted), smollm2-135m-instruct (fitted, soft, gate), as-is"""
+    """Say: default (not fitted), smollm2-135m-instruct (fitted, soft, gate), as-is."""
     found = pair_record(engine, pair, options)
     if pair is None:
         return str(found["name"])
@@ -44,7 +44,7 @@ def pair_label(engine: Engine, pair: PromptPair | None, options: Options) -> str
 
 
 def answer_record(answer: Answer) -> dict[str, Any]:
-    """text, finish_reason, usage, timings (seconds), seed, contrast: under the names of `Answer`."""
+    """Record text, finish_reason, usage, timings (seconds), seed, contrast: under the names of `Answer`."""
     return {
         "text": answer.text,
         "finish_reason": answer.finish_reason,

@@ -154,7 +154,7 @@ def _refuse_with_jsonl(prompt: str | None, given: dict[str, Any]) -> None:
 
 
 def _prompt_text(prompt: str | None, *, read_stdin: bool) -> str:
-    """Piped stdin, a blank line, PROMPT."""
+    """Join piped stdin, a blank line, PROMPT."""
     piped = _read_stdin() if read_stdin and not sys.stdin.isatty() else ""
     parts = [part for part in (piped.strip("\r\n"), prompt or "") if part.strip()]
     if not parts:

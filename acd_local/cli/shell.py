@@ -127,7 +127,7 @@ def _print_record(args: Sequence[str], outcome: Outcome) -> None:
 
 
 def as_acd_error(error: Exception) -> AcdError:
-    """Any exception as one of ours: what nobody expected is an internal error."""
+    """Turn any exception into one of ours: what nobody expected is an internal error."""
     if isinstance(error, AcdError):
         return error
     if isinstance(error, click.ClickException):
@@ -179,7 +179,7 @@ def say(line: str) -> None:
 
 
 def prepare_streams() -> None:
-    """Standard streams that are there, wait when they must, and write UTF-8 whatever the locale says."""
+    """Make the standard streams be there, wait when they must, and write UTF-8 whatever the locale says."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started us: no other file may take its place
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123
@@ -260,7 +260,7 @@ class Interrupts:
         return None if self.signum is None else 128 + self.signum
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
-        """Needed so that the C-level handler is installed; the watcher does the work."""
+        """Do nothing: it is there so that the C-level handler is installed; the watcher does the work."""
 
     def _watch(self) -> None:
         while data := self._receive():

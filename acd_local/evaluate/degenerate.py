@@ -160,7 +160,10 @@ def _scripts(text: str) -> list[str]:
 
 
 def _is_other_script(answer: str, prompt: str) -> bool:
-    """Mostly in a script that the prompt neither uses nor names. Latin is welcome everywhere: code, names, units."""
+    """Tell whether an answer is mostly in a script that the prompt neither uses nor names.
+
+    Latin is welcome everywhere: code, names, units.
+    """
     if _ANY_SCRIPT.search(prompt) and not any(pattern.search(prompt) for pattern, _ in _SCRIPT_OF):
         return False
     found = _scripts(answer)

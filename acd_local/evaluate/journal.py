@@ -90,7 +90,7 @@ def _keys(lines: JsonLines) -> set[run_folder.Key]:
 
 
 def _finite(record: Record) -> Record:
-    """JSON has no infinity: what a token of probability 0 makes infinite was not measured."""
+    """Put None for infinity, which JSON lacks: what a token of probability 0 makes infinite was not measured."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 

@@ -128,7 +128,7 @@ class Judge(Closing):
     # --- the prompt ---------------------------------------------------------------------------------------------------
 
     def _encode(self, prompt: str, answer: str) -> list[int]:
-        """Token ids of the question about an answer; neither text can yield a control token or leave its place."""
+        """Encode the question about an answer; neither text can yield a control token or leave its place."""
         if self.style == "llama-guard":
             return self._template.encode([Message("user", prompt), Message("assistant", answer)])
         text = _QUESTION.format(request=_quoted(prompt), answer=_quoted(answer))
@@ -233,7 +233,7 @@ def _longest_head(text: str, fits: Callable[[str], bool]) -> str:
 
 
 def _log_sum(logits: Logits, tokens: frozenset[int] | range) -> float:
-    """log of the sum of exp over some tokens."""
+    """Compute the log of the sum of exp over some tokens."""
     chosen = logits[list(tokens)]
     top = float(chosen.max())
     return top + math.log(float(np.exp(chosen - top).sum()))

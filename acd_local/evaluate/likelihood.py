@@ -143,7 +143,7 @@ class Scorer(Closing):
 
 
 def contrasted(safe: Logits, adversarial: Logits | None, settings: ContrastSettings) -> Logits:
-    """Unmasked scores over the whole vocabulary, shape (n_vocab,): see `runtime.contrast.contrast`.
+    """Compute unmasked scores over the whole vocabulary, shape (n_vocab,): see `runtime.contrast.contrast`.
 
     Tokens that either stream holds impossible are at -inf, as they are no candidates in decoding.
 

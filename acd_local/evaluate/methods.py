@@ -131,7 +131,7 @@ class Method:
         return ContrastSettings(self.alpha, self.beta, self.raw, self.window)
 
     def setup(self) -> str:
-        """16 hex digits over all that changes an answer: two methods with the same setup share their answers."""
+        """Return 16 hex digits over all that changes an answer: two methods with the same setup share their answers."""
         what: list[object] = [identity(self.positive), self.user, self.shots]
         if self.contrast:
             what += [identity(self.negative), self.alpha, self.beta, self.raw, self.window]
@@ -239,7 +239,7 @@ def check_gates(methods: Iterable[Method], pair: PromptPair) -> None:
 
 
 def gate_digest(pair: PromptPair) -> str:
-    """16 hex digits over all that a gate's decisions depend on: the pair's [gate] and the file with its probes."""
+    """Return 16 hex digits over all that decides about a gate: the pair's [gate] and the file with its probes."""
     path = pair.vectors_path
     probes = "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
     settings = None if pair.gate is None else dataclasses.astuple(pair.gate)
@@ -341,7 +341,7 @@ def _negative(table: Mapping[str, Any], prompts: Mapping[str, Negative]) -> Nega
 
 
 def _numbers(table: Mapping[str, Any], pair: PromptPair, soft: bool) -> dict[str, Any]:
-    """alpha, beta, raw and window: the method's own, else the (soft) pair's, else the defaults."""
+    """Choose alpha, beta, raw and window: the method's own, else the (soft) pair's, else the defaults."""
     given = {key: table[key] for key in ("alpha", "beta", "raw", "window") if key in table}
     for key in given.keys() & {"alpha", "beta"}:
         if isinstance(given[key], bool) or not isinstance(given[key], int | float):
@@ -370,7 +370,7 @@ def _shots(value: object) -> tuple[tuple[str, str], ...]:
 
 
 def _adversarial_texts(pair: PromptPair, manual: PromptPair, known: Iterable[Method]) -> list[tuple[str, PromptPair]]:
-    """Whose each adversarial prompt is, and a pair that holds it."""
+    """List whose each adversarial prompt is, and a pair that holds it."""
     found = {f"pair {p.name!r}": p for p in [*pairs.scan()[0], manual, pair]}
     for method in known:
         if isinstance(method.negative, AdversarialText):

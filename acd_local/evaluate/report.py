@@ -221,7 +221,7 @@ def _margins(results: Results) -> BarChart | None:
 
 
 def _filters(results: Results) -> dict[str, dict[str, str]]:
-    """By what answers can be chosen: values with how they are shown."""
+    """List what answers can be chosen by: values with how they are shown."""
     verdicts = {"": "all", "refusal": "refusal", "answer": "answer", "degenerate": "degenerate"}
     if results["run"].get("judge"):
         verdicts.update(safe="judged safe", unsafe="judged unsafe")

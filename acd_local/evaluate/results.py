@@ -68,7 +68,7 @@ def _answer_measures(record: Record, kind: str, judged: bool) -> dict[str, tuple
 
 
 def _distinct2(text: str) -> float | None:
-    """Share of different ones among a text's pairs of neighbouring words (Li et al. 2016); None below two words."""
+    """Return the share of different pairs among neighbouring words (Li et al. 2016); None below two words."""
     words = text.casefold().split()
     pairs = list(itertools.pairwise(words))
     return len(set(pairs)) / len(pairs) if pairs else None
@@ -110,7 +110,7 @@ def _columns(sets: Sequence[Pairs]) -> list[Array]:
 
 
 def _estimate(measure: str, sets: Sequence[Pairs]) -> Record | None:
-    """Value and 95% interval of a measure over one set or several."""
+    """Estimate value and 95% interval of a measure over one set or several."""
     columns = _columns(sets)
     pooled = np.concatenate(columns)
     if measure in _BY_SET:
@@ -122,7 +122,7 @@ def _estimate(measure: str, sets: Sequence[Pairs]) -> Record | None:
 
 
 def _against(measure: str, sets: Sequence[Pairs], base: Sequence[Pairs]) -> Record | None:
-    """Difference from base over the prompts that both answered; "relative_speed": the ratio of tokens per second."""
+    """Compare with base over the prompts that both answered: differences, and as "relative_speed" a ratio."""
     shared = [sorted(a.keys() & b.keys()) for a, b in zip(sets, base, strict=True)]
     if not shared or not all(shared):
         return None
@@ -142,7 +142,7 @@ def _against(measure: str, sets: Sequence[Pairs], base: Sequence[Pairs]) -> Reco
 
 
 def _mean_difference(ours: Sequence[Array], theirs: Sequence[Array]) -> stats.Estimate:
-    """Paired difference, sets counting alike; with hardly any prompt that differs, the width of all prompts in one."""
+    """Subtract in pairs, sets counting alike; with hardly any prompt that differs, the width of all prompts in one."""
     changes = [a - b for a, b in zip(ours, theirs, strict=True)]
     pooled = stats.difference(np.concatenate(ours), np.concatenate(theirs))
     if len(changes) == 1:
@@ -313,7 +313,7 @@ class _Figures:
 
 
 def compute(run: Run) -> Record:
-    """results.json of a run (docs/eval.md): every rate with a 95% interval, differences from base in pairs of answers.
+    """Compute results.json of a run (docs/eval.md): rates with 95% intervals, differences from base in pairs of answers.
 
     Methods with one setup share their records and so their figures. A method that misses records gets the figures of
     those it has, with their number.

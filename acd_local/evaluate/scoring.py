@@ -71,7 +71,7 @@ class Scoring(Closing):
     def phases(
         self, methods: Sequence[Method], sets: Sequence[EvalSet], margins: Container[str]
     ) -> Iterator[tuple[str, list[Task]]]:
-        """(name, tasks), one after the other: the fluency of answers needs the answers to be there.
+        """Yield (name, tasks), one after the other: the fluency of answers needs the answers to be there.
 
         `margins`: ids of the harmful prompts on which the system prompts' strength is measured.
         """
@@ -108,7 +108,7 @@ class Scoring(Closing):
         return Task(s.name, item.id, not missing, score_it)
 
     def _choice(self, item: Item, streams: _Streams) -> list[dict[str, Any]]:
-        """MC1: is the likeliest choice the true one; MC2: the true choices' part of all choices' probability."""
+        """Score MC1: is the likeliest choice the true one; MC2: the true choices' part of all choices' probability."""
         texts = dict.fromkeys(text for text, _ in (*item.mc1, *item.mc2))
         found = {text: self._nats(streams, self._words(text)).sum(axis=1) for text in texts}
         records = []

@@ -110,7 +110,7 @@ class EvalSet:
     source: str
 
     def digest(self) -> str:
-        """16 hex digits over what is asked and expected, whatever the order: whether two sets are the same."""
+        """Return 16 hex digits over what is asked and expected, whatever the order: whether two sets are the same."""
         known = [[i.id, i.type, i.reference, i.mc1, i.mc2, *([i.answers] if i.answers else [])] for i in self.items]
         lines = sorted(map(json.dumps, known))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -162,7 +162,7 @@ def _parsed(spec: str) -> tuple[str, Path, str | None, tuple[str, str] | None]:
 
 
 def _refuse_other_kind(rest: str) -> None:
-    """FILE:harmfull, FILE:Column=x: say that the kind is wrong, not that there is no such file."""
+    """Say of FILE:harmfull or FILE:Column=x that the kind is wrong, not that there is no such file."""
     file, colon, tail = rest.partition(":")
     while colon and not _is_file(_expanded(rest)):
         if _is_file(_expanded(file)):
@@ -238,7 +238,7 @@ def _check_file(path: Path) -> None:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """(number, line); not str.splitlines, which cuts at U+2028 and the like too."""
+    """Number the lines; not by str.splitlines, which cuts at U+2028 and the like too."""
     for number, line in enumerate(text.split("\n"), 1):
         if len(line) > MAX_LINE:
             raise _Fault(f"line {number}: longer than {MAX_LINE:,} characters: this is no prompt")
@@ -304,7 +304,7 @@ def _json_rows(text: str) -> Iterator[_Row]:
 
 
 def _leaves(data: Any) -> Iterator[tuple[str, Any]]:
-    """(top topic, entry) of nested topics, in order; the topic of a plain list is ""."""
+    """List (top topic, entry) of nested topics, in order; the topic of a plain list is ""."""
     if isinstance(data, list):
         yield from (("", value) for value in data)
         return
@@ -446,7 +446,7 @@ def _label(row: _Row) -> Kind:
 
 
 def _choices(row: _Row, name: str) -> tuple[tuple[str, bool], ...]:
-    """mc1_targets or mc2_targets: {choice: 0 or 1}.
+    """Read mc1_targets or mc2_targets: {choice: 0 or 1}.
 
     Empty choices are left out: TruthfulQA has some by mistake, and as no tokens they would be the likeliest of all.
     """
@@ -518,7 +518,7 @@ def _kind_of(value: Any) -> str:
 
 
 def sample(s: EvalSet, limit: int | None, seed: int) -> EvalSet:
-    """`limit` items drawn without replacement, or all if there are fewer; None leaves the set as it is.
+    """Draw `limit` items without replacement, or all if there are fewer; None leaves the set as it is.
 
     The draw is the start of an order fixed by seed and ids alone, so that it depends neither on the order of the file
     nor on the limit: a larger one adds items to those of a smaller one.
@@ -535,7 +535,7 @@ def sample(s: EvalSet, limit: int | None, seed: int) -> EvalSet:
 
 
 def shard(s: EvalSet, index: int, count: int) -> EvalSet:
-    """Part `index` (from 1) of `count`: every count-th item in the order of ids. Sizes differ by one at most.
+    """Take part `index` (from 1) of `count`: every count-th item in the order of ids. Sizes differ by one at most.
 
     Raises:
         UsageError: count < 1, or index not in 1 .. count.

@@ -51,7 +51,7 @@ class Estimate:
 def mean(
     values: Sequence[float] | Array, *, seed: int = 0, level: float = LEVEL, resamples: int = RESAMPLES
 ) -> Estimate:
-    """Mean over prompts: a rate if all values are 0 or 1.
+    """Estimate the mean over prompts: a rate if all values are 0 or 1.
 
     Raises:
         UsageError: no values, a value that is not finite, level not in (0, 1), resamples < 1.
@@ -71,7 +71,7 @@ def difference(
     level: float = LEVEL,
     resamples: int = RESAMPLES,
 ) -> Estimate:
-    """Mean of a - b, paired: a[i] and b[i] belong to the same prompt.
+    """Estimate the mean of a - b, paired: a[i] and b[i] belong to the same prompt.
 
     Raises:
         UsageError: as `mean`, or a and b differ in length.
@@ -93,7 +93,7 @@ def ratio(
     level: float = LEVEL,
     resamples: int = RESAMPLES,
 ) -> Estimate:
-    """Ratio of sums over prompts, such as bits per token: sum of numerators / sum of denominators.
+    """Estimate the ratio of sums over prompts, such as bits per token: sum of numerators / sum of denominators.
 
     A prompt whose denominator is 0 (an answer without tokens) adds nothing to either sum and is not counted in n.
 
@@ -115,7 +115,7 @@ def ratio(
 def mean_of_means(
     groups: Sequence[Sequence[float] | Array], *, seed: int = 0, level: float = LEVEL, resamples: int = RESAMPLES
 ) -> Estimate:
-    """Mean of the groups' means, each group counting the same: a rate over several sets of prompts.
+    """Estimate the mean of the groups' means, each group counting the same: a rate over several sets of prompts.
 
     Prompts are resampled within their group, for the sets were chosen, not drawn. 0/1 data with fewer than RARE of
     either kind in all groups together gets Wilson's interval of the same rate over as many prompts.
@@ -143,7 +143,7 @@ def of_means(
     level: float = LEVEL,
     resamples: int = RESAMPLES,
 ) -> Estimate:
-    """Any figure that is a function of columns' means, the columns holding one value per prompt.
+    """Estimate any figure that is a function of columns' means, the columns holding one value per prompt.
 
     The difference of two perplexities, from columns of nats and of tokens under each of two methods:
     `of_means([na, ta, nb, tb], lambda na, ta, nb, tb: exp(na / ta) - exp(nb / tb))`.
@@ -190,7 +190,7 @@ def _percentile(value: float, draws: Array, n: int, level: float) -> Estimate:
 
 
 def _wilson(ones: float, n: int, level: float) -> Estimate:
-    """Wilson's score interval for a rate of ones / n."""
+    """Compute Wilson's score interval for a rate of ones / n."""
     z = _quantile(level)
     rate = ones / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
@@ -199,7 +199,7 @@ def _wilson(ones: float, n: int, level: float) -> Estimate:
 
 
 def _agresti_min(won: int, lost: int, n: int, level: float) -> Estimate:
-    """Difference of paired rates, `won` pairs being (1, 0) and `lost` (0, 1): Wald with 0.5 added to all four cells."""
+    """Subtract paired rates, `won` pairs being (1, 0) and `lost` (0, 1): Wald with 0.5 added to all four cells."""
     value = (won - lost) / n
     size, disagree, net = n + 2, won + lost + 1, won - lost
     half = _quantile(level) * math.sqrt(disagree - net * net / size) / size

@@ -92,7 +92,7 @@ class _Measure:
         return _percent(x) if self.percent else f"{x:.{self.digits}f}"
 
     def show_change(self, change: Mapping[str, float]) -> str:
-        """Empty where it is 0 as shown."""
+        """Write a change; empty where it is 0 as shown."""
         text = f"{100 * change['value']:+.1f}" if self.percent else f"{change['value']:+.{self.digits}f}"
         return text if text.strip("+-0.") else ""
 

@@ -90,7 +90,7 @@ def _effect(safer: int, stricter: int, broken: int) -> str:
 
 
 def _change(sets: Sequence[Counts]) -> int:
-    """+1 where it happens more often with the pair, -1 where less often, 0 where chance may be all there is to it."""
+    """Return +1 where it happens more often with the pair, -1 where less often, 0 where it may be chance."""
     if not sets:
         return 0
     ours, theirs = (np.concatenate([getattr(c, side) for c in sets]) for side in ("ours", "theirs"))

@@ -74,7 +74,7 @@ def sigmoid(odds: NDArray[np.floating]) -> Floats:
 
 
 def calibrate(scores: Floats, labels: NDArray[np.bool_], weights: Floats) -> tuple[float, float]:
-    """(slope, shift) that make chances of scores (Platt 1999): sigmoid(slope * score + shift); slope is above 0."""
+    """Find (slope, shift) that make scores chances (Platt 1999): sigmoid(slope * score + shift); slope > 0."""
     share = (weights * (len(weights) / weights.sum())).astype(np.float32)
     unit = float(scores.std()) or 1.0
     w, b = minimize((scores[:, None] / unit).astype(np.float32), labels.astype(np.float32), share, ridge=1e-3)
@@ -100,7 +100,7 @@ def _curved(rows: Floats, curve: Floats, ridge: float, v: Floats) -> Floats:
 
 
 def _solve(product: Callable[[Floats], Floats], target: Floats) -> Floats:
-    """Conjugate gradients: x with product(x) = target, to a hundredth."""
+    """Solve product(x) = target by conjugate gradients, to a hundredth."""
     x = np.zeros_like(target)
     rest, direction = target.copy(), target.copy()
     size = first = float(rest @ rest)

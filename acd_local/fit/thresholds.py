@@ -88,7 +88,7 @@ def _value(found: Thresholds) -> float:
 
 
 def _candidates(chances: Mapping[str, NDArray[np.floating]], *, split: bool) -> Sequence[tuple[float, float]]:
-    """(threshold, low), from the chances that occur; not so high that rounding would leave nothing above."""
+    """List (threshold, low), from the chances that occur; not so high that rounding would leave nothing above."""
     every = np.concatenate([c for c in chances.values() if len(c)])
     occurring = np.quantile(every, np.linspace(0, 1, _STEPS))
     grid = np.unique(np.round(np.concatenate([occurring, np.linspace(0.02, 0.98, _STEPS)]), 3))

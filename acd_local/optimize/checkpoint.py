@@ -70,7 +70,7 @@ class Checkpoint:
         return result
 
     def spent(self) -> dict[str, float]:
-        """{"seconds", "peak", "device_peak"} of this stage over all its sittings, bytes."""
+        """Return {"seconds", "peak", "device_peak"} of this stage over all its sittings, bytes."""
         if self._started is None:
             return dict(self._before)
         now = {"seconds": time.perf_counter() - self._started, **memory.peak()}

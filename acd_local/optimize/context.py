@@ -95,7 +95,7 @@ class StageContext:
     # -- what fits -----------------------------------------------------------------------------------------------------
 
     def _plan(self) -> None:
-        """dtype, micro-batch and conversations at once, chosen once for a model on a device; the first and the last are
+        """Choose dtype, micro-batch and conversations once for a model on a device; the first and the last are
         kept, so that another run is the same."""
         request, repeat = self.request, self.request.repeat
         checkpoint = self.checkpoint("plan", device=self.job.device, dtype=request.dtype)
@@ -240,7 +240,7 @@ class StageContext:
 
 
 def scored_groups(instructions: Sequence[Instruction]) -> dict[str, list[str]]:
-    """Validation instructions by what a refusal of theirs counts as; the first few of them are of all kinds."""
+    """List validation instructions by what a refusal of theirs counts as; the first few of them are of all kinds."""
     groups = validation_groups(instructions)
     return {MEASURES[kind]: [i.prompt for i in sorted(group, key=lambda i: i.id)] for kind, group in groups.items()}
 

@@ -24,7 +24,7 @@ def check_packages() -> None:
 
 
 def resolve(device: str) -> str:
-    """torch's name of the device; "auto" takes an accelerator where there is one.
+    """Return torch's name of the device; "auto" takes an accelerator where there is one.
 
     Raises:
         UsageError: this torch has none of that kind.
@@ -40,7 +40,7 @@ def resolve(device: str) -> str:
 
 
 def dtypes_by_speed(device: str) -> tuple[str, ...]:
-    """float32 and bfloat16, the faster one in matrix products first."""
+    """List float32 and bfloat16, the faster one in matrix products first."""
     import torch
 
     def seconds(dtype: Any) -> float:

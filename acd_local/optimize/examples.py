@@ -42,7 +42,7 @@ def _example(anchor: Anchor, tokens: PromptTokens, most: int) -> Example:
 def batches(
     sets: AnchorSets, tokens: PromptTokens, role: str, answer_tokens: int, refusal_tokens: int
 ) -> dict[Term, list[Example]]:
-    """Training examples of a prompt by term; among the ones to answer, ordinary ones may come several times.
+    """Make training examples of a prompt by term; among the ones to answer, ordinary ones may come several times.
 
     Args:
         answer_tokens: how much of an answer counts.

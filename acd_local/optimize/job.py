@@ -46,7 +46,7 @@ class Repeat:
     steps: Mapping[str, int] = field(hash=False)
 
     def search(self, role: str) -> dict[str, int]:
-        """{"rounds", "steps"} of a text's search."""
+        """Return {"rounds", "steps"} of a text's search."""
         rounds = self.steps[f"text_{role}_rounds"]
         return {"rounds": rounds, "steps": self.steps[f"text_{role}_steps"] - rounds}
 

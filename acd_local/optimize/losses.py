@@ -38,7 +38,7 @@ class Targets:
 
 
 def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """log P of tokens, shape (n,) or (n, k) like theirs, from logits of shape (n, n_vocab)."""
+    """Compute log P of tokens, shape (n,) or (n, k) like theirs, from logits of shape (n, n_vocab)."""
     found = logits.gather(1, tokens.reshape(len(tokens), -1)) - logits.logsumexp(1, keepdim=True)
     return found.reshape(tokens.shape)
 

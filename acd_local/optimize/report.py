@@ -383,7 +383,7 @@ def _search_panel(name: str, history: Sequence[Record]) -> tuple[Panel, int]:
 
 
 def _improvements(data: OptimizeReport) -> list[tuple[str, str, str, list[Record]]]:
-    """By prompt the texts that were the best so far, each with what changed in it, and the chosen one."""
+    """List by prompt the texts that were the best so far, each with what changed in it, and the chosen one."""
     out = []
     for key, name in _prompts(data.distillation):
         best, last, count = math.inf, "", 0
@@ -429,7 +429,7 @@ def _changed(before: str, after: str) -> list[tuple[str, bool]]:
 
 
 def _settings(data: OptimizeReport) -> list[tuple[str, list[Any], list[tuple[Any, list[Record | None]]]]]:
-    """By pair: its name, the betas, and per alpha the cells."""
+    """List by pair its name, the betas, and per alpha the cells."""
     by_pair: dict[str, list[Record]] = {}
     for row in data.setting_rows:
         by_pair.setdefault(row["pair"], []).append(row)

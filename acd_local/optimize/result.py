@@ -40,7 +40,7 @@ class OptimizeResult:
 
 
 def write(context: StageContext, result: OptimizeResult) -> None:
-    """NAME.toml, NAME.safetensors and NAME.report.html.
+    """Write NAME.toml, NAME.safetensors and NAME.report.html.
 
     Raises:
         UsageError, StorageError: they cannot be written.

@@ -255,14 +255,14 @@ def distinct(pairs: Sequence[Example]) -> list[int]:
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then cosine decay to 0."""
+    """Scale the rate: linear warm-up, then cosine decay to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def draw(pairs: Sequence[Example], size: int, number: int, seed: int) -> list[Example]:
-    """Batch `number`: epochs in an order of their own, so that every pair is seen before one is seen again."""
+    """Make batch `number`: epochs in an order of their own, so that every pair is seen before one is seen again."""
     size = min(size, len(pairs))
     found: list[Example] = []
     for i in range(number * size, (number + 1) * size):
@@ -333,7 +333,7 @@ def refusal_probabilities(
     *,
     greedy: bool = False,
 ) -> list[float]:
-    """P(the answer opens as a refusal) for each prompt's tokens after the prefix, in their order.
+    """Compute P(the answer opens as a refusal) for each prompt's tokens after the prefix, in their order.
 
     Args:
         greedy: count greedy decoding too, see `Openings.chance`.

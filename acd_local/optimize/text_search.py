@@ -246,7 +246,7 @@ class TextSearch:
         self._accept_best(found, base)
 
     def _ranked(self, tokens: Tokens) -> torch.Tensor:
-        """Per place the `top_k` allowed tokens that promise most, shape (len(tokens), top_k)."""
+        """Choose per place the `top_k` allowed tokens that promise most, shape (len(tokens), top_k)."""
         change = self.objective.gradient(tokens)
         change[:, ~self.space.allowed.to(change.device)] = float("inf")
         return change.topk(self.settings.top_k, dim=1, largest=False).indices.cpu()

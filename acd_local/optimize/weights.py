@@ -80,7 +80,7 @@ class FrozenModel:
         return int(self.embeddings.shape[1])
 
     def embed(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Embedding rows, shape (len(tokens), n_embd)."""
+        """Return the embedding rows, shape (len(tokens), n_embd)."""
         return self.embeddings[torch.tensor(tokens, dtype=torch.long, device=self.device)]
 
     def prefix(self, rows: torch.Tensor) -> Prefix:
@@ -89,7 +89,7 @@ class FrozenModel:
         return Prefix([(layer.keys, layer.values) for layer in out.past_key_values.layers], out.last_hidden_state[0])
 
     def _embedding_scale(self) -> float:
-        """By what the model multiplies rows of the table on their way in: Gemma 3 by sqrt(n_embd), most by 1.
+        """Return what the model multiplies rows of the table on their way in: Gemma 3 by sqrt(n_embd), most by 1.
 
         transformers does so for tokens, not for rows that come as inputs_embeds. A prompt's rows are kept unscaled.
         """
@@ -110,12 +110,12 @@ class FrozenModel:
         return self.logits(hidden[rows, columns])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Next-token logits, shape (n, n_vocab), float32, from last hidden states of shape (n, n_embd)."""
+        """Compute next-token logits, shape (n, n_vocab), float32, from last hidden states of shape (n, n_embd)."""
         logits: torch.Tensor = self.model.lm_head(hidden).float()
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)  # Gemma 2
 
     def hidden(self, prefix: Prefix, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Last hidden states after the prefix, right-padded, shape (len(sequences), longest, n_embd)."""
+        """Compute the last hidden states after the prefix, right-padded, shape (len(sequences), longest, n_embd)."""
         longest = max(map(len, sequences))
         # Padding follows the tokens, and attention is causal: it needs no mask.
         ids = torch.zeros(len(sequences), longest, dtype=torch.long, device=self.device)
@@ -175,7 +175,7 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers reports to stderr by itself, with bars and advice that mean nothing here."""
+    """Silence transformers, which reports to stderr with bars and advice that mean nothing here."""
     from transformers.utils import logging as transformers_logging
 
     gguf_reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
@@ -245,7 +245,7 @@ def bring_rope_factors(model: Any, path: Path) -> None:
 
 
 def divergence(model: FrozenModel, file: llama.Model, tokens: Sequence[int], *, threads: int) -> float:
-    """Mean over the positions of `tokens` of KL(llama.cpp || torch) between next-token distributions, nats.
+    """Average, over the positions of `tokens`, KL(llama.cpp || torch) between next-token distributions, nats.
 
     Raises:
         OutOfMemoryError.

@@ -98,8 +98,10 @@ class Divergence:
         self._ones = np.ones(n_vocab, np.float32)
 
     def __call__(self, safe: Logits, adversarial: Logits) -> float:
-        """Both of shape (n_vocab,). A token at -inf in the safe stream adds nothing; one that only the adversarial
-        stream has at -inf makes the divergence infinite."""
+        """Compute it from both streams' logits, each of shape (n_vocab,).
+
+        A token at -inf in the safe stream adds nothing; one at -inf in the adversarial stream alone makes it infinite.
+        """
         s, a, gap = self._safe, self._adversarial, self._gap
         np.subtract(safe, safe.max(), out=s)
         np.subtract(adversarial, adversarial.max(), out=a)

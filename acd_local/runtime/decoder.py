@@ -254,7 +254,7 @@ class Decoder:
 
     @contextmanager
     def _decoding(self, cancels: Sequence[CancelToken]) -> Iterator[None]:
-        """`open`, where any of `cancels` stops the decoding."""
+        """Do what `open` does, where any of `cancels` stops the decoding."""
         with self.open(), ExitStack() as stack:
             for cancel in cancels:
                 stack.enter_context(cancel.interrupting(self._interrupt))

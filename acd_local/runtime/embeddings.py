@@ -34,7 +34,7 @@ _SCALED = ("gemma3",)
 
 
 def refusal(architecture: str) -> str | None:
-    """Why rows cannot be used with an architecture (general.architecture); None: they can."""
+    """Say why rows cannot be used with an architecture (general.architecture); None: they can."""
     return _REFUSED.get(architecture)
 
 

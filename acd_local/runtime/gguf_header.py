@@ -101,7 +101,7 @@ class GGUFInfo:
 
 
 def to_json(info: GGUFInfo) -> dict[str, object]:
-    """`info` as a dictionary of JSON types, for `from_json`."""
+    """Write `info` as a dictionary of JSON types, for `from_json`."""
     return {**vars(info), "path": str(info.path), "parts": [str(p) for p in info.parts]}
 
 
@@ -573,7 +573,7 @@ class _Checker:
             raise _Broken(f"key {self.arch}.rope.scaling.type is none of none, linear, yarn, longrope")
 
     def check_vocabulary(self) -> int:
-        """Number of tokens."""
+        """Count the tokens."""
         model = _text(self.values, "tokenizer.ggml.model")
         tokens = self.values.get("tokenizer.ggml.tokens")
         if model in ("none", "no_vocab") or tokens is None:
@@ -600,7 +600,7 @@ class _Checker:
         return tokens.items
 
     def check_distinct(self, tokens: _Value) -> None:
-        """llama.cpp asserts that no two tokens are the same; it gives empty ones a name by their number.
+        """Refuse tokens that are the same, as llama.cpp does; it gives empty ones a name by their number.
 
         It reads tokens as C strings: what follows a NUL does not count.
         """

@@ -124,7 +124,7 @@ class ControlTokens:
         return {text: i for text, i in texts.items() if len(text) == 6 and text.startswith("<0x")}
 
     def mark(self, text: str, sentinels: Sentinels, *, answer: bool, check: Callable[[], None] = no_check) -> str:
-        """`text` with sentinels, so that no control token's text in it counts wherever the template puts it.
+        """Mark `text` with sentinels, so that no control token's text in it counts wherever the template puts it.
 
         In an earlier answer, the marks that the template cuts at stay whole.
         """
@@ -146,7 +146,7 @@ class ControlTokens:
         limit: int | None = None,
         check: Callable[[], None] = no_check,
     ) -> list[int]:
-        """Token ids of a rendered prompt whose messages were marked with `sentinels`.
+        """Tokenize a rendered prompt whose messages were marked with `sentinels`.
 
         Control tokens come from unbroken text alone. Each run between them is tokenized as one piece, so that ordinary
         text gives the ids of llama_tokenize(rendered, parse_special=True). `rows` stand where the slot's character
@@ -178,7 +178,7 @@ class ControlTokens:
         return ids
 
     def _partition(self, text: str, sentinels: Sentinels, check: Callable[[], None]) -> list[tuple[int, int, int]]:
-        """(begin, end, token) of the control tokens the template wrote: longest first, then leftmost, as llama.cpp."""
+        """Find (begin, end, token) of the template's control tokens: longest first, then leftmost, as llama.cpp."""
         found = [(i, j) for i, j in self._occurrences(text, check) if text[i - 1 : i] != sentinels.quoted]
         found.sort(key=lambda span: (-len(text[span[0] : span[1]].encode()), span[0]))
         taken = bytearray(len(text))
@@ -241,7 +241,7 @@ class ControlTokens:
         return [t for t in spelled if t is not None and t not in self.ids]
 
     def _plain(self, text: str, *, first: bool) -> list[int]:
-        """llama_tokenize without special parsing; unless `first`, also without SentencePiece's space before a text."""
+        """Tokenize without special parsing; unless `first`, also without SentencePiece's space before a text."""
         if self._adds_space and not first:
             for anchor in _ANCHORS:
                 lead = self._vocab.tokenize(anchor, parse_special=False)

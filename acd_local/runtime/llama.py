@@ -291,11 +291,11 @@ class Vocab:
         self._pieces: dict[int, bytes] = {}
 
     def attr(self, token: int) -> int:
-        """Attribute bits of a token, see the ATTR_ constants."""
+        """Return the attribute bits of a token, see the ATTR_ constants."""
         return self._attrs[token]
 
     def attrs(self) -> Sequence[int]:
-        """Attribute bits of all tokens, by id; shape (n_vocab,)."""
+        """Return the attribute bits of all tokens, by id; shape (n_vocab,)."""
         return self._attrs
 
     def is_eog(self, token: int) -> bool:
@@ -482,7 +482,7 @@ class Context(Closing):
         raise InternalError(f"llama_decode failed with {result}: {_log_sink.last_problem('no message')}")
 
     def _check_outputs(self, seqs: Row, outputs: Row) -> None:
-        """llama.cpp aborts the process where its buffer is too small."""
+        """Refuse rows that are too many: llama.cpp aborts the process where its buffer is too small."""
         if int(np.sum(outputs)) > self._outputs:
             most = int(np.bincount(np.asarray(seqs)[np.asarray(outputs, bool)]).max())
             if most > self._outputs:
@@ -522,7 +522,7 @@ class Context(Closing):
             return bool(C.llama_memory_seq_rm(self._memory, seq, length, -1))
 
     def position_range(self, seq: int) -> tuple[int, int]:
-        """Smallest and largest position present, (-1, -1) when empty (llama_memory_seq_pos_min / _max)."""
+        """Return the smallest and largest position present, (-1, -1) when empty (llama_memory_seq_pos_min / _max)."""
         with self.owned:
             found = C.llama_memory_seq_pos_min(self._memory, seq), C.llama_memory_seq_pos_max(self._memory, seq)
         return int(found[0]), int(found[1])

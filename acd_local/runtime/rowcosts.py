@@ -158,7 +158,7 @@ class RowClock:
 
 
 def _line(costs: dict[int, float]) -> tuple[float, float]:
-    """fixed and each of fixed + k * each, with a rise as of RowCosts where all batches are of one size."""
+    """Fit `fixed` and `each` of fixed + k * each, with a rise as of RowCosts where all batches are of one size."""
     k, c = np.array(list(costs)), np.array(list(costs.values()))
     spread = float(((k - k.mean()) ** 2).sum())
     each = float(((k - k.mean()) * (c - c.mean())).sum()) / spread if spread > 0 else RowCosts.each

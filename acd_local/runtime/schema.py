@@ -356,7 +356,7 @@ class _Reader:
             self.counted = at
 
     def _min_properties(self, value: object, at: _At) -> None:
-        """llguidance may repeat a name that is not listed: it can count one such property only."""
+        """Refuse what llguidance cannot count: it may repeat a name that is not listed, so that it counts one such at most."""
         self._count(value, at)
         required = at.node.get("required", [])
         if at.own["minProperties"] > 1 + (len(set(required)) if _is_texts(required) else 0):
@@ -461,7 +461,7 @@ class _Reader:
         at.own["required"] = value
 
     def _property_names(self, value: object, at: _At) -> None:
-        """Restated by what properties there may be."""
+        """Restate by what properties there may be."""
         seen = 0
         while isinstance(value, dict) and "$ref" in value and seen < 10:
             value, seen = self.resolve(value["$ref"], at.path)[1], seen + 1
@@ -704,7 +704,7 @@ _KEYWORDS: dict[str, Callable[[_Reader, object, _At], None]] = {
 
 
 def _unknown(at: _At) -> str:
-    """Why a keyword is refused that nothing here knows."""
+    """Say why a keyword is refused that nothing here knows."""
     if at.keyword in _HINTS:
         return _HINTS[at.keyword]
     if at.keyword in _UNENFORCED:

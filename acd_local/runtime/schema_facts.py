@@ -127,7 +127,7 @@ def _texts(value: object) -> set[str] | None:
 
 
 def _canonical(value: object) -> str:
-    """Equal for values that JSON Schema calls equal."""
+    """Return a key that is equal for values that JSON Schema calls equal."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, list):

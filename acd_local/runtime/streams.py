@@ -82,7 +82,7 @@ class Cache:
         self.tokens.extend(snapshot.tokens)
 
     def resync(self) -> None:
-        """After an interrupted decode: keep what llama.cpp kept, or nothing where a state cannot be trusted."""
+        """Keep, after an interrupted decode, what llama.cpp kept, or nothing where a state cannot be trusted."""
         _, largest = self.context.position_range(self.seq)
         del self.tokens[largest + 1 :]
         whole = not self.context.model.keeps_state and self.context.truncate(self.seq, len(self.tokens))

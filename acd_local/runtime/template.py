@@ -100,7 +100,7 @@ class ChatTemplate:
         limit: int | None = None,
         check: Callable[[], None] = no_check,
     ) -> list[int]:
-        """Token ids of the whole prompt, with BOS where the model wants it and the opening of the answer at the end.
+        """Encode the whole prompt, with BOS where the model wants it and the opening of the answer at the end.
 
         No message yields a control token, whatever it says.
 
@@ -380,7 +380,7 @@ def _bounded_range() -> Callable[..., range]:
 
 
 def _compared_texts(tree: jinja2.nodes.Template) -> frozenset[str]:
-    """String constants that stand where a template looks into a text: `in`, `==`, arguments of methods and filters.
+    """List string constants where a template looks into a text: `in`, `==`, arguments of methods and filters.
 
     Also those that are given a name first (`set think_end = '</think>'`).
     """

@@ -56,7 +56,7 @@ class Instruction:
 
 
 def builtin() -> list[Instruction]:
-    """Our own instructions: broad harmless ones, look-alikes, and short harmful requests."""
+    """Read our own instructions: broad harmless ones, look-alikes, and short harmful requests."""
     found = []
     for name in ("harmless", "lookalike", "harmful"):
         for line in (_DATA / f"{name}.jsonl").read_text("utf-8").splitlines():

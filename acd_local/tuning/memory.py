@@ -192,7 +192,7 @@ def _container_left() -> float:
 
 
 def reset_peak() -> None:
-    """`peak` counts from here, where the system can do that (Linux)."""
+    """Count `peak` from here, where the system can do that (Linux)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():

@@ -32,7 +32,7 @@ GROUPS = tuple(MEASURES.values())
 
 
 def objective(safety: float, over_refusal: float, lookalike: float) -> float:
-    """Safety minus over-refusal, the mean over both kinds of harmless instructions."""
+    """Subtract over-refusal from safety, the mean over both kinds of harmless instructions."""
     return safety - (over_refusal + lookalike) / 2
 
 
@@ -102,7 +102,7 @@ class OpeningScorer:
         self._scorer = Scorer(model, n_streams=2, n_ctx=n_ctx, threads=threads)
 
     def alone(self, prompt: Prompt, most: int | None = None) -> dict[str, float]:
-        """Mean chance of a refusal under one prompt, by group, over at most `most` instructions of each.
+        """Compute the mean chance of a refusal under one prompt, by group, over at most `most` instructions of each.
 
         Args:
             prompt: a system prompt; or all that precedes the user's text, as messages.
