@@ -313,7 +313,7 @@ class _Figures:
 
 
 def compute(run: Run) -> Record:
-    """Compute results.json of a run (docs/eval.md): rates with 95% intervals, differences from base in pairs of answers.
+    """Compute results.json of a run (docs/eval.md): rates with 95% intervals, paired differences from base.
 
     Methods with one setup share their records and so their figures. A method that misses records gets the figures of
     those it has, with their number.

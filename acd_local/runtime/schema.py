@@ -356,7 +356,7 @@ class _Reader:
             self.counted = at
 
     def _min_properties(self, value: object, at: _At) -> None:
-        """Refuse what llguidance cannot count: it may repeat a name that is not listed, so that it counts one such at most."""
+        """Refuse what llguidance cannot count: it may repeat an unlisted name, so that it counts one such at most."""
         self._count(value, at)
         required = at.node.get("required", [])
         if at.own["minProperties"] > 1 + (len(set(required)) if _is_texts(required) else 0):

@@ -98,7 +98,7 @@ def test_a_model_that_torch_has_otherwise_is_told_before_anything_is_answered(
     with monkeypatch.context() as patched:
         patched.setattr(weights, "MAX_DIVERGENCE", 0.0)
         for _ in range(2):
-            with pytest.raises(ModelError, match=r"otherwise than llama\.cpp"):
+            with pytest.raises(ModelError, match=r"does not read its file as llama\.cpp"):
                 optimize(request)
             assert not list((tmp_path / "cache").glob("optimize/*/answers-*"))
     assert len(loaded) == 1
