@@ -19,8 +19,6 @@ from acd_local.softpair import ModelVectors
 if TYPE_CHECKING:
     from acd_local.runtime.gguf_header import GGUFInfo
 
-__all__ = ["MAX_LAYERS", "WINDOW", "Gate", "Probe"]
-
 MAX_LAYERS = 4
 WINDOW = 128  # tokens: of a longer text stretches of this length are looked at too, half of it apart
 

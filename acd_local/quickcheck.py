@@ -28,8 +28,6 @@ from acd_local.pairs import AS_IS, PromptPair
 from acd_local.runtime import machine, probe
 from acd_local.runtime.gguf_header import GGUFInfo
 
-__all__ = ["Counts", "Verdict", "check", "kept"]
-
 Kind: TypeAlias = Literal["harmful", "ordinary"]
 
 TOKENS = 12  # of an answer: enough for a refusal's opening

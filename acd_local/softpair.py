@@ -23,8 +23,6 @@ from acd_local.runtime.embeddings import refusal
 if TYPE_CHECKING:
     from acd_local.runtime.gguf_header import GGUFInfo
 
-__all__ = ["MAX_ROWS", "AdversarialRows", "ModelVectors", "SoftPair", "SoftPrompt"]
-
 MAX_ROWS = 512  # of one prompt
 
 Rows = NDArray[np.float32]

@@ -29,8 +29,6 @@ from acd_local.errors import PairError, shown
 from acd_local.gate import Gate, probe_of
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 
-__all__ = ["FORMAT", "VERSION", "Vectors", "load", "save"]
-
 FORMAT = "acd-vectors"
 VERSION = "1"
 MAX_BYTES = 100_000_000

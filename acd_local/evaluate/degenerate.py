@@ -14,8 +14,6 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 
-__all__ = ["degenerate_rule"]
-
 MAX_CHARS = 50_000  # of a longer answer, only its beginning is looked at
 
 LOOP_NGRAM = 5  # words; a shorter run repeats in ordinary prose too

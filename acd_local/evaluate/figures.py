@@ -9,8 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Axis", "BarChart", "Curve", "Figure", "Panel", "Plot", "Series", "Span", "Value"]
-
 
 @dataclass(frozen=True)
 class Span:

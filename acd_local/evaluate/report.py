@@ -13,8 +13,6 @@ from acd_local.evaluate import page, tables
 from acd_local.evaluate.figures import Axis, BarChart, Curve, Panel, Plot, Series, Span
 from acd_local.runtime.text import plain, visible
 
-__all__ = ["render"]
-
 Results = Mapping[str, Any]
 
 PER_TYPE = ("as-is", "base", "acd", "gate-acd")  # methods whose rates are drawn per prompt type, where there are such

@@ -45,8 +45,6 @@ from acd_local.errors import UsageError, printable
 from acd_local.files import read_text, reason
 from acd_local.options import MAX_SEED
 
-__all__ = ["EvalSet", "Item", "Kind", "item_seed", "read", "sample", "shard", "smoke"]
-
 Kind = Literal["harmful", "harmless", "choice", "facts"]
 
 MAX_FILE = 200_000_000  # bytes

@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 
 from acd_local.errors import UsageError
 
-__all__ = ["RARE", "Estimate", "area", "difference", "mean", "mean_of_means", "of_means", "ratio"]
-
 Array = NDArray[np.float64]
 
 RARE = 5  # of one kind in 0/1 data: fewer, and the bootstrap is not used

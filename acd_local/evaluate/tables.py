@@ -12,17 +12,6 @@ from typing import Any, Literal
 
 from acd_local.runtime.text import plain
 
-__all__ = [
-    "ABLATIONS",
-    "MARGIN_PROMPTS",
-    "Cell",
-    "Row",
-    "Table",
-    "build",
-    "margin_prompts",
-    "markdown",
-]
-
 _ABLATIONS = ("null-ap", "safe-ap", "sp-null", "sp-opposite", "acd")
 ABLATIONS = (*_ABLATIONS, *(f"{name}-soft" for name in _ABLATIONS))
 MARGIN_PROMPTS = {

@@ -12,8 +12,6 @@ import numpy as np
 
 from acd_local.evaluate import stats
 
-__all__ = ["JUDGED", "NOT_MEASURED", "REFERENCES", "Counts", "sentence"]
-
 JUDGED = ("gate-acd", "gate-acd-soft", "acd", "acd-soft")  # the sentence is about the first one that was measured
 REFERENCES = ("as-is", "null")  # the model alone, as it is called now and was in older runs
 NAMED = 3  # harmless sets that are named one by one; more are taken together

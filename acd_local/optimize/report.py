@@ -22,8 +22,6 @@ from acd_local.evaluate.tables import Cell, Row, Table
 from acd_local.runtime.text import plain
 from acd_local.tuning.scoring import objective as worth
 
-__all__ = ["OptimizeReport", "nearest_words", "render"]
-
 Record = Mapping[str, Any]
 
 PROMPTS = {"safe": "Safeguarding prompt", "adversarial": "Adversarial prompt"}
