@@ -29,7 +29,7 @@ COLUMNS = {
 @click.argument("model", required=False)
 @click.option("--tokens", type=click.IntRange(4), default=64, show_default=True, help="Answer tokens per measurement.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How often each case is measured.")
-@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads; default: $ACD_THREADS or the cores.")
+@flags.threads_flag
 @click.option("--ctx-size", "-c", type=click.IntRange(512), default=2048, show_default=True, help="Tokens per stream.")
 @click.option("--pair", metavar="NAME|FILE", help="Prompt pair; default: the model's own, or `default`.")
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory (one process per case).")

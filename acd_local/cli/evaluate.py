@@ -95,7 +95,7 @@ def command() -> None:
 @click.option("--pair", "-p", metavar="NAME|FILE", help="Prompt pair; default: the model's own, else 'default'.")
 @click.option("--soft", is_flag=True, help="Methods that use the pair take its soft prompts: acd-soft for acd.")
 @click.option("--ctx-size", "-c", type=int, metavar="N", default=1024, show_default=True, help="Tokens per stream.")
-@click.option("--threads", "-t", type=int, metavar="N", help="CPU threads; default: $ACD_THREADS or the cores.")
+@flags.threads_flag
 @click.option("--gpu-layers", "-ngl", type=int, metavar="N", help="Layers on the GPU; default: all where there is one.")
 def run(model: str | None, **given: Any) -> int:
     """Measure how safe, how helpful and how fast methods are on MODEL, with 95% intervals.

@@ -30,6 +30,14 @@ def file_name(text: str) -> Path:
 MAX_TEXT = 16_000_000  # bytes of a grammar's or schema's file
 ENGINE_FLAGS = ("pair", "soft", "ctx_size", "threads", "gpu_layers", "kv_type", "layout")
 
+threads_flag = click.option(
+    "--threads",
+    "-t",
+    type=click.IntRange(*ENGINE_RANGES["threads"]),
+    metavar="N",
+    help="CPU threads; default: $ACD_THREADS or the cores.",
+)
+
 # Help texts name the defaults by hand: None on the command line means "not given", so that a pair can decide.
 _ENGINE = (
     click.option(
@@ -49,7 +57,7 @@ _ENGINE = (
         metavar="N",
         help="Tokens that each stream holds; default 4096 or the model's limit.",
     ),
-    click.option("--threads", "-t", type=int, metavar="N", help="CPU threads; default: $ACD_THREADS or the cores."),
+    threads_flag,
     click.option(
         "--gpu-layers",
         "-ngl",
@@ -115,20 +123,12 @@ _SAMPLING = (
 )
 
 
-# Of the commands that make pairs.
 anchors_flag = click.option(
     "--anchors",
     type=file_name,
     metavar="FILE",
     help='Your own instructions, JSON lines of {"prompt": ..., "kind": "harmful" or "harmless"}, and "lookalike": true '
     "where a harmless one looks dangerous; default: built in.",
-)
-threads_flag = click.option(
-    "--threads",
-    "-t",
-    type=click.IntRange(*ENGINE_RANGES["threads"]),
-    metavar="N",
-    help="CPU threads; default: $ACD_THREADS or the cores.",
 )
 
 _HELP_COLUMN = 30  # columns for the options' names in --help
