@@ -94,7 +94,9 @@ def run(
     """Answer questions greedily by each, with the engine's own prompts, alpha and beta."""
     check_counts(tokens, rounds)
     with ExitStack() as stack:
-        engine = stack.enter_context(Engine(model, threads=threads, ctx_size=ctx_size, pair=pair_to_measure(model, pair)))
+        engine = stack.enter_context(
+            Engine(model, threads=threads, ctx_size=ctx_size, pair=pair_to_measure(model, pair))
+        )
         settings = resolve_contrast(Options(), engine.pair)
         peers: dict[str, Peer] = {}
         left_out: dict[str, str] = {}
