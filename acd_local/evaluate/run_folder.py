@@ -88,7 +88,7 @@ def key_of(record: Record) -> Key:
 
 
 def united_sweep(sweeps: Iterable[Record | None], otherwise: str) -> Record | None:
-    """Unite sweeps to one with the values of all, in ascending order; one alone is as it is, and none is None.
+    """Unite sweeps into one with the values of all, in ascending order; one alone is as it is, and none is None.
 
     Raises:
         UsageError: `otherwise`, as they sweep different things.
