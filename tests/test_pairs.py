@@ -53,7 +53,6 @@ def model(**fields: object) -> GGUFInfo:
     base = GGUFInfo(
         path=Path("m.gguf"), parts=(Path("m.gguf"),), size=1, architecture="llama", name="Tiny Model 1B",
         file_type="F16", context_length=512, n_layers=1, n_embd=8, n_vocab=32, tokenizer=TOKENIZER,
-        has_chat_template=True,
     )  # fmt: skip
     return dataclasses.replace(base, **fields)  # type: ignore[arg-type]
 

@@ -74,14 +74,12 @@ class Trained:
         column: the layer that it reads, a place in what was given.
         probabilities: of every row, from a probe that did not see it: what a request of a known kind is given.
         areas: see `Rows.areas`, of probes that saw nothing of a row's category. by_layer: their means, of each layer.
-        ridge: the penalty.
     """
 
     probe: Probe
     column: int
     probabilities: Floats
     areas: dict[str, float]
-    ridge: float
     by_layer: tuple[float, ...]
 
 
@@ -107,7 +105,6 @@ def train(states: Floats, rows: Rows) -> Trained:
         column=column,
         probabilities=regression.sigmoid(slope * each + shift),
         areas=rows.areas(scores[column]),
-        ridge=ridge,
         by_layer=tuple(alone),
     )
 

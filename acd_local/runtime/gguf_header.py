@@ -97,7 +97,6 @@ class GGUFInfo:
     n_vocab: int
     tokenizer: str
     """Tokenizer fingerprint: hex SHA-256 over tokenizer.ggml.model, pre, tokens, token_type and merges as stored."""
-    has_chat_template: bool
 
 
 def to_json(info: GGUFInfo) -> dict[str, object]:
@@ -109,7 +108,6 @@ def from_json(data: dict[str, object]) -> GGUFInfo:
     """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError when `data` is something else."""
     kinds = {"path": str, "parts": list, "size": int, "context_length": int, "n_layers": int, "n_embd": int}
     kinds |= {"n_vocab": int, "architecture": str, "name": str, "file_type": str, "tokenizer": str}
-    kinds |= {"has_chat_template": bool}
     values: dict[str, object] = {}
     for key, kind in kinds.items():
         if not isinstance(data[key], kind):
@@ -455,7 +453,6 @@ class _Checker:
         self.check_floats()
         n_vocab = self.check_vocabulary()
         self.check_tensors(n_embd, n_layers, n_vocab)
-        template = self.values.get("tokenizer.chat_template")
         file_type = _integer(self.values, "general.file_type")
         return GGUFInfo(
             path=self.path,
@@ -469,7 +466,6 @@ class _Checker:
             n_embd=n_embd,
             n_vocab=n_vocab,
             tokenizer=self.fingerprint(),
-            has_chat_template=template is not None and template.kind == _STRING and len(template.raw) > 8,
         )
 
     def check_purpose(self) -> None:
