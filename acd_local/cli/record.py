@@ -20,7 +20,7 @@ def pair_name(pair: PromptPair | None) -> str:
 
 
 def pair_record(engine: Engine, pair: PromptPair | None, options: Options) -> dict[str, Any]:
-    """Describe the pair in use: name ("as-is": no pair), whether it is fitted to the model, soft prompts, gate."""
+    """What is in use: name ("as-is": no pair), whether it is fitted to the model, its soft prompts, its gate."""
     return {
         "name": pair_name(pair),
         "fitted": pair is not None and fitted(pair, engine.info),
@@ -30,12 +30,12 @@ def pair_record(engine: Engine, pair: PromptPair | None, options: Options) -> di
 
 
 def pair_line(engine: Engine, pair: PromptPair | None, options: Options) -> str:
-    """Describe it in words, for --stats."""
+    """The same in words, for --stats."""
     return f"pair       {pair_label(engine, pair, options)}"
 
 
 def pair_label(engine: Engine, pair: PromptPair | None, options: Options) -> str:
-    """Say: default (not fitted), smollm2-135m-instruct (fitted, soft, gate), as-is."""
+    """default (not fitted), smollm2-135m-instruct (fitted, soft, gate), as-is"""
     found = pair_record(engine, pair, options)
     if pair is None:
         return str(found["name"])
@@ -44,7 +44,7 @@ def pair_label(engine: Engine, pair: PromptPair | None, options: Options) -> str
 
 
 def answer_record(answer: Answer) -> dict[str, Any]:
-    """Record text, finish_reason, usage, timings (seconds), seed, contrast: under the names of `Answer`."""
+    """text, finish_reason, usage, timings (seconds), seed, contrast: under the names of `Answer`."""
     return {
         "text": answer.text,
         "finish_reason": answer.finish_reason,
@@ -124,7 +124,7 @@ def trace_record(token: TokenRecord) -> dict[str, Any]:
 
 
 def stats_lines(answer: Answer) -> list[str]:
-    """Write the readable form for stderr."""
+    """The readable form for stderr."""
     c, t = answer.contrast, answer.timings
     seen = f", compared at {c.compared / c.positions:.0%}" if c.alpha > 0 and c.positions else ""
     kl = "" if c.mean_divergence is None else f", mean KL(S||A) {c.mean_divergence:.3f} nats"

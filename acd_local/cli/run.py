@@ -181,7 +181,7 @@ def _read_stdin() -> str:
 
 
 def _write_trace(path: Path, answer: Answer) -> AcdError | None:
-    """Write the trace; the answer is there already, so that what goes wrong now is told beside it."""
+    """The answer is there already: what goes wrong now is told beside it."""
     from acd_local.cli.record import trace_records
 
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in trace_records(answer)]

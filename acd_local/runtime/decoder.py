@@ -79,8 +79,8 @@ class Decoder:
         )
         self.slots, self.contexts = self._streams.slots, self._streams.contexts
         self.can_defer = model.rewinds and conversations <= RUNNING_AHEAD
-        eager = not model.rewinds or (system_apart is None and conversations > 1)
-        self.prefixes = PrefixStore(eager=eager, exact=system_apart is True)
+        several = conversations > 1 if system_apart is None else False
+        self.prefixes = PrefixStore(eager=several or not model.rewinds, exact=system_apart is True)
         self.row_clock = RowClock(figures)
         self.reader_tokens = min(read_at_once(self.contexts[0].n_seq), n_ctx)
         self._reader: Reader | None = None
@@ -319,6 +319,6 @@ class PromptMeter:
 
 
 def _gain(held: Sequence[int], tokens: Sequence[int], prefix: Sequence[int]) -> tuple[int, int]:
-    """Count the tokens that continuing in a slot saves, less what it forgets; a system prompt is cheap to restore."""
+    """What continuing in a slot saves, less what it forgets, in tokens; a system prompt is cheap to restore."""
     common = common_prefix(held, tokens)
     return max(0, common - len(prefix)) - (len(held) - common), common
