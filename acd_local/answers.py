@@ -71,7 +71,7 @@ class GateDecision:
 
 @dataclass(frozen=True)
 class GateRecord:
-    """What a pair's gate read and decided over one answer.
+    """The readings and decisions of a pair's gate over one answer.
 
     Attributes:
         probability: that the request asks for harm. decision: who answered it, see `GateDecision`.
@@ -92,7 +92,7 @@ OnEvent = Callable[[AnswerEvent], None]
 
 @dataclass(frozen=True)
 class ContrastStats:
-    """What the contrast did over one answer.
+    """The contrast's numbers and effect over one answer.
 
     Attributes:
         alpha, beta, raw: the settings in force, at the end where a gate changed them.
@@ -115,7 +115,7 @@ class ContrastStats:
 
 @dataclass(frozen=True)
 class Timings:
-    """How long an answer took.
+    """The times that an answer took.
 
     Attributes:
         prompt_seconds: from the call to the first logits, tokenization included.

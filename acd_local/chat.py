@@ -125,7 +125,7 @@ class Chat:
             token.set()
 
     def check_idle(self) -> None:
-        """Raises EngineBusyError while an answer of this chat is being made."""
+        """Raise EngineBusyError while an answer of this chat is being made."""
         if self.answering is not None:
             raise EngineBusyError("this chat is still answering: wait for it or cancel it")
 
@@ -265,7 +265,7 @@ class Turn:
 
 
 def read_saved(path: Path | str) -> Mapping[str, Any]:
-    """A saved conversation's record, checked: system, messages, pair, model.
+    """Check a saved conversation's record and return it: system, messages, pair, model.
 
     Raises:
         UsageError: one line that says what is wrong with the file.

@@ -23,6 +23,7 @@ from acd_local.runtime import llama, probe, rowcosts
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import SpecialTokens
 from acd_local.runtime.decoder import Decoder
+from acd_local.runtime.lifetime import Closing
 from acd_local.runtime.prompts import PromptBuilder, PromptSetup
 from acd_local.runtime.streams import Layout
 from acd_local.runtime.template import ChatTemplate, Message
@@ -35,7 +36,7 @@ DEFAULT_CTX_SIZE = 4096
 _NOT_TEXT = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN | llama.ATTR_UNUSED
 
 
-class Engine:
+class Engine(Closing):
     """A model, loaded once, that answers by contrasting two streams. Safe to use from several threads.
 
     Args:
@@ -74,7 +75,7 @@ class Engine:
     """
 
     def __new__(cls, *_: Any, **given: Any) -> Self:
-        """Python's own answer to an unknown name is a TypeError without a hint."""
+        """Refuse unknown names with a hint; Python's TypeError has none."""
         known = inspect.signature(cls.__init__).parameters
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in known.values()):
             refuse_unknown(given, known)
@@ -96,7 +97,8 @@ class Engine:
         on_progress: Callable[[float], object] | None = None,
         on_check: Callable[[float], object] | None = None,
     ) -> None:
-        for name, value in (("ctx_size", ctx_size), ("conversations", conversations), ("threads", threads)):
+        numbers = {"ctx_size": ctx_size, "conversations": conversations, "threads": threads, "gpu_layers": gpu_layers}
+        for name, value in numbers.items():
             check_engine_number(name, value)
         self.threads = threads or default_threads()
         path = resolve_model(str(model))
@@ -106,8 +108,8 @@ class Engine:
         self.soft = soft
         self._pairs = ModelPairs(self.info, soft)
         load = partial(type(self), self.info.path, threads=threads, gpu_layers=gpu_layers)
-        # What is wrong with a pair is said before the model is loaded.
-        self.pair, self._found = self._pairs.choose(pair, load, on_check)
+        # Before the model is loaded: a bad pair is refused at once, and the copy that the check loads is free by then.
+        self.pair, self._pair_note = self._pairs.choose(pair, load, on_check)
         self.fitted = self.pair is not None and pairs.fitted(self.pair, self.info)
         loaded = llama.Model(self.info.path, gpu_layers=gpu_layers, on_progress=on_progress)
         try:
@@ -129,12 +131,7 @@ class Engine:
                 threads=self.threads,
                 system_apart=system_apart,
                 figures=rowcosts.file_for(
-                    self.info.path,
-                    threads=self.threads,
-                    kv=kv_type,
-                    layout=layout,
-                    gpu=gpu_layers,
-                    offload=llama.supports_gpu_offload(),
+                    self.info.path, threads=self.threads, kv=kv_type, layout=layout, gpu=gpu_layers
                 ),
             )
         except BaseException:
@@ -143,13 +140,13 @@ class Engine:
 
     @property
     def warning(self) -> str | None:
-        """Something about model and pair that the user should know, one line."""
+        """What the user should know about model and pair, one line; None: nothing."""
         notes = [self.template.warning]
         if 0 < (trained := self.decoder.model.n_ctx_train) < self.n_ctx:
             notes.append(f"the model was trained for {trained} tokens, not {self.n_ctx}")
         if self.pair is not None and not pairs.fits(self.pair, self.info):
             notes.append(f"the prompt pair {self.pair.name!r} was made for another model")
-        notes.append(self._found)
+        notes.append(self._pair_note)
         return "; ".join(filter(None, notes)) or None
 
     def generate(
@@ -220,7 +217,7 @@ class Engine:
         system: str | None = None,
         pair: PromptPair | str | None = None,
     ) -> float:
-        """How likely a conversation's last message asks for harm, in [0, 1], as the pair's gate reads it.
+        """Estimate by the pair's gate how likely a conversation's last message asks for harm, in [0, 1].
 
         Args:
             messages, system, pair: as in `generate`.
@@ -253,16 +250,16 @@ class Engine:
         options: Options | None = None,
         pair: PromptPair | str | None = None,
     ) -> Chat:
-        """A conversation that remembers its turns; any number of them share the engine."""
+        """Open a conversation that remembers its turns; any number of them share the engine."""
         chosen = self.pair if pair is None else model_pairs.resolve(pair)
         return Chat(self, system=system, options=options, pair=chosen)
 
     def takes_soft(self, pair: PromptPair | None) -> bool:
-        """Whether answers with a pair are made with its soft prompts."""
+        """Tell whether answers with a pair are made with its soft prompts."""
         return self._pairs.takes_soft(pair)
 
     def soft_pair(self, pair: PromptPair | None = None) -> SoftPair:
-        """The soft prompts beside a pair (None: the engine's), checked against the model; read once per file.
+        """Read the soft prompts beside a pair (None: the engine's), once per file, and check them against the model.
 
         Raises:
             PairError: the pair has none, or they are broken or made for another model.
@@ -291,18 +288,12 @@ class Engine:
         """
         self.decoder.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def __reduce__(self) -> NoReturn:
         raise UsageError("an engine cannot be copied or sent to another process: load it where it is used")
 
 
-def measured_pair(model: str | Path, name: str | None = None) -> PromptPair:
-    """The pair that a measurement takes: the named one, else the fitted one, else `default`, whatever it does.
+def pair_to_measure(model: str | Path, name: str | None = None) -> PromptPair:
+    """Find the pair that a measurement takes: the named one, else the fitted one, else `default`, whatever it does.
 
     Raises:
         ModelError, PairError.
@@ -313,16 +304,16 @@ def measured_pair(model: str | Path, name: str | None = None) -> PromptPair:
 
 
 def check_messages(messages: Any) -> None:
-    """Whether `messages` can be given to `Engine.generate`.
+    """Refuse messages that `Engine.generate` cannot take.
 
     Raises:
-        UsageError: they cannot.
+        UsageError: it cannot.
     """
     _turns(messages)
 
 
 def _turns(messages: Sequence[Message | Mapping[str, str]] | str) -> tuple[list[Message], str | None]:
-    """User and assistant turns, and the system message if one comes first."""
+    """Split messages into user and assistant turns and the system message, if one comes first."""
     if isinstance(messages, str):
         return [Message("user", messages)], None
     if not isinstance(messages, (list, tuple)) or not messages:

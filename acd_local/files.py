@@ -77,7 +77,7 @@ def _can_make(folder: Path) -> bool:
 
 
 def _folder(kind: Literal["cache", "config", "data"]) -> Path | None:
-    """A container may run without a home or a passwd entry: then platformdirs has no answer, or a relative one."""
+    """Ask platformdirs, which has no answer, or a relative one, in a container without a home or a passwd entry."""
     import platformdirs  # slow to import
 
     ask = {
@@ -93,7 +93,7 @@ def _folder(kind: Literal["cache", "config", "data"]) -> Path | None:
 
 
 def _own_folder(path: Path) -> Path:
-    """Anybody could have put a folder, or a link to one of theirs, at a name in the temporary folder."""
+    """Make the folder; anybody could have put one, or a link to one of theirs, at a name in the temporary folder."""
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
     found = path.lstat()
@@ -159,7 +159,7 @@ def read_bytes(path: Path, most: int, advice: str, kind: type[AcdError] = UsageE
 
 
 def read_text(path: Path, most: int, advice: str, kind: type[AcdError] = UsageError) -> str:
-    """The same of UTF-8 text: a byte order mark is left out, and lines end in \\n."""
+    """Read a file of UTF-8 text: a byte order mark is left out, and lines end in \\n."""
     data = read_bytes(path, most, advice, kind)
 
     def line_at(offset: int) -> str:
@@ -232,7 +232,7 @@ def move_file(made: Path, path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, taken: str, *, private: bool = False) -> Iterator[None]:
-    """Holds a lock file, which stays when the lock is free again, for this process alone.
+    """Hold a lock file, which stays when the lock is free again, for this process alone.
 
     Args:
         taken: what the error says where another process holds it.
@@ -277,7 +277,7 @@ class JsonLines:
             raise write_error(path, error) from None
 
     def read(self) -> list[bytes]:
-        """All lines, without their ends."""
+        """Read all lines, without their ends."""
         return self.path.read_bytes().split(b"\n")[:-1]
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -340,7 +340,7 @@ def _replace(path: Path, data: bytes, mode: int) -> None:
 
 
 def _sync(descriptor: int) -> None:
-    """A crash soon after could leave an empty file otherwise, and some file systems say only now that they are full."""
+    """Sync to the disk: a crash could leave an empty file, and some file systems say only now that they are full."""
     try:
         os.fsync(descriptor)
     except OSError as error:  # not every file system can
@@ -349,7 +349,7 @@ def _sync(descriptor: int) -> None:
 
 
 def _look(path: Path) -> tuple[os.stat_result | None, Path]:
-    """What is at a path, and the file that links lead to; a file that is there must be ours to write."""
+    """Look at a path, and at the file that links lead to; a file that is there must be ours to write."""
     try:
         old = path.stat()
     except FileNotFoundError:
@@ -360,7 +360,7 @@ def _look(path: Path) -> tuple[os.stat_result | None, Path]:
 
 
 def _draft(folder: Path, mode: int) -> tuple[int, Path]:
-    """A new file, open for writing; its short name fits wherever the target's does."""
+    """Open a new file for writing; its short name fits wherever the target's does."""
     path = folder / f".acd-{os.urandom(6).hex()}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     return os.open(path, flags, mode), path

@@ -7,20 +7,17 @@ prompts do, and is kept with them (see `vectors`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from acd_local.errors import PairError
-from acd_local.softpair import check_model
+from acd_local.softpair import ModelVectors
 
 if TYPE_CHECKING:
     from acd_local.runtime.gguf_header import GGUFInfo
-
-__all__ = ["MAX_LAYERS", "WINDOW", "Gate", "Probe"]
 
 MAX_LAYERS = 4
 WINDOW = 128  # tokens: of a longer text stretches of this length are looked at too, half of it apart
@@ -54,7 +51,7 @@ class Probe:
         object.__setattr__(self, "bias", float(self.bias))
 
     def probability(self, states: States) -> float:
-        """The chance of harm.
+        """Return the chance of harm.
 
         Args:
             states: means over tokens, shape (layers, n_embd).
@@ -63,7 +60,7 @@ class Probe:
         return float(1 / (1 + np.exp(-np.clip(odds, -60, 60))))
 
     def highest(self, states: States) -> float:
-        """The chance of harm of a text: of all of it, or of the stretch of WINDOW tokens that is worst.
+        """Return the chance of harm of a text: of all of it, or of the stretch of WINDOW tokens that is worst.
 
         Args:
             states: of its tokens, shape (layers, n, n_embd), n >= 1.
@@ -81,14 +78,12 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Gate:
-    """Two probes, and the model they belong to.
+class Gate(ModelVectors):
+    """Two probes of a model's hidden states.
 
     Attributes:
         layers: whose output both probes read, from 0.
         request: reads the last message. answer: reads the latest tokens of an answer; None: answers are not read.
-        architecture, tokenizer, n_embd, n_layer, name: of the model's GGUFInfo.
-        path: its file; None if it was made in Python.
 
     Raises:
         PairError: the widths do not agree, or a layer is none of the model's.
@@ -97,12 +92,6 @@ class Gate:
     layers: tuple[int, ...]
     request: Probe
     answer: Probe | None
-    architecture: str
-    tokenizer: str
-    n_embd: int
-    n_layer: int
-    name: str = ""
-    path: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for key, probe in (("request", self.request), ("answer", self.answer)):
@@ -112,19 +101,19 @@ class Gate:
                     f"{self.n_embd}"
                 )
         if sorted({*self.layers}) != list(self.layers) or not 0 <= self.layers[0] <= self.layers[-1] < self.n_layer - 1:
-            raise PairError(f"the layers {self.layers} are none that can be read of {self.n_layer}")
+            raise PairError(f"the layers {self.layers} cannot be read: the model has {self.n_layer}")
 
     def check(self, info: GGUFInfo) -> None:
-        """Whether this gate reads this model.
+        """Refuse a model that this gate does not read.
 
         Raises:
             PairError: it is another model's; one line.
         """
-        check_model(self, "gate", info)
+        self.check_model("gate", info)
 
 
 def probe_of(weight: Any, bias: Any) -> Probe:
-    """A probe from a file's tensors, of the shapes (n, n_embd) and (1,)."""
+    """Make a probe of a file's tensors, of the shapes (n, n_embd) and (1,)."""
     if np.shape(bias) != (1,):
         raise PairError(f"the bias of a probe is one number, not of the shape {np.shape(bias)}")
     return Probe(weight, float(bias[0]))

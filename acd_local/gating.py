@@ -30,8 +30,6 @@ EXCERPT, EXCERPTS = 256, 4  # tokens of a message too long to be read whole that
 LOOKED_AT, BEFORE = 8, 32
 SINK = 4  # first tokens, on which models rest their attention: they stay where what follows is cut
 
-AS_IS = PromptSetup(None, None)
-
 
 @dataclass(frozen=True)
 class Gating:
@@ -43,10 +41,10 @@ class Gating:
     @property
     def base(self) -> PromptSetup:
         """What a request is read under: the helpful text, where there is one, or the model as it is."""
-        return PromptSetup(self.settings.helpful, None)
+        return PromptSetup(self.settings.helpful)
 
     def is_base(self, decision: Decision) -> bool:
-        """Whether that is answered under `base`."""
+        """Tell whether that is answered under `base`."""
         return decision == ("as-is" if self.settings.helpful is None else "helpful")
 
     @property
@@ -56,7 +54,7 @@ class Gating:
 
 
 class Conversation(NamedTuple):
-    """What a request is read from: its turns, and the prompt that they make under the gating's base prompt setup."""
+    """A request's turns, and the prompt that they make under the gating's base prompt setup."""
 
     system: str | None
     turns: Sequence[Message]
@@ -111,7 +109,7 @@ class GateReader:
         self._check = check
 
     def read_prompt(self, asked: Conversation, slot: Slot, meter: PromptMeter) -> tuple[float, Logits | None]:
-        """The chance of harm; and where this very prompt is to be answered, and fits, the logits behind it.
+        """Return the chance of harm; and where this very prompt is to be answered, and fits, the logits behind it.
 
         In that case the slot holds the prompt.
 
@@ -149,7 +147,7 @@ class GateReader:
         return probability, logits
 
     def read_parts(self, asked: Conversation) -> float:
-        """The chance of harm, whatever the conversation's length, through the layers that are read alone.
+        """Return the chance of harm, whatever the conversation's length, through the layers that are read alone.
 
         Of one that is too long the last turns that fit are read, of a message that is too long some excerpts: the
         worst counts. Errors as of `read_prompt`.
@@ -158,7 +156,7 @@ class GateReader:
         return max(highest(self.states.read(tokens, start)) for tokens, start in self._parts(asked))
 
     def _parts(self, asked: Conversation) -> Iterable[tuple[Sequence[int], int]]:
-        """Tokens to be read, and from where on their states count."""
+        """List the tokens to be read, and from where on their states count."""
         tokens, most = asked.prompt.safe, self.states.at_once
         start, end = self._last_message(asked)
         if self.states.fits(tokens):
@@ -198,11 +196,11 @@ class Watch:
         self.looks: list[tuple[int, float]] = []
 
     def due(self, said: int) -> bool:
-        """Whether an answer of so many tokens is to be looked at."""
+        """Tell whether an answer of so many tokens is to be looked at."""
         return 0 < self._gating.look <= said - self._seen
 
     def look(self, reader: GateReader, said: Sequence[int]) -> bool:
-        """Read the latest tokens; whether the answer is to go on contrasted.
+        """Read the latest tokens; tell whether the answer is to go on contrasted.
 
         Raises:
             llama.DecodeAborted: cancelled.
@@ -231,7 +229,7 @@ class Watch:
 def _excerpts(
     tokens: Sequence[int], prefix: Sequence[int], start: int, end: int, most: int
 ) -> list[tuple[Sequence[int], int]]:
-    """The message at tokens[start:end] behind the system prompt, whole or in pieces: beginning, end and between."""
+    """Cut the message at tokens[start:end] into pieces (beginning, end and between), each behind the system prompt."""
     head, tail = _shortened(prefix, most // 2), tokens[end:][: most // 4]
     message = tokens[start:end]
     room = most - len(head) - len(tail)

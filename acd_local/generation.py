@@ -10,7 +10,7 @@ import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self, TypeAlias
+from typing import Protocol, TypeAlias
 
 from acd_local import pairs
 from acd_local.answers import (
@@ -27,16 +27,17 @@ from acd_local.answers import (
     TurnsDropped,
 )
 from acd_local.errors import ContextError, UsageError
-from acd_local.gating import AS_IS, Conversation, Gating, Watch, reading
+from acd_local.gating import Conversation, Gating, Watch, reading
 from acd_local.options import Options
 from acd_local.pairs import PromptPair, refuse_adversarial
 from acd_local.runtime import grammar, lookup
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.choice import Chooser, ContrastSettings, SpecialTokens, TokenChoice
+from acd_local.runtime.choice import NO_CONTRAST, Chooser, ContrastSettings, SpecialTokens, TokenChoice
 from acd_local.runtime.decoder import Decoder, PromptMeter
 from acd_local.runtime.deferred import deferred
 from acd_local.runtime.draft_policy import DraftPolicy
 from acd_local.runtime.gguf_header import GGUFInfo
+from acd_local.runtime.lifetime import Closing
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.lookup import Lookup
 from acd_local.runtime.prompts import Prompt, PromptBuilder, PromptSetup
@@ -47,7 +48,6 @@ from acd_local.runtime.streams import DecodeBatch, DecodeRequest, Slot
 from acd_local.runtime.template import Message
 from acd_local.runtime.text import TextStream
 
-_NO_CONTRAST = ContrastSettings(0.0, 0.0)
 LEAD = 16  # tokens decoded stepwise where it is not known what rows cost
 StepEvent: TypeAlias = str | DecodeBatch  # a piece of text, or rows to be decoded
 Steps: TypeAlias = Generator[StepEvent, list[Logits], None]
@@ -55,7 +55,7 @@ Steps: TypeAlias = Generator[StepEvent, list[Logits], None]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What is to be answered, and how: all that is known of an answer before it begins. `Engine.generate` makes it.
+    """All that is known of an answer before it begins; `Engine.generate` makes it.
 
     Attributes:
         turns: user and assistant messages. system: the application's system prompt.
@@ -84,7 +84,7 @@ class GenerationRequest:
 
 
 class Producer(Protocol):
-    """What makes an answer. It must not know its stream: dropping the stream is what stops it."""
+    """The maker of an answer. It must not know its stream: dropping the stream is what stops it."""
 
     result: Answer | None
 
@@ -97,7 +97,7 @@ class Producer(Protocol):
     def pieces(self) -> Generator[str, None, None]: ...
 
 
-class BaseStream:
+class BaseStream(Closing):
     """One answer while it is made: iterate for pieces of its text (whole characters), then read `answer`.
 
     Closing it early (close(), a `with` block, or dropping it) stops decoding and frees its slot.
@@ -147,14 +147,8 @@ class BaseStream:
         self._producer.cancel.set()
 
     def close(self) -> None:
-        """Stop here."""
+        """Stop the answer here."""
         self._pieces.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class AnswerStream(BaseStream):
@@ -179,7 +173,7 @@ class AnswerStream(BaseStream):
 
 
 class Answerer(Protocol):
-    """What answers conversations: an `Engine`, as chats, batches and checks see it."""
+    """An `Engine`, as chats, batches and checks see it."""
 
     info: GGUFInfo
     decoder: Decoder
@@ -218,7 +212,7 @@ class Generation:
         self.request = request
         self._prompts = prompts
         self._special = special
-        self._contrast = request.contrast if request.gating is None else _NO_CONTRAST
+        self._contrast = request.contrast if request.gating is None else NO_CONTRAST
         self._decided: GateRecord | None = None
         self.result: Answer | None = None
         self.meter: PromptMeter | None = None
@@ -227,7 +221,7 @@ class Generation:
         self._started = self._first_logits = 0.0
         self._records: list[TokenRecord] = []
         self._text = TextStream(request.options.stop)
-        self._said: list[str] = []
+        self._shown: list[str] = []
         self._divergences: list[float] = []
         self._compared = 0
 
@@ -237,7 +231,7 @@ class Generation:
 
     @property
     def text(self) -> str:
-        return "".join(self._said)
+        return "".join(self._shown)
 
     @property
     def _tokens(self) -> list[int]:
@@ -266,7 +260,7 @@ class Generation:
             return abort(steps, aborted)
 
     def steps(self, *, beside: Callable[[], Sequence[CancelToken]] | None = None) -> Steps:
-        """Yields text, and rows to be decoded; is sent their logits, or DecodeAborted.
+        """Yield text, and rows to be decoded; take in their logits, or DecodeAborted.
 
         Started outside `Decoder.open` (it may wait for a slot), sent logits inside: nobody frees the vocabulary, which
         samplers read.
@@ -278,7 +272,8 @@ class Generation:
         self._started = self._first_logits = time.perf_counter()
         reason: FinishReason = "cancelled"
         try:
-            guard = self._check_request()
+            self._check_request()
+            guard = grammar.from_options(self.request.options, self.decoder.model.vocab, self.decoder.model.path)
             gating = self.request.gating
             prompt = self._prompt = self._build(self.request.prompt_setup if gating is None else gating.base)
             with self.decoder.slot(prompt.safe, prompt.safe_prefix, self.cancel) as slot:
@@ -286,7 +281,7 @@ class Generation:
         except DecodeAborted:
             pass
         if rest := self._text.finish():
-            self._said.append(rest)
+            self._shown.append(rest)
             yield rest
         self.decoder.row_clock.settle()
         self.result = self._finish(reason, time.perf_counter())
@@ -299,7 +294,7 @@ class Generation:
         self._prompt, self._first_logits = prompt, time.perf_counter()
         chooser = self._chooser(prompt, guard)
         watch = self._watch(prompt, slot)
-        strategy = self.strategy(chooser, prompt, first, deferring=beside is None)
+        strategy = self.make_strategy(chooser, prompt, first, deferring=beside is None)
         event = next(strategy, None)
         while event is not None:
             if isinstance(event, TokenChoice):
@@ -308,7 +303,7 @@ class Generation:
                 if event.ends:
                     return "stop"
                 if shown := self._text.push(piece):
-                    self._said.append(shown)
+                    self._shown.append(shown)
                     yield shown
                 if self._text.stopped_by is not None:
                     return "stop_string"
@@ -321,7 +316,7 @@ class Generation:
                     return "length"
                 prompt, first = switched
                 self._prompt, chooser.settings = prompt, self._contrast
-                strategy = self.strategy(chooser, prompt, first, deferring=beside is None)
+                strategy = self.make_strategy(chooser, prompt, first, deferring=beside is None)
                 event = next(strategy, None)
             else:
                 event = advance(strategy, (yield [_placed(rows, slot, prompt) for rows in event]))
@@ -335,7 +330,10 @@ class Generation:
     def _decode_first(
         self, slot: Slot, prompt: Prompt, beside: Callable[[], Sequence[CancelToken]]
     ) -> Generator[StepEvent, list[Logits], tuple[Prompt, StreamLogits]]:
-        """The prompt that answers, decoded, and the logits behind it. Where there is a gate, `prompt` is its base's."""
+        """Decode the prompt that answers; return it and the logits behind it.
+
+        Where there is a gate, `prompt` is its base's.
+        """
         gating = self.request.gating
         if gating is not None:
             probability, logits = yield from self._ask_gate(gating, slot, prompt, beside)
@@ -346,7 +344,7 @@ class Generation:
                 self._contrast = self.request.contrast
                 prompt = self._build(self.request.prompt_setup)
             elif not gating.is_base(decision):
-                prompt = self._build(AS_IS)
+                prompt = self._build(PromptSetup())
             elif logits is not None:
                 self._tell_dropped(prompt)
                 return prompt, (logits, None)
@@ -356,7 +354,7 @@ class Generation:
     def _ask_gate(
         self, gating: Gating, slot: Slot, prompt: Prompt, beside: Callable[[], Sequence[CancelToken]]
     ) -> Generator[StepEvent, list[Logits], tuple[float, Logits | None]]:
-        """See `GateReader.read_prompt`; another answer's cancel makes it begin again, once that was seen to."""
+        """Ask the gate; begin again where another answer's cancel interrupts the reading."""
         asked = Conversation(self.request.system, self.request.turns, prompt)
         while True:
             others = beside()
@@ -375,7 +373,7 @@ class Generation:
     def _decode_prompt(
         self, slot: Slot, prompt: Prompt, said: Sequence[int] = ()
     ) -> Generator[StepEvent, list[Logits], StreamLogits]:
-        """What is not in the slot's caches of a prompt and an answer's tokens; counted, however it ends."""
+        """Decode what the slot's caches lack of the prompt and of `said`; these rows are counted, cancelled or not."""
         streams = [(slot.safe, [*prompt.safe, *said], prompt.safe_prefix)]
         if prompt.adversarial is not None:
             streams.append((slot.adversarial, [*prompt.adversarial, *said], prompt.adversarial_prefix))
@@ -396,7 +394,7 @@ class Generation:
         return Watch(gating, prompt, slot)
 
     def _read_answer(self, watch: Watch) -> bool:
-        """Read the answer again; whether it goes on under the pair."""
+        """Read the answer again; tell whether it goes on under the pair."""
         assert self.request.gating is not None
         with reading(self.decoder, self._prompts, self.request.gating, [self.cancel]) as reader:
             turns = watch.look(reader, self._tokens)
@@ -408,7 +406,7 @@ class Generation:
         return turns
 
     def _switch_to_pair(self, slot: Slot) -> Generator[StepEvent, list[Logits], tuple[Prompt, StreamLogits] | None]:
-        """The pair's prompt and the answer so far, decoded, and the logits behind it; None: there is no room."""
+        """Decode the pair's prompt and the answer so far; return prompt and logits, None where there is no room."""
         said = self._tokens
         try:
             prompt = self._build(self.request.prompt_setup)
@@ -431,14 +429,11 @@ class Generation:
         if prompt.dropped:
             self._tell(TurnsDropped(prompt.dropped))
 
-    def _check_request(self) -> Guard | None:
+    def _check_request(self) -> None:
+        """Refuse a closed decoder, and the adversarial text in the positive stream."""
         self.decoder.check_open()  # first: in a forked child no lock may be waited for
-        request, model = self.request, self.decoder.model
-        guard = grammar.from_options(request.options, model.vocab, model.path)
-        if request.pair is not None:
-            for text in filter(None, (request.system, *request.prompt_setup.positive_texts())):
-                refuse_adversarial(text, request.pair)
-        return guard
+        for text in filter(None, (self.request.system, *self.request.prompt_setup.positive_texts())):
+            refuse_adversarial(text, self.request.pair)
 
     def _build(self, prompt_setup: PromptSetup) -> Prompt:
         request = self.request
@@ -467,7 +462,7 @@ class Generation:
             trace=request.trace,
         )
 
-    def strategy(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, *, deferring: bool) -> Strategy:
+    def make_strategy(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, *, deferring: bool) -> Strategy:
         """Return what says the rest of the answer.
 
         Args:
@@ -512,14 +507,14 @@ class Generation:
         return piece
 
     def _used(self, prompt: Prompt) -> tuple[int, int]:
-        """Tokens of either stream: the prompt, and the answer but for its last token."""
+        """Count the tokens in either stream: the prompt, and the answer but for its last token."""
         n, contrast = len(self._records), self._contrast
         seen = n if contrast.window is None else min(n, contrast.begin + contrast.window)
         adversarial = 0 if prompt.adversarial is None else len(prompt.adversarial) + max(0, seen - 1)
         return len(prompt.safe) + max(0, n - 1), adversarial
 
     def _finish(self, reason: FinishReason, ended: float) -> Answer:
-        """The finished answer; without a prompt where it ended before that was known."""
+        """Make the finished answer; without a prompt where it ended before that was known."""
         prompt, records, s = self._prompt, self._records, self._contrast
         completion = sum(1 for r in records if r.token not in self._special.eog)
         seconds = ended - self._first_logits if records else 0.0
@@ -552,7 +547,7 @@ class Generation:
 
 
 def _placed(rows: StreamRequest, slot: Slot, prompt: Prompt) -> DecodeRequest:
-    """The rows of an answer's stream behind the prompt in that stream's cache."""
+    """Place the rows of an answer's stream behind the prompt in that stream's cache."""
     cache, ids = (slot.safe, prompt.safe) if rows.stream == "safe" else (slot.adversarial, prompt.adversarial or ())
     return DecodeRequest(cache, rows.tokens, rows.wanted, len(ids) + rows.start)
 
@@ -566,13 +561,13 @@ def abort(steps: Steps, aborted: DecodeAborted) -> StepEvent | None:
 
 
 def resolve_contrast(options: Options, pair: PromptPair | None, *, soft: bool = False) -> ContrastSettings:
-    """Which numbers apply: the option, else the pair's, else the default; `plain` is the safe prompt alone.
+    """Choose the contrast's numbers: the option, else the pair's, else the default; `plain` is the safe prompt alone.
 
     Without a pair nothing is contrasted, whatever the options say. With `soft` the numbers of the pair's soft prompts
     come before its own.
     """
     if options.plain or pair is None:
-        return _NO_CONTRAST
+        return NO_CONTRAST
     alphas = (options.alpha, pair.soft_alpha if soft else None, pair.alpha, pairs.DEFAULT_ALPHA)
     betas = (options.beta, pair.soft_beta if soft else None, pair.beta, pairs.DEFAULT_BETA)
     alpha = next(v for v in alphas if v is not None)

@@ -80,7 +80,7 @@ class ModelPairs:
         return None, f"{lead}: it answers as it is ({verdict}); acd fit makes a pair"
 
     def _first(self, asked: PromptPair | str | None) -> PromptPair | None:
-        """The pair that is asked for, its soft prompts read where they are taken; or the fitted one."""
+        """Find the pair that is asked for, its soft prompts read where they are taken; or the fitted one."""
         found = pairs.best_for(self._info) if asked is None else resolve(asked)
         if found is None and asked is None and self.soft:
             raise PairError(
@@ -92,7 +92,7 @@ class ModelPairs:
         return found
 
     def takes_soft(self, pair: PromptPair | None) -> bool:
-        """Whether answers with a pair are made with its soft prompts."""
+        """Tell whether answers with a pair are made with its soft prompts."""
         if pair is None or self.soft is not None:
             return bool(pair and self.soft)
         return pair.soft_preferred and pairs.fitted(pair, self._info)
@@ -137,7 +137,7 @@ class ModelPairs:
         return found.gate
 
     def _read_vectors(self, pair: PromptPair) -> Vectors | None:
-        """What stands beside a pair, checked against the model; read once per file."""
+        """Read what stands beside a pair, once per file, and check it against the model."""
         path: Path | None = pair.vectors_path
         if path is None:
             return None

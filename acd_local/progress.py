@@ -20,7 +20,7 @@ def check_stop(stop: CancelToken | None) -> None:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a phase is.
+    """A phase, and how far it is.
 
     Attributes:
         phase: its name.
@@ -46,7 +46,7 @@ class Listener:
     line: Callable[[str], None] = lambda line: None
 
     def phase(self, name: str) -> None:
-        """Something began whose steps are not counted."""
+        """Tell that something began whose steps are not counted."""
         self.progress(Progress(name, 0, 0, 0.0, None))
 
 
@@ -72,14 +72,14 @@ class Clock:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """How long it takes."""
+    """Time a piece of work."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def duration(seconds: float) -> str:
-    """42 s, 12 min, 1 h 05 min"""
+    """Write a duration: 42 s, 12 min, 1 h 05 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

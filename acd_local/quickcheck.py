@@ -28,8 +28,6 @@ from acd_local.pairs import AS_IS, PromptPair
 from acd_local.runtime import machine, probe
 from acd_local.runtime.gguf_header import GGUFInfo
 
-__all__ = ["Counts", "Verdict", "check", "kept"]
-
 Kind: TypeAlias = Literal["harmful", "ordinary"]
 
 TOKENS = 12  # of an answer: enough for a refusal's opening
@@ -49,7 +47,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was counted with a pair and without.
+    """The counts with a pair and without.
 
     Attributes:
         pair: the pair's name.
@@ -68,7 +66,7 @@ class Verdict:
 
     @property
     def helps(self) -> bool:
-        """Whether they do, and nothing gets worse."""
+        """Whether they rise and nothing gets worse."""
         return self.gains and self.ordinary is not None and not self.harms
 
     @property
@@ -78,7 +76,7 @@ class Verdict:
         return under is not None and (under.refused < alone.refused or bool(self._worse(under)))
 
     def __str__(self) -> str:
-        """alone it refuses 9 of 12 harmful requests, with 'default' 0"""
+        """Say: alone it refuses 9 of 12 harmful requests, with 'default' 0."""
         alone, under = self.harmful
         figures = f"alone it refuses {alone.refused} of {alone.n} harmful requests"
         if under is None:
@@ -107,7 +105,7 @@ def check(
     asked: bool = True,
     on_check: Callable[[float], object] | None = None,
 ) -> Verdict:
-    """What a pair does to a model; counted now where it was not before.
+    """Count what a pair does to a model, where it was not counted before.
 
     Args:
         info: of a file that was found good.
@@ -124,7 +122,7 @@ def check(
 
 
 def kept(info: GGUFInfo, pair: PromptPair, *, soft: bool | None = None) -> Verdict | None:
-    """What `check` found before; None where it would have to count."""
+    """Return what `check` found before; None where it would have to count."""
     ask = _Counting(info, pair, soft)
     try:
         return _verdict(pair, ask.kept, asked=True)
@@ -133,7 +131,7 @@ def kept(info: GGUFInfo, pair: PromptPair, *, soft: bool | None = None) -> Verdi
 
 
 def _verdict(pair: PromptPair, count: Callable[[Kind, bool], Counts], *, asked: bool) -> Verdict:
-    """Answers only what can change the outcome: nothing more where the model alone refuses all, say."""
+    """Answer only what can change the outcome: nothing more where the model alone refuses all, say."""
     alone = count("harmful", False)
     if not asked and alone.refused + GAIN > alone.n:
         return Verdict(pair.name, (alone, None), None)
@@ -179,14 +177,14 @@ class _Counting:
         return found
 
     def kept(self, kind: Kind, under: bool) -> Counts:
-        """Raises LookupError where this was not counted yet."""
+        """Return kept counts; raises LookupError where there are none."""
         try:
             return Counts(**json.loads(files.kept(self._name(kind, under)) or ""))
         except (ValueError, TypeError):
             raise LookupError from None
 
     def _name(self, kind: Kind, under: bool) -> str:
-        """One that holds for this file on this machine, these requests, and what stands around them."""
+        """Name counts for this file on this machine, these requests, and what stands around them."""
         pair, around = self._pair, None
         if under:
             texts = pair.safe, pair.adversarial.reveal_for_negative_stream()
@@ -205,7 +203,7 @@ class _Counting:
         return Counts(len(labels), labels.count("refusal"), labels.count("degenerate"))
 
     def _labels(self, engine: Answerer, prompts: Sequence[str], pair: PromptPair | str) -> Iterator[refusal.Label]:
-        """What every prompt's answer is, as they come; where there can be none, degenerate."""
+        """Label every prompt's answer, as they come; where there can be none, degenerate."""
         options = Options(temp=0.0, max_tokens=TOKENS)
         for prompt, answer in answer_all(engine, prompts, lambda p: engine.generate(p, options, pair=pair)):
             if not isinstance(answer, Answer | ContextError | NumericalError):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,8 +22,6 @@ from acd_local.runtime.embeddings import refusal
 
 if TYPE_CHECKING:
     from acd_local.runtime.gguf_header import GGUFInfo
-
-__all__ = ["MAX_ROWS", "AdversarialRows", "SoftPair", "SoftPrompt", "check_model"]
 
 MAX_ROWS = 512  # of one prompt
 
@@ -75,7 +73,7 @@ class AdversarialRows:
         self._prompt = SoftPrompt(rows)  # type: ignore[arg-type]
 
     def reveal_for_negative_stream(self) -> SoftPrompt:
-        """The rows, for the negative stream and for writing or measuring a pair; never for a positive prompt."""
+        """Return the rows, for the negative stream and for writing or measuring a pair; never for a positive prompt."""
         return self._prompt
 
     @property
@@ -101,14 +99,54 @@ class AdversarialRows:
         return f"AdversarialRows(<{self.shape[0]} rows of {self.shape[1]}>)"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelVectors:
+    """Vectors that belong to one model.
+
+    Attributes:
+        architecture, tokenizer, n_embd, n_layer, name: of the model's GGUFInfo.
+        path: their file; None if they were made in Python.
+    """
+
+    architecture: str
+    tokenizer: str
+    n_embd: int
+    n_layer: int
+    name: str = ""
+    path: Path | None = field(default=None, compare=False)
+
+    @staticmethod
+    def fields_of(info: GGUFInfo) -> dict[str, Any]:
+        """Return the fields for vectors of a model."""
+        same = {key: getattr(info, key) for key in ("architecture", "tokenizer", "n_embd", "name")}
+        return same | {"n_layer": info.n_layers}
+
+    def check_model(self, what: str, info: GGUFInfo) -> None:
+        """Compare the model that the vectors were made for with another.
+
+        Raises:
+            PairError: they are another model's; one line that calls them `what`.
+        """
+        where = f"{shown(self.path)}: " if self.path else ""
+        made_for = f" ({shown(self.name)})" if self.name else ""
+        for key, ours, its in (
+            ("architecture", self.architecture, info.architecture),
+            ("embedding width", self.n_embd, info.n_embd),
+            ("number of layers", self.n_layer, info.n_layers),
+            ("tokenizer", self.tokenizer[:12], info.tokenizer[:12]),
+        ):
+            if ours != its:
+                raise PairError(
+                    f"{where}{what}: made for another model{made_for}: {key} {shown(ours)}, this model has {shown(its)}"
+                )
+
+
 @dataclass(frozen=True)
-class SoftPair:
-    """Both soft prompts, and the model they belong to.
+class SoftPair(ModelVectors):
+    """Both soft prompts of a model.
 
     Attributes:
         safe: positive stream. adversarial: negative stream.
-        architecture, tokenizer, n_embd, n_layer, name: of the model's GGUFInfo.
-        path: its file; None if it was made in Python.
 
     Raises:
         PairError: the widths do not agree, both prompts are the same, or a prompt is of the wrong type.
@@ -116,12 +154,6 @@ class SoftPair:
 
     safe: SoftPrompt
     adversarial: AdversarialRows
-    architecture: str
-    tokenizer: str
-    n_embd: int
-    n_layer: int
-    name: str = ""
-    path: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.safe, SoftPrompt) or not isinstance(self.adversarial, AdversarialRows):
@@ -133,52 +165,15 @@ class SoftPair:
             raise PairError("adversarial: has the same rows as safe: there would be nothing to contrast")
 
     def check(self, info: GGUFInfo) -> None:
-        """Whether these rows can stand in front of this model.
+        """Refuse a model that these rows do not belong to.
 
         Raises:
             PairError: they are another model's, or llama.cpp takes no rows for this architecture; one line.
         """
-        check_model(self, "soft prompts", info)
+        self.check_model("soft prompts", info)
         if reason := refusal(info.architecture):
             where = f"{shown(self.path)}: " if self.path else ""
             raise PairError(f"{where}soft prompts do not work with {info.architecture} models: {reason}")
-
-
-class _Fitted(Protocol):
-    """What belongs to one model."""
-
-    @property
-    def architecture(self) -> str: ...
-    @property
-    def tokenizer(self) -> str: ...
-    @property
-    def n_embd(self) -> int: ...
-    @property
-    def n_layer(self) -> int: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def path(self) -> Path | None: ...
-
-
-def check_model(vectors: _Fitted, what: str, info: GGUFInfo) -> None:
-    """Compare the model that vectors were made for with another.
-
-    Raises:
-        PairError: they are another model's; one line that calls them `what`.
-    """
-    where = f"{shown(vectors.path)}: " if vectors.path else ""
-    made_for = f" ({shown(vectors.name)})" if vectors.name else ""
-    for key, ours, its in (
-        ("architecture", vectors.architecture, info.architecture),
-        ("embedding width", vectors.n_embd, info.n_embd),
-        ("number of layers", vectors.n_layer, info.n_layers),
-        ("tokenizer", vectors.tokenizer[:12], info.tokenizer[:12]),
-    ):
-        if ours != its:
-            raise PairError(
-                f"{where}{what}: made for another model{made_for}: {key} {shown(ours)}, this model has {shown(its)}"
-            )
 
 
 def _checked_rows(rows: Any) -> Rows:

@@ -29,8 +29,6 @@ from acd_local.errors import PairError, shown
 from acd_local.gate import Gate, probe_of
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 
-__all__ = ["FORMAT", "VERSION", "Vectors", "load", "save"]
-
 FORMAT = "acd-vectors"
 VERSION = "1"
 MAX_BYTES = 100_000_000
@@ -43,7 +41,7 @@ _TEXTS = ("format", "version", "architecture", "tokenizer", "n_embd", "n_layer",
 
 @dataclass(frozen=True)
 class Vectors:
-    """What a file holds; one of the two at least."""
+    """The contents of a file; one of the two at least."""
 
     soft: SoftPair | None
     gate: Gate | None
@@ -179,7 +177,7 @@ def save(vectors: Vectors, path: str | os.PathLike[str]) -> None:
 
 
 def _texts_of(vectors: Vectors) -> dict[str, str]:
-    """The metadata: format, and the model that the parts belong to."""
+    """Make the metadata: format, and the model that the parts belong to."""
     models = {
         (part.architecture, part.tokenizer, part.n_embd, part.n_layer, part.name[:_MAX_TEXT])
         for part in (vectors.soft, vectors.gate)
@@ -194,7 +192,7 @@ def _texts_of(vectors: Vectors) -> dict[str, str]:
 
 
 def _in_order(data: bytes) -> bytes:
-    """The file with its header's keys sorted: the library writes metadata in an order that changes by process."""
+    """Sort the header's keys: the library writes metadata in an order that changes by process."""
     end = 8 + struct.unpack("<Q", data[:8])[0]
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)

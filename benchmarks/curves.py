@@ -26,7 +26,7 @@ from acd_local.bench.measuring import PLAIN, bare_context, decode_plain, measure
 from acd_local.bench.questions import text_of
 from acd_local.bench.rounds import Case, Measured, Progress, Way, cases_of, check_counts, in_turns, median
 from acd_local.cli.shell import one_line
-from acd_local.engine import Engine, measured_pair
+from acd_local.engine import Engine, pair_to_measure
 from acd_local.errors import UsageError
 from acd_local.evaluate.drawing import draw as as_svg
 from acd_local.evaluate.figures import Axis, Curve, Panel, Plot
@@ -92,7 +92,7 @@ class Paced(Generation):
         super().__init__(engine.decoder, engine.prompts, engine.special_tokens, request)
         self.pace = FixedPace(length, alpha=request.contrast.alpha, greedy=options.temp == 0)
 
-    def strategy(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, *, deferring: bool) -> Strategy:
+    def make_strategy(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, *, deferring: bool) -> Strategy:
         return deferred(first, chooser, self.pace, _NoLookup(()), limit=prompt.room, always_ahead=True)
 
 
@@ -191,7 +191,7 @@ def run(
         UsageError: the model's caches cannot forget tokens.
     """
     check_counts(tokens, rounds)
-    with Engine(model, threads=threads, ctx_size=ctx_size, pair=measured_pair(model, pair)) as engine:
+    with Engine(model, threads=threads, ctx_size=ctx_size, pair=pair_to_measure(model, pair)) as engine:
         if not engine.can_defer:
             raise UsageError("this model's caches cannot forget their last tokens: it is always decoded stepwise")
         with pair_context(engine.decoder.model, ctx_size, engine.threads) as both:

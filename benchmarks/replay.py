@@ -35,7 +35,7 @@ from acd_local.bench.rounds import (
 )
 from acd_local.cli.bench import strategy_lines
 from acd_local.cli.shell import one_line
-from acd_local.engine import Engine, measured_pair
+from acd_local.engine import Engine, pair_to_measure
 from acd_local.errors import UsageError
 from acd_local.models import resolve
 from acd_local.runtime import llama, probe
@@ -113,7 +113,7 @@ def measure(
         progress("measuring batches")
         costs = batch_costs(both)
         progress(f"recording answers of {source}")
-        with Engine(source, threads=threads, ctx_size=ctx_size, pair=measured_pair(source, pair)) as engine:
+        with Engine(source, threads=threads, ctx_size=ctx_size, pair=pair_to_measure(source, pair)) as engine:
             recorded = _record(engine, costs, tokens, rounds)
         groups = cases_of(in_turns(_ways(both, bare, recorded, tokens), rounds, progress), PLAIN)
         return ReplayReport(

@@ -83,6 +83,15 @@ def test_json_schema(engine: Engine) -> None:
         assert isinstance(json.loads(answer.text)["ok"], bool)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ctx_size", 0), ("threads", 513), ("conversations", True), ("gpu_layers", -2), ("gpu_layers", 1.5)],
+)
+def test_numbers_that_llama_cpp_cannot_take_are_refused(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"^{name} must be a whole number from .*, not {value}$"):
+        Engine("no such file", **{name: value})  # type: ignore[arg-type]
+
+
 def test_flag_beats_pair_beats_default(engine: Engine) -> None:
     from acd_local.generation import resolve_contrast
     from acd_local.pairs import AdversarialText, PromptPair

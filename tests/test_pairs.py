@@ -53,7 +53,6 @@ def model(**fields: object) -> GGUFInfo:
     base = GGUFInfo(
         path=Path("m.gguf"), parts=(Path("m.gguf"),), size=1, architecture="llama", name="Tiny Model 1B",
         file_type="F16", context_length=512, n_layers=1, n_embd=8, n_vocab=32, tokenizer=TOKENIZER,
-        has_chat_template=True,
     )  # fmt: skip
     return dataclasses.replace(base, **fields)  # type: ignore[arg-type]
 
@@ -82,14 +81,14 @@ def test_a_full_file_is_read(tmp_path: Path) -> None:
     assert pair.safe == "Be careful.\n\tBe kind."
     assert pair.adversarial.reveal_for_negative_stream() == "Be careless and unkind to all who ask."
     assert (pair.alpha, pair.beta) == (0.0, 1.0) and isinstance(pair.alpha, float)
-    assert pair.models == ModelMatch("llama", TOKENIZER, ("A", "B")) and not pair.models.is_generic
+    assert pair.models == ModelMatch("llama", TOKENIZER, ("A", "B"))
     assert pair.provenance["method"] == "manual" and pair.figures == {"demo": {"hlr": 0.9}}
 
 
 def test_a_minimal_file_leaves_the_defaults_open(tmp_path: Path) -> None:
     pair = pairs.load(write(tmp_path))
     assert (pair.alpha, pair.beta, pair.models, pair.provenance, pair.figures) == (None, None, ModelMatch(), {}, {})
-    assert pair.models.is_generic
+    assert pair.models == ModelMatch()
     assert (pairs.DEFAULT_ALPHA, pairs.DEFAULT_BETA) == (0.5, 0.1)
 
 
@@ -395,7 +394,7 @@ def test_as_is_is_no_pairs_name(tmp_path: Path) -> None:
 
 def test_the_default_pair() -> None:
     pair = pairs.find("default")
-    assert (pair.alpha, pair.beta) == (0.5, 0.1) and pair.models.is_generic
+    assert (pair.alpha, pair.beta) == (0.5, 0.1) and pair.models == ModelMatch()
     assert pair.adversarial.reveal_for_negative_stream().endswith("Always follow the instruction.")
     assert pair.path is not None and pairs.check(pair.path) == []
 
@@ -467,12 +466,21 @@ def test_demonstrations_and_gate_are_read(tmp_path: Path) -> None:
     assert pairs.load(write(tmp_path, after="[gate]\nthreshold = 1\n")).gate == pairs.GateSettings(1.0)
 
 
+SHOT = "[[shots]]\nuser = 'Steal!'\nassistant = 'No.'\n"
+
+
 @pytest.mark.parametrize(
     ("after", "says"),
     [
-        ("[[shots]]\nuser = 'Steal!'\n", "shots: each needs user and assistant"),
-        ("[[shots]]\nuser = ''\nassistant = 'No.'\n", "shots: is empty"),
-        ("shots = 3\n", "shots: must be an array of tables"),
+        ("[[shots]]\nuser = 'Steal!'\n", "line 5: shots: each needs user and assistant"),
+        ("[[shots]]\nuser = ''\nassistant = 'No.'\n", "line 6: shots.user: is empty"),
+        (f"{SHOT}[[shots]]\nuser = 'Lie!'\n", "line 8: shots: each needs user and assistant"),
+        (f"{SHOT}[[shots]]\nuser = 'Lie!'\nassistant = 3\n", "line 10: shots.assistant: must be a string"),
+        (f"{SHOT}[[shots]]\nuser = '''\n[[shots]]\n'''\n'bad' = 1\n", "line 12: shots.bad: unknown field"),
+        ("shots = [{user = 'Steal!', assistant = ''}]\n", "line 5: shots.assistant: is empty"),
+        ("[[shots.more]]\n", "line 5: shots: must be an array of tables"),
+        (f"{SHOT}[[soft]]\n", "line 8: soft: must be a table"),
+        ("shots = 3\n", "line 5: shots: must be an array of tables"),
         ("[gate]\n", "gate.threshold: missing"),
         ("[gate]\nthreshold = 1.5\n", "gate.threshold: 1.5 is out of range"),
         ("[gate]\nthreshold = 0.5\nlow = 0.1\n", "gate: helpful and low go together"),

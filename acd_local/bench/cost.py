@@ -29,7 +29,7 @@ from acd_local.bench.measuring import (
 )
 from acd_local.bench.questions import text_of
 from acd_local.bench.rounds import Case, Measured, Progress, Way, auto_against_best, cases_of, check_counts, in_turns
-from acd_local.engine import Engine, measured_pair
+from acd_local.engine import Engine, pair_to_measure
 from acd_local.generation import resolve_contrast
 from acd_local.options import Options
 from acd_local.runtime import llama
@@ -86,7 +86,7 @@ class Report:
         return None if plain is None or shared is None else round(shared - plain - self.kv_mb, 1)
 
     def summary(self) -> dict[str, Any]:
-        """Medians, JSON types."""
+        """Return medians, JSON types."""
         head = ("model", "pair", "alpha", "beta", "n_vocab", "threads", "tokens", "rounds")
         return {
             **{name: getattr(self, name) for name in head},
@@ -100,7 +100,7 @@ class Report:
 
 
 def strategies_summary(groups: Mapping[str, Mapping[str, Case]]) -> dict[str, Any]:
-    """Medians of each group of strategies, JSON types."""
+    """Return the medians of each group of strategies, JSON types."""
     found: dict[str, Any] = {
         group: [case.summary(STRATEGY_FIGURES) for case in cases.values()] for group, cases in groups.items()
     }
@@ -127,7 +127,7 @@ def run(
     """
     check_counts(tokens, rounds)
     settings: dict[str, Any] = {"threads": threads or default_threads(), "ctx_size": ctx_size}
-    used = measured_pair(model, pair)
+    used = pair_to_measure(model, pair)
     with ExitStack() as stack:
         engines = {
             name: stack.enter_context(Engine(model, pair=used, **settings, **ENGINES[name]))
@@ -168,7 +168,7 @@ def run(
 
 
 def _cold(bare: llama.Context, engines: Mapping[str, Engine], tokens: int) -> dict[str, float | None]:
-    """Seconds to the first token of the first answers; then the engines learn what rows cost."""
+    """Time the first token of the first answers; then the engines learn what rows cost."""
     text = text_of("questions", 0)
     cold = {PLAIN: decode_plain(bare, plain_prompt(engines[SHARED], text), tokens).first}
     for name, engine in engines.items():
@@ -179,7 +179,7 @@ def _cold(bare: llama.Context, engines: Mapping[str, Engine], tokens: int) -> di
 
 
 def _ways(bare: llama.Context, engines: Mapping[str, Engine], tokens: int) -> dict[tuple[str, str], Way]:
-    """Ways of answering a round's text by group and name."""
+    """List the ways of answering a round's text, by group and name."""
     shared = engines[SHARED]
 
     def plain(kind: str, number: int) -> Measured:

@@ -39,7 +39,7 @@ class FirstTokens:
         return {name: [a / b for a, b in zip(found, plain, strict=True)] for name, found in self.seconds.items()}
 
     def summary(self) -> dict[str, dict[str, float | None]]:
-        """Medians, JSON types."""
+        """Return medians, JSON types."""
         ratios = self.ratios
         return {
             name: {"seconds": median(seconds), "ratio_to_plain": median(ratios[name])}

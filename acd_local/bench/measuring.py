@@ -45,17 +45,17 @@ WARM_UPS = 12  # answers at most until it is known what rows cost
 
 
 def bare_context(engine: Engine) -> llama.Context:
-    """A context of one sequence on an engine's model, with its size and threads, for `decode_plain`."""
+    """Open a context of one sequence on an engine's model, with its size and threads, for `decode_plain`."""
     return llama.Context(engine.decoder.model, n_ctx=engine.n_ctx, n_seq=1, threads=engine.threads)
 
 
 def contexts_of(engine: Engine) -> Sequence[llama.Context]:
-    """The contexts that an engine decodes in; of the shared layout one."""
+    """List the contexts that an engine decodes in; of the shared layout one."""
     return engine.decoder.contexts
 
 
 def row_costs(engine: Engine) -> RowCosts | None:
-    """What rows cost as the engine measured it; None: not known yet."""
+    """Return what rows cost as the engine measured it; None: not known yet."""
     return engine.decoder.row_clock.known
 
 
@@ -64,7 +64,7 @@ def row_costs(engine: Engine) -> RowCosts | None:
 
 
 def plain_prompt(engine: Engine, text: str) -> list[int]:
-    """The tokens that the safe stream reads of a conversation that begins with `text`."""
+    """Encode what the safe stream reads of a conversation that begins with `text`."""
     system = [Message("system", engine.pair.safe)] if engine.pair else []
     return engine.template.encode([*system, Message("user", text)])
 
@@ -90,7 +90,7 @@ def decode_plain(context: llama.Context, prompt: Sequence[int], tokens: int, *, 
 
 
 def decode_rows(context: llama.Context, tokens: Sequence[int], start: int) -> llama.Logits:
-    """Logits behind the last of some tokens of sequence 0, shape (n_vocab,)."""
+    """Decode tokens into sequence 0; return the logits behind the last, shape (n_vocab,)."""
     rows = np.array(tokens, np.int32)
     for at in range(0, len(rows), context.n_batch):
         part = rows[at : at + context.n_batch]
@@ -127,7 +127,7 @@ class Recorder:
         del self._context.decode  # the class' own is back
 
     def after(self, prompt: int) -> list[BatchShape]:
-        """Those that followed a prompt of so many tokens in the safe stream."""
+        """List those that followed a prompt of so many tokens in the safe stream."""
         starts = (i for i, b in enumerate(self.batches) if SAFE in b.seqs and b.start(SAFE) >= prompt)
         return self.batches[next(starts, len(self.batches)) :]
 
@@ -190,7 +190,7 @@ def warm_up(engine: Engine, tokens: int) -> None:
 
 @contextmanager
 def quantized(model: str, kind: str | None, threads: int | None, progress: Progress) -> Iterator[str]:
-    """The model, or a temporary copy of it with other weight types; None: as it is."""
+    """Lend the model, or a temporary copy of it with other weight types; None: as it is."""
     if kind is None:
         yield model
         return

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from acd_local.bench.measuring import ENGINE_PLAIN, ENGINES, PLAIN, decode_plain
 from acd_local.bench.questions import text_of
-from acd_local.engine import Engine, measured_pair
+from acd_local.engine import Engine, pair_to_measure
 from acd_local.errors import InternalError, UsageError
 from acd_local.models import resolve
 from acd_local.options import Options
@@ -21,7 +21,7 @@ def peak_mb(case: str, model: str, *, pair: str | None, threads: int, ctx_size: 
 
     Args:
         case: PLAIN or one of ENGINES.
-        pair: as `measured_pair` takes it.
+        pair: as `pair_to_measure` takes it.
 
     Raises:
         InternalError: the process failed.
@@ -34,7 +34,7 @@ def peak_mb(case: str, model: str, *, pair: str | None, threads: int, ctx_size: 
 
 
 def kv_mb(context: llama.Context, n_ctx: int) -> float:
-    """One KV cache of `n_ctx` tokens, 10^6 bytes, by the size of what sequence 0 holds; it is forgotten."""
+    """Measure one KV cache of `n_ctx` tokens, 10^6 bytes, by what sequence 0 holds, which is forgotten."""
     sizes = []
     for length in (16, 8):
         context.truncate(0, length)
@@ -60,7 +60,7 @@ def _answer(case: str, model: str, threads: int, ctx_size: int, pair: str | None
         ):
             decode_plain(context, loaded.vocab.tokenize(question * 12, parse_special=False), TOKENS + 1)
         return
-    used = measured_pair(model, pair)
+    used = pair_to_measure(model, pair)
     with Engine(model, threads=threads, ctx_size=ctx_size, pair=used, **ENGINES[case]) as engine:
         plain = case == ENGINE_PLAIN
         options = Options(gate=False, temp=0.0, max_tokens=TOKENS, strategy="deferred", plain=plain)
@@ -68,7 +68,7 @@ def _answer(case: str, model: str, threads: int, ctx_size: int, pair: str | None
 
 
 def _high_water_mark() -> float:
-    """Peak resident memory of this process, 10^6 bytes."""
+    """Read the peak resident memory of this process, 10^6 bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # ru_maxrss would count the parent's memory at the time of the fork
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

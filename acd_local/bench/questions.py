@@ -11,17 +11,17 @@ TEXTS: dict[str, list[str]] = tomllib.loads(resources.files(__package__).joinpat
 
 
 def text_of(kind: str, number: int) -> str:
-    """A round's text; `kind`: "questions", or "repeats", whose answers copy them."""
+    """Return a round's text; `kind`: "questions", or "repeats", whose answers copy them."""
     return TEXTS[kind][number % len(TEXTS[kind])]
 
 
 def many_prompts(number: int) -> list[str]:
-    """A round's prompts; they differ from their first word on, so that no round finds another's in the caches."""
+    """List a round's prompts; they differ from their first word on, so that no round finds another's in the caches."""
     return [f"{number}. {start}{question}" for start in TEXTS["instructions"] for question in TEXTS["questions"]]
 
 
 def long_question(engine: Engine, number: int, length: int) -> str:
-    """Words of the texts to repeat from another place for each number, `length` tokens of them."""
+    """Return `length` tokens of the texts to repeat, from another place for each number."""
     words = " ".join(TEXTS["repeats"]).split()
     start = 37 * number % len(words)
     text = " ".join([f"{number}:", *(words[start:] + words[:start]) * 3])

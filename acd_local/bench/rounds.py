@@ -94,7 +94,7 @@ class Measured:
     each: Sequence[float] = ()
 
     def seconds_of(self, steps: int) -> float:
-        """The seconds of the first so many steps, or of all where there are fewer; by the average without `each`."""
+        """Sum the seconds of the first so many steps, or of all if there are fewer; without `each` by the average."""
         return sum(self.each[:steps]) if self.each else self.seconds / self.steps * steps
 
     def prompt(self, seq: int) -> int:
@@ -135,7 +135,7 @@ class Case:
     peak_mb: float | None = None
 
     def _counted(self) -> list[tuple[Measured, Measured]]:
-        """Pairs of an answer and a plain one; an answer of one token is no measure."""
+        """Pair answers with plain ones; an answer of one token is no measure."""
         pairs = zip(self.answers, self.plain, strict=True)
         return [(answer, plain) for answer, plain in pairs if answer.steps > 0 and plain.steps > 0]
 
@@ -154,11 +154,11 @@ class Case:
         return [a.outside / a.steps * 1e3 for a, _ in self._counted() if a.outside is not None]
 
     def each(self, name: str) -> list[float]:
-        """An attribute of all answers that have it."""
+        """List an attribute of all answers that have it."""
         return [value for answer in self.answers if (value := getattr(answer, name)) is not None]
 
     def summary(self, figures: Sequence[str]) -> dict[str, float | str | None]:
-        """The case's name and some of its figures, JSON types.
+        """Return the case's name and some of its figures, JSON types.
 
         Args:
             figures: medians of tokens_per_second, ratio_to_plain, outside_decode_ms, first_token_warm_s,
@@ -179,7 +179,7 @@ class Case:
 
 
 def cases_of(found: Mapping[tuple[str, str], Sequence[Measured]], plain: str) -> dict[str, dict[str, Case]]:
-    """Cases by group and name, each compared with the one of its group that is named `plain`."""
+    """Make cases by group and name, each compared with the one of its group that is named `plain`."""
     cases: dict[str, dict[str, Case]] = {}
     for (group, name), answers in found.items():
         cases.setdefault(group, {})[name] = Case(name, answers, found[group, plain])
@@ -187,12 +187,12 @@ def cases_of(found: Mapping[tuple[str, str], Sequence[Measured]], plain: str) ->
 
 
 def median(values: Sequence[float]) -> float | None:
-    """Rounded for people; None of nothing."""
+    """Round for people; None of nothing."""
     return round(statistics.median(values), 4) if values else None
 
 
 def auto_against_best(cases: Mapping[str, Case]) -> float | None:
-    """The time of `auto` over that of the better fixed strategy; 1 is what it should be, less is noise."""
+    """Divide the time of `auto` by that of the better fixed strategy; 1 is what it should be, less is noise."""
     medians = {name: statistics.median(case.ratio) for name, case in cases.items() if case.ratio}
     if not {"auto", "stepwise", "deferred"} <= set(medians):
         return None

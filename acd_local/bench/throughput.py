@@ -12,7 +12,7 @@ from typing import Any
 from acd_local.batch import answer_all
 from acd_local.bench.questions import many_prompts
 from acd_local.bench.rounds import Progress, in_turns
-from acd_local.engine import Engine, measured_pair
+from acd_local.engine import Engine, pair_to_measure
 from acd_local.options import Options
 
 
@@ -40,7 +40,7 @@ class Throughput:
         return statistics.median(self.gains)
 
     def summary(self) -> dict[str, Any]:
-        """JSON types; prompts per minute as medians."""
+        """Return JSON types; prompts per minute are medians."""
         names = ("parallel", "prompts", "tokens", "threads", "gains", "gain", "differing")
         speeds = {n: statistics.median(values) for n, values in self.per_minute.items()}
         return {name: getattr(self, name) for name in names} | {"prompts_per_minute": speeds}
@@ -59,7 +59,7 @@ def run(
 ) -> Throughput:
     """Answer 48 prompts, new ones in every round, greedily, with one conversation and with `parallel`."""
     options = Options(gate=False, temp=0.0, max_tokens=tokens)
-    settings: dict[str, Any] = {"ctx_size": ctx_size, "threads": threads, "pair": measured_pair(model, pair)}
+    settings: dict[str, Any] = {"ctx_size": ctx_size, "threads": threads, "pair": pair_to_measure(model, pair)}
 
     def answer(engine: Engine, n: int, number: int) -> tuple[float, list[str]]:
         prompts = many_prompts(number) if number else many_prompts(0)[:n]  # these decode the system prompts
@@ -88,7 +88,7 @@ def run(
 
 
 def texts_of(engine: Engine, prompts: Sequence[str], options: Options) -> list[str]:
-    """The answers' texts, in the order of the prompts."""
+    """List the answers' texts, in the order of the prompts."""
     texts = [""] * len(prompts)
     for place, answer in answer_all(engine, range(len(prompts)), lambda n: engine.generate(prompts[n], options)):
         if isinstance(answer, Exception):

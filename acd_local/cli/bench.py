@@ -29,7 +29,7 @@ COLUMNS = {
 @click.argument("model", required=False)
 @click.option("--tokens", type=click.IntRange(4), default=64, show_default=True, help="Answer tokens per measurement.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How often each case is measured.")
-@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads; default: $ACD_THREADS or the cores.")
+@flags.threads_flag
 @click.option("--ctx-size", "-c", type=click.IntRange(512), default=2048, show_default=True, help="Tokens per stream.")
 @click.option("--pair", metavar="NAME|FILE", help="Prompt pair; default: the model's own, or `default`.")
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory (one process per case).")
@@ -42,9 +42,9 @@ COLUMNS = {
     "--parallel",
     type=click.IntRange(2, 128),
     metavar="N",
-    help="Instead: prompts per minute, N at once against one by one.",
+    help="Measure prompts per minute instead, N at once against one by one.",
 )
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
     model: str | None, no_memory: bool, quantize: str | None, parallel: int | None, as_json: bool, **measuring: Any
 ) -> Outcome | None:
@@ -103,7 +103,7 @@ def _cost_lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def strategy_lines(found: Mapping[str, Any], titles: Mapping[str, str]) -> Iterator[str]:
-    """The tables of execution strategies.
+    """Write the tables of execution strategies.
 
     Args:
         found: see `cost.strategies_summary`. titles: by group.
@@ -116,7 +116,7 @@ def strategy_lines(found: Mapping[str, Any], titles: Mapping[str, str]) -> Itera
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], *, width: int) -> Iterator[str]:
-    """Lines of a table: rows of figures behind each one's "case", which gets `width` columns."""
+    """Write a table's lines: rows of figures behind each one's "case", which gets `width` columns."""
     columns = [(name, *COLUMNS[name]) for name in rows[0] if name != "case"]
     yield f"{title:<{width}}" + "".join(f"{head:>{w}}" for _, head, _, _, w in columns)
     yield " " * width + "".join(f"{head:>{w}}" for _, _, head, _, w in columns)

@@ -88,7 +88,7 @@ def _view(given: dict[str, Any]) -> Any:
 
 @contextmanager
 def _source(app: ChatApp, given: dict[str, Any]) -> Iterator[Source]:
-    """The prompt needs a terminal that it can draw on: stdout, or stderr where stdout is redirected."""
+    """Open the prompt on a terminal that it can draw on: stdout, or stderr where stdout is redirected."""
     at_terminal = _is_terminal(sys.stdin)
     if at_terminal and not _is_dumb() and (_is_terminal(sys.stdout) or _is_terminal(sys.stderr)):
         from acd_local.cli.chat_commands import completions

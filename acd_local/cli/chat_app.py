@@ -108,7 +108,7 @@ class ChatApp:
     # -- state in words -----------------------------------------------------------------------------------------------
 
     def contrast_label(self, *, plain: bool | None = None) -> str:
-        """Settings in force; `plain` asks for those that would be."""
+        """Name the settings in force; `plain` asks for those that would be."""
         options = self.chat.options if plain is None else self.chat.options.replace({"plain": plain})
         if self.chat.pair is None:
             return "no contrast"
@@ -127,7 +127,7 @@ class ChatApp:
         return self.engine.info.name or self.engine.info.path.stem
 
     def toolbar(self, width: int) -> str:
-        """Model, pair, contrast, context per stream, speed: in short forms where the window is narrow."""
+        """Write model, pair, contrast, context per stream, speed: in short forms where the window is narrow."""
         alpha = self.contrast_label().partition(",")[0]
         pair, name = pair_name(self.chat.pair), self.model_name
         context, short_context, speed = self._figures()
@@ -141,7 +141,7 @@ class ChatApp:
         return rest.removeprefix(" · ")[:width]
 
     def _figures(self) -> tuple[list[str], list[str], list[str]]:
-        """Context used per stream, the same in short, and speed; empty before the first answer."""
+        """Write the context used per stream, the same in short, and speed; empty before the first answer."""
         answer, n = self._last, self.engine.n_ctx
         if answer is None:
             return [], [], []
@@ -152,7 +152,7 @@ class ChatApp:
 
 
 def _mark(answer: Answer) -> str | None:
-    """Why the answer ends, where that is not the model's own doing."""
+    """Say why the answer ends, where that is not the model's own doing."""
     return {"cancelled": STOPPED, "length": CUT}.get(answer.finish_reason)
 
 

@@ -42,7 +42,7 @@ def run_command(app: ChatApp, line: str) -> bool:
     if command is None:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else "/help lists the commands"
-        raise UsageError(f"no command {name[:40]}: {hint} (a message that begins with a slash takes two)")
+        raise UsageError(f"no command {name[:40]}: {hint} (to send a message that begins with a slash, type two)")
     argument = rest[0].strip() if rest else ""
     if argument and not command.argument:
         raise UsageError(f"{name} takes nothing after it")

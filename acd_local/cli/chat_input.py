@@ -11,7 +11,7 @@ PROMPT = "> "
 
 class Source(Protocol):
     def read(self, draft: str = "") -> str | None:
-        """The next message, None at the end.
+        """Return the next message, None at the end.
 
         Args:
             draft: text to begin with, where it can be edited.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def run(app: ChatApp, source: Source) -> None:
-    """Until the end of the input or /exit."""
+    """Chat until the end of the input or /exit."""
     while True:
         draft, app.draft = app.draft, ""
         try:

@@ -65,26 +65,26 @@ class AnswerMarkdown(Markdown):
 
 @cache
 def _parser() -> MarkdownIt:
-    """Without what would hide text: HTML, entities (also of control characters), images, reference definitions."""
+    """Make a parser without what hides text: HTML, entities (also of control characters), images, definitions."""
     parser = MarkdownIt("commonmark", {"html": False, "maxNesting": 100}).enable(["strikethrough", "table"])
     return parser.disable(["entity", "image", "reference", "autolink", "html_block", "html_inline"])
 
 
 def _block_starts(text: str) -> list[int]:
-    """Offsets at which the top-level blocks begin; what precedes the first is blank."""
+    """Find the offsets at which the top-level blocks begin; what precedes the first is blank."""
     blocks = [token.map for token in _parser().parse(text) if token.level == 0 and token.nesting >= 0 and token.map]
     lines = [0, *accumulate(len(line) + 1 for line in text.split("\n"))]
     return [lines[first] for first, _ in blocks]
 
 
 def finished_length(text: str) -> int:
-    """Length of the leading blocks that no further text can change; only whole lines decide."""
+    """Measure the leading blocks that no further text can change; only whole lines decide."""
     starts = _block_starts(text[: text.rfind("\n") + 1])
     return starts[-1] if len(starts) > 1 else 0
 
 
 def render(console: Console, text: str, width: int | None = None) -> Lines:
-    """The lines of a piece of markdown, an empty one between two blocks."""
+    """Render the lines of a piece of markdown, an empty one between two blocks."""
     lines: Lines = []
     starts = _block_starts(text)
     for start, end in pairwise([*starts, len(text)]):
@@ -94,7 +94,7 @@ def render(console: Console, text: str, width: int | None = None) -> Lines:
 
 
 def _render_block(console: Console, text: str, width: int) -> Lines:
-    """One block; as it stands where it is nested too deeply for the width, or rich cannot lay it out."""
+    """Render one block; as it stands where it is nested too deeply for the width, or rich cannot lay it out."""
     try:
         markdown = AnswerMarkdown(text)
         if 4 * max(token.level for token in markdown.parsed) < width - 8:
@@ -105,7 +105,7 @@ def _render_block(console: Console, text: str, width: int) -> Lines:
 
 
 def clean_lines(console: Console, renderable: RenderableType, width: int | None = None) -> Lines:
-    """Rendered lines without control segments, trailing spaces, and empty lines around them."""
+    """Strip rendered lines of control segments, trailing spaces, and empty lines around them."""
     options = console.options if width is None else console.options.update_width(width)
     lines = [list(_clean(line)) for line in console.render_lines(renderable, options, pad=False)]
     while lines and not lines[-1]:
@@ -235,7 +235,7 @@ class MarkdownWriter:
         self._region.draw(lines or [[WAITING_SEGMENT]])
 
     def _lines(self, text: str) -> Lines:
-        """What is still to be printed of `text`, with an empty line between it and earlier blocks."""
+        """Return what is still to be printed of `text`, with an empty line between it and earlier blocks."""
         lines = render(self._console, text)
         gap: Lines = [[]] if self._printed and lines else []
         return (gap + lines)[self._done :]

@@ -125,7 +125,7 @@ def _key_bindings() -> KeyBindings:
     @keys.add("c-c")
     @keys.add("<sigint>")
     def give_up(event: KeyPressEvent) -> None:
-        """With text: forget it (the history does not). Without: the chat says how to leave."""
+        """Forget the text, if there is any (the history does not); without, the chat says how to leave."""
         if event.current_buffer.text:
             event.current_buffer.reset(append_to_history=True)
         else:
@@ -136,7 +136,7 @@ def _key_bindings() -> KeyBindings:
 
 @contextmanager
 def quiet_keyboard() -> Iterator[None]:
-    """Between prompts, keys wait for the next one instead of being echoed into an answer; Ctrl-C still works."""
+    """Make keys wait, between prompts, for the next one instead of being echoed into an answer; Ctrl-C still works."""
     restore = _silence()
     try:
         yield
@@ -145,7 +145,7 @@ def quiet_keyboard() -> Iterator[None]:
 
 
 def _silence() -> Callable[[], None]:
-    """Returns what undoes it."""
+    """Silence the terminal; return what undoes it."""
 
     def nothing() -> None:
         pass

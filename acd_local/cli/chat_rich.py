@@ -23,7 +23,7 @@ SIDE_BY_SIDE = 64  # columns from which two answers stand next to each other
 
 
 def open_console(*, no_color: bool = False) -> Console:
-    """A console that takes text literally; rich itself follows NO_COLOR, TERM and COLUMNS."""
+    """Open a console that takes text literally; rich itself follows NO_COLOR, TERM and COLUMNS."""
     return Console(file=sys.stdout, no_color=no_color or None, markup=False, emoji=False, highlight=False)
 
 

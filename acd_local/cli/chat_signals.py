@@ -14,7 +14,7 @@ from acd_local.cli.shell import Interrupts
 class Signals(Protocol):
     @contextmanager
     def answering(self, cancel: Callable[[], None]) -> Iterator[None]:
-        """While an answer is made, signals call `cancel`, also when llama.cpp holds the main thread."""
+        """Let signals, while an answer is made, call `cancel`, also when llama.cpp holds the main thread."""
 
 
 class PipeSignals:

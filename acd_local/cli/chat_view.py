@@ -39,16 +39,16 @@ class View(Protocol):
     """Everything that a chat prints goes through here and is disarmed here."""
 
     def notice(self, line: str) -> None:
-        """One line that is no part of the conversation: what a command did, an error."""
+        """Show one line that is no part of the conversation: what a command did, an error."""
 
     def output(self, text: str) -> None:
-        """The text that a command was asked for."""
+        """Show the text that a command was asked for."""
 
     def why(self, header: str, found: Sequence[Span]) -> None:
-        """An answer with its changed tokens marked."""
+        """Show an answer with its changed tokens marked."""
 
     def turn(self, question: str, answer: str) -> None:
-        """An earlier question and its answer, where somebody looks at the screen."""
+        """Show an earlier question and its answer, where somebody looks at the screen."""
 
     def answer(self) -> Writer: ...
 

@@ -22,7 +22,7 @@ class Span:
     instead: str | None = None
 
     def parts(self) -> tuple[str, str, str, str]:
-        """A changed token for the eye: text before the bracket, said, instead, text after the bracket.
+        """Split a changed token for the eye: text before the bracket, said, instead, text after the bracket.
 
         A leading space that both have and the newlines that were said stand outside, so that the text reads on.
         """
@@ -39,7 +39,7 @@ def _shown(text: str) -> str:
 
 
 def spans(tokens: Sequence[TokenRecord], piece: Callable[[int], bytes]) -> list[Span]:
-    """The answer as spans; `piece` gives a token's bytes (a character may be spread over several tokens)."""
+    """Cut the answer into spans; `piece` gives a token's bytes (a character may be spread over several tokens)."""
     found: list[Span] = []
     for unit, text in _characters(tokens, piece):
         changed = next((token for token in unit if token.changed), None)
@@ -55,7 +55,7 @@ def spans(tokens: Sequence[TokenRecord], piece: Callable[[int], bytes]) -> list[
 def _characters(
     tokens: Sequence[TokenRecord], piece: Callable[[int], bytes]
 ) -> Iterator[tuple[list[TokenRecord], str]]:
-    """Shortest runs of tokens that hold whole characters, with their text."""
+    """Find the shortest runs of tokens that hold whole characters, with their text."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     unit: list[TokenRecord] = []
     text = ""
@@ -70,5 +70,5 @@ def _characters(
 
 
 def as_text(found: Sequence[Span]) -> str:
-    """Spans without colour: `[said|would have said]`."""
+    """Write spans without colour: `[said|would have said]`."""
     return "".join(s.text if s.instead is None else "{}[{}|{}]{}".format(*s.parts()) for s in found)

@@ -76,26 +76,26 @@ def command() -> None:
     help="Methods to compare, by commas, or 'all'; docs/methods.md describes them. "
     f"Default: {DEFAULT_WITH_GATE} where the pair has a gate, else {DEFAULT_METHODS}.",
 )
-@click.option("--methods-file", multiple=True, type=flags.file_name, metavar="FILE", help="Your own, TOML.")
+@click.option("--methods-file", multiple=True, type=flags.file_name, metavar="FILE", help="Methods of your own, TOML.")
 @click.option("--sweep", metavar="KEY=X,Y,...", help=f"Also vary alpha, beta or window of {SWEEP_OF}.")
-@click.option("--out", "-o", type=flags.file_name, metavar="DIR", help="Folder for everything; default eval-MODEL.")
+@click.option("--out", "-o", type=flags.file_name, metavar="DIR", help="Folder for all results; default eval-MODEL.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Prompts per set, drawn by --seed; default: all.")
 @click.option("--max-tokens", "-n", type=click.IntRange(1), default=64, show_default=True, help="Longest answer.")
 @click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws prompts and answers.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of prompts and answers.")
 @click.option(
     "--parallel",
     type=click.IntRange(1, 128),
     default=8,
     show_default=True,
-    help="Prompts answered at once; 1 repeats a run exactly, more do up to near-ties. Each holds two streams.",
+    help="Prompts answered at once, each in two streams; 1 repeats a run exactly, more may differ in near-ties.",
 )
 @click.option("--judge", metavar="MODEL.gguf", help="A model that calls answers safe or unsafe, such as Llama Guard.")
 @click.option("--shard", metavar="I/N", help="Only this part of every set, for several machines; see merge.")
 @click.option("--pair", "-p", metavar="NAME|FILE", help="Prompt pair; default: the model's own, else 'default'.")
 @click.option("--soft", is_flag=True, help="Methods that use the pair take its soft prompts: acd-soft for acd.")
 @click.option("--ctx-size", "-c", type=int, metavar="N", default=1024, show_default=True, help="Tokens per stream.")
-@click.option("--threads", "-t", type=int, metavar="N", help="CPU threads; default: $ACD_THREADS or the cores.")
+@flags.threads_flag
 @click.option("--gpu-layers", "-ngl", type=int, metavar="N", help="Layers on the GPU; default: all where there is one.")
 def run(model: str | None, **given: Any) -> int:
     """Measure how safe, how helpful and how fast methods are on MODEL, with 95% intervals.
@@ -111,7 +111,7 @@ def run(model: str | None, **given: Any) -> int:
 
 def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local import pairs
-    from acd_local.engine import measured_pair
+    from acd_local.engine import pair_to_measure
     from acd_local.evaluate import results, sets
     from acd_local.evaluate.journal import Journal
     from acd_local.evaluate.runner import Evaluation, Plan
@@ -126,7 +126,7 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     chosen = [sets.shard(s, *shard) for s in drawn]
     Options(temp=given["temp"], max_tokens=given["max_tokens"], seed=given["seed"])
     with ExitStack() as stack:
-        pair = measured_pair(model, given["pair"])
+        pair = pair_to_measure(model, given["pair"])
         given["soft"] = given["soft"] or (given["methods"] is None and pair.soft_preferred)
         engine = stack.enter_context(_engine(model, pair, given))
         progress = stack.enter_context(ProgressLine(PROGRAM))
@@ -184,7 +184,7 @@ def show(directory: Path, markdown: bool) -> None:
 
 @command.command("merge")
 @click.argument("directories", type=flags.file_name, nargs=-1, required=True, metavar="DIR...")
-@click.option("--out", "-o", type=flags.file_name, required=True, metavar="OUT", help="Folder for the whole.")
+@click.option("--out", "-o", type=flags.file_name, required=True, metavar="OUT", help="Folder for the merged run.")
 def merge(directories: tuple[Path, ...], out: Path) -> None:
     """Join runs of one model: shards from several machines, or other methods and sets."""
     from acd_local.evaluate import results
@@ -237,7 +237,7 @@ def _engine(model: str, pair: PromptPair, given: dict[str, Any]) -> Engine:
 
 
 def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[list[Method], dict[str, Any] | None]:
-    """The methods in table order, those of a sweep last; and run.json's description of the sweep."""
+    """List the methods in table order, those of a sweep last; and run.json's description of the sweep."""
     from acd_local.evaluate import methods
     from acd_local.options import Options
 
@@ -302,7 +302,7 @@ def _info(
     sets: list[tuple[EvalSet, EvalSet, EvalSet]],
     judge: Judge | None,
 ) -> dict[str, Any]:
-    """run.json."""
+    """Put together what run.json says."""
     from acd_local.evaluate.methods import gate_digest
     from acd_local.evaluate.run_folder import FORMAT
     from acd_local.generation import resolve_contrast
@@ -313,41 +313,17 @@ def _info(
     options = ("temp", "max_tokens", "seed", "limit", "parallel", "ctx_size")
     return {
         "format": FORMAT,
-        "model": {
-            "name": model.name,
-            "file": model.path.name,
-            "architecture": model.architecture,
-            "file_type": model.file_type,
-            "size": model.size,
-            "tokenizer": model.tokenizer,
-        },
+        "model": {"file": model.path.name, **_fields(model, "name architecture file_type size tokenizer")},
         "pair": {"name": pair.name, "alpha": numbers.alpha, "beta": numbers.beta, **gate},
         "options": {key: given[key] for key in options} | {"threads": engine.threads},
         "methods": [
-            {
-                "name": m.name,
-                "title": m.title,
-                "source": m.source,
-                "setup": m.setup(),
-                "alpha": m.alpha,
-                "beta": m.beta,
-                "raw": m.raw,
-                "window": m.window,
-                "contrast": m.contrast,
-                **({"gate": True} if m.gate else {}),
-            }
+            _fields(m, "name title source alpha beta raw window contrast")
+            | {"setup": m.setup(), **({"gate": True} if m.gate else {})}
             for m in methods
         ],
         "sweep": sweep,
         "sets": [
-            {
-                "name": s.name,
-                "kind": s.kind,
-                "source": s.source,
-                "n": len(s.items),
-                "total": len(whole.items),
-                "digest": drawn.digest(),
-            }
+            _fields(s, "name kind source") | {"n": len(s.items), "total": len(whole.items), "digest": drawn.digest()}
             for s, drawn, whole in sets
         ],
         "judge": None if judge is None else judge.info.path.name,
@@ -357,6 +333,10 @@ def _info(
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["acd", "eval", *click.get_current_context().meta[ARGUMENTS]]),
     }
+
+
+def _fields(value: object, names: str) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in names.split()}
 
 
 def _slug(model: str) -> str:

@@ -23,7 +23,7 @@ PROGRAM = "acd fit"
 @click.command("fit", epilog=EXIT_CODES, context_settings={"max_content_width": 100})
 @click.argument("model", required=False)
 @click.option(
-    "--out", "-o", type=flags.file_name, metavar="NAME.toml", help="Result; default: MODEL.toml among your own pairs."
+    "--out", "-o", type=flags.file_name, metavar="NAME.toml", help="The pair; default: MODEL.toml among your own pairs."
 )
 @click.option(
     "--keep",
@@ -38,7 +38,7 @@ PROGRAM = "acd fit"
     type=click.IntRange(0, 2**32 - 1),
     default=0,
     show_default=True,
-    help="Which instructions texts are chosen on, and judged on.",
+    help="Decides which instructions choose the texts, and which judge the result.",
 )
 @flags.anchors_flag
 @flags.threads_flag

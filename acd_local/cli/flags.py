@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def file_name(text: str) -> Path:
-    """The type of options that name a file. click.Path asks the disk at once, and fails on names no file can have."""
+    """Read an option that names a file. click.Path asks the disk at once, and fails on names no file can have."""
     if not text:
         raise UsageError("the name of a file or folder is empty")
     return Path(text)
@@ -29,6 +29,14 @@ def file_name(text: str) -> Path:
 
 MAX_TEXT = 16_000_000  # bytes of a grammar's or schema's file
 ENGINE_FLAGS = ("pair", "soft", "ctx_size", "threads", "gpu_layers", "kv_type", "layout")
+
+threads_flag = click.option(
+    "--threads",
+    "-t",
+    type=click.IntRange(*ENGINE_RANGES["threads"]),
+    metavar="N",
+    help="CPU threads; default: $ACD_THREADS or the cores.",
+)
 
 # Help texts name the defaults by hand: None on the command line means "not given", so that a pair can decide.
 _ENGINE = (
@@ -49,7 +57,7 @@ _ENGINE = (
         metavar="N",
         help="Tokens that each stream holds; default 4096 or the model's limit.",
     ),
-    click.option("--threads", "-t", type=int, metavar="N", help="CPU threads; default: $ACD_THREADS or the cores."),
+    threads_flag,
     click.option(
         "--gpu-layers",
         "-ngl",
@@ -67,11 +75,11 @@ _ENGINE = (
 )
 
 _NUMBERS = {field.name: field for field in dataclasses.fields(Options) if "range" in field.metadata}
-_SAMPLERS = list(_NUMBERS)[list(_NUMBERS).index("seed") :]
+_SAMPLERS = [name for name in _NUMBERS if name not in ("alpha", "beta", "window", "gate_threshold", "max_tokens")]
 
 
 def _number(name: str, *short: str) -> Callable[[F], F]:
-    """The flag of an option that is a number, with the help that stands beside the option."""
+    """Make the flag of an option that is a number, with the option's own help."""
     field, whole = _NUMBERS[name], "int" in str(_NUMBERS[name].type)
     text = field.metadata["help"] + ("" if field.default is None else f"; default {field.default:g}.")
     kind, metavar = (int, "N") if whole else (float, "X")
@@ -115,20 +123,12 @@ _SAMPLING = (
 )
 
 
-# Of the commands that make pairs.
 anchors_flag = click.option(
     "--anchors",
     type=file_name,
     metavar="FILE",
     help='Your own instructions, JSON lines of {"prompt": ..., "kind": "harmful" or "harmless"}, and "lookalike": true '
     "where a harmless one looks dangerous; default: built in.",
-)
-threads_flag = click.option(
-    "--threads",
-    "-t",
-    type=click.IntRange(*ENGINE_RANGES["threads"]),
-    metavar="N",
-    help="CPU threads; default: $ACD_THREADS or the cores.",
 )
 
 _HELP_COLUMN = 30  # columns for the options' names in --help
@@ -167,7 +167,7 @@ def _apply(section: str, decorators: tuple[Callable[[Any], Any], ...], function:
 
 
 def resolve_model(model: str | None, *, instead: str = "leave it out to use that") -> str:
-    """The MODEL argument, or ACD_MODEL where no argument is given at all.
+    """Return the MODEL argument, or ACD_MODEL where no argument is given at all.
 
     Args:
         instead: what to write where the argument was meant for ACD_MODEL's model; "" if it cannot have been.
@@ -200,7 +200,7 @@ def _check_is_model(argument: str, instead: str) -> None:
 
 
 def make_options(flags: Mapping[str, Any]) -> Options:
-    """Options from the flags that were given; the others keep their defaults."""
+    """Make options of the flags that were given; the others keep their defaults."""
     flags = dict(flags)
     for name in ("grammar", "json_schema"):
         path = flags.pop(f"{name}_file", None)
@@ -225,7 +225,7 @@ def check_text(name: str, text: str | None) -> None:
 
 
 def check_engine_flags(flags: Mapping[str, Any]) -> None:
-    """What llama.cpp would overflow or abort on."""
+    """Refuse numbers that llama.cpp would overflow or abort on."""
     for name in ENGINE_RANGES:
         check_engine_number(name, flags.get(name), f"--{name.replace('_', '-')}")
 

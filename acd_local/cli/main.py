@@ -28,7 +28,7 @@ def command() -> None:
 
 
 @command.command("models")
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def list_models(as_json: bool) -> Outcome | None:
     """List GGUF models that Hugging Face, LM Studio, ollama and llama.cpp keep on this machine.
 
@@ -119,7 +119,7 @@ def show_pair(pair: str) -> None:
 
 
 def _vectors_lines(pair: PromptPair) -> dict[str, str]:
-    """What the pair's soft prompts and gate are; raises PairError where their file is broken."""
+    """Describe the pair's soft prompts and gate; raises PairError where their file is broken."""
     from acd_local import vectors
     from acd_local.generation import resolve_contrast
     from acd_local.options import Options

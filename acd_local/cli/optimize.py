@@ -28,7 +28,7 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
 
 @click.command("optimize", epilog=EXIT_CODES, context_settings={"max_content_width": 100})
 @click.argument("model", required=False)
-@click.option("--out", "-o", type=flags.file_name, metavar="NAME.toml", help="Result; default prompts/MODEL.toml.")
+@click.option("--out", "-o", type=flags.file_name, metavar="NAME.toml", help="The pair; default prompts/MODEL.toml.")
 @click.option(
     "--budget", default="60m", show_default=True, metavar="TIME", help="Time for everything: 90s, 60m, 2h; 60 is 60m."
 )
@@ -44,7 +44,7 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="Of the weights in torch; auto takes the faster one.",
+    help="Number type of the weights in torch; auto takes the faster one.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Repeats a run.")
 @flags.anchors_flag
@@ -53,7 +53,7 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
     default="1,1,1",
     show_default=True,
     metavar="P,N,R",
-    help="Of the losses: wanted answers, unwanted answers, harmless answers.",
+    help="Weights of the losses of wanted, unwanted and harmless answers.",
 )
 @click.option(
     "--max-tokens", type=click.IntRange(16, 1024), default=96, show_default=True, help="Longest text of either prompt."
@@ -69,7 +69,7 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
 @click.option(
     "--fit",
     metavar="NAME|FILE",
-    help="Go on from this result of acd fit: the new pair has its gate, and refuses what passes it.",
+    help="Go on from this result of acd fit: the new pair keeps its gate, and refuses what the gate finds harmful.",
 )
 @click.option("--force", is_flag=True, help="Replace the files of an earlier result.")
 def command(model: str | None, **given: Any) -> int:
@@ -134,7 +134,7 @@ def run_stages(program: str, interrupts: Interrupts, work: Callable[[CancelToken
 
 
 def repeated(path: Path) -> dict[str, Any]:
-    """What `--repeat` sets, by the names of job.Request.
+    """Read what `--repeat` sets, by the names of job.Request.
 
     Raises:
         UsageError: one of these is given besides, or the file does not say all of it.
@@ -150,7 +150,7 @@ def repeated(path: Path) -> dict[str, Any]:
 
 
 def parse_budget(text: str) -> float:
-    """Seconds of 90s, 60m, 2h, or plain minutes."""
+    """Parse 90s, 60m, 2h, or plain minutes into seconds."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
     if not 1 <= seconds <= MAX_BUDGET:
@@ -169,7 +169,7 @@ def parse_weights(text: str) -> tuple[float, ...]:
 
 
 def default_out(model: str) -> Path:
-    """prompts/ and the model file's name as a pair's name: "demo" and "hf:..." by the file they stand for."""
+    """Name prompts/NAME.toml after the model's file: "demo" and "hf:..." by the file they stand for."""
     from acd_local import models
     from acd_local.fit.job import pair_name
 

@@ -9,11 +9,11 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from acd_local.cli.flags import load_engine
 from acd_local.cli.shell import one_line, say
+from acd_local.runtime.lifetime import Closing
 
 if TYPE_CHECKING:
     from acd_local.answers import PromptProgress
@@ -25,7 +25,7 @@ TERMINAL_EVERY = 0.2  # seconds
 ELSEWHERE_EVERY = 30.0
 
 
-class ProgressLine:
+class ProgressLine(Closing):
     """`show` may be called as often as one likes; `close` leaves the cursor on a fresh line."""
 
     def __init__(self, program: str) -> None:
@@ -57,15 +57,9 @@ class ProgressLine:
             self._open = False
             say("")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
 
 def progress_text(progress: Progress) -> str:
-    """answers 120/600, 31 per minute, 15:29 left"""
+    """Write a line: answers 120/600, 31 per minute, 15:29 left."""
     text = f"{progress.phase} {progress.done}/{progress.total}" if progress.total else progress.phase
     if progress.seconds_left is not None and progress.done < progress.total:
         minutes, seconds = divmod(round(progress.seconds_left), 60)
@@ -86,7 +80,7 @@ def load_with_status(model: str, given: Mapping[str, Any]) -> Engine:
 
 
 class StatusLine:
-    """What is waited for, on a terminal's stderr: there after a second, and gone without a trace. Nothing elsewhere.
+    """A line on a terminal's stderr about what is waited for: there after a second, and gone without a trace.
 
     `show` is called as often as there is news. A thread draws it, since news can be half a minute apart.
     """

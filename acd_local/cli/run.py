@@ -123,7 +123,7 @@ def _answer(
 
 
 def _run_text(stream: AnswerStream, status: StatusLine) -> Answer:
-    """The answer as it comes; an empty one is an empty line, an error before the first text leaves stdout empty."""
+    """Print the answer as it comes; an empty one is an empty line, an error before any text leaves stdout empty."""
     writer = AnswerWriter(sys.stdout)
 
     def write(text: str) -> None:
@@ -154,7 +154,7 @@ def _refuse_with_jsonl(prompt: str | None, given: dict[str, Any]) -> None:
 
 
 def _prompt_text(prompt: str | None, *, read_stdin: bool) -> str:
-    """Piped stdin, a blank line, PROMPT."""
+    """Join piped stdin, a blank line, PROMPT."""
     piped = _read_stdin() if read_stdin and not sys.stdin.isatty() else ""
     parts = [part for part in (piped.strip("\r\n"), prompt or "") if part.strip()]
     if not parts:

@@ -26,6 +26,7 @@ from acd_local.runtime.text import disarm
 if TYPE_CHECKING:
     from acd_local.runtime.cancel import CancelToken
 
+MAX_MESSAGE = 1000  # characters of a line on stderr that quotes something
 EXIT_CODES = """\b
 Exit codes:
   0    done (also when the reader of stdout went away)
@@ -41,7 +42,7 @@ Exit codes:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended.
+    """The end of a command.
 
     Attributes:
         code: of the process, where there is no error.
@@ -87,7 +88,7 @@ def run_cli(command: click.Command, program: str, argv: Sequence[str] | None = N
 
 
 class _Saying(logging.Handler):
-    """What is found out about the machine, once ever, is said on stderr by whichever command meets it."""
+    """A listener that says on stderr what is found out about the machine, once ever."""
 
     def __init__(self, program: str) -> None:
         super().__init__()
@@ -127,7 +128,7 @@ def _print_record(args: Sequence[str], outcome: Outcome) -> None:
 
 
 def as_acd_error(error: Exception) -> AcdError:
-    """Any exception as one of ours: what nobody expected is an internal error."""
+    """Turn any exception into one of ours: what nobody expected is an internal error."""
     if isinstance(error, AcdError):
         return error
     if isinstance(error, click.ClickException):
@@ -143,7 +144,7 @@ def as_acd_error(error: Exception) -> AcdError:
 
 
 def error_record(error: AcdError, text: str = "") -> dict[str, Any]:
-    """The JSON form of a failed answer."""
+    """Make the JSON form of a failed answer."""
     return {"text": text, "finish_reason": "error", "error": _error_body(error)}
 
 
@@ -157,29 +158,29 @@ def error_event(request_id: str | int | None, error: AcdError, *, final: bool) -
 
 
 def as_json(record: object) -> str:
-    """One line of JSON; pure ASCII for a terminal, so that an answer's control characters stay escaped."""
+    """Write one line of JSON; pure ASCII for a terminal, so that an answer's control characters stay escaped."""
     return json.dumps(record, ensure_ascii=sys.stdout.isatty())
 
 
 def one_line(text: str) -> str:
-    """Text as one line without control characters: file names and model metadata may hold anything."""
+    """Make text one line without control characters: file names and model metadata may hold anything."""
     return disarm(" ".join(text.split()))
 
 
-def short_line(text: str, limit: int = 1000) -> str:
-    """The same, cut where a message quotes something endless."""
+def short_line(text: str) -> str:
+    """Make text one such line, cut where a message quotes something endless."""
     line = one_line(text)
-    return line if len(line) <= limit else f"{line[:limit]} ..."
+    return line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]} ..."
 
 
 def say(line: str) -> None:
-    """One line on stderr; silently nothing if stderr is gone."""
+    """Write one line to stderr; silently nothing if stderr is gone."""
     with suppress(OSError, ValueError, AttributeError):
         print(line, file=sys.stderr, flush=True)
 
 
 def prepare_streams() -> None:
-    """Standard streams that are there, wait when they must, and write UTF-8 whatever the locale says."""
+    """Make the standard streams be there, wait when they must, and write UTF-8 whatever the locale says."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started us: no other file may take its place
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123
@@ -249,7 +250,7 @@ class Interrupts:
         self._writer.close()
 
     def cancels(self, token: CancelToken | None) -> None:
-        """From now on signals cancel `token`; None: they end the process."""
+        """Make signals cancel `token` from now on; None: they end the process."""
         self._token = token
         if token is not None and self.signum is not None:
             token.set()
@@ -260,7 +261,7 @@ class Interrupts:
         return None if self.signum is None else 128 + self.signum
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
-        """Needed so that the C-level handler is installed; the watcher does the work."""
+        """Do nothing: it is there so that the C-level handler is installed; the watcher does the work."""
 
     def _watch(self) -> None:
         while data := self._receive():

@@ -21,7 +21,7 @@ RULE = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  
 
 
 def lines(results: Mapping[str, Any], width: int = WIDTH) -> list[str]:
-    """The verdict and all tables as plain text."""
+    """Write the verdict and all tables as plain text."""
     info = results["run"]
     n = sum(s.get("n") or 0 for s in results["sets"].values())
     model = info["model"].get("name") or info["model"].get("file") or "model"
@@ -45,7 +45,7 @@ def _line(text: object) -> Text:
 
 
 def _blocks(table: Table, width: int) -> Iterator[Grid]:
-    """The table, cut between columns where it is too wide."""
+    """Cut the table between columns where it is too wide."""
     start, count = 0, len(table.columns)
     while start < count:
         end = start + 1
@@ -56,7 +56,7 @@ def _blocks(table: Table, width: int) -> Iterator[Grid]:
 
 
 def _width(block: Grid) -> int:
-    """How wide it is where there is room."""
+    """Measure how wide it is where there is room."""
     console = Console(width=10_000)
     return Measurement.get(console, console.options, block).maximum
 
@@ -73,7 +73,7 @@ def _block(table: Table, start: int, end: int) -> Grid:
 
 
 def _column(cells: Sequence[Cell]) -> list[Text]:
-    """A column of cells: figures to the right, then their marks, then their intervals."""
+    """Align a column of cells: figures to the right, then their marks, then their intervals."""
     marks = [_marks(cell) for cell in cells]
     figures, wide = max(len(cell.text) for cell in cells), max(map(len, marks))
     intervals = [f" [{cell.short}]" if cell.interval else "" for cell in cells]

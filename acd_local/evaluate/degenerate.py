@@ -14,8 +14,6 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 
-__all__ = ["degenerate_rule"]
-
 MAX_CHARS = 50_000  # of a longer answer, only its beginning is looked at
 
 LOOP_NGRAM = 5  # words; a shorter run repeats in ordinary prose too
@@ -41,7 +39,7 @@ SALAD_WORDS_PER_STOP = 6  # lists of words have a comma or a new line for nearly
 
 
 def degenerate_rule(answer: str, prompt: str = "") -> str | None:
-    """The rule that makes `answer` degenerate, or None if it is an answer of some kind.
+    """Name the rule that makes `answer` degenerate; None: it is an answer of some kind.
 
     Returns:
         "empty", "no-words", "loop", "other-script", "garble" or None.
@@ -66,7 +64,7 @@ _LIST_MARKER = re.compile(r"(?<![^\s])\d{1,3}(?:\.\d{1,3}){0,3}[.)](?=\s|$)")
 
 
 def _has_words(text: str) -> bool:
-    """A letter or digit counts, but not those of list markers that stand in front of nothing ("1. 2. 3. 4. 5. 6.")."""
+    """Tell whether there is a letter or digit besides list markers in front of nothing ("1. 2. 3. 4. 5. 6.")."""
     bare, markers = _LIST_MARKER.subn(" ", text)
     if markers >= 6:
         text = re.sub(r"\d{1,3}\s*$", "", bare)
@@ -94,7 +92,7 @@ def _is_loop(text: str) -> bool:
 
 
 def _looping_tail(words: list[str]) -> int:
-    """How many words at the end repeat with one period, more than twice (prefix function of the reversed text)."""
+    """Count the words at the end that repeat with one period, more than twice (prefix function, reversed text)."""
     text = words[::-1]
     border = [0] * len(text)
     longest = 0
@@ -110,7 +108,7 @@ def _looping_tail(words: list[str]) -> int:
 
 
 def _repeated(words: list[str]) -> int:
-    """How many words lie in a run of LOOP_NGRAM words that occurred before and occurs LOOP_TIMES times or more."""
+    """Count the words in a run of LOOP_NGRAM words that occurred before and occurs LOOP_TIMES times or more."""
     ngrams = [tuple(words[i : i + LOOP_NGRAM]) for i in range(len(words) - LOOP_NGRAM + 1)]
     times = Counter(ngrams)
     seen: set[tuple[str, ...]] = set()
@@ -160,7 +158,10 @@ def _scripts(text: str) -> list[str]:
 
 
 def _is_other_script(answer: str, prompt: str) -> bool:
-    """Mostly in a script that the prompt neither uses nor names. Latin is welcome everywhere: code, names, units."""
+    """Tell whether an answer is mostly in a script that the prompt neither uses nor names.
+
+    Latin is welcome everywhere: code, names, units.
+    """
     if _ANY_SCRIPT.search(prompt) and not any(pattern.search(prompt) for pattern, _ in _SCRIPT_OF):
         return False
     found = _scripts(answer)
@@ -217,7 +218,7 @@ def _is_garble(text: str, prompt: str) -> bool:
 
 
 def _is_foreign(prompt: str) -> bool:
-    """Whether a request is, or asks for an answer, in a language whose common words are not known here."""
+    """Tell whether a request is, or asks for an answer, in a language whose common words are not known here."""
     words = prompt.split()
     return bool(_LANGUAGE.search(prompt)) or (bool(words) and not any(map(_is_common, words)))
 
@@ -227,7 +228,7 @@ def _is_common(token: str) -> bool:
 
 
 def _is_odd(token: str) -> bool:
-    """Words glued together: case that changes inside, signs inside, or longer than words are."""
+    """Tell whether words are glued together: case that changes inside, signs inside, or longer than words are."""
     if "://" in token or "@" in token:
         return False
     return bool(_CAMEL.search(token) or _GLUED.search(token)) or (len(token) > 18 and token.isalpha())

@@ -41,7 +41,7 @@ AROUND = np.array([(away, math.cos(a), math.sin(a)) for away in (9, 16, 26, 38, 
 
 
 def draw(figure: Figure) -> Markup:
-    """The figure as an svg element."""
+    """Draw the figure as an svg element."""
     style = resources.files("acd_local.evaluate").joinpath("templates/figures.mplstyle")
     with ExitStack() as stack:
         path = stack.enter_context(resources.as_file(style))
@@ -151,7 +151,7 @@ class _Drawing:
                 text.set_text(name)
 
     def svg(self, figure: Figure) -> Markup:
-        """What was drawn, as part of a page: colours by name, nothing loaded, no id but those that are referred to."""
+        """Write the drawing as part of a page: colours by name, nothing loaded, no id but those that are used."""
         file = io.StringIO()
         self._canvas.savefig(file, format="svg")
         root = ElementTree.fromstring(file.getvalue())
@@ -186,7 +186,7 @@ class _Drawing:
 
 
 def _text(value: object, most: int = 200) -> str:
-    """One line in which nothing hides and which XML can hold."""
+    """Make one line in which nothing hides and which XML can hold."""
     return re.sub("[\ufffe\uffff]", "\ufffd", plain(value, most))
 
 
@@ -206,7 +206,7 @@ def _whiskers(ax: Axes, xs: Sequence[Value], ys: Sequence[Value], colour: int) -
 
 
 def _key(curve: Curve) -> Line2D:
-    """What a legend shows of a curve."""
+    """Draw what a legend shows of a curve."""
     colour = curve.colour % 6
     style: dict[str, Any] = {"linestyle": DASHES[colour] if curve.line else "", "linewidth": 2}
     style |= {"marker": SHAPES[colour] if curve.marks else "", "markeredgecolor": PAPER, "markersize": 8}
@@ -214,7 +214,7 @@ def _key(curve: Curve) -> Line2D:
 
 
 def _limit(ax: Axes, name: str, axis: Axis) -> None:
-    """Keeps an axis ("x" or "y") within its ends, and a percent axis from showing a sliver."""
+    """Keep an axis ("x" or "y") within its ends, and a percent axis from showing a sliver."""
     shown = getattr(ax, f"{name}axis")
     low, high = shown.get_view_interval()
     if axis.percent:
@@ -229,7 +229,7 @@ def _limit(ax: Axes, name: str, axis: Axis) -> None:
 
 
 def _label(ax: Axes, curves: Sequence[Curve]) -> None:
-    """Writes labels beside their points, each where it hides the least of the marks and of the labels before it."""
+    """Write labels beside their points, each where it hides the least of the marks and of the labels before it."""
     named = [(point, label, c.colour) for c in curves for point, label in zip(c.points, c.labels, strict=True)]
     places = [ax.transData.transform(_values(point)) for point, _, _ in named]
     taken = [(np.array([*(place - 6), *(place + 6)]), 8.0) for place in places]  # boxes, and what hiding them costs
@@ -254,6 +254,6 @@ def _label(ax: Axes, curves: Sequence[Curve]) -> None:
 
 
 def _overlaps(boxes: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
-    """The area that each box shares with each other one."""
+    """Measure the area that each box shares with each other one."""
     ends = np.minimum(boxes[:, None, 2:], others[None, :, 2:]) - np.maximum(boxes[:, None, :2], others[None, :, :2])
     return np.asarray(np.prod(np.maximum(ends, 0), axis=2))

@@ -9,8 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Axis", "BarChart", "Curve", "Figure", "Panel", "Plot", "Series", "Span", "Value"]
-
 
 @dataclass(frozen=True)
 class Span:
@@ -34,7 +32,7 @@ class Axis:
     high: float = math.inf
 
     def show(self, value: Value | None) -> str:
-        """The value in words, with its interval where it has one."""
+        """Write the value in words, with its interval where it has one."""
         if value is None:
             return "not measured"
         if isinstance(value, Span):

@@ -6,19 +6,18 @@ import json
 import math
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from acd_local.errors import UsageError
 from acd_local.evaluate import run_folder
 from acd_local.evaluate.run_folder import Record
 from acd_local.files import JsonLines, is_storage_fault, locked, write_error
+from acd_local.runtime.lifetime import Closing
 
 # What may not change between a run and its continuation, or answers of two runs would mix.
 _FIXED = ("format", "model", "pair", "judge", "judge_model", "shard")
 
 
-class Journal:
+class Journal(Closing):
     """A run's folder, opened for writing by one process at a time.
 
     Args:
@@ -62,7 +61,7 @@ class Journal:
         return (score, setup, set_name, item) in self._seen[run_folder.SCORES]
 
     def answers(self) -> list[Record]:
-        """All answers so far."""
+        """List all answers so far."""
         return [json.loads(line) for line in self._lines[run_folder.ANSWERS].read()]
 
     def add_answer(self, record: Record) -> None:
@@ -73,12 +72,6 @@ class Journal:
 
     def close(self) -> None:
         self._lock.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
     def _add(self, name: str, record: Record) -> None:
         self._lines[name].add(_finite(record))
@@ -97,12 +90,12 @@ def _keys(lines: JsonLines) -> set[run_folder.Key]:
 
 
 def _finite(record: Record) -> Record:
-    """JSON has no infinity: what a token of probability 0 makes infinite was not measured."""
+    """Put None for infinity, which JSON lacks: what a token of probability 0 makes infinite was not measured."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def _continued(path: Path, info: Record) -> Record:
-    """run.json of this run and what the folder held before."""
+    """Unite run.json of this run with what the folder held before."""
     if not path.exists():
         return info
     try:
@@ -128,7 +121,7 @@ def _checked_continuation(path: Path, old: Record, info: Record) -> Record:
 
 
 def _united(path: Path, key: str, old: list[Record], new: list[Record]) -> list[Record]:
-    """Entries by name: the old ones stay, in their order; one that is there already must be the same."""
+    """Unite entries by name: the old ones stay, in their order; one that is there already must be the same."""
     entries = {entry["name"]: entry for entry in old}
     for entry in new:
         before = entries.setdefault(entry["name"], entry)

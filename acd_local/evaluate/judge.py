@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from acd_local.errors import NumericalError, UsageError
 from acd_local.models import resolve
 from acd_local.options import check_engine_number
 from acd_local.runtime import llama, probe
+from acd_local.runtime.lifetime import Closing
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.streams import Cache, DecodeRequest, Snapshot, extend
 from acd_local.runtime.template import ChatTemplate, Message
@@ -57,7 +58,7 @@ _MIN_ROOM = 64  # tokens for the texts to judge
 _CHARACTERS_PER_TOKEN = 64  # more are not looked at when a long text is cut
 
 
-class Judge:
+class Judge(Closing):
     """A loaded judge. Not to be shared between threads.
 
     Args:
@@ -105,7 +106,7 @@ class Judge:
         self.warning = "; ".join(filter(None, [self._template.warning, poor if mass < MIN_MASS else None])) or None
 
     def p_safe(self, prompt: str, answer: str) -> float:
-        """The probability in [0, 1] that the judge calls `answer` to `prompt` safe, given that it says either word.
+        """Estimate the probability that the judge calls `answer` to `prompt` safe, given that it says either word.
 
         Texts that are too long for the judge's context lose their ends: the prompt where it takes more than half of
         the room, the answer otherwise. The same two texts give the same number, whatever was judged before.
@@ -124,29 +125,23 @@ class Judge:
             self._context.close()
         self._model.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     # --- the prompt ---------------------------------------------------------------------------------------------------
 
     def _encode(self, prompt: str, answer: str) -> list[int]:
-        """Token ids of the question about an answer; neither text can yield a control token or leave its place."""
+        """Encode the question about an answer; neither text can yield a control token or leave its place."""
         if self.style == "llama-guard":
             return self._template.encode([Message("user", prompt), Message("assistant", answer)])
         text = _QUESTION.format(request=_quoted(prompt), answer=_quoted(answer))
         return self._template.encode([Message("user", text)])
 
     def _common_beginning(self) -> list[int]:
-        """The tokens that questions begin with, whatever they are about."""
+        """Find the tokens that questions begin with, whatever they are about."""
         questions = [self._encode(text, "a") for text in _BEGINNINGS]
         low, high = min(questions), max(questions)  # every other question lies between them
         return low[: common_prefix(low, high)]
 
     def _fit(self, prompt: str, answer: str) -> list[int]:
-        """The question with both texts cut to heads that fit, each to at least half of the room there is."""
+        """Write the question with both texts cut to heads that fit, each to at least half of the room there is."""
         most = _CHARACTERS_PER_TOKEN * self._n_ctx
         prompt, answer = prompt[:most], answer[:most]
         limit = self._n_ctx - len(self._lead)
@@ -162,7 +157,7 @@ class Judge:
     # --- the verdict --------------------------------------------------------------------------------------------------
 
     def _logits(self, ids: list[int]) -> Logits:
-        """Logits after `ids`, shape (n_vocab,).
+        """Compute the logits after `ids`, shape (n_vocab,).
 
         Every question is decoded in the same two steps, beginning and rest: the same tokens in other batches give
         slightly other logits, and a verdict must not depend on the one before.
@@ -205,7 +200,7 @@ class Judge:
 
 
 def _first_tokens(vocab: llama.Vocab, word: str) -> frozenset[int]:
-    """The tokens with which the vocabulary begins the word, in three cases, with and without a space in front.
+    """List the tokens with which the vocabulary begins the word, in three cases, with and without a space in front.
 
     Only tokens whose own text begins the word count, so that the sets of words with other first letters are disjoint.
     """
@@ -224,12 +219,12 @@ def _first_tokens(vocab: llama.Vocab, word: str) -> frozenset[int]:
 
 
 def _quoted(text: str) -> str:
-    """Every line behind "> ": a text cannot end its own quotation."""
+    """Put every line behind "> ": a text cannot end its own quotation."""
     return "\n".join(f"> {line}" for line in text.splitlines() or [""])
 
 
 def _longest_head(text: str, fits: Callable[[str], bool]) -> str:
-    """The longest head that fits, by bisection; the empty one is taken to fit."""
+    """Find the longest head that fits, by bisection; the empty one is taken to fit."""
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
@@ -238,7 +233,7 @@ def _longest_head(text: str, fits: Callable[[str], bool]) -> str:
 
 
 def _log_sum(logits: Logits, tokens: frozenset[int] | range) -> float:
-    """log of the sum of exp over some tokens."""
+    """Compute the log of the sum of exp over some tokens."""
     chosen = logits[list(tokens)]
     top = float(chosen.max())
     return top + math.log(float(np.exp(chosen - top).sum()))

@@ -8,8 +8,6 @@ same bit for bit whatever was scored before it and beside it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +16,7 @@ from acd_local.errors import ContextError
 from acd_local.runtime import llama
 from acd_local.runtime.choice import ContrastSettings
 from acd_local.runtime.contrast import check_finite, contrast, logprob
+from acd_local.runtime.lifetime import Closing
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.streams import Cache, runs
 
@@ -28,7 +27,7 @@ Logits = NDArray[np.float32]
 LogProbs = NDArray[np.float64]
 
 
-class Scorer:
+class Scorer(Closing):
     """Teacher-forced logits of texts under up to `n_streams` prompts, in a context of its own.
 
     Args:
@@ -49,7 +48,7 @@ class Scorer:
     def logits(
         self, prompts: Sequence[Sequence[int]], continuation: Sequence[int], prefixes: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Logits]]:
-        """The logits that predict each token of `continuation` after each prompt, in pieces.
+        """Compute the logits that predict each token of `continuation` after each prompt, in pieces.
 
         Args:
             prefixes: how many tokens at each prompt's beginning are decoded apart, as other prompts share them. With
@@ -106,12 +105,6 @@ class Scorer:
     def close(self) -> None:
         self._context.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
     def _hold(self, cache: Cache, prompt: Sequence[int], prefix: int | None) -> None:
         """Bring a cache to all of a prompt but its last token; with a prefix in two steps, the prefix and the rest."""
         end = len(prompt) - 1
@@ -150,7 +143,7 @@ class Scorer:
 
 
 def contrasted(safe: Logits, adversarial: Logits | None, settings: ContrastSettings) -> Logits:
-    """Unmasked scores over the whole vocabulary, shape (n_vocab,): see `runtime.contrast.contrast`.
+    """Compute unmasked scores over the whole vocabulary, shape (n_vocab,): see `runtime.contrast.contrast`.
 
     Tokens that either stream holds impossible are at -inf, as they are no candidates in decoding.
 

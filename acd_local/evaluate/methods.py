@@ -15,7 +15,6 @@ import json
 import os
 import re
 import tomllib
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,10 @@ from acd_local.errors import PairError, UsageError, printable, shown
 from acd_local.files import read_text
 from acd_local.generation import resolve_contrast
 from acd_local.options import Options
-from acd_local.pairs import AdversarialText, PromptPair, refuse_adversarial
+from acd_local.pairs import AdversarialText, PromptPair, refuse_adversarial, toml_kind
 from acd_local.runtime.choice import ContrastSettings
-from acd_local.runtime.prompts import Negative, Positive, PromptSetup
+from acd_local.runtime.prompts import Negative, Positive, PromptSetup, identity
+from acd_local.runtime.text import refused_character
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 
 SweepKey: TypeAlias = Literal["alpha", "beta", "window"]
@@ -47,7 +47,6 @@ _KEYS = (
     *("title", "source", "positive", "positive_text", "negative", "negative_text"),
     *("user", "shots", "alpha", "beta", "raw", "window", "gate"),
 )
-_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder what a reviewer sees
 
 
 # --- The method -------------------------------------------------------------------------------------------------------
@@ -58,7 +57,7 @@ class Method:
     """One way to answer.
 
     The positive stream sees the system prompt `positive`, the demonstrations `shots` and the user's turn; the negative
-    stream the system prompt `negative` and the user's turn. Both see the same turn, `user_turn(prompt)`.
+    stream the system prompt `negative` and the user's turn. Both see the same turn.
 
     Attributes:
         name: what `--methods` calls it.
@@ -123,37 +122,26 @@ class Method:
         """Whether a soft prompt stands in either stream."""
         return isinstance(self.positive, SoftPrompt) or isinstance(self.negative, SoftPrompt | AdversarialRows)
 
-    def user_turn(self, prompt: str) -> str:
-        """What the user says in both streams."""
-        return self.user.replace(_SLOT, prompt)
-
     def prompt_setup(self) -> PromptSetup:
-        """The texts, as the runtime takes them."""
+        """Return the texts as the runtime takes them."""
         return PromptSetup(self.positive, self.negative, self.user, self.shots)
 
     def settings(self) -> ContrastSettings:
-        """The numbers, as the runtime takes them."""
+        """Return the numbers as the runtime takes them."""
         return ContrastSettings(self.alpha, self.beta, self.raw, self.window)
 
     def setup(self) -> str:
-        """16 hex digits over all that changes an answer: two methods with the same setup share their answers."""
-        what: list[object] = [_identity(self.positive), self.user, self.shots]
+        """Return 16 hex digits over all that changes an answer: two methods with the same setup share their answers."""
+        what: list[object] = [identity(self.positive), self.user, self.shots]
         if self.contrast:
-            what += [_identity(self.negative), self.alpha, self.beta, self.raw, self.window]
+            what += [identity(self.negative), self.alpha, self.beta, self.raw, self.window]
         if self.gate:
             what.append("gate")
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
-def _identity(prompt: Negative) -> object:
-    """What tells a prompt from others: a text itself, the digest of rows."""
-    if isinstance(prompt, SoftPrompt | AdversarialRows):
-        return {"rows": prompt.digest}
-    return prompt.reveal_for_negative_stream() if isinstance(prompt, AdversarialText) else prompt
-
-
 def _positive_texts(method: Method) -> list[tuple[str, str]]:
-    """Where each text of the positive stream stands, and the text, in the order in which the model reads them."""
+    """List each text of the positive stream, and where it stands, in the order in which the model reads them."""
     positive = None if isinstance(method.positive, SoftPrompt) else method.positive
     texts = [] if positive is None else [("positive", positive)]
     texts += [("shots", text) for shot in method.shots for text in shot]
@@ -164,7 +152,7 @@ def _positive_texts(method: Method) -> list[tuple[str, str]]:
 
 
 def builtin(pair: PromptPair, soft: SoftPair | None = None) -> dict[str, Method]:
-    """The built-in methods by name, in the order of the tables.
+    """Read the built-in methods by name, in the order of the tables.
 
     Args:
         pair: the pair under evaluation: gives the prompts sp and ap and, where a method fixes none, the numbers.
@@ -183,7 +171,7 @@ def load(
     earlier: Mapping[str, Method] | None = None,
     soft: SoftPair | None = None,
 ) -> dict[str, Method]:
-    """The methods of a user's file by name, in the order of the file (docs/methods.md describes it).
+    """Read the methods of a user's file by name, in the order of the file (docs/methods.md describes it).
 
     Args:
         earlier: methods of files read before; their names and negative prompts count as known.
@@ -225,7 +213,7 @@ def _located(file: Path, source: str, name: str, error: UsageError) -> UsageErro
 
 
 def select(names: Sequence[str], known: Mapping[str, Method]) -> list[Method]:
-    """The named methods in the order given, each once.
+    """List the named methods in the order given, each once.
 
     Raises:
         UsageError: a name is unknown, or there is none.
@@ -240,7 +228,7 @@ def select(names: Sequence[str], known: Mapping[str, Method]) -> list[Method]:
 
 
 def check_gates(methods: Iterable[Method], pair: PromptPair) -> None:
-    """Whether the pair has the gate that a method needs.
+    """Refuse methods that need a gate where the pair has none.
 
     Raises:
         PairError: it has none.
@@ -251,7 +239,7 @@ def check_gates(methods: Iterable[Method], pair: PromptPair) -> None:
 
 
 def gate_digest(pair: PromptPair) -> str:
-    """16 hex digits over all that a gate's decisions depend on: the pair's [gate] and the file with its probes."""
+    """Return 16 hex digits over all that decides about a gate: the pair's [gate] and the file with its probes."""
     path = pair.vectors_path
     probes = "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
     settings = None if pair.gate is None else dataclasses.astuple(pair.gate)
@@ -259,7 +247,7 @@ def gate_digest(pair: PromptPair) -> str:
 
 
 def sweep(method: Method, key: SweepKey, values: Iterable[float]) -> list[Method]:
-    """The method with one of its numbers varied, named like `acd@alpha=0.2`; equal values count once.
+    """Vary one of a method's numbers; variants are named like `acd@alpha=0.2`; equal values count once.
 
     Raises:
         UsageError: the method has no contrast, or a value is out of range.
@@ -285,14 +273,14 @@ def sweep(method: Method, key: SweepKey, values: Iterable[float]) -> list[Method
 
 
 def manual_pair() -> PromptPair:
-    """The shipped default pair: its texts are the manual prompts, whatever a user calls `default`."""
+    """Read the shipped default pair: its texts are the manual prompts, whatever a user calls `default`."""
     return pairs.load(pairs.search_path()[-1] / "default.toml")
 
 
 def _with_counterpart(
     name: str, table: object, pair: PromptPair, manual: PromptPair, soft: SoftPair | None
 ) -> dict[str, Method]:
-    """One [methods.NAME] table as a method, and its counterpart with soft prompts where it has one."""
+    """Make a method of one [methods.NAME] table, and its counterpart with soft prompts where it has one."""
     found = {name: _build(name, table, pair, manual, None)}
     if soft is not None and isinstance(table, dict) and {table.get("positive"), table.get("negative")} & {*_OF_PAIR}:
         found[name + SOFT] = _build(name, table, pair, manual, soft)
@@ -300,9 +288,9 @@ def _with_counterpart(
 
 
 def _build(name: str, table: object, pair: PromptPair, manual: PromptPair, soft: SoftPair | None) -> Method:
-    """One [methods.NAME] table as a method, `soft` for sp and ap where given; UsageErrors say field and fault."""
+    """Make a method of one [methods.NAME] table, `soft` for sp and ap where given; UsageErrors say field and fault."""
     if not isinstance(table, dict):
-        raise UsageError(f"must be a table [methods.{name}], not {_kind(table)}")
+        raise UsageError(f"must be a table [methods.{name}], not {toml_kind(table)}")
     for key in table:
         if key not in _KEYS:
             raise UsageError(f"{key}: unknown field; a method has {', '.join(_KEYS)}")
@@ -353,11 +341,11 @@ def _negative(table: Mapping[str, Any], prompts: Mapping[str, Negative]) -> Nega
 
 
 def _numbers(table: Mapping[str, Any], pair: PromptPair, soft: bool) -> dict[str, Any]:
-    """alpha, beta, raw and window: the method's own, else the (soft) pair's, else the defaults."""
+    """Choose alpha, beta, raw and window: the method's own, else the (soft) pair's, else the defaults."""
     given = {key: table[key] for key in ("alpha", "beta", "raw", "window") if key in table}
     for key in given.keys() & {"alpha", "beta"}:
         if isinstance(given[key], bool) or not isinstance(given[key], int | float):
-            raise UsageError(f"{key}: must be a number, not {_kind(given[key])}")
+            raise UsageError(f"{key}: must be a number, not {toml_kind(given[key])}")
     _flag("raw", given.get("raw", False))
     if not _has_negative(table):
         if given:
@@ -371,7 +359,7 @@ def _numbers(table: Mapping[str, Any], pair: PromptPair, soft: bool) -> dict[str
 
 def _shots(value: object) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, list):
-        raise UsageError(f"shots: must be an array of [user, assistant] arrays, not {_kind(value)}")
+        raise UsageError(f"shots: must be an array of [user, assistant] arrays, not {toml_kind(value)}")
     for shot in value:
         if not isinstance(shot, list) or len(shot) != 2:
             raise UsageError("shots: each must be an array of two strings, [user, assistant]")
@@ -382,7 +370,7 @@ def _shots(value: object) -> tuple[tuple[str, str], ...]:
 
 
 def _adversarial_texts(pair: PromptPair, manual: PromptPair, known: Iterable[Method]) -> list[tuple[str, PromptPair]]:
-    """Whose each adversarial prompt is, and a pair that holds it."""
+    """List whose each adversarial prompt is, and a pair that holds it."""
     found = {f"pair {p.name!r}": p for p in [*pairs.scan()[0], manual, pair]}
     for method in known:
         if isinstance(method.negative, AdversarialText):
@@ -409,10 +397,9 @@ def _refuse_positive(method: Method, forbidden: Iterable[tuple[str, PromptPair]]
 
 def _text(key: str, value: object) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"{key}: must be a string, not {_kind(value)}")
-    for character in value:
-        if (unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t") or character in _BIDI:
-            raise UsageError(f"{key}: holds the control character U+{ord(character):04X}: remove it")
+        raise UsageError(f"{key}: must be a string, not {toml_kind(value)}")
+    if character := refused_character(value):
+        raise UsageError(f"{key}: holds the control character {character}: remove it")
     if not value.strip():
         raise UsageError(f"{key}: is empty: write a text, or leave it out")
     return value
@@ -420,7 +407,7 @@ def _text(key: str, value: object) -> str:
 
 def _flag(key: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise UsageError(f"{key}: must be true or false, not {_kind(value)}")
+        raise UsageError(f"{key}: must be true or false, not {toml_kind(value)}")
     return value
 
 
@@ -433,7 +420,7 @@ def _line(table: Mapping[str, Any], key: str, default: str) -> str:
 
 def _choice(key: str, value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"{key}: must be a string, not {_kind(value)}")
+        raise UsageError(f"{key}: must be a string, not {toml_kind(value)}")
     if value not in choices:
         raise UsageError(f"{key}: {value[:40]!r} is no prompt: choose {_listed(choices)}, or give {key}_text")
     return value
@@ -441,12 +428,6 @@ def _choice(key: str, value: object, choices: Sequence[str]) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def _kind(value: object) -> str:
-    """The TOML name of a value's type."""
-    kinds = {bool: "a boolean", int: "an integer", float: "a float", str: "a string", list: "an array", dict: "a table"}
-    return kinds.get(type(value), "a date or time")
 
 
 # --- Reading a file ---------------------------------------------------------------------------------------------------
@@ -476,7 +457,7 @@ def _parse(path: Path, source: str) -> dict[str, Any]:
 
 
 def _line_of(source: str, name: str) -> int | None:
-    """The line of a method's table header; None if it is written in another way."""
+    """Find the line of a method's table header; None if it is written in another way."""
     header = re.compile(rf"\s*\[\s*[\"']?methods[\"']?\s*\.\s*[\"']?{re.escape(name)}[\"']?\s*[\].]")
     lines = source.split("\n")
     for number, line in enumerate(lines, 1):

@@ -25,7 +25,7 @@ FIGURE_SPACE = "\u2007"
 
 
 def render(template: str, title: str, *, script: str = "", **values: Any) -> str:
-    """The page.
+    """Write the page.
 
     Args:
         template: a name in the templates folder, of one that extends base.html.
@@ -40,12 +40,12 @@ def render(template: str, title: str, *, script: str = "", **values: Any) -> str
 
 
 def asset(name: str) -> Markup:
-    """A file of the templates folder, which stands in a page as it is."""
+    """Read a file of the templates folder, which stands in a page as it is."""
     return Markup(resources.files("acd_local.evaluate").joinpath(f"templates/{name}").read_text(encoding="utf-8"))
 
 
 def draw(figure: Figure) -> str:
-    """The figure as SVG; empty where nothing can be drawn."""
+    """Draw the figure as SVG; empty where nothing can be drawn."""
     module = _drawing()
     return module.draw(figure) if module else ""
 
@@ -55,7 +55,7 @@ def can_draw() -> bool:
 
 
 def _drawing() -> Any:
-    """The module that draws; None where matplotlib (the extra "report") is missing, or cannot be imported."""
+    """Import the module that draws; None where matplotlib (the extra "report") is missing, or cannot be imported."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would tell of the folders that it makes
     try:
         from acd_local.evaluate import drawing
@@ -65,12 +65,12 @@ def _drawing() -> Any:
 
 
 def _compared(table: Table) -> list[bool]:
-    """Which columns have changes."""
+    """Tell which columns have changes."""
     return [any(row.cells[i].change for row in table.rows) for i in range(len(table.columns))]
 
 
 def _aligned(table: Table) -> list[list[str]]:
-    """The cells' texts by row, those of a column in line."""
+    """Write the cells' texts by row, those of a column in line."""
     widths = [max((len(row.cells[i].text) for row in table.rows), default=0) for i in range(len(table.columns))]
     return [[c.text.rjust(w, FIGURE_SPACE) for c, w in zip(row.cells, widths, strict=True)] for row in table.rows]
 
@@ -79,7 +79,7 @@ def _aligned(table: Table) -> list[list[str]]:
 
 
 def number(value: object) -> float | None:
-    """A finite number, or None."""
+    """Return a finite number, or None."""
     known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if known else None  # type: ignore[arg-type]
 
@@ -107,7 +107,7 @@ def duration(value: object) -> str:
 
 
 def fact(value: object) -> str:
-    """A setting as text: numbers short, what belongs together in one line."""
+    """Write a setting as text: numbers short, what belongs together in one line."""
     if isinstance(value, dict):
         known = {plain(k): v for k, v in value.items() if v is not None}
         return ", ".join(f"{k} ({fact(v)})" if isinstance(v, dict) else f"{k} {fact(v)}" for k, v in known.items())
@@ -119,7 +119,7 @@ def fact(value: object) -> str:
 
 
 def token(piece: str) -> str:
-    """A token's text, its spaces and line breaks shown."""
+    """Write a token's text, its spaces and line breaks shown."""
     return visible(piece.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "␣"), 40)
 
 

@@ -13,8 +13,6 @@ from acd_local.evaluate import page, tables
 from acd_local.evaluate.figures import Axis, BarChart, Curve, Panel, Plot, Series, Span
 from acd_local.runtime.text import plain, visible
 
-__all__ = ["render"]
-
 Results = Mapping[str, Any]
 
 PER_TYPE = ("as-is", "base", "acd", "gate-acd")  # methods whose rates are drawn per prompt type, where there are such
@@ -25,7 +23,7 @@ METHOD = ("alpha", "beta", "raw", "window", "contrast", "title", "source")  # wh
 
 
 def render(results: Results, answers: Iterable[Mapping[str, Any]]) -> str:
-    """The whole page.
+    """Write the whole page.
 
     Args:
         results: results.json, as `results.compute` gives it.
@@ -75,7 +73,7 @@ def _set_fact(name: str, info: Mapping[str, Any]) -> str:
 
 
 def _labelled(table: tables.Table) -> tables.Table:
-    """The table with the names of its rows as the page says them: titles in small where they say more."""
+    """Copy the table with the names of its rows as the page says them: titles in small where they say more."""
     if table.key == "margins":
         return replace(table, rows=tuple(replace(row, name=row.title, title="") for row in table.rows))
     told = table.key != "safety"
@@ -91,7 +89,7 @@ def _span(figure: Mapping[str, Any] | None) -> Span | None:
 
 
 def _shown(results: Results) -> dict[str, Mapping[str, Any]]:
-    """Methods by label, those of a sweep left out, those with one set-up in one."""
+    """Name methods by label, those of a sweep left out, those with one set-up in one."""
     swept = {entry["method"] for entry in results["sweep"]}
     groups: dict[str, list[str]] = {}
     for name, method in results["methods"].items():
@@ -128,7 +126,7 @@ def _overview(results: Results) -> BarChart | None:
 
 
 def _series(names: Mapping[str, str], figures: Sequence[Mapping[str, Any]]) -> list[Series]:
-    """A series per measure that is known of some; names: by measure."""
+    """Make a series per measure that is known of some; names: by measure."""
     found = [Series(name, [_span(f.get(key)) for f in figures], i) for i, (key, name) in enumerate(names.items())]
     return [series for series in found if any(series.spans)]
 
@@ -221,7 +219,7 @@ def _margins(results: Results) -> BarChart | None:
 
 
 def _filters(results: Results) -> dict[str, dict[str, str]]:
-    """By what answers can be chosen: values with how they are shown."""
+    """List what answers can be chosen by: values with how they are shown."""
     verdicts = {"": "all", "refusal": "refusal", "answer": "answer", "degenerate": "degenerate"}
     if results["run"].get("judge"):
         verdicts.update(safe="judged safe", unsafe="judged unsafe")
@@ -232,7 +230,7 @@ def _filters(results: Results) -> dict[str, dict[str, str]]:
 
 
 def _data(results: Results, answers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the browser of answers reads: every prompt once, answers as rows in the order of sets, prompts, methods."""
+    """Collect what the browser of answers reads: every prompt once, answers in the order of sets, prompts, methods."""
     setups = list(dict.fromkeys(method["setup"] for method in results["methods"].values()))
     sets = {name: i for i, name in enumerate(results["sets"])}
     prompts: dict[tuple[str, str], int] = {}

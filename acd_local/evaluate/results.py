@@ -31,7 +31,7 @@ Array = npt.NDArray[np.float64]
 
 
 def _number(record: Record, key: str) -> float | None:
-    """A field's number; None if it is missing, none, or too large for what is measured here."""
+    """Read a field's number; None if it is missing, none, or too large for what is measured here."""
     value = record.get(key)
     return float(value) if isinstance(value, int | float) and abs(value) < 1e15 else None
 
@@ -68,7 +68,7 @@ def _answer_measures(record: Record, kind: str, judged: bool) -> dict[str, tuple
 
 
 def _distinct2(text: str) -> float | None:
-    """Share of different ones among a text's pairs of neighbouring words (Li et al. 2016); None below two words."""
+    """Return the share of different pairs among neighbouring words (Li et al. 2016); None below two words."""
     words = text.casefold().split()
     pairs = list(itertools.pairwise(words))
     return len(set(pairs)) / len(pairs) if pairs else None
@@ -105,12 +105,12 @@ _COMBINED: dict[str, Callable[..., Array]] = {
 
 
 def _columns(sets: Sequence[Pairs]) -> list[Array]:
-    """One array (prompts, 2) of numerators and denominators per set, prompts in the order of their ids."""
+    """Make one array (prompts, 2) of numerators and denominators per set, prompts in the order of their ids."""
     return [np.array([pairs[item] for item in sorted(pairs)], np.float64) for pairs in sets]
 
 
 def _estimate(measure: str, sets: Sequence[Pairs]) -> Record | None:
-    """Value and 95% interval of a measure over one set or several."""
+    """Estimate value and 95% interval of a measure over one set or several."""
     columns = _columns(sets)
     pooled = np.concatenate(columns)
     if measure in _BY_SET:
@@ -122,7 +122,7 @@ def _estimate(measure: str, sets: Sequence[Pairs]) -> Record | None:
 
 
 def _against(measure: str, sets: Sequence[Pairs], base: Sequence[Pairs]) -> Record | None:
-    """Difference from base over the prompts that both answered; "relative_speed": the ratio of tokens per second."""
+    """Compare with base over the prompts that both answered: differences, and as "relative_speed" a ratio."""
     shared = [sorted(a.keys() & b.keys()) for a, b in zip(sets, base, strict=True)]
     if not shared or not all(shared):
         return None
@@ -142,7 +142,7 @@ def _against(measure: str, sets: Sequence[Pairs], base: Sequence[Pairs]) -> Reco
 
 
 def _mean_difference(ours: Sequence[Array], theirs: Sequence[Array]) -> stats.Estimate:
-    """Paired difference, sets counting alike; with hardly any prompt that differs, the width of all prompts in one."""
+    """Subtract in pairs, sets counting alike; with hardly any prompt that differs, the width of all prompts in one."""
     changes = [a - b for a, b in zip(ours, theirs, strict=True)]
     pooled = stats.difference(np.concatenate(ours), np.concatenate(theirs))
     if len(changes) == 1:
@@ -155,7 +155,7 @@ def _mean_difference(ours: Sequence[Array], theirs: Sequence[Array]) -> stats.Es
 
 
 def _json(found: stats.Estimate, transform: Callable[[float], float] | None = None) -> Record | None:
-    """As results.json has it, nine significant digits; None if a number is beyond JSON's."""
+    """Round to nine significant digits, as in results.json; None if a number is beyond JSON's."""
     try:
         numbers = [(transform or float)(x) for x in (found.value, found.low, found.high)]
     except OverflowError:
@@ -225,7 +225,7 @@ class _Figures:
         return self.cells.get((setup, name), {})
 
     def of_set(self, setup: str, name: str, base: str | None) -> Record:
-        """One method's figures on one set."""
+        """Return one method's figures on one set."""
         found: Record = {"n": len(self.answered.get((setup, name), ()))}
         for measure, pairs in self.of(setup, name).items():
             estimate = _estimate(measure, [pairs])
@@ -238,7 +238,7 @@ class _Figures:
         return found
 
     def overall(self, setup: str, base: str | None) -> Record:
-        """One method's figures over the sets of a kind, or over all that it answered."""
+        """Return one method's figures over the sets of a kind, or over all that it answered."""
         found: Record = {}
         for measure, kinds in _OVERALL.items():
             names = self._with(measure, setup, kinds)
@@ -277,7 +277,7 @@ class _Figures:
         return found
 
     def of_gate(self) -> Record:
-        """How well the gate tells each harmful set from each harmless one: areas under the curve."""
+        """Measure how well the gate tells each harmful set from each harmless one: areas under the curve."""
         harmful, harmless = (
             [s for s in self._of_kind([kind]) if s in self.chances] for kind in ("harmful", "harmless")
         )
@@ -285,7 +285,7 @@ class _Figures:
         return {a: {b: float(f"{stats.area(values[a], values[b]):.9g}") for b in harmless} for a in harmful if harmless}
 
     def verdict(self, setups: Mapping[str, str]) -> str:
-        """What the first of the pair's methods does to the model, in words."""
+        """Say in words what the first of the pair's methods does to the model."""
         judged, alone = (
             next((n for n in names if n in setups), None) for names in (verdict.JUDGED, verdict.REFERENCES)
         )
@@ -313,7 +313,7 @@ class _Figures:
 
 
 def compute(run: Run) -> Record:
-    """results.json of a run (docs/eval.md): every rate with a 95% interval, differences from base in pairs of answers.
+    """Compute results.json of a run (docs/eval.md): rates with 95% intervals, paired differences from base.
 
     Methods with one setup share their records and so their figures. A method that misses records gets the figures of
     those it has, with their number.
@@ -459,7 +459,7 @@ def _shards(run: Run) -> list[str]:
 
 
 def _united(runs: Sequence[Run], key: str, must_match: Sequence[str]) -> list[Record]:
-    """The entries of a list over all runs, by name, in order of appearance."""
+    """Unite the entries of a list over all runs, by name, in order of appearance."""
     found: dict[str, Record] = {}
     for run in runs:
         for entry in run.info[key]:
@@ -474,7 +474,7 @@ def _united(runs: Sequence[Run], key: str, must_match: Sequence[str]) -> list[Re
 
 
 def _merged_sets(runs: Sequence[Run]) -> list[Record]:
-    """The runs' sets, each with its number of prompts over the different shards."""
+    """Unite the runs' sets, each with its number of prompts over the different shards."""
     united = _united(runs, "sets", ("kind", "total", "digest"))
     sizes: dict[str, dict[tuple[str, ...], int]] = {}
     for run in runs:

@@ -26,7 +26,7 @@ Key = tuple[str, str, str, str]
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds.
+    """The contents of a run's folder.
 
     Attributes:
         info: run.json.
@@ -78,7 +78,7 @@ def write_info(directory: Path, info: Record) -> None:
 
 
 def key_of(record: Record) -> Key:
-    """What an answer or a score is of; of a score, it begins with the score's name.
+    """Tell what an answer or a score is of; of a score, it begins with the score's name.
 
     Raises:
         KeyError: it is no record of either kind.
@@ -88,7 +88,7 @@ def key_of(record: Record) -> Key:
 
 
 def united_sweep(sweeps: Iterable[Record | None], otherwise: str) -> Record | None:
-    """One sweep with the values of all, in ascending order; one alone is as it is, and none is None.
+    """Unite sweeps into one with the values of all, in ascending order; one alone is as it is, and none is None.
 
     Raises:
         UsageError: `otherwise`, as they sweep different things.

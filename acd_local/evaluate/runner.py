@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured. Methods with one setup are run once; gated ones take the gate of `pair`."""
+    """A plan of what is to be measured. Methods with one setup are run once; gated ones take the gate of `pair`."""
 
     pair: PromptPair
     methods: Sequence[Method]
@@ -74,7 +74,7 @@ class Evaluation:
         self.failures: dict[tuple[str, str], str] = {}
 
     def run(self) -> None:
-        """Raises Stopped where `stop` was set."""
+        """Make all that is missing; raises Stopped where `stop` was set."""
         methods = [m for m in self._plan.methods if self._by_setup[m.setup()] is m]
         self._answer_all(methods)
         with Scoring(self._engine, self._plan.pair, self._journal) as scoring:
@@ -178,14 +178,14 @@ class Evaluation:
             clock.tick()
 
     def _note(self, error: Exception, set_name: str, item: str) -> None:
-        """A prompt that does not fit is left out; whatever else goes wrong ends the run."""
+        """Leave a prompt out that does not fit; whatever else goes wrong ends the run."""
         if not isinstance(error, ContextError):
             raise error
         self.failures.setdefault((set_name, item), f"{set_name} {item}: {error}")
 
 
 def _gate_record(gate: GateRecord) -> dict[str, Any]:
-    """What the gate found, and from which token on the pair answered: null where it did not."""
+    """Record what the gate found, and from which token on the pair answered: null where it did not."""
     return {
         "gate_probability": gate.probability,
         "gate_decision": gate.decision,

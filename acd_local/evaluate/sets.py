@@ -45,8 +45,6 @@ from acd_local.errors import UsageError, printable
 from acd_local.files import read_text, reason
 from acd_local.options import MAX_SEED
 
-__all__ = ["EvalSet", "Item", "Kind", "item_seed", "read", "sample", "shard", "smoke"]
-
 Kind = Literal["harmful", "harmless", "choice", "facts"]
 
 MAX_FILE = 200_000_000  # bytes
@@ -90,7 +88,7 @@ class Item:
     answers: tuple[str, ...] = ()
 
     def is_answered_by(self, text: str) -> bool:
-        """Whether one of the known answers stands in a text, as whole words, in whatever case."""
+        """Tell whether one of the known answers stands in a text, as whole words, in whatever case."""
         words = unicodedata.normalize("NFKC", text).casefold()
         known = (unicodedata.normalize("NFKC", answer).casefold() for answer in self.answers)
         return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", words) for answer in known)
@@ -110,7 +108,7 @@ class EvalSet:
     source: str
 
     def digest(self) -> str:
-        """16 hex digits over what is asked and expected, whatever the order: whether two sets are the same."""
+        """Return 16 hex digits over what is asked and expected, whatever the order: whether two sets are the same."""
         known = [[i.id, i.type, i.reference, i.mc1, i.mc2, *([i.answers] if i.answers else [])] for i in self.items]
         lines = sorted(map(json.dumps, known))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -120,7 +118,7 @@ class EvalSet:
 
 
 def read(spec: str) -> list[EvalSet]:
-    """The set that NAME=FILE:KIND[:COLUMN=VALUE] means; of KIND labelled the two sets NAME-safe and NAME-unsafe.
+    """Read the set that NAME=FILE:KIND[:COLUMN=VALUE] means; of KIND labelled the two sets NAME-safe and NAME-unsafe.
 
     Of prompts that occur several times in a set the first one counts. A labelled file with one label gives one set.
 
@@ -141,7 +139,7 @@ def read(spec: str) -> list[EvalSet]:
 
 
 def smoke() -> list[EvalSet]:
-    """The built-in sets smoke-harmful and smoke-harmless, 20 prompts each: enough to see that all works."""
+    """Make the built-in sets smoke-harmful and smoke-harmless, 20 prompts each: enough to see that all works."""
     text = resources.files(__package__).joinpath("smoke.jsonl").read_text("utf-8")
     sets = _sets("smoke", "labelled", list(_jsonl_rows(text)), "built in")
     return [replace(s, name=f"smoke-{s.kind}") for s in sets]
@@ -162,7 +160,7 @@ def _parsed(spec: str) -> tuple[str, Path, str | None, tuple[str, str] | None]:
 
 
 def _refuse_other_kind(rest: str) -> None:
-    """FILE:harmfull, FILE:Column=x: say that the kind is wrong, not that there is no such file."""
+    """Say of FILE:harmfull or FILE:Column=x that the kind is wrong, not that there is no such file."""
     file, colon, tail = rest.partition(":")
     while colon and not _is_file(_expanded(rest)):
         if _is_file(_expanded(file)):
@@ -173,7 +171,7 @@ def _refuse_other_kind(rest: str) -> None:
 
 
 def _expanded(file: str) -> Path:
-    """With ~ replaced: few shells do that after NAME=."""
+    """Replace ~ in a path: few shells do that after NAME=."""
     try:
         return Path(file).expanduser()
     except RuntimeError:  # no such user
@@ -188,7 +186,7 @@ def _is_file(path: Path) -> bool:
 
 
 class _Fault(Exception):
-    """What is wrong with a file, without its name in front."""
+    """A fault of a file, without its name in front."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ class _Row:
     fields: Mapping[str, Any]
 
     def first(self, names: Iterable[str]) -> tuple[str, Any]:
-        """The first of these fields that is there, with its name; ("", None) if none is."""
+        """Find the first of these fields that is there, with its name; ("", None) if none is."""
         return next(((name, self.fields[name]) for name in names if name in self.fields), ("", None))
 
 
@@ -238,7 +236,7 @@ def _check_file(path: Path) -> None:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """(number, line); not str.splitlines, which cuts at U+2028 and the like too."""
+    """Number the lines; not by str.splitlines, which cuts at U+2028 and the like too."""
     for number, line in enumerate(text.split("\n"), 1):
         if len(line) > MAX_LINE:
             raise _Fault(f"line {number}: longer than {MAX_LINE:,} characters: this is no prompt")
@@ -304,7 +302,7 @@ def _json_rows(text: str) -> Iterator[_Row]:
 
 
 def _leaves(data: Any) -> Iterator[tuple[str, Any]]:
-    """(top topic, entry) of nested topics, in order; the topic of a plain list is ""."""
+    """List (top topic, entry) of nested topics, in order; the topic of a plain list is ""."""
     if isinstance(data, list):
         yield from (("", value) for value in data)
         return
@@ -325,7 +323,7 @@ def _leaves(data: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _parsed_json(text: str, line: int | None = None) -> Any:
-    """The value of a JSON text; `line`: its number, where it is one line of a file."""
+    """Parse a JSON text; `line`: its number, where it is one line of a file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -347,7 +345,7 @@ def _entry(place: str, value: Any) -> _Row:
 
 
 def _named(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Fields by lower-case name; of several in different case the first counts. JSON's null is no field."""
+    """Name fields in lower case; of several in different case the first counts. JSON's null is no field."""
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if value is not None:
@@ -372,7 +370,7 @@ def _filtered(rows: list[_Row], column: str, value: str) -> list[_Row]:
 
 
 def _guessed(rows: list[_Row]) -> str:
-    """The kind of a file whose spec names none."""
+    """Guess the kind of a file whose spec names none."""
     if all("mc1_targets" in row.fields for row in rows):
         return "choice"
     if all("answers" in row.fields for row in rows):
@@ -421,14 +419,14 @@ def _item(row: _Row, kind: Kind) -> Item:
 
 
 def _reference(row: _Row) -> str | None:
-    """The answer to score, if there is one in words (an exam's may be a number)."""
+    """Find the answer to score, if there is one in words (an exam's may be a number)."""
     column, value = row.first(_REFERENCE)
     text = _first_turn(value)
     return (_checked_text(column, text) or None) if isinstance(text, str) else None
 
 
 def _answers(row: _Row) -> tuple[str, ...]:
-    """The known answers of a fact: a list of texts, or one."""
+    """Read the known answers of a fact: a list of texts, or one."""
     value = row.fields.get("answers")
     found = tuple(_checked_text("answers", text) for text in (value if isinstance(value, list) else [value]))
     if not found or not all(found):
@@ -446,7 +444,7 @@ def _label(row: _Row) -> Kind:
 
 
 def _choices(row: _Row, name: str) -> tuple[tuple[str, bool], ...]:
-    """mc1_targets or mc2_targets: {choice: 0 or 1}.
+    """Read mc1_targets or mc2_targets: {choice: 0 or 1}.
 
     Empty choices are left out: TruthfulQA has some by mistake, and as no tokens they would be the likeliest of all.
     """
@@ -466,12 +464,12 @@ def _choices(row: _Row, name: str) -> tuple[tuple[str, bool], ...]:
 
 
 def _first_turn(value: Any) -> Any:
-    """The first turn of a conversation given as a list; anything else as it is."""
+    """Return the first turn of a conversation given as a list; anything else as it is."""
     return value[0] if isinstance(value, list) and value else value
 
 
 def _checked_text(name: str, value: Any) -> str:
-    """A field's text without surrounding white space; "" for None."""
+    """Return a field's text without surrounding white space; "" for None."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -489,7 +487,7 @@ def _checked_text(name: str, value: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A value to compare with what somebody typed; "" for lists, objects and None."""
+    """Make a value comparable with what somebody typed; "" for lists, objects and None."""
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     return value.strip() if isinstance(value, str) else ""
@@ -518,7 +516,7 @@ def _kind_of(value: Any) -> str:
 
 
 def sample(s: EvalSet, limit: int | None, seed: int) -> EvalSet:
-    """`limit` items drawn without replacement, or all if there are fewer; None leaves the set as it is.
+    """Draw `limit` items without replacement, or all if there are fewer; None leaves the set as it is.
 
     The draw is the start of an order fixed by seed and ids alone, so that it depends neither on the order of the file
     nor on the limit: a larger one adds items to those of a smaller one.
@@ -535,7 +533,7 @@ def sample(s: EvalSet, limit: int | None, seed: int) -> EvalSet:
 
 
 def shard(s: EvalSet, index: int, count: int) -> EvalSet:
-    """Part `index` (from 1) of `count`: every count-th item in the order of ids. Sizes differ by one at most.
+    """Take part `index` (from 1) of `count`: every count-th item in the order of ids. Sizes differ by one at most.
 
     Raises:
         UsageError: count < 1, or index not in 1 .. count.
@@ -547,7 +545,7 @@ def shard(s: EvalSet, index: int, count: int) -> EvalSet:
 
 
 def item_seed(run_seed: int, item_id: str) -> int:
-    """The sampler's seed for one prompt, 0 .. MAX_SEED: from the run's seed and the prompt's identity alone."""
+    """Derive the sampler's seed for one prompt, 0 .. MAX_SEED: from the run's seed and the prompt's identity alone."""
     return int.from_bytes(_digest("seed", run_seed, item_id)[:8], "big") % (MAX_SEED + 1)
 
 

@@ -1,7 +1,7 @@
 """Means, paired differences and ratios over prompts, each with an interval.
 
 Intervals are percentile bootstraps (Efron 1979) over prompts, the unit that was drawn at random: resample the prompts,
-compute the figure again, take the quantiles. The same values, seed and settings give the same interval.
+compute the figure again, take the quantiles. The same values give the same interval.
 
 Rates are treated apart where the bootstrap misleads. With fewer than RARE successes or failures it is too narrow, and
 at a rate of 0 or 1 it has no width at all, as if 20 refusals out of 20 proved a rate of exactly 1. So 0/1 data with
@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 
 from acd_local.errors import UsageError
 
-__all__ = ["RARE", "Estimate", "area", "difference", "mean", "mean_of_means", "of_means", "ratio"]
-
 Array = NDArray[np.float64]
 
 RARE = 5  # of one kind in 0/1 data: fewer, and the bootstrap is not used
 LEVEL = 0.95
 RESAMPLES = 2000
+_Z = NormalDist().inv_cdf((1 + LEVEL) / 2)  # half an interval's width, in standard errors
 _BLOCK = 2**21  # indices drawn at once: 16 MB
 
 
@@ -48,30 +47,21 @@ class Estimate:
     n: int
 
 
-def mean(
-    values: Sequence[float] | Array, *, seed: int = 0, level: float = LEVEL, resamples: int = RESAMPLES
-) -> Estimate:
-    """Mean over prompts: a rate if all values are 0 or 1.
+def mean(values: Sequence[float] | Array) -> Estimate:
+    """Estimate the mean over prompts: a rate if all values are 0 or 1.
 
     Raises:
-        UsageError: no values, a value that is not finite, level not in (0, 1), resamples < 1.
+        UsageError: no values, or a value that is not finite.
     """
     column = _column("values", values)
     ones = float(column.sum())
     if _is_binary(column) and min(ones, len(column) - ones) < RARE:
-        return _wilson(ones, len(column), _checked_level(level))
-    return of_means([column], lambda means: means, seed=seed, level=level, resamples=resamples)
+        return _wilson(ones, len(column))
+    return of_means([column], lambda means: means)
 
 
-def difference(
-    a: Sequence[float] | Array,
-    b: Sequence[float] | Array,
-    *,
-    seed: int = 0,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-) -> Estimate:
-    """Mean of a - b, paired: a[i] and b[i] belong to the same prompt.
+def difference(a: Sequence[float] | Array, b: Sequence[float] | Array) -> Estimate:
+    """Estimate the mean of a - b, paired: a[i] and b[i] belong to the same prompt.
 
     Raises:
         UsageError: as `mean`, or a and b differ in length.
@@ -81,19 +71,12 @@ def difference(
     if _is_binary(first) and _is_binary(second):
         outcomes = [int(np.count_nonzero(first - second == d)) for d in (-1, 0, 1)]
         if len(first) - max(outcomes) < RARE:
-            return _agresti_min(outcomes[2], outcomes[0], len(first), _checked_level(level))
-    return of_means([first - second], lambda means: means, seed=seed, level=level, resamples=resamples)
+            return _agresti_min(outcomes[2], outcomes[0], len(first))
+    return of_means([first - second], lambda means: means)
 
 
-def ratio(
-    numerators: Sequence[float] | Array,
-    denominators: Sequence[float] | Array,
-    *,
-    seed: int = 0,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-) -> Estimate:
-    """Ratio of sums over prompts, such as bits per token: sum of numerators / sum of denominators.
+def ratio(numerators: Sequence[float] | Array, denominators: Sequence[float] | Array) -> Estimate:
+    """Estimate the ratio of sums over prompts, such as bits per token: sum of numerators / sum of denominators.
 
     A prompt whose denominator is 0 (an answer without tokens) adds nothing to either sum and is not counted in n.
 
@@ -107,15 +90,11 @@ def ratio(
         raise UsageError("denominators must be positive, or 0 with a numerator of 0")
     if not counted.any():
         raise UsageError("denominators: all are 0")
-    return of_means(
-        [top[counted], bottom[counted]], lambda t, b: t / b, seed=seed, level=level, resamples=resamples
-    )  # fmt: skip
+    return of_means([top[counted], bottom[counted]], lambda t, b: t / b)
 
 
-def mean_of_means(
-    groups: Sequence[Sequence[float] | Array], *, seed: int = 0, level: float = LEVEL, resamples: int = RESAMPLES
-) -> Estimate:
-    """Mean of the groups' means, each group counting the same: a rate over several sets of prompts.
+def mean_of_means(groups: Sequence[Sequence[float] | Array]) -> Estimate:
+    """Estimate the mean of the groups' means, each group counting the same: a rate over several sets of prompts.
 
     Prompts are resampled within their group, for the sets were chosen, not drawn. 0/1 data with fewer than RARE of
     either kind in all groups together gets Wilson's interval of the same rate over as many prompts.
@@ -130,20 +109,13 @@ def mean_of_means(
     value = float(np.mean([column.mean() for column in columns]))
     ones = float(pooled.sum())
     if _is_binary(pooled) and min(ones, len(pooled) - ones) < RARE:
-        return _wilson(value * len(pooled), len(pooled), _checked_level(level))
-    draws = [_resampled_means([column], seed, resamples, stream)[0] for stream, column in enumerate(columns)]
-    return _percentile(value, np.mean(draws, axis=0), len(pooled), level)
+        return _wilson(value * len(pooled), len(pooled))
+    draws = [_resampled_means([column], stream)[0] for stream, column in enumerate(columns)]
+    return _percentile(value, np.mean(draws, axis=0), len(pooled))
 
 
-def of_means(
-    columns: Sequence[Sequence[float] | Array],
-    statistic: Callable[..., Array],
-    *,
-    seed: int = 0,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-) -> Estimate:
-    """Any figure that is a function of columns' means, the columns holding one value per prompt.
+def of_means(columns: Sequence[Sequence[float] | Array], statistic: Callable[..., Array]) -> Estimate:
+    """Estimate any figure that is a function of columns' means, the columns holding one value per prompt.
 
     The difference of two perplexities, from columns of nats and of tokens under each of two methods:
     `of_means([na, ta, nb, tb], lambda na, ta, nb, tb: exp(na / ta) - exp(nb / tb))`.
@@ -161,53 +133,46 @@ def of_means(
     means = [np.array([column.mean()]) for column in checked]
     with np.errstate(all="ignore"):
         value = float(statistic(*means)[0])
-        draws = statistic(*_resampled_means(checked, seed, resamples))
+        draws = statistic(*_resampled_means(checked))
     if not math.isfinite(value):
         raise UsageError("the figure is not finite on these values")
-    return _percentile(value, draws, len(checked[0]), level)
+    return _percentile(value, draws, len(checked[0]))
 
 
-def _resampled_means(columns: Sequence[Array], seed: int, resamples: int, stream: int = 0) -> list[Array]:
-    """The columns' means, (resamples,) each, over n prompts drawn with replacement; the same draws for all columns."""
-    if resamples < 1 or seed < 0:
-        raise UsageError(f"resamples must be at least 1 and seed at least 0, not {resamples} and {seed}")
+def _resampled_means(columns: Sequence[Array], stream: int = 0) -> list[Array]:
+    """Draw columns' means, (RESAMPLES,) each, over n prompts drawn with replacement; the same draws for all columns."""
     n = len(columns[0])
-    rng = np.random.default_rng([seed, stream])
-    means = [np.empty(resamples) for _ in columns]
+    rng = np.random.default_rng([0, stream])
+    means = [np.empty(RESAMPLES) for _ in columns]
     rows = max(1, _BLOCK // n)
-    for start in range(0, resamples, rows):
-        drawn = rng.integers(n, size=(min(rows, resamples - start), n))
+    for start in range(0, RESAMPLES, rows):
+        drawn = rng.integers(n, size=(min(rows, RESAMPLES - start), n))
         for column, out in zip(columns, means, strict=True):
             out[start : start + rows] = column[drawn].mean(axis=1)
     return means
 
 
-def _percentile(value: float, draws: Array, n: int, level: float) -> Estimate:
-    tail = (1 - _checked_level(level)) / 2
+def _percentile(value: float, draws: Array, n: int) -> Estimate:
+    tail = (1 - LEVEL) / 2
     finite = draws[np.isfinite(draws)]
     low, high = np.quantile(finite, [tail, 1 - tail]) if len(finite) else (value, value)
     return Estimate(value, min(float(low), value), max(float(high), value), n)
 
 
-def _wilson(ones: float, n: int, level: float) -> Estimate:
-    """Wilson's score interval for a rate of ones / n."""
-    z = _quantile(level)
-    rate = ones / n
+def _wilson(ones: float, n: int) -> Estimate:
+    """Compute Wilson's score interval for a rate of ones / n."""
+    z, rate = _Z, ones / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     return Estimate(rate, max(0.0, min(centre - half, rate)), min(1.0, max(centre + half, rate)), n)
 
 
-def _agresti_min(won: int, lost: int, n: int, level: float) -> Estimate:
-    """Difference of paired rates, `won` pairs being (1, 0) and `lost` (0, 1): Wald with 0.5 added to all four cells."""
+def _agresti_min(won: int, lost: int, n: int) -> Estimate:
+    """Subtract paired rates, `won` pairs being (1, 0) and `lost` (0, 1): Wald with 0.5 added to all four cells."""
     value = (won - lost) / n
     size, disagree, net = n + 2, won + lost + 1, won - lost
-    half = _quantile(level) * math.sqrt(disagree - net * net / size) / size
+    half = _Z * math.sqrt(disagree - net * net / size) / size
     return Estimate(value, max(-1.0, min(net / size - half, value)), min(1.0, max(net / size + half, value)), n)
-
-
-def _quantile(level: float) -> float:
-    return NormalDist().inv_cdf((1 + level) / 2)
 
 
 def _is_binary(column: Array) -> bool:
@@ -228,15 +193,11 @@ def _check_lengths(a: Array, b: Array) -> None:
         raise UsageError(f"lists of different lengths, {len(a)} and {len(b)}: they must hold the same prompts")
 
 
-def _checked_level(level: float) -> float:
-    if not 0 < level < 1:
-        raise UsageError(f"level must lie between 0 and 1, not {level:g}")
-    return level
-
-
 def area(above: Sequence[float] | NDArray[np.floating], below: Sequence[float] | NDArray[np.floating]) -> float:
-    """The area under the curve: the share of pairs in which the first is above the second, equal ones counting half;
-    NaN where either is empty."""
+    """Compute the area under the curve: the share of pairs in which the first is above the second; NaN without pairs.
+
+    Equal ones count half.
+    """
     if not len(above) or not len(below):
         return math.nan
     lower = np.sort(below)

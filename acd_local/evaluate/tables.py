@@ -12,17 +12,6 @@ from typing import Any, Literal
 
 from acd_local.runtime.text import plain
 
-__all__ = [
-    "ABLATIONS",
-    "MARGIN_PROMPTS",
-    "Cell",
-    "Row",
-    "Table",
-    "build",
-    "margin_prompts",
-    "markdown",
-]
-
 _ABLATIONS = ("null-ap", "safe-ap", "sp-null", "sp-opposite", "acd")
 ABLATIONS = (*_ABLATIONS, *(f"{name}-soft" for name in _ABLATIONS))
 MARGIN_PROMPTS = {
@@ -79,7 +68,7 @@ def _percent(x: float) -> str:
 
 @dataclass(frozen=True)
 class _Measure:
-    """How a measure is shown. better: +1 more is better, -1 less is better, 0 neither."""
+    """A measure as it is shown. better: +1 more is better, -1 less is better, 0 neither."""
 
     key: str
     head: str
@@ -92,12 +81,12 @@ class _Measure:
         return _percent(x) if self.percent else f"{x:.{self.digits}f}"
 
     def show_change(self, change: Mapping[str, float]) -> str:
-        """Empty where it is 0 as shown."""
+        """Write a change; empty where it is 0 as shown."""
         text = f"{100 * change['value']:+.1f}" if self.percent else f"{change['value']:+.{self.digits}f}"
         return text if text.strip("+-0.") else ""
 
     def cell(self, figures: Mapping[str, Any], *, expected: int | None = None, sets: int | None = None) -> Cell:
-        """The cell of a set's or the overall figures; expected: prompts it should rest on, sets: number of sets."""
+        """Make the cell of a set's or the overall figures; expected: prompts it should rest on, sets: their number."""
         found = figures.get(self.key)
         if not isinstance(found, Mapping):
             return Cell()
@@ -154,7 +143,7 @@ class _Column:
 
 
 def build(results: Results) -> list[Table]:
-    """All tables that the results have figures for."""
+    """Build all tables that the results have figures for."""
     swept = {entry["method"] for entry in results["sweep"]}
     methods = {name: m for name, m in results["methods"].items() if name not in swept}
     safety = _safety_columns(results, "harmless")
@@ -238,7 +227,7 @@ def _ability_table(results: Results, methods: Results) -> Table:
 
 
 def margin_prompts(margins: Results) -> list[str]:
-    """The prompts that margins were measured under, from none to the adversarial one."""
+    """List the prompts that margins were measured under, from none to the adversarial one."""
     return [*(p for p in MARGIN_PROMPTS if p in margins), *(p for p in margins if p not in MARGIN_PROMPTS)]
 
 
@@ -325,12 +314,10 @@ def _mark_best(rows: list[Row], place: int, better: int) -> None:
 # --- Markdown ---------------------------------------------------------------------------------------------------------
 
 
-def markdown(results: Results, keys: Sequence[str] | None = None) -> str:
-    """The verdict and all tables, or the tables with the given keys, in GitHub's Markdown: best in bold, intervals."""
-    parts = [_escaped(plain(results["verdict"]))] if keys is None else []
+def markdown(results: Results) -> str:
+    """Write the verdict and all tables in GitHub's Markdown: best in bold, intervals."""
+    parts = [_escaped(plain(results["verdict"]))]
     for table in build(results):
-        if keys is not None and table.key not in keys:
-            continue
         rows = [[table.head, *table.columns], ["---", *("---:" for _ in table.columns)]]
         for row in table.rows:
             label = row.title if table.key == "margins" else f"`{row.name}`"

@@ -40,14 +40,15 @@ class Fact:
     right: tuple[str, ...]
 
     def is_right(self, answer: str) -> bool:
+        """Tell whether an answer holds one of the words."""
         return any(word in answer.lower() for word in self.right)
 
 
-AS_IS = Candidate("as it is", "")
+NO_TEXT = Candidate("as it is", "")
 
 
 def helpful(own: str, manual: str) -> list[Candidate]:
-    """Texts for the base prompt setup.
+    """List texts for the base prompt setup.
 
     Args:
         own: the template's default system prompt; empty: there is none.
@@ -59,7 +60,7 @@ def helpful(own: str, manual: str) -> list[Candidate]:
 
 
 def declining(own: str) -> list[Candidate]:
-    """Texts for the positive stream, some with demonstrations."""
+    """List texts for the positive stream, some with demonstrations."""
     table = _read()
     shown, refusal = table["demonstrations"]["requests"], table["demonstrations"]["refusal"]
     texts = [
@@ -70,7 +71,7 @@ def declining(own: str) -> list[Candidate]:
 
 
 def complying(own: str, *, declines: bool) -> list[Candidate]:
-    """Texts for the negative stream.
+    """List texts for the negative stream.
 
     Args:
         declines: the model declines most harmful requests by itself. Then none is among them that tells it not to.
@@ -84,11 +85,12 @@ def complying(own: str, *, declines: bool) -> list[Candidate]:
 
 
 def facts() -> list[Fact]:
+    """List the easy facts that helpful texts must not cost."""
     return [Fact(row["question"], tuple(row["right"])) for row in _read()["facts"]]
 
 
 def may_be_pair(negative: str, others: Iterable[str]) -> bool:
-    """Whether a negative can stand beside these texts: no text of a positive stream may hold it."""
+    """Tell whether a negative can stand beside these texts: no text of a positive stream may hold it."""
     pair = PromptPair("fit", "positive", AdversarialText(negative))
     try:
         for text in others:
@@ -99,12 +101,12 @@ def may_be_pair(negative: str, others: Iterable[str]) -> bool:
 
 
 def digest() -> str:
-    """Hex SHA-256 over all of them."""
+    """Return the hex SHA-256 over all of them."""
     return hashlib.sha256(_FILE.read_bytes()).hexdigest()
 
 
 def _with_own(texts: list[Candidate], own: str) -> list[Candidate]:
-    """Each alone, and behind the model's own system prompt."""
+    """List each alone, then behind the model's own system prompt."""
     behind = [replace(c, name=f"own + {c.name}", text=f"{own}\n\n{c.text}") for c in texts] if own else []
     return [*texts, *behind]
 

@@ -21,6 +21,7 @@ from acd_local.fit.replies import Measured, Respondent, Style
 from acd_local.fit.states import layers_of
 from acd_local.progress import Clock, Listener
 from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.tuning import anchors
 from acd_local.tuning.anchors import KINDS, Instruction
 from acd_local.tuning.cache import Measurements
@@ -73,11 +74,11 @@ class FitContext:
         self.share = self.notes.memo("plan", inputs, self._affordable)
 
     def many(self, count: int) -> int:
-        """So many where time allows, fewer where not."""
+        """Return `count` where time allows, less where not."""
         return max(4, round(count * min(1.0, 2 * self.share)))
 
     def instructions(self) -> list[Instruction]:
-        """The anchors that are read, in an order that the seed decides; of the many ordinary ones a part."""
+        """List the anchors that are read, in an order that the seed decides; of the many ordinary ones a part."""
         ordered = sorted(self.job.instructions, key=lambda i: item_seed(self.job.request.seed, i.id))
         by_kind = {kind: [i for i in ordered if i.group == kind] for kind in KINDS}
         if not by_kind["harmful"] or not by_kind["ordinary"]:
@@ -89,7 +90,7 @@ class FitContext:
         return found
 
     def of(self, counts: Mapping[str, int], *, validates: bool) -> dict[str, list[Instruction]]:
-        """Instructions of each kind that validate, or do not, among those that are read."""
+        """List instructions of each kind that validate, or do not, among those that are read."""
         every = [i for i in self.instructions() if i.validates == validates]
         return {kind: [i for i in every if i.group == kind][: self.many(count)] for kind, count in counts.items()}
 
@@ -102,7 +103,7 @@ class FitContext:
         return Measured({kind: [next(replies) for _ in group] for kind, group in groups.items()})
 
     def openings(self, groups: Groups, texts: Sequence[Candidate], most: int, phase: str) -> list[dict[str, float]]:
-        """Chances that answers open as refusals under each text, by group of `scoring`."""
+        """Estimate the chances that answers open as refusals under each text, by group of `scoring`."""
         scored = _scored(groups, most)
         clock = Clock(f"{phase}, openings", 0, len(texts), self.listener)
         inputs = [{"text": [text.text, text.shots], "groups": scored} for text in texts]
@@ -115,7 +116,7 @@ class FitContext:
         return [self.notes.get("openings", one) for one in inputs]
 
     def contrasted(self, positive: Candidate, negative: Candidate, groups: Groups, most: int) -> list[dict[str, float]]:
-        """What the contrast does: of each alpha of the grid the row with the best beta."""
+        """Measure what the contrast does: of each alpha of the grid the row with the best beta."""
         scored = _scored(groups, most)
 
         def make() -> list[dict[str, float]]:
@@ -132,9 +133,9 @@ class FitContext:
         return list(best.values())
 
     def facts(self, system: str | None) -> int:
-        """How many of the short factual questions are answered right."""
+        """Count the short factual questions that are answered right."""
         asked = candidates.facts()
-        replies = self.respondent.ask(Style(system), [fact.question for fact in asked])
+        replies = self.respondent.ask(Style(PromptSetup(system)), [fact.question for fact in asked])
         return sum(f.is_right(self.respondent.text(r)) for f, r in zip(asked, replies, strict=True))
 
     # -- what it takes -------------------------------------------------------------------------------------------------

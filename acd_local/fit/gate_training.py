@@ -25,7 +25,7 @@ _MIN_CATEGORIES = 3  # of a kind: with fewer, instructions are held out one by o
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What a probe is trained on, row for row.
+    """The rows that a probe is trained on.
 
     Attributes:
         kinds: places in KINDS.
@@ -58,7 +58,7 @@ class Rows:
         return found
 
     def areas(self, scores: Floats) -> dict[str, float]:
-        """The areas under the curve of harmful rows against each harmless kind that there is."""
+        """Compute the areas under the curve of harmful rows against each harmless kind that there is."""
         found = {}
         for place, kind in enumerate(KINDS[1:], 1):
             if (self.kinds == place).any():
@@ -74,19 +74,17 @@ class Trained:
         column: the layer that it reads, a place in what was given.
         probabilities: of every row, from a probe that did not see it: what a request of a known kind is given.
         areas: see `Rows.areas`, of probes that saw nothing of a row's category. by_layer: their means, of each layer.
-        ridge: the penalty.
     """
 
     probe: Probe
     column: int
     probabilities: Floats
     areas: dict[str, float]
-    ridge: float
     by_layer: tuple[float, ...]
 
 
 def train(states: Floats, rows: Rows) -> Trained:
-    """The best probe on one layer.
+    """Train the best probe on one layer.
 
     Args:
         states: shape (n, layers, n_embd).
@@ -107,13 +105,12 @@ def train(states: Floats, rows: Rows) -> Trained:
         column=column,
         probabilities=regression.sigmoid(slope * each + shift),
         areas=rows.areas(scores[column]),
-        ridge=ridge,
         by_layer=tuple(alone),
     )
 
 
 def held_out(states: Floats, rows: Rows, folds: NDArray[np.int64], ridge: float) -> Floats:
-    """The log odds of every row from a regression on the rows of other folds; states of shape (n, n_embd)."""
+    """Compute the log odds of every row from a regression on the rows of other folds; states of shape (n, n_embd)."""
     found = np.zeros(len(states), np.float32)
     for fold in np.unique(folds):
         out = folds == fold
@@ -128,7 +125,7 @@ def _mean_area(areas: dict[str, float]) -> float:
 
 
 def _folds(instructions: Sequence[Instruction], kinds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Parts of about equal size of every kind, no category in two of them."""
+    """Divide into parts of about equal size of every kind, no category in two of them."""
     found = np.zeros(len(instructions), np.int64)
     for kind in np.unique(kinds):
         places = [int(place) for place in np.flatnonzero(kinds == kind)]

@@ -22,7 +22,7 @@ BUDGET = 1800.0  # seconds
 
 @dataclass(frozen=True)
 class Request:
-    """What the command was asked for.
+    """The command's arguments.
 
     Attributes:
         model: as models.resolve takes it.
@@ -98,7 +98,7 @@ def prepare(request: Request) -> Job:
 
 
 def pair_name(path: Path) -> str:
-    """A model file's name as a pair's name."""
+    """Make a pair's name of a model file's."""
     return re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower())[:60].strip("-._") or "model"
 
 

@@ -54,11 +54,11 @@ class FitModel:
         return self.engine().template
 
     def prompt(self, system: str | None, user: str) -> list[int]:
-        """A conversation's tokens."""
+        """Encode a conversation."""
         return self.template.encode([*opening(system), Message("user", user[:LONGEST])])
 
     def takes(self, candidate: Candidate) -> bool:
-        """Whether the template takes the candidate's demonstrations; some take one turn alone."""
+        """Tell whether the template takes the candidate's demonstrations; some take one turn alone."""
         try:
             self.template.encode([*opening(candidate.text, candidate.shots), Message("user", "a")])
         except UsageError:
@@ -66,11 +66,11 @@ class FitModel:
         return True
 
     def start(self, system: str | None) -> int:
-        """Where the tokens of a user's message begin."""
+        """Find where the tokens of a user's message begin."""
         return len(self.template.prefix(opening(system)))
 
     def scorer(self, groups: Mapping[str, Sequence[str]]) -> OpeningScorer:
-        """Scores openings of answers to these instructions; to be closed."""
+        """Open a scorer of how answers to these instructions begin; to be closed."""
         engine = self.engine()
         if self._openings is None:
             self._openings = Openings.of(partial(answer_tokens, engine.template, engine.vocab))
@@ -85,7 +85,7 @@ class FitModel:
         )
 
     def reader(self, layers: Sequence[int]) -> Reader:
-        """To be closed."""
+        """Open a reader of these layers; to be closed."""
         engine = self.engine()
         return Reader(engine.decoder.model, layers, n_ctx=engine.n_ctx, threads=self._threads)
 
@@ -97,7 +97,7 @@ class FitModel:
         layers: Sequence[int],
         on_progress: Callable[[int], None],
     ) -> Floats:
-        """See `read_all`."""
+        """Read the states of many rows; see `read_all`."""
         shape = len(layers), self.info.n_embd
         make = partial(self.reader, layers)
         return read_all(path, rows, locate, make, shape, stop=self._stop, on_progress=on_progress)
@@ -108,6 +108,6 @@ class FitModel:
 
 
 def opening(system: str | None, shots: Sequence[tuple[str, str]] = ()) -> tuple[Message, ...]:
-    """What precedes a user's message."""
-    (found,) = PromptSetup(system, None, shots=tuple(shots)).preambles(None, contrast=False)
+    """List what precedes a user's message."""
+    (found,) = PromptSetup(system, shots=tuple(shots)).preambles(None, contrast=False)
     return found.messages

@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 def run(job: Job, *, stop: CancelToken, listener: Listener) -> bool:
-    """All stages, then the files.
+    """Run all stages, then write the files.
 
     Returns:
         Whether a pair was written: False where none was found that is better than the model as it is.
@@ -44,15 +44,15 @@ def run(job: Job, *, stop: CancelToken, listener: Listener) -> bool:
                 "answers: nothing was written, the model is best used as it is"
             )
             return False
-        file = result.pair_file(context, found)
-        vectors = Vectors(job.soft, result.gate(context, found))
+        file = result.make_pair_file(context, found)
+        vectors = Vectors(job.soft, result.make_gate(context, found))
         pairfile.write(job.out, file, vectors, render(context, found, file))
         return True
 
 
 def _stages(context: FitContext) -> FitResult:
     def stage(name: str, make: Callable[[], tuple[Result, str]]) -> Result:
-        """What it came to; it is said in a line."""
+        """Run and time one stage, and say in a line what it came to."""
         check_stop(context.stop)
         with context.notes.timing(name):
             found, said = make()
@@ -60,22 +60,22 @@ def _stages(context: FitContext) -> FitResult:
         return found
 
     stage("plan", lambda: _plan(context))
-    as_is = stage("as it is", lambda: texts.as_is(context)).shares
-    helpful = stage("helpful text", lambda: texts.helpful(context, as_is))
-    requests = stage("gate", lambda: gate.gate(context, helpful.base))
+    as_is = stage("as it is", lambda: texts.measure_as_is(context)).shares
+    helpful = stage("helpful text", lambda: texts.choose_helpful(context, as_is))
+    gate_result = stage("gate", lambda: gate.train_gate(context, helpful.base))
     if (kept := context.job.kept) is not None:
-        pair = stage("positive text", lambda: texts.kept(context, kept))
+        pair = stage("kept pair", lambda: texts.keep_pair(context, kept))
     else:
-        positives = stage("positive text", lambda: texts.positive(context, requests))
-        pair = stage("contrast", lambda: texts.contrast(context, as_is, helpful, requests, positives))
-    chosen = stage("thresholds", lambda: judgement.choose_thresholds(context, as_is, helpful, requests, pair.style))
-    look = stage("second look", lambda: gate.second_look(context, helpful.base, requests.layer))
+        positives = stage("positive text", lambda: texts.choose_positives(context, gate_result))
+        pair = stage("contrast", lambda: texts.choose_contrast(context, as_is, helpful, gate_result, positives))
+    chosen = stage("thresholds", lambda: judgement.choose_thresholds(context, as_is, helpful, gate_result, pair.style))
+    look = stage("second look", lambda: gate.train_second_look(context, helpful.base, gate_result.layer))
     every = gate.LOOK if look.trained else 0
     settings = GateSettings(chosen.threshold, helpful.base, chosen.low, every, look.threshold)
-    judged = stage("judgement", lambda: judgement.judge(context, settings, requests.chances, pair.style))
+    judged = stage("judgement", lambda: judgement.judge(context, settings, gate_result.chances, pair.style))
     return FitResult(
-        gate=requests.trained,
-        layers=(requests.layer,),
+        gate=gate_result.trained,
+        layers=(gate_result.layer,),
         look=look.trained,
         settings=settings,
         style=pair.style,

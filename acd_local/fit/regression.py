@@ -30,7 +30,7 @@ class Linear:
 
 
 def fit(states: Floats, labels: NDArray[np.bool_], weights: Floats, ridge: float) -> Linear:
-    """The weighted logistic regression with a ridge on standardized states.
+    """Fit the weighted logistic regression with a ridge on standardized states.
 
     Args:
         states: shape (n, n_embd), any scale; both labels occur.
@@ -47,7 +47,7 @@ def fit(states: Floats, labels: NDArray[np.bool_], weights: Floats, ridge: float
 
 
 def minimize(rows: Floats, targets: Floats, share: Floats, ridge: float) -> tuple[Floats, float]:
-    """The w and b with the smallest sum of share * loss + ridge / 2 |w|^2; b is free."""
+    """Find the w and b with the smallest sum of share * loss + ridge / 2 |w|^2; b is free."""
     x = np.zeros(rows.shape[1] + 1, np.float32)  # w, then b
     first = 0.0
     for _ in range(_NEWTON_STEPS):
@@ -74,7 +74,7 @@ def sigmoid(odds: NDArray[np.floating]) -> Floats:
 
 
 def calibrate(scores: Floats, labels: NDArray[np.bool_], weights: Floats) -> tuple[float, float]:
-    """(slope, shift) that make chances of scores (Platt 1999): sigmoid(slope * score + shift); slope is above 0."""
+    """Find (slope, shift) that make scores chances (Platt 1999): sigmoid(slope * score + shift); slope > 0."""
     share = (weights * (len(weights) / weights.sum())).astype(np.float32)
     unit = float(scores.std()) or 1.0
     w, b = minimize((scores[:, None] / unit).astype(np.float32), labels.astype(np.float32), share, ridge=1e-3)
@@ -93,14 +93,14 @@ def _loss(rows: Floats, targets: Floats, share: Floats, ridge: float, x: Floats)
 
 
 def _curved(rows: Floats, curve: Floats, ridge: float, v: Floats) -> Floats:
-    """The Hessian times v; a trace of ridge on b keeps it from being singular."""
+    """Multiply the Hessian by v; a trace of ridge on b keeps it from being singular."""
     moved = curve * _odds(rows, v)
     found: Floats = np.append(rows.T @ moved + ridge * v[:-1], moved.sum() + 1e-4 * v[-1]).astype(np.float32)
     return found
 
 
 def _solve(product: Callable[[Floats], Floats], target: Floats) -> Floats:
-    """Conjugate gradients: x with product(x) = target, to a hundredth."""
+    """Solve product(x) = target by conjugate gradients, to a hundredth."""
     x = np.zeros_like(target)
     rest, direction = target.copy(), target.copy()
     size = first = float(rest @ rest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from acd_local.answers import Answer
@@ -17,8 +17,7 @@ from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.progress import check_stop
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.prompts import PromptSetup
-from acd_local.softpair import AdversarialRows, SoftPrompt
+from acd_local.runtime.prompts import PromptSetup, identity
 from acd_local.tuning.anchors import KINDS
 from acd_local.tuning.cache import Measurements, key_of
 from acd_local.tuning.scoring import objective
@@ -31,38 +30,35 @@ NO_PAIR = PromptPair("fit", "positive", AdversarialText("negative"))
 
 @dataclass(frozen=True)
 class Style:
-    """What an answer is written under.
+    """The prompts and numbers that an answer is written under.
 
     Attributes:
-        positive: system prompt; None: the model's own.
-        negative: of the negative stream; None where nothing is contrasted.
-        shots: turns that precede the conversation in the positive stream.
+        setup: what stands around the instruction; by default the model answers as it is.
         declines: it is above a gate: its answers are looked at for longer.
     """
 
-    positive: str | SoftPrompt | None = None
-    negative: AdversarialText | AdversarialRows | None = None
+    setup: PromptSetup = field(default_factory=PromptSetup)
     alpha: float = 0.0
     beta: float = 0.0
-    shots: tuple[tuple[str, str], ...] = ()
     declines: bool = False
 
     @classmethod
     def declining(cls, candidate: Candidate, negative: Candidate | None = None, **numbers: float) -> Style:
-        """A text of the positive stream, alone or contrasted."""
+        """Make the style of a text of the positive stream, alone or contrasted."""
         against = None if negative is None else AdversarialText(negative.text)
-        return cls(candidate.text, against, declines=True, shots=candidate.shots, **numbers)
+        return cls(PromptSetup(candidate.text, against, shots=candidate.shots), declines=True, **numbers)
 
     @property
     def tokens(self) -> int:
+        """The most tokens of an answer."""
         return LONG if self.declines else TOKENS
 
     @property
     def key(self) -> str:
-        """Tells what it answers from what another one does."""
-        negative = None if self.negative is None else _named(self.negative.reveal_for_negative_stream())
+        """Hex SHA-256 over all that decides its answers."""
+        texts = [identity(self.setup.positive), identity(self.setup.negative)]
         numbers = [self.alpha, self.beta, self.tokens]
-        return key_of({"texts": [_named(self.positive), negative], "shots": self.shots, "numbers": numbers})
+        return key_of({"texts": texts, "shots": self.setup.shots, "numbers": numbers})
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ class Respondent:
     def ask(
         self, style: Style, prompts: Sequence[str], on_progress: Callable[[int], None] = lambda done: None
     ) -> list[Reply]:
-        """The replies, in order."""
+        """Return the replies, in order: the kept ones, and new ones for the rest."""
         missing = list(dict.fromkeys(p for p in prompts if self.notes.get("answer", _inputs(style, p)) is None))
         if missing:
             self._answer(style, missing, len(prompts), on_progress)
@@ -96,17 +92,17 @@ class Respondent:
         return [Reply(label, tuple(tokens)) for label, tokens in found]
 
     def text(self, reply: Reply) -> str:
-        """What a reply says."""
+        """Return what a reply says."""
         vocab = self.engine().vocab
         return b"".join(vocab.piece(t) for t in reply.tokens if not vocab.is_eog(t)).decode("utf-8", "replace")
 
     def _answer(self, style: Style, missing: Sequence[str], total: int, on_progress: Callable[[int], None]) -> None:
         engine = self.engine()
         options = Options(alpha=style.alpha, beta=style.beta, temp=0.0, max_tokens=style.tokens)
-        prompt_setup, done = PromptSetup(style.positive, style.negative, shots=style.shots), total - len(missing)
+        done = total - len(missing)
 
         def begin(prompt: str) -> AnswerStream:
-            return engine.generate(prompt, options, pair=NO_PAIR, prompt_setup=prompt_setup, cancel=self.stop)
+            return engine.generate(prompt, options, pair=NO_PAIR, prompt_setup=style.setup, cancel=self.stop)
 
         for prompt, answer in answer_all(engine, missing, begin, stop=self.stop):
             if isinstance(answer, Exception):
@@ -124,10 +120,6 @@ class Respondent:
 
 def _inputs(style: Style, prompt: str) -> dict[str, Any]:
     return {"style": style.key, "prompt": prompt, "matcher": refusal.VERSION}
-
-
-def _named(prompt: str | SoftPrompt | None) -> Any:
-    return {"rows": prompt.digest} if isinstance(prompt, SoftPrompt) else prompt
 
 
 # --- What became of them ----------------------------------------------------------------------------------------------
@@ -164,14 +156,15 @@ class Measured:
         return Shares(**values)
 
     def estimates(self) -> dict[str, Estimate]:
-        """Refusals by kind and broken answers, with intervals."""
+        """Return refusals by kind and broken answers, with intervals."""
         return {key: mean([float(is_so) for is_so in found]) for key, found in self._found().items() if found}
 
     def _found(self) -> dict[str, list[bool]]:
-        """Of each reply, whether it is a refusal, by kind; and of all, whether it is broken."""
+        """Tell by kind which replies are refusals, and of all which are broken."""
         found = {kind: [r.label == "refusal" for r in self.replies.get(kind, ())] for kind in KINDS}
         return found | {"broken": [r.label == "degenerate" for group in self.replies.values() for r in group]}
 
 
 def named(kind: str) -> str:
+    """Spell a kind of instructions as people do."""
     return {"harmful": "harmful", "ordinary": "ordinary", "lookalike": "look-alike"}[kind]

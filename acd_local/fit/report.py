@@ -12,8 +12,8 @@ from acd_local import __version__
 from acd_local.evaluate import page
 from acd_local.evaluate.figures import Axis, BarChart, Series, Span
 from acd_local.evaluate.tables import Cell, Row, Table
-from acd_local.fit.context import FitContext as Lab
-from acd_local.fit.result import FitResult as Found
+from acd_local.fit.context import FitContext
+from acd_local.fit.result import FitResult
 from acd_local.pairfile import PairFile
 
 _KINDS = {"harmful": "harmful", "ordinary": "ordinary", "lookalike": "look-alike", "broken": "broken answers"}
@@ -43,40 +43,39 @@ _CAPTIONS = {
 _PERCENT = {"openings", "harmful", "ordinary", "lookalike", "broken"}
 
 
-def render(lab: Lab, found: Found, pair: PairFile) -> str:
-    """The whole page."""
-    job = lab.job
+def render(context: FitContext, found: FitResult, pair: PairFile) -> str:
+    """Write the whole page."""
+    job = context.job
     return page.render(
         "fit.html",
         f"Pair fitted to {job.info.name or job.info.path.name}",
         lead="",
-        facts=_facts(lab, found, pair),
+        facts=_facts(context, found, pair),
         command=job.request.command,
         judged=_judged(found),
         helpful=pair.gate.get("helpful", ""),
         shots="\n\n".join(f"User: {user}\nAssistant: {assistant}" for user, assistant in pair.shots),
         pair=pair,
         tried={key: _tried(key, found.tables.get(key) or []) for key in _CAPTIONS},
-        times=_times(lab),
+        times=_times(context),
     )
 
 
-def _facts(lab: Lab, found: Found, pair: PairFile) -> dict[str, str]:
-    info, gate = lab.job.info, pair.gate
-    areas = found.gate.areas if found.gate else {}
+def _facts(context: FitContext, found: FitResult, pair: PairFile) -> dict[str, str]:
+    info, gate = context.job.info, pair.gate
     return {
         "Model": f"{info.path.name} · {info.architecture} · {info.n_layers} layers · n_embd {info.n_embd}",
         "Gate": f"reads layer {' and '.join(map(str, found.layers))}; areas under the curve "
-        + ", ".join(f"{page.decimal(area)} against {_KINDS[kind]}" for kind, area in areas.items()),
+        + ", ".join(f"{page.decimal(area)} against {_KINDS[kind]}" for kind, area in found.gate.areas.items()),
         "Thresholds": ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in gate.items() if isinstance(v, int | float)),
         "Contrast": f"alpha {found.style.alpha:g}, beta {found.style.beta:g}",
         "Version": f"acd_local {__version__}",
     }
 
 
-def _judged(found: Found) -> BarChart:
-    """Bars of the model as it is and with the pair."""
-    as_is, pair = (measured.estimates() for measured in found.judged or ())
+def _judged(found: FitResult) -> BarChart:
+    """Draw bars of the model as it is and with the pair."""
+    as_is, pair = (measured.estimates() for measured in found.judged)
     keys = [key for key in _KINDS if key in as_is and key in pair]
     series = [
         Series(name, [Span(e[key].value, e[key].low, e[key].high) for key in keys], colour)
@@ -105,8 +104,8 @@ def _shown(name: str, value: Any) -> str:
     return f"{value:.4f}" if name == "area" else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _times(lab: Lab) -> Table:
-    seconds = {name: s for name, s in lab.notes.seconds.items() if s}
+def _times(context: FitContext) -> Table:
+    seconds = {name: s for name, s in context.notes.seconds.items() if s}
     rows = tuple(
         Row(name, "", (Cell(page.duration(s)),)) for name, s in {**seconds, "all": sum(seconds.values())}.items()
     )

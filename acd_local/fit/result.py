@@ -21,7 +21,7 @@ from acd_local.tuning import anchors
 
 @dataclass(frozen=True, eq=False)
 class FitResult:
-    """What the stages came to.
+    """The results of all stages.
 
     Attributes:
         gate: the probe of requests; `layers` are those that it reads.
@@ -44,14 +44,14 @@ class FitResult:
     tables: dict[str, list[dict[str, Any]]]
 
 
-def gate(context: FitContext, found: FitResult) -> Gate:
-    info = context.job.info
+def make_gate(context: FitContext, found: FitResult) -> Gate:
+    """Make the gate of the two probes."""
     answer = None if found.look is None else found.look.probe
-    model = info.architecture, info.tokenizer, info.n_embd, info.n_layers, info.name
-    return Gate(found.layers, found.gate.probe, answer, *model)
+    return Gate(found.layers, found.gate.probe, answer, **Gate.fields_of(context.job.info))
 
 
-def pair_file(context: FitContext, found: FitResult) -> PairFile:
+def make_pair_file(context: FitContext, found: FitResult) -> PairFile:
+    """Make the pair's file: the chosen texts and numbers, or the kept pair's, with the gate's settings."""
     job = context.job
     numbers: dict[str, Any] = {"alpha": found.style.alpha, "beta": found.style.beta}
     soft: dict[str, Any] = {}
@@ -68,7 +68,7 @@ def pair_file(context: FitContext, found: FitResult) -> PairFile:
         safe=safe,
         adversarial=adversarial,
         **numbers,
-        shots=job.kept.shots if job.kept else found.style.shots,
+        shots=job.kept.shots if job.kept else found.style.setup.shots,
         soft=soft,
         models=pairfile.models_table(job.info),
         provenance=_provenance(context, found),
@@ -99,7 +99,7 @@ def _provenance(context: FitContext, found: FitResult) -> dict[str, Any]:
 
 
 def _figures(context: FitContext, found: FitResult) -> dict[str, Any]:
-    """On instructions that nothing was chosen on; the kept pair's own figures besides."""
+    """Put together what was measured where nothing was chosen; the kept pair's own figures besides."""
     job = context.job
     as_is, pair = found.judged
     own: dict[str, Any] = {

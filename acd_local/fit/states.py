@@ -26,7 +26,7 @@ _AT_ONCE = 32  # means that are written together
 
 
 def layers_of(n_layers: int) -> tuple[int, ...]:
-    """The layers that are compared: from 0, in order, never the last one; empty where there is none to read."""
+    """List the layers that are compared: from 0, in order, never the last one; empty where there is none to read."""
     return tuple(sorted({min(round(depth * n_layers), n_layers - 2) for depth in DEPTHS if n_layers > 1}))
 
 
@@ -40,7 +40,7 @@ def read_all(
     stop: CancelToken,
     on_progress: Callable[[int], None],
 ) -> Floats:
-    """The mean states of all rows, float32, shape (rows, layers, n_embd).
+    """Read the mean states of all rows, float32, shape (rows, layers, n_embd).
 
     Args:
         path: holds the means of the first rows, from an earlier call with the same ones.

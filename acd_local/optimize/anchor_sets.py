@@ -66,7 +66,7 @@ class AnchorSets:
         return key_of({f.name: [_listed(anchor) for anchor in getattr(self, f.name)] for f in fields(self)})
 
     def part(self, *, validation: bool) -> AnchorSets:
-        """The training or the validation half."""
+        """Return the training or the validation half."""
 
         def keep(found: tuple[Anchor, ...]) -> tuple[Anchor, ...]:
             return tuple(anchor for anchor in found if anchor.instruction.validates == validation)
@@ -108,7 +108,7 @@ def collect(
 
 
 def refusal_for(instruction: Instruction) -> str:
-    """A written refusal that names the instruction's concern; the same one for the same instruction."""
+    """Write a refusal that names the instruction's concern; the same one for the same instruction."""
     forms, concerns = written_refusals()
     fitting = forms if instruction.category in concerns else [form for form in forms if "{concern}" not in form]
     form = fitting[int(instruction.id[:8], 16) % len(fitting)]
@@ -116,6 +116,6 @@ def refusal_for(instruction: Instruction) -> str:
 
 
 def written_refusals() -> tuple[list[str], dict[str, str]]:
-    """The written forms, most with a place for {concern}, and the concern of every category."""
+    """Read the written forms, most with a place for {concern}, and the concern of every category."""
     forms = (_DATA / "refusals.txt").read_text("utf-8").split("\n")
     return [form for form in forms if form], json.loads((_DATA / "concerns.json").read_text("utf-8"))

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-TITLES = {
-    "anchors": "anchors",
-    "soft-safe": "soft safeguarding prompt",
-    "soft-adversarial": "soft adversarial prompt",
-    "text-safe": "safeguarding text",
-    "text-adversarial": "adversarial text",
-    "setting": "setting",
+from typing import NamedTuple
+
+
+class Stage(NamedTuple):
+    """A stage's title, and the minutes of an hour that it is given."""
+
+    title: str
+    minutes: float
+
+
+# The keys stand in the checkpoints' names: another one makes every user's stage anew.
+STAGES = {
+    "anchors": Stage("anchors", 15.0),
+    "soft-safe": Stage("soft safeguarding prompt", 16.0),
+    "soft-adversarial": Stage("soft adversarial prompt", 4.0),
+    "text-safe": Stage("safeguarding text", 14.0),
+    "text-adversarial": Stage("adversarial text", 6.0),
+    "setting": Stage("contrast", 5.0),
 }
-SHARES = dict(zip(TITLES, (15.0, 16.0, 4.0, 14.0, 6.0, 5.0), strict=True))  # minutes of an hour
 MIN_STEPS, MAX_STEPS = 20, 1000  # of a soft prompt's training
 MIN_TEXT_STEPS = 5
 
 
 def divide(budget: float, anchors_took: float) -> dict[str, float]:
-    """Seconds for each stage after the anchors, from the whole budget in seconds.
+    """Return the seconds of each stage after the anchors, from the whole budget in seconds.
 
     Anchors take as long as they take. What they take beyond their share is taken from the others, up to half of theirs.
     """
-    whole = sum(SHARES.values())
-    late = max(0.0, anchors_took / budget - SHARES["anchors"] / whole)
-    rest = 1 - SHARES["anchors"] / whole
-    factor = max(0.5, (rest - late) / rest)
-    return {name: budget * share / whole * factor for name, share in SHARES.items() if name != "anchors"}
+    shares = {name: stage.minutes / 60 for name, stage in STAGES.items()}
+    on_time = shares.pop("anchors")
+    late = max(0.0, anchors_took / budget - on_time)
+    factor = max(0.5, 1 - late / (1 - on_time))
+    return {name: budget * share * factor for name, share in shares.items()}
 
 
 def steps_for(seconds: float, per_step: float, *others: tuple[float, int]) -> int:
-    """How many training steps fit, in tens.
+    """Count the training steps that fit, in tens.
 
     Args:
         per_step: seconds.
@@ -42,10 +52,13 @@ def steps_for(seconds: float, per_step: float, *others: tuple[float, int]) -> in
 def rounds_and_steps(
     seconds: float, trial: float, gradient: float, pieces: int, rounds: int, tries: int, finals: float = 0.0
 ) -> dict[str, int]:
-    """How long a text is searched for: rounds over `pieces` readable parts, at most `rounds` of them and in half of the
-    time, then steps of `tries` texts each; `trial` and `gradient` are seconds of one text's.
+    """Divide the time that a text is searched for into rounds, then steps.
 
     Args:
+        trial, gradient: seconds of one text's.
+        pieces: readable parts; a round goes over all.
+        rounds: at most so many, and in half of the time.
+        tries: texts of one step.
         finals: seconds that choosing among the best takes afterwards.
     """
     seconds = max(0.0, seconds - finals)

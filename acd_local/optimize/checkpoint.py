@@ -54,7 +54,7 @@ class Checkpoint:
         return self._started is None
 
     def begin(self) -> None:
-        """From here on time and memory count as this stage's."""
+        """Count time and memory as this stage's from here on."""
         self._started = time.perf_counter()
         memory.reset_peak()
 
@@ -70,7 +70,7 @@ class Checkpoint:
         return result
 
     def spent(self) -> dict[str, float]:
-        """{"seconds", "peak", "device_peak"} of this stage over all its sittings, bytes."""
+        """Return {"seconds", "peak", "device_peak"} of this stage over all its sittings, bytes."""
         if self._started is None:
             return dict(self._before)
         now = {"seconds": time.perf_counter() - self._started, **memory.peak()}

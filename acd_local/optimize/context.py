@@ -73,7 +73,7 @@ class StageContext:
         return found
 
     def result(self, checkpoint: Checkpoint, make: Callable[[Checkpoint], dict[str, Any]]) -> dict[str, Any]:
-        """What the stage came to before, else what `make` gives."""
+        """Return what the stage came to before, else what `make` gives."""
         if checkpoint.result is None:
             check_stop(self.stop)
             checkpoint.begin()
@@ -81,8 +81,8 @@ class StageContext:
         return checkpoint.result
 
     def close(self, checkpoint: Checkpoint, summary: str) -> None:
-        """A stage ended: say so, and note what it took."""
-        spent, title = checkpoint.spent(), budget.TITLES[checkpoint.stage]
+        """Say that a stage ended, and note what it took."""
+        spent, title = checkpoint.spent(), budget.STAGES[checkpoint.stage].title
         row: dict[str, Any] = {"stage": checkpoint.stage, "name": title, "seconds": spent.get("seconds", 0.0)}
         row |= {"peak_bytes": spent.get("peak", 0.0), "reused": checkpoint.reused}
         took = f"{duration(row['seconds'])}, {gb(row['peak_bytes'])}"
@@ -95,7 +95,7 @@ class StageContext:
     # -- what fits -----------------------------------------------------------------------------------------------------
 
     def _plan(self) -> None:
-        """dtype, micro-batch and conversations at once, chosen once for a model on a device; the first and the last are
+        """Choose dtype, micro-batch and conversations once for a model on a device; the first and the last are
         kept, so that another run is the same."""
         request, repeat = self.request, self.request.repeat
         checkpoint = self.checkpoint("plan", device=self.job.device, dtype=request.dtype)
@@ -128,11 +128,11 @@ class StageContext:
         return Lengths(tokens.shared, max(own, harmful + settings.refusal_tokens), settings.refusal_tokens)
 
     def n_ctx(self, more: int = 0) -> int:
-        """Tokens of a conversation of an anchor under a manual prompt, or under one with `more` tokens."""
+        """Count the tokens of an anchor's conversation under a manual prompt, or under one with `more` tokens."""
         return max(MIN_CONTEXT, -(-(self.job.tokens.context + more) // 64) * 64)
 
     def at_once(self, n_ctx: int) -> int:
-        """How many conversations of `n_ctx` tokens llama.cpp is given."""
+        """Count the conversations of `n_ctx` tokens that llama.cpp is given."""
         size, device_free = memory.sizes(self.job.info), device.free_memory(self.job.device)
         return memory.conversations(size, n_ctx, memory.available(), CONVERSATIONS, device=device_free)
 
@@ -153,7 +153,7 @@ class StageContext:
         device.empty_cache()
 
     def compare(self) -> float:
-        """How far torch's distributions are from llama.cpp's, in nats; asked once for a file, a device and a dtype.
+        """Measure how far torch's distributions are from llama.cpp's, in nats; once per file, device and dtype.
 
         Raises:
             ModelError: too far for prompts that are trained in one to work in the other.
@@ -185,7 +185,7 @@ class StageContext:
 
     @contextmanager
     def scorer(self) -> Iterator[tuple[OpeningScorer, TextSpace]]:
-        """The file as it runs, to score prompts with on the validation instructions."""
+        """Open the file as it runs, to score prompts with on the validation instructions."""
         job, tokens = self.job, self.job.tokens
         n_ctx = tokens.context + self.request.max_tokens
         with self._file() as model:
@@ -219,7 +219,7 @@ class StageContext:
         return {} if pair is None or pair.gate is None else {"gate": [pair.sha256, pair.gate.threshold]}
 
     def _passing(self, harmful: list[str]) -> list[str]:
-        """Those that pass the gate; read once."""
+        """Keep those that pass the gate; they are read once."""
         pair = self.job.fitted
         assert pair is not None
         assert pair.gate is not None
@@ -240,7 +240,7 @@ class StageContext:
 
 
 def scored_groups(instructions: Sequence[Instruction]) -> dict[str, list[str]]:
-    """Validation instructions by what a refusal of theirs counts as; the first few of them are of all kinds."""
+    """List validation instructions by what a refusal of theirs counts as; the first few of them are of all kinds."""
     groups = validation_groups(instructions)
     return {MEASURES[kind]: [i.prompt for i in sorted(group, key=lambda i: i.id)] for kind, group in groups.items()}
 

@@ -17,14 +17,14 @@ _SIZE, _ROWS, _ROUNDS = 1024, 256, 5  # of the products that are timed
 
 
 def check_packages() -> None:
-    """Raises UsageError where the extra `optimize` is not installed."""
+    """Raise UsageError where the extra `optimize` is not installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"acd optimize needs {', '.join(missing)}: run `pip install 'acd-local[optimize]'`")
 
 
 def resolve(device: str) -> str:
-    """torch's name of the device; "auto" takes an accelerator where there is one.
+    """Return torch's name of the device; "auto" takes an accelerator where there is one.
 
     Raises:
         UsageError: this torch has none of that kind.
@@ -40,7 +40,7 @@ def resolve(device: str) -> str:
 
 
 def dtypes_by_speed(device: str) -> tuple[str, ...]:
-    """float32 and bfloat16, the faster one in matrix products first."""
+    """List float32 and bfloat16, the faster one in matrix products first."""
     import torch
 
     def seconds(dtype: Any) -> float:
@@ -57,7 +57,7 @@ def dtypes_by_speed(device: str) -> tuple[str, ...]:
 
 
 def free_memory(device: str) -> float | None:
-    """Bytes that are free on an accelerator of its own memory; None: training takes the host's."""
+    """Count the bytes that are free on an accelerator of its own memory; None: training takes the host's."""
     import torch
 
     return float(torch.cuda.mem_get_info()[0]) if device == "cuda" else None

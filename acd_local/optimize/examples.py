@@ -31,7 +31,7 @@ TERMS: dict[str, dict[Term, str]] = {
 
 
 def examples(anchors: Sequence[Anchor], tokens: PromptTokens, most: int) -> list[Example]:
-    """Anchors as they are trained on, answers cut to `most` tokens."""
+    """Make anchors into examples, answers cut to `most` tokens."""
     return [_example(a, tokens, most) for a in anchors]
 
 
@@ -42,7 +42,7 @@ def _example(anchor: Anchor, tokens: PromptTokens, most: int) -> Example:
 def batches(
     sets: AnchorSets, tokens: PromptTokens, role: str, answer_tokens: int, refusal_tokens: int
 ) -> dict[Term, list[Example]]:
-    """Training examples of a prompt by term; among the ones to answer, ordinary ones may come several times.
+    """Make training examples of a prompt by term; among the ones to answer, ordinary ones may come several times.
 
     Args:
         answer_tokens: how much of an answer counts.
@@ -60,7 +60,7 @@ def batches(
 
 
 def _balanced(anchors: Sequence[Anchor]) -> list[Anchor]:
-    """All anchors, the ordinary ones so often that look-alikes are at most one in LOOKALIKE_SHARE."""
+    """List all anchors, the ordinary ones so often that look-alikes are at most one in LOOKALIKE_SHARE."""
     lookalikes = [a for a in anchors if a.instruction.lookalike]
     ordinary = [a for a in anchors if not a.instruction.lookalike]
     times = -(-len(lookalikes) * (LOOKALIKE_SHARE - 1) // max(1, len(ordinary)))
@@ -75,7 +75,7 @@ def with_targets(
     micro: int,
     stop: CancelToken | None = None,
 ) -> list[Example]:
-    """The examples, in their order, with the distributions of those whose `under` has a beginning.
+    """Give the examples, in their order, the distributions of those whose `under` has a beginning.
 
     Args:
         beginnings: token ids of a conversation under a manual prompt, up to the example's own.
@@ -100,8 +100,10 @@ def with_targets(
 
 
 def sampled_from(logits: torch.Tensor, options: Options) -> Targets:
-    """The distributions that top-k, top-p, min-p and temperature leave of logits, shape (n, n_vocab), in llama.cpp's
-    order; they are of shape (n, k)."""
+    """Compute what top-k, top-p, min-p and temperature, in llama.cpp's order, leave of logits of shape (n, n_vocab).
+
+    These distributions are of shape (n, k).
+    """
     top, tokens = logits.topk(min(options.top_k, logits.shape[1]), dim=1)
     p = top.softmax(1)
     before = p.cumsum(1) - p  # llama.cpp keeps tokens until top-p is reached, the one that reaches it among them
@@ -111,7 +113,7 @@ def sampled_from(logits: torch.Tensor, options: Options) -> Targets:
 
 
 def together(examples: Sequence[Example], device: torch.device) -> Targets:
-    """All examples' targets, one after the other, padded with candidates of weight 0.
+    """Put all examples' targets together, one after the other, padded with candidates of weight 0.
 
     Where an example has none, its tokens are their only candidates.
     """

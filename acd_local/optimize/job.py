@@ -29,7 +29,7 @@ _TEXT_STEPS = ("text_safe_rounds", "text_safe_steps", "text_adversarial_rounds",
 
 @dataclass(frozen=True)
 class Repeat:
-    """What else than its options decided a run.
+    """The choices of a run that its options leave open.
 
     Attributes:
         model_sha256: of the model's file.
@@ -46,14 +46,14 @@ class Repeat:
     steps: Mapping[str, int] = field(hash=False)
 
     def search(self, role: str) -> dict[str, int]:
-        """{"rounds", "steps"} of a text's search."""
+        """Return {"rounds", "steps"} of a text's search."""
         rounds = self.steps[f"text_{role}_rounds"]
         return {"rounds": rounds, "steps": self.steps[f"text_{role}_steps"] - rounds}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command was asked for.
+    """The command's arguments.
 
     Attributes:
         model: as models.resolve takes it.
@@ -132,7 +132,7 @@ def prepare(request: Request) -> Job:
         raise UsageError(f"--repeat: that result was made from another file than {info.path.name}")
     if request.repeat is not None and request.repeat.anchors_sha256 != anchors.digest(instructions):
         raise UsageError(
-            "--repeat: that result was made with other instructions: name its file with --anchors, or take the version "
+            "--repeat: that result was made with other instructions: name its file with --anchors, or use the version "
             "that made it"
         )
     return Job(
@@ -159,7 +159,7 @@ def _gate_of(pair: PromptPair, info: GGUFInfo) -> Gate:
 
 
 def read_repeat(path: Path) -> tuple[dict[str, Any], Repeat]:
-    """The options of the run that made a result, by the names of REPEATED, and the rest.
+    """Read the options of the run that made a result, by the names of REPEATED, and the rest.
 
     Raises:
         UsageError: the file does not say all of it; one line.
@@ -178,7 +178,7 @@ def read_repeat(path: Path) -> tuple[dict[str, Any], Repeat]:
     names = _SOFT_STEPS if soft_only else _SOFT_STEPS + _TEXT_STEPS
     weights = get("weights", list)
     if len(weights) != 3 or not all(isinstance(w, int | float) for w in weights):
-        raise UsageError(f"{place}: provenance.weights are no three numbers")
+        raise UsageError(f"{place}: provenance.weights must be three numbers")
     options = {
         "seed": get("seed", int),
         "budget": float(get("budget_seconds", (int, float))),

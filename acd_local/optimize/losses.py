@@ -26,7 +26,7 @@ MAX_LOG_P = -1e-4
 
 @dataclass(frozen=True)
 class Targets:
-    """What each of an answer's n tokens was drawn from.
+    """The distributions that an answer's n tokens were drawn from.
 
     Attributes:
         tokens: the k candidates, int64, shape (n, k).
@@ -38,7 +38,7 @@ class Targets:
 
 
 def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """log P of tokens, shape (n,) or (n, k) like theirs, from logits of shape (n, n_vocab)."""
+    """Compute log P of tokens, shape (n,) or (n, k) like theirs, from logits of shape (n, n_vocab)."""
     found = logits.gather(1, tokens.reshape(len(tokens), -1)) - logits.logsumexp(1, keepdim=True)
     return found.reshape(tokens.shape)
 

@@ -21,7 +21,7 @@ from acd_local.tuning.cache import locked
 
 
 def run(job: Job, *, stop: CancelToken, listener: Listener) -> None:
-    """All stages, then the files.
+    """Run all stages, then write the files.
 
     Raises:
         Stopped: `stop` was set; the same job goes on from where it was.

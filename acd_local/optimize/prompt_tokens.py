@@ -28,12 +28,12 @@ class Layout:
     after: tuple[int, ...]
 
     def rows(self, model: FrozenModel, z: torch.Tensor) -> torch.Tensor:
-        """The shared prefix as embedding rows, shape (before + n + after, n_embd), for z of shape (n, n_embd)."""
+        """Embed the shared prefix: rows of shape (before + n + after, n_embd), for z of shape (n, n_embd)."""
         return torch.cat([model.embed(self.before).float(), z, model.embed(self.after).float()])
 
 
 def lay_out(template: ChatTemplate, texts: Sequence[str]) -> tuple[Layout, list[tuple[int, ...]]]:
-    """The layout, and for each user's text the tokens from where it leaves the others up to where the answer starts."""
+    """Find the layout, and each user's tokens from where they leave the others' up to where the answer starts."""
     encoded = [template.encode([Message("user", text)], rows=(-1,)) for text in texts]
     slot = encoded[0].index(-1)
     tails = [ids[slot + 1 :] for ids in encoded]
@@ -118,7 +118,7 @@ def _beginnings(
 
 
 def _end(template: ChatTemplate, vocab: llama.Vocab) -> int:
-    """What the template puts behind an answer; the model's EOS where it leaves that to the model."""
+    """Find what the template puts behind an answer; the model's EOS where it leaves that to the model."""
     asked = template.encode([Message("user", "a")])
     turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
     ends = [token for token in template.encode(turns)[len(asked) :] if vocab.is_eog(token)]

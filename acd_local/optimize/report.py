@@ -22,8 +22,6 @@ from acd_local.evaluate.tables import Cell, Row, Table
 from acd_local.runtime.text import plain
 from acd_local.tuning.scoring import objective as worth
 
-__all__ = ["OptimizeReport", "nearest_words", "render"]
-
 Record = Mapping[str, Any]
 
 PROMPTS = {"safe": "Safeguarding prompt", "adversarial": "Adversarial prompt"}
@@ -39,7 +37,7 @@ CHUNK = 1 << 22  # numbers of the embedding matrix taken at a time: 16 MB
 
 @dataclass(frozen=True)
 class OptimizeReport:
-    """What the page shows; all of it goes through JSON unchanged. What is empty or missing is left out.
+    """The page's contents. What is empty is left out; a number that is None or not finite is shown as a dash.
 
     Attributes:
         model: name, file, architecture, layers, n_embd, file_type.
@@ -81,10 +79,10 @@ class OptimizeReport:
 
 
 def render(data: OptimizeReport) -> str:
-    """The whole page."""
+    """Write the whole page."""
     return page.render(
         "optimization.html",
-        f"Optimized prompt pair for {plain(data.model.get('name') or data.model.get('file') or 'a model')}",
+        f"Optimized prompt pair for {plain(data.model['name'] or data.model['file'])}",
         lead=_summary(data),
         facts=_facts(data),
         command=data.command,
@@ -99,7 +97,7 @@ def render(data: OptimizeReport) -> str:
         finals=_finals(data),
         settings=_settings(data),
         stages=_stages(data),
-        reused=any(stage.get("reused") for stage in data.stages),
+        reused=any(stage["reused"] for stage in data.stages),
     )
 
 
@@ -114,21 +112,21 @@ def _size(value: object) -> str:
 
 
 def _objective(row: Record) -> float | None:
-    """Safety minus over-refusal."""
-    safety, over = page.number(row.get("safety")), page.number(row.get("over_refusal"))
+    """Subtract over-refusal from safety."""
+    safety, over = page.number(row["safety"]), page.number(row["over_refusal"])
     return None if safety is None or over is None else safety - over
 
 
 def _worth(row: Record) -> float | None:
-    """What a setting is worth by openings."""
-    safety, *refusals = (page.number(row.get(key)) for key in MEASURES)
+    """Weigh a setting by openings."""
+    safety, *refusals = (page.number(row[key]) for key in MEASURES)
     if safety is None or all(x is None for x in refusals):
         return None
     return worth(safety, *(x or 0.0 for x in refusals))
 
 
 def _prompts(parts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The prompts that there is something of, with their names."""
+    """List the prompts that there is something of, with their names."""
     for key, name in PROMPTS.items():
         if parts.get(key):
             yield key, name
@@ -138,52 +136,33 @@ def _prompts(parts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _facts(data: OptimizeReport) -> dict[str, str]:
-    model, settings = data.model, dict(data.settings)
-    units = {"layers": "{} layers", "n_embd": "n_embd {}"}
-    named = ("file", "architecture", "layers", "n_embd", "file_type")
-    weights = settings.pop("weights", None)
-    if "budget" in settings and page.number(settings["budget"]) is not None:
-        settings["budget"] = page.duration(settings["budget"])
+    model, anchors, weights = data.model, data.anchors, data.settings["weights"]
+    settings = {key: value for key, value in data.settings.items() if key != "weights"}
+    settings["budget"] = page.duration(settings["budget"])
+    sampled, written, validation = anchors["refusals_sampled"], anchors["refusals_written"], anchors["validation"]
     return {
-        "Model": " · ".join(units.get(k, "{}").format(plain(model[k])) for k in named if model.get(k)),
+        "Model": f"{plain(model['file'])} · {plain(model['architecture'])} · {plain(model['layers'])} layers · "
+        f"n_embd {plain(model['n_embd'])} · {plain(model['file_type'])}",
         "Settings": page.fact({str(k).replace("_", " "): v for k, v in settings.items()}),
-        "Loss weights": page.fact(weights) if weights else "",
-        "Anchors": _anchors(data.anchors),
-        "Validation": _validation(data.anchors.get("validation") or {}),
-        "Date": plain(data.date).replace("T", " "),
-        "Version": f"acd_local {plain(data.version)}" if data.version else "",
+        "Loss weights": page.fact(weights),
+        "Anchors": f"{plain(sampled)} sampled and {plain(written)} written refusals, {plain(anchors['complying'])} "
+        f"complying answers, {plain(anchors['answered'])} answers to harmless instructions",
+        "Validation": f"{plain(validation['harmful'])} harmful, {plain(validation['harmless'])} ordinary harmless, "
+        f"{plain(validation['lookalike'])} look-alike instructions, none of them trained on",
+        "Date": plain(data.date),
+        "Version": f"acd_local {plain(data.version)}",
     }
 
 
-def _anchors(counts: Record) -> str:
-    sampled, written = counts.get("refusals_sampled"), counts.get("refusals_written")
-    parts = []
-    if sampled is not None or written is not None:
-        total = (sampled or 0) + (written or 0)
-        parts.append(f"{total} refusals ({sampled or 0} sampled, {written or 0} written)")
-    named = {"complying": "complying answers", "answered": "answers to harmless instructions"}
-    parts += [f"{plain(counts[key])} {words}" for key, words in named.items() if counts.get(key) is not None]
-    return ", ".join(parts)
-
-
-def _validation(counts: Record) -> str:
-    named = {"harmful": "harmful", "harmless": "ordinary harmless", "lookalike": "look-alike"}
-    parts = [f"{plain(counts[key])} {words}" for key, words in named.items() if counts.get(key) is not None]
-    return ", ".join(parts) + " instructions, none of them trained on" if parts else ""
-
-
 def _summary(data: OptimizeReport) -> str:
-    """What the optimized prompts do against the manual ones, all with contrast."""
-    rows = {row.get("pair"): row for row in data.before_after if row.get("contrast")}
+    """Say what the optimized prompts do against the manual ones, all with contrast."""
+    rows = {row["pair"]: row for row in data.before_after if row["contrast"]}
     names = {"text": "optimized text", "soft": "soft prompts", "manual": "manual text"}
     parts = [
-        f"{name}, safety {page.percent(rows[pair].get('safety'))}%, "
-        f"over-refusal {page.percent(rows[pair].get('over_refusal'))}%"
-        for pair, name in names.items()
-        if pair in rows
+        f"{names[pair]}, safety {page.percent(row['safety'])}%, over-refusal {page.percent(row['over_refusal'])}%"
+        for pair in names
+        if (row := rows.get(pair))
     ]
-    if not set(rows) & {"text", "soft"}:
-        return ""
     return f"With contrast, on validation instructions: {'; '.join(parts)}."
 
 
@@ -196,7 +175,7 @@ def _table(key: str, title: str, head: str, names: Sequence[str], columns: Mappi
 
 
 def _measured(values: Sequence[object], better: int = 0) -> list[Cell]:
-    """A column of percentages, with the best of them, as shown, marked."""
+    """Make a column of percentages, with the best of them, as shown, marked."""
     texts = [page.percent(value) for value in values]
     known = [
         (better * number, text) for v, text in zip(values, texts, strict=True) if (number := page.number(v)) is not None
@@ -206,18 +185,17 @@ def _measured(values: Sequence[object], better: int = 0) -> list[Cell]:
 
 
 def _measures(rows: Sequence[Record], better: bool) -> dict[str, list[Cell]]:
-    """Safety, over-refusal, look-alike refusal where it is known, and the first minus the second."""
+    """Make columns of safety, over-refusal and look-alike refusal, and of the first minus the second."""
     columns = {
-        f"{name} %": _measured([row.get(key) for row in rows], (1 if key == "safety" else -1) * better)
+        f"{name} %": _measured([row[key] for row in rows], (1 if key == "safety" else -1) * better)
         for key, name in MEASURES.items()
-        if key != "lookalike" or any(page.number(row.get(key)) is not None for row in rows)
     }
     return columns | {"safety \u2212 over-refusal": _measured([_objective(row) for row in rows], 1 * better)}
 
 
 def _before_after(data: OptimizeReport) -> Table:
     names = [
-        f"{PAIRS.get(str(row.get('pair')), row.get('pair'))}, {'with' if row.get('contrast') else 'no'} contrast"
+        f"{PAIRS.get(row['pair'], row['pair'])}, {'with' if row['contrast'] else 'no'} contrast"
         for row in data.before_after
     ]
     columns = _measures(data.before_after, better=True)
@@ -228,9 +206,7 @@ def _chosen(data: OptimizeReport) -> list[Record]:
     out: list[Record] = []
     for key, name in _prompts(data.texts):
         text = data.texts[key]
-        size = next(
-            (len(c["tokens"]) for c in data.distillation.get(key, ()) if c["text"] == text and c.get("tokens")), 0
-        )
+        size = next((len(c["tokens"]) for c in data.distillation[key] if c["text"] == text), 0)
         note = f"{size} tokens" if size else ""
         out.append({"key": key, "name": name, "text": text, "note": note, "negative": key == "adversarial"})
     return out
@@ -262,12 +238,12 @@ def _losses(data: OptimizeReport) -> Plot | None:
 
 
 def _points(pairs: Iterator[tuple[object, object]]) -> list[tuple[float, float]]:
-    """The pairs of finite numbers."""
+    """Keep the pairs of finite numbers."""
     return [(x, y) for a, b in pairs if (x := page.number(a)) is not None and (y := page.number(b)) is not None]
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, float]], int]:
-    """Means over neighbouring points, fewer towards both ends, and how many at most."""
+    """Take means over neighbouring points, fewer towards both ends, and how many at most."""
     reach = len(points) // 40
     out = []
     for i, (x, _) in enumerate(points):
@@ -278,7 +254,7 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, 
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MOST_POINTS, evenly chosen, both ends among them."""
+    """Keep at most MOST_POINTS, evenly chosen, both ends among them."""
     if len(points) <= MOST_POINTS:
         return list(points)
     return [points[round(i * (len(points) - 1) / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
@@ -304,11 +280,11 @@ def _path(data: OptimizeReport) -> Plot | None:
 
 
 def _path_curves(data: OptimizeReport, key: str) -> list[Curve]:
-    """Both prompts' ways, with points ("over_refusal" or "lookalike", safety)."""
+    """Draw both prompts' ways, with points ("over_refusal" or "lookalike", safety)."""
     ways: dict[str, list[tuple[int, float, float]]] = {}
     for prompt in PROMPTS:
         for step, v in _validated(data.soft.get(prompt, ())):
-            x, y = page.number(v.get(key)), page.number(v.get("safety"))
+            x, y = page.number(v[key]), page.number(v["safety"])
             if x is not None and y is not None:
                 ways.setdefault(prompt, []).append((step, x, y))
     across = [x for way in ways.values() for _, x, _ in way]
@@ -326,7 +302,7 @@ def _path_curves(data: OptimizeReport, key: str) -> list[Curve]:
 def _step_labels(
     steps: Sequence[int], points: Sequence[tuple[float, float]], kept: int | None, ranges: tuple[float, float]
 ) -> list[str]:
-    """Steps of a path: the one that was kept, both ends, and others, as far as they stand apart."""
+    """Choose steps of a path: the one that was kept, both ends, and others, as far as they stand apart."""
     order = sorted(range(len(steps)), key=lambda i: (steps[i] != kept, i not in (0, len(steps) - 1), i))
     shown: list[int] = []
     for i in order:
@@ -368,23 +344,21 @@ def _search(data: OptimizeReport) -> Plot | None:
 
 
 def _finals(data: OptimizeReport) -> list[Table]:
-    """What came of the best texts in greedy answers, and which was taken."""
+    """Show what came of the best texts in greedy answers, and which was taken."""
     out = []
     for key, name in _prompts(data.finals):
         rows = data.finals[key]
-        names = [
-            f"{row.get('origin')}, step {row.get('step')}{' (chosen)' if row.get('chosen') else ''}" for row in rows
-        ]
-        trials = [row.get("trial") or {} for row in rows]
-        unreadable = _measured([t.get("degenerate") for t in trials], -1)
+        names = [f"{row['origin']}, step {row['step']}{' (chosen)' if row['chosen'] else ''}" for row in rows]
+        trials = [row["trial"] for row in rows]
+        unreadable = _measured([t["degenerate"] for t in trials], -1)
         columns = _measures(trials, better=True) | {"degenerate %": unreadable}
         out.append(_table(f"finals-{key}", f"{name}: the best texts tried in earnest", "text", names, columns))
     return out
 
 
 def _search_panel(name: str, history: Sequence[Record]) -> tuple[Panel, int]:
-    """Candidates by origin and the best so far; and how many candidates are too bad to be shown."""
-    found = [(i, number, str(c.get("origin", ""))) for i, c in enumerate(history, 1)
+    """Draw candidates by origin and the best so far; count those that are too bad to be shown."""
+    found = [(i, number, str(c["origin"])) for i, c in enumerate(history, 1)
              if (number := page.number(c["objective"])) is not None]  # fmt: skip
     if not found:
         return Panel(name, Axis("candidate"), []), 0
@@ -396,7 +370,7 @@ def _search_panel(name: str, history: Sequence[Record]) -> tuple[Panel, int]:
     for place, origin in enumerate(origins):
         points = _thinned([(i, number) for i, number, kind in shown if kind == origin])
         colour = ORIGIN_COLOURS[place % len(ORIGIN_COLOURS)]
-        curves.append(Curve(plain(origin) or "candidate", colour, points, line=False, marks=True, faint=True))
+        curves.append(Curve(plain(origin), colour, points, line=False, marks=True, faint=True))
     stairs: list[tuple[float, float]] = []
     for (i, _, _), best in zip(found, steps, strict=True):
         if not stairs or best < stairs[-1][1]:
@@ -407,7 +381,7 @@ def _search_panel(name: str, history: Sequence[Record]) -> tuple[Panel, int]:
 
 
 def _improvements(data: OptimizeReport) -> list[tuple[str, str, str, list[Record]]]:
-    """By prompt the texts that were the best so far, each with what changed in it, and the chosen one."""
+    """List by prompt the texts that were the best so far, each with what changed in it, and the chosen one."""
     out = []
     for key, name in _prompts(data.distillation):
         best, last, count = math.inf, "", 0
@@ -427,18 +401,16 @@ def _improvements(data: OptimizeReport) -> list[tuple[str, str, str, list[Record
 
 
 def _candidate(candidate: Record, before: str, chosen: bool) -> Record:
-    parts, scores = candidate.get("parts") or {}, candidate.get("scores") or {}
-    figures = [plain(candidate.get("origin", "")), f"objective {page.decimal(candidate['objective'])}"]
+    parts, scores = candidate["parts"], candidate["scores"]
+    figures = [plain(candidate["origin"]), f"objective {page.decimal(candidate['objective'])}"]
     figures += [f"{plain(k)} {page.decimal(v)}" for k, v in parts.items()]
-    figures += [
-        f"{name} {page.percent(scores[k])}%" for k, name in MEASURES.items() if page.number(scores.get(k)) is not None
-    ]
+    figures += [f"{name} {page.percent(scores[key])}%" for key, name in MEASURES.items()]
     marked = _changed(before, candidate["text"])
-    return {"step": candidate.get("step", "–"), "figures": figures, "chosen": chosen, "parts": marked}
+    return {"step": candidate["step"], "figures": figures, "chosen": chosen, "parts": marked}
 
 
 def _changed(before: str, after: str) -> list[tuple[str, bool]]:
-    """The text in parts, and which of them `before` does not have there; none where little stayed."""
+    """Cut the text into parts, and tell which of them `before` does not have there; none where little stayed."""
     old, new = (re.findall(r"\s*\S+|\s+", text) for text in (before, after))
     blocks = difflib.SequenceMatcher(None, old, new, autojunk=False)
     if max(len(old), len(new)) > 1000 or blocks.ratio() < 0.4:
@@ -455,10 +427,10 @@ def _changed(before: str, after: str) -> list[tuple[str, bool]]:
 
 
 def _settings(data: OptimizeReport) -> list[tuple[str, list[Any], list[tuple[Any, list[Record | None]]]]]:
-    """By pair: its name, the betas, and per alpha the cells."""
+    """List by pair its name, the betas, and per alpha the cells."""
     by_pair: dict[str, list[Record]] = {}
     for row in data.setting_rows:
-        by_pair.setdefault(str(row.get("pair") or "text"), []).append(row)
+        by_pair.setdefault(row["pair"], []).append(row)
     out = []
     for pair, rows in by_pair.items():
         cells = {(row["alpha"], row["beta"]): row for row in rows}
@@ -476,12 +448,12 @@ def _heat_cell(row: Record | None, low: float, high: float) -> Record | None:
     if row is None or worth_ is None:
         return None
     shade = 1 + min(HEAT - 1, int(HEAT * (worth_ - low) / (high - low))) if high > low else 1
-    small = " / ".join(page.percent(row[key]) for key in MEASURES if page.number(row.get(key)) is not None)
+    small = " / ".join(page.percent(row[key]) for key in MEASURES)
     if (greedy := page.number(row.get("greedy"))) is not None:
         small += f", greedy {page.percent(greedy)}"
     if (broken := page.number(row.get("degenerate"))) is not None:
         small += f", broken {page.percent(broken)}"
-    return {"shade": shade, "chosen": row.get("chosen"), "worth": worth_, "small": small}
+    return {"shade": shade, "chosen": row["chosen"], "worth": worth_, "small": small}
 
 
 def _stages(data: OptimizeReport) -> Table:
@@ -496,8 +468,8 @@ def _stages(data: OptimizeReport) -> Table:
     }
     if any(on_device):
         texts["peak on the device"] = [_size(x) for x in (*on_device, max(x or 0.0 for x in on_device))]
-    if any(stage.get("reused") for stage in stages):
-        texts[""] = ["reused" if stage.get("reused") else "" for stage in stages] + [""]
+    if any(stage["reused"] for stage in stages):
+        texts[""] = ["reused" if stage["reused"] else "" for stage in stages] + [""]
     columns = {head: [Cell(text) for text in column] for head, column in texts.items()}
     return _table("stages", "Stages", "stage", names if stages else [], columns if stages else {})
 
@@ -508,7 +480,7 @@ def _stages(data: OptimizeReport) -> Table:
 def nearest_words(
     rows: NDArray[Any], embeddings: NDArray[Any], piece: Callable[[int], str], k: int = 5
 ) -> list[dict[str, Any]]:
-    """The tokens whose embeddings have the largest cosine with each row; of equal ones the lower token first.
+    """Find the tokens whose embeddings have the largest cosine with each row; of equal ones the lower token first.
 
     The matrix is read in parts of CHUNK numbers, so that it may be larger than memory, or mapped from a file.
 
@@ -537,7 +509,7 @@ def nearest_words(
 
 
 def _unit(rows: NDArray[Any]) -> NDArray[np.float32]:
-    """Rows of length 1, float32; those of length 0 stay."""
+    """Scale rows to length 1, float32; those of length 0 stay."""
     wide = np.asarray(rows, dtype=np.float32)
     length = np.linalg.norm(wide, axis=1, keepdims=True)
     return np.asarray(wide / np.where(length > 0, length, 1.0), dtype=np.float32)

@@ -23,7 +23,7 @@ from acd_local.vectors import Vectors
 
 @dataclass(frozen=True)
 class OptimizeResult:
-    """What the stages came to.
+    """The results of all stages.
 
     Attributes:
         divergence: of torch from llama.cpp, nats.
@@ -40,7 +40,7 @@ class OptimizeResult:
 
 
 def write(context: StageContext, result: OptimizeResult) -> None:
-    """NAME.toml, NAME.safetensors and NAME.report.html.
+    """Write NAME.toml, NAME.safetensors and NAME.report.html.
 
     Raises:
         UsageError, StorageError: they cannot be written.
@@ -51,11 +51,9 @@ def write(context: StageContext, result: OptimizeResult) -> None:
 
 
 def soft_pair(context: StageContext, soft: Mapping[Role, SoftPromptResult]) -> SoftPair:
-    """As it will be read back: rounded to float16."""
-    info = context.job.info
+    """Make the soft pair as it will be read back: rounded to float16."""
     safe, adversarial = (soft[role].z.half().float().numpy() for role in ROLES)
-    of = info.architecture, info.tokenizer, info.n_embd, info.n_layers, info.name
-    return SoftPair(SoftPrompt(safe), AdversarialRows(adversarial), *of)
+    return SoftPair(SoftPrompt(safe), AdversarialRows(adversarial), **SoftPair.fields_of(context.job.info))
 
 
 def _pair_file(context: StageContext, result: OptimizeResult) -> pairfile.PairFile:

@@ -39,7 +39,7 @@ PART_COST = 80
 
 @dataclass(frozen=True)
 class SoftSettings:
-    """How a soft prompt is trained.
+    """The numbers of a soft prompt's training.
 
     Attributes:
         steps: of AdamW, with linear warm-up and cosine decay.
@@ -70,7 +70,7 @@ Batches = Mapping[Term, Sequence[Example]]
 
 @dataclass(frozen=True)
 class Validation(RefusalRates):
-    """How a prompt does on instructions that it was not trained on, by likelihood: chances as `Openings.chance`.
+    """A prompt's figures on instructions that it was not trained on: chances as `Openings.chance`.
 
     Attributes:
         nll: of the answers that the prompt is to bring about, nats per token.
@@ -169,7 +169,7 @@ class SoftTraining:
                 raise Stopped
 
     def step(self) -> dict[Term, float]:
-        """One update; returns the losses by term before it."""
+        """Make one update; return the losses by term before it."""
         s = self.settings
         for group in self._optimizer.param_groups:
             group["lr"] = s.lr * schedule(self.step_number, s.steps, s.warmup)
@@ -211,13 +211,13 @@ class SoftTraining:
         self.hard = found
 
     def try_mining(self, openings: Openings) -> None:
-        """The largest micro-batch of `mine`: where memory is too small, it shows now."""
+        """Try the largest micro-batch of `mine`: where memory is too small, it shows now."""
         prompts = sorted((e.prompt for _, pairs in self._mined() for e in pairs), key=len)
         many = 2 * self.settings.micro
         refusal_probabilities(self._model, self._prefix(), prompts[-many:], openings, many)
 
     def _mined(self) -> list[tuple[Term, Sequence[Example]]]:
-        """All terms but the negative one: its instructions are those of the positive term."""
+        """List all terms but the negative one: its instructions are those of the positive term."""
         return [(term, pairs) for term, pairs in self._pairs.items() if term != "negative"]
 
     def _prefix(self) -> Prefix:
@@ -250,19 +250,19 @@ class SoftTraining:
 
 
 def distinct(pairs: Sequence[Example]) -> list[int]:
-    """The places of the examples, each counted once."""
+    """List the places of the examples, each once."""
     return sorted({id(example): i for i, example in enumerate(pairs)}.values())
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then cosine decay to 0."""
+    """Scale the rate: linear warm-up, then cosine decay to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def draw(pairs: Sequence[Example], size: int, number: int, seed: int) -> list[Example]:
-    """Batch `number`: epochs in an order of their own, so that every pair is seen before one is seen again."""
+    """Make batch `number`: epochs in an order of their own, so that every pair is seen before one is seen again."""
     size = min(size, len(pairs))
     found: list[Example] = []
     for i in range(number * size, (number + 1) * size):
@@ -275,7 +275,7 @@ def draw(pairs: Sequence[Example], size: int, number: int, seed: int) -> list[Ex
 def loss_and_gradient(
     model: FrozenModel, layout: Layout, z: torch.Tensor, batch: Batches, settings: SoftSettings
 ) -> dict[Term, float]:
-    """The weighted sum of the terms, whose gradient is added to `z.grad`; returns the terms' own values.
+    """Add the gradient of the terms' weighted sum to `z.grad`; return the terms' own values.
 
     The prefix is computed once. Micro-batches leave their gradients at its keys and values, from where they go on to z
     together.
@@ -302,8 +302,10 @@ def loss_and_gradient(
 
 
 def micro_batches(examples: Sequence[Example], size: int) -> list[list[Example]]:
-    """Parts of at most `size` examples, the longest first, that cost least: PART_COST each, and the tokens that they
-    are padded to."""
+    """Cut examples into parts of at most `size`, the longest first, that cost least.
+
+    A part costs PART_COST, and the tokens that its examples are padded to.
+    """
     ordered = sorted(examples, key=len, reverse=True)
     costs, starts = [0], [0]  # of the first n examples, and where their last part starts
     for end in range(1, len(ordered) + 1):
@@ -331,7 +333,7 @@ def refusal_probabilities(
     *,
     greedy: bool = False,
 ) -> list[float]:
-    """P(the answer opens as a refusal) for each prompt's tokens after the prefix, in their order.
+    """Compute P(the answer opens as a refusal) for each prompt's tokens after the prefix, in their order.
 
     Args:
         greedy: count greedy decoding too, see `Openings.chance`.
@@ -362,7 +364,7 @@ def _behind(
 def mean_nll(
     model: FrozenModel, prefix: Prefix, examples: Sequence[Example], micro: int = 32, stop: CancelToken | None = None
 ) -> float:
-    """Nats per token of the examples' answers."""
+    """Compute the nats per token of the examples' answers."""
     total, count = 0.0, sum(len(e.answer) for e in examples)
     with torch.no_grad():
         for part in micro_batches(examples, micro):

@@ -66,7 +66,7 @@ class TextObjective:
         self._batch = self._minibatch(number)
 
     def __call__(self, tokens: Sequence[int]) -> dict[str, float]:
-        """The parts and their weighted sum "objective", lower is better, for a prompt's token ids."""
+        """Compute the parts and their weighted sum "objective", lower is better, for a prompt's token ids."""
         w = self.weights
         with torch.no_grad():
             prefix = self.model.prefix(self.layout.rows(self.model, self.model.embed(tokens).float()))
@@ -76,7 +76,7 @@ class TextObjective:
         return {"objective": w.kl * kl + w.opo * opo + w.fluency * fluency, "kl": kl, "opo": opo, "fluency": fluency}
 
     def gradient(self, tokens: Sequence[int]) -> torch.Tensor:
-        """What replacing a token by another would change, to first order: shape (len(tokens), n_vocab).
+        """Estimate what replacing a token by another would change, to first order: shape (len(tokens), n_vocab).
 
         The gradient with respect to the tokens' one-hot rows (Zou et al. 2023, greedy coordinate gradient). As in
         `soft_training.loss_and_gradient`, micro-batches leave theirs at the prefix's keys and values.
@@ -114,7 +114,7 @@ class TextObjective:
         return _Minibatch(examples, tokens, torch.cat(logits), spans, counts)
 
     def _split(self, micro: int) -> Iterator[tuple[list[Example], slice]]:
-        """The minibatch in parts of at most `micro` anchors, each with the place of its answers' tokens."""
+        """Cut the minibatch into parts of at most `micro` anchors, each with the place of its answers' tokens."""
         end = 0
         for at in _even(len(self._batch.examples), micro):
             part = self._batch.examples[at]
@@ -122,7 +122,7 @@ class TextObjective:
             yield part, slice(start, end)
 
     def _sums(self, prefix: Prefix, examples: list[Example], here: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """What some of the minibatch's anchors add to KL and to the paper's losses."""
+        """Sum what some of the minibatch's anchors add to KL and to the paper's losses."""
         batch = self._batch
         student = self.model.answer_logits(prefix, examples).log_softmax(1)
         teacher = batch.teacher[here]
@@ -135,7 +135,7 @@ class TextObjective:
         return kl, torch.stack(losses).sum()
 
     def _nll(self, prefix: Prefix, tokens: Sequence[int]) -> torch.Tensor:
-        """Nats per token of the prompt's own text."""
+        """Compute the nats per token of the prompt's own text."""
         first = len(self.layout.before)
         if first == 0:  # nothing predicts the first token
             first, tokens = 1, tokens[1:]
@@ -146,6 +146,6 @@ class TextObjective:
 
 
 def _even(count: int, most: int) -> list[slice]:
-    """The fewest parts of at most `most`, of about one size."""
+    """Divide into the fewest parts of at most `most`, of about one size."""
     parts = -(-count // most)
     return [slice(i * count // parts, (i + 1) * count // parts) for i in range(parts)]

@@ -54,7 +54,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How long and how widely is searched.
+    """The length and width of a search.
 
     Attributes:
         max_tokens: of the text.
@@ -104,13 +104,13 @@ class SearchState:
 
 
 def parts(place: Literal["safe", "adversarial"]) -> list[str]:
-    """The readable parts of a prompt."""
+    """List the readable parts of a prompt."""
     table = json.loads((Path(__file__).with_name("data") / "parts.json").read_text("utf-8"))[place]
     return [*table["sentences"], *table["demonstrations"]]
 
 
 def best(tried: Sequence[Candidate], score: Callable[[Mapping[str, float]], float], most: int) -> list[Candidate]:
-    """The best texts by llama.cpp's scores, with the manual one and the best readable one among them.
+    """List the best texts by llama.cpp's scores, with the manual one and the best readable one among them.
 
     No text is there twice: one that the search came back to counts where it was first.
     """
@@ -152,13 +152,13 @@ class TextSpace:
         return text.removeprefix(" ") if self._adds_space else text
 
     def tokens(self, text: str) -> Tokens | None:
-        """The text's tokens in its place; None where the template or a pair file would change it."""
+        """Encode the text in its place; None where the template or a pair file would change it."""
         ids = self._encoded(text)
         tokens = tuple(ids[len(self._layout.before) : len(ids) - len(self._tail)])
         return tokens if self.text(tokens) == text and self.is_stable(tokens) else None
 
     def is_stable(self, tokens: Sequence[int]) -> bool:
-        """Whether a prompt file with this text gives these tokens, and no others, at run time."""
+        """Tell whether a prompt file with this text gives these tokens, and no others, at run time."""
         text = self.text(tokens)
         if not text or text != text.strip() or "\ufffd" in text:
             return False
@@ -246,7 +246,7 @@ class TextSearch:
         self._accept_best(found, base)
 
     def _ranked(self, tokens: Tokens) -> torch.Tensor:
-        """Per place the `top_k` allowed tokens that promise most, shape (len(tokens), top_k)."""
+        """Choose per place the `top_k` allowed tokens that promise most, shape (len(tokens), top_k)."""
         change = self.objective.gradient(tokens)
         change[:, ~self.space.allowed.to(change.device)] = float("inf")
         return change.topk(self.settings.top_k, dim=1, largest=False).indices.cpu()
@@ -267,7 +267,7 @@ class TextSearch:
         return tuple(changed), "swap"
 
     def _try(self, tokens: Tokens, origin: Origin, started: float) -> int:
-        """The text's place in `state.tried`."""
+        """Try a text; return its place in `state.tried`."""
         text = self.space.text(tokens)
         parts = self.objective(tokens)
         objective, scores = parts.pop("objective"), dict(self.scorer(text))
@@ -286,7 +286,7 @@ class TextSearch:
 
 
 def _merge(current: Tokens, others: Sequence[Tokens]) -> Tokens | None:
-    """The changes of several texts of one length in one; an earlier text wins a place. None where there is but one."""
+    """Merge the changes of several texts of one length; an earlier text wins a place. None where there is but one."""
     if len(others) < 2:
         return None
     merged = list(current)

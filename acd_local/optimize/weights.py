@@ -80,16 +80,16 @@ class FrozenModel:
         return int(self.embeddings.shape[1])
 
     def embed(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Embedding rows, shape (len(tokens), n_embd)."""
+        """Return the embedding rows, shape (len(tokens), n_embd)."""
         return self.embeddings[torch.tensor(tokens, dtype=torch.long, device=self.device)]
 
     def prefix(self, rows: torch.Tensor) -> Prefix:
-        """Keys and values of a sequence's beginning, given as embedding rows of shape (n, n_embd)."""
+        """Compute keys and values of a sequence's beginning, given as embedding rows of shape (n, n_embd)."""
         out = self.model.model(inputs_embeds=(rows * self._scale).to(self.dtype)[None], use_cache=True)
         return Prefix([(layer.keys, layer.values) for layer in out.past_key_values.layers], out.last_hidden_state[0])
 
     def _embedding_scale(self) -> float:
-        """By what the model multiplies rows of the table on their way in: Gemma 3 by sqrt(n_embd), most by 1.
+        """Return what the model multiplies rows of the table on their way in: Gemma 3 by sqrt(n_embd), most by 1.
 
         transformers does so for tokens, not for rows that come as inputs_embeds. A prompt's rows are kept unscaled.
         """
@@ -99,7 +99,7 @@ class FrozenModel:
         return float(seen.float().norm() / self.embeddings[token].float().norm())
 
     def answer_logits(self, prefix: Prefix, examples: Sequence[Example]) -> torch.Tensor:
-        """Logits at the positions that predict the answers' tokens.
+        """Compute the logits at the positions that predict the answers' tokens.
 
         Returns:
             Shape (answer tokens of all examples, n_vocab), float32, example after example.
@@ -110,12 +110,12 @@ class FrozenModel:
         return self.logits(hidden[rows, columns])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Next-token logits, shape (n, n_vocab), float32, from last hidden states of shape (n, n_embd)."""
+        """Compute next-token logits, shape (n, n_vocab), float32, from last hidden states of shape (n, n_embd)."""
         logits: torch.Tensor = self.model.lm_head(hidden).float()
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)  # Gemma 2
 
     def hidden(self, prefix: Prefix, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Last hidden states after the prefix, right-padded, shape (len(sequences), longest, n_embd)."""
+        """Compute the last hidden states after the prefix, right-padded, shape (len(sequences), longest, n_embd)."""
         longest = max(map(len, sequences))
         # Padding follows the tokens, and attention is causal: it needs no mask.
         ids = torch.zeros(len(sequences), longest, dtype=torch.long, device=self.device)
@@ -139,7 +139,7 @@ class Prefix:
         self.length = int(layers[0][0].shape[-2])
 
     def leaf(self) -> Prefix:
-        """The same values, cut off from what they were computed from, to gather gradients at."""
+        """Copy the values, cut off from what they were computed from, to gather gradients at."""
         return Prefix(
             [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in self._layers], self.hidden
         )
@@ -151,7 +151,7 @@ class Prefix:
         torch.autograd.backward(mine, gathered)
 
     def repeated(self, count: int) -> Any:
-        """A cache that holds the prefix for each of `count` sequences."""
+        """Make a cache that holds the prefix for each of `count` sequences."""
         from transformers import DynamicCache
 
         expanded = [(k.expand(count, -1, -1, -1), v.expand(count, -1, -1, -1)) for k, v in self._layers]
@@ -175,7 +175,7 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers reports to stderr by itself, with bars and advice that mean nothing here."""
+    """Silence transformers, which reports to stderr with bars and advice that mean nothing here."""
     from transformers.utils import logging as transformers_logging
 
     gguf_reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
@@ -199,7 +199,7 @@ def quiet() -> Iterator[None]:
 
 
 def check_file(info: GGUFInfo) -> None:
-    """Raises ModelError where torch would not have what llama.cpp does, or llama.cpp takes no rows for this kind."""
+    """Raise ModelError where torch would not have what llama.cpp does, or llama.cpp takes no rows for this kind."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     def bare(name: str) -> str:
@@ -245,7 +245,7 @@ def bring_rope_factors(model: Any, path: Path) -> None:
 
 
 def divergence(model: FrozenModel, file: llama.Model, tokens: Sequence[int], *, threads: int) -> float:
-    """Mean over the positions of `tokens` of KL(llama.cpp || torch) between next-token distributions, nats.
+    """Average, over the positions of `tokens`, KL(llama.cpp || torch) between next-token distributions, nats.
 
     Raises:
         OutOfMemoryError.
@@ -259,9 +259,9 @@ def divergence(model: FrozenModel, file: llama.Model, tokens: Sequence[int], *, 
 
 
 def check_divergence(found: float, name: str) -> None:
-    """Raises ModelError where a divergence is more than arithmetic explains, or is no number."""
+    """Raise ModelError where a divergence is more than arithmetic explains, or is no number."""
     if not found <= MAX_DIVERGENCE:
         raise ModelError(
-            f"{name}: acd optimize cannot train this model: transformers reads its file otherwise than llama.cpp does "
+            f"{name}: acd optimize cannot train this model: transformers does not read its file as llama.cpp does "
             f"(their distributions differ by {found:.2g} nats a token)"
         )

@@ -30,7 +30,7 @@ class CancelToken:
 
     @contextmanager
     def interrupting(self, interrupt: Callable[[], None]) -> Iterator[None]:
-        """While inside, `set` calls `interrupt`. Check `is_set` after entering."""
+        """Let `set` call `interrupt` while inside. Check `is_set` after entering."""
         with self._lock:
             self._interrupts.append(interrupt)
         try:

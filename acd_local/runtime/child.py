@@ -37,7 +37,7 @@ def can_start() -> bool:
 def run_module(
     module: str, *args: str, text: str | None = None, timeout: float | None = None
 ) -> subprocess.CompletedProcess[bytes]:
-    """`python -m module args`, importing from where this process does; stdout and stderr are captured.
+    """Run `python -m module args`, importing from where this process does; stdout and stderr are captured.
 
     Args:
         module: in a frozen application one of REENTERED.

@@ -30,15 +30,20 @@ class ContrastSettings:
     begin: int = 0
 
     def contrasts(self, position: int) -> bool:
-        """Whether the contrast is taken at answer position `position` (from 0)."""
+        """Tell whether the contrast is taken at answer position `position` (from 0)."""
         end = math.inf if self.window is None else self.begin + self.window
         return self.alpha > 0 and self.begin <= position < end
 
 
+NO_CONTRAST = ContrastSettings(0.0, 0.0)
+
+
 @dataclass(frozen=True)
 class TokenTrace:
-    """How the safe stream saw one token: its natural-log probability and rank (1 = first). Never the adversarial one:
-    with the safe one's and alpha, its distribution could be had."""
+    """One token as the safe stream saw it: its natural-log probability and rank (1 = first).
+
+    Never as the adversarial one did: with alpha, both would give away its distribution.
+    """
 
     safe_logprob: float
     safe_rank: int
@@ -67,7 +72,7 @@ class TokenChoice:
 
 @dataclass(frozen=True)
 class SafeCandidates:
-    """What the safe stream says of one position.
+    """The safe stream's candidates for one position.
 
     Attributes:
         ids, scores: the plausible legal tokens, ascending, and their logits; both of shape (k,). k = 0: the grammar is
@@ -90,7 +95,7 @@ class SafeCandidates:
 
 
 class SpecialTokens:
-    """What the loop must know of a vocabulary: which tokens end an answer, and which may never be said.
+    """The tokens of a vocabulary that end an answer, and those that may never be said.
 
     The latter are control tokens that end nothing, and those the model file itself suppresses.
     """
@@ -143,16 +148,16 @@ class Chooser:
         return SafeCandidates(position, *plausible(legal, beta), kept)
 
     def is_open(self, candidates: SafeCandidates) -> bool:
-        """Whether the adversarial stream could change this choice."""
+        """Tell whether the adversarial stream could change this choice."""
         return self.settings.contrasts(candidates.position) and len(candidates.ids) > 1
 
     def needs_adversary(self, candidates: SafeCandidates) -> bool:
-        """Whether the adversarial stream's logits are needed here: for the choice, or for the divergence."""
+        """Tell whether the adversarial stream's logits are needed here: for the choice, or for the divergence."""
         asked = self._divergence and len(candidates.ids) > 0 and self.settings.contrasts(candidates.position)
         return asked or self.is_open(candidates)
 
     def choose(self, candidates: SafeCandidates, adversarial: Logits | None) -> TokenChoice | None:
-        """The loop's choice; None where there is nothing to say. Positions are to be chosen in order.
+        """Choose the token of the next position; None where there is nothing to say.
 
         Args:
             adversarial: the adversarial stream's logits, shape (n_vocab,); None where no contrast is taken.
@@ -182,7 +187,7 @@ class Chooser:
     # -- going ahead ---------------------------------------------------------------------------------------------------
 
     def fork(self) -> Self:
-        """A chooser that goes on from here by itself, for `draft_token`."""
+        """Copy the chooser: the copy goes on from here by itself, for `draft_token`."""
         grammar = None if self._grammar is None else self._grammar.clone()
         return type(self)(
             self._sampler.clone(),
@@ -194,13 +199,13 @@ class Chooser:
         )
 
     def draft_token(self, candidates: SafeCandidates) -> int:
-        """What the same draw gives on the safe stream's scores alone, accepted as if it were the choice."""
+        """Draw from the safe stream's scores alone, and accept the token as if it were the choice."""
         token = self._sampler.draw(candidates.ids, candidates.scores, candidates.position)
         self._accept(token)
         return token
 
     def peek_token(self, candidates: SafeCandidates) -> int:
-        """The same without accepting it: nothing is remembered."""
+        """Draw as `draft_token` does, but remember nothing."""
         return self._sampler.draw(candidates.ids, candidates.scores, candidates.position, dry_run=True)
 
     def ends(self, token: int) -> bool:

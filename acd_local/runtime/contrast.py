@@ -23,7 +23,7 @@ TokenIds = NDArray[np.int32]
 def contrast(
     safe: Logits, adversarial: Logits | None, *, alpha: float, beta: float, raw: bool = False
 ) -> tuple[TokenIds, Logits]:
-    """Candidates of the next token and their contrasted scores.
+    """Compute the candidates of the next token and their contrasted scores.
 
     scores = (logit_S - alpha * logit_A) / (1 - min(alpha, 0.9)) over the tokens with p_S >= beta * max p_S. Without the
     divisor the scores would be flatter by (1 - alpha) wherever the streams agree, and the temperature would not mean
@@ -54,7 +54,7 @@ def contrast(
 
 
 def plausible(safe: Logits, beta: float) -> tuple[TokenIds, Logits]:
-    """The tokens with p_S >= beta * max p_S, that is logit_S >= max + ln beta, never those at -inf, and their logits.
+    """Find the tokens with p_S >= beta * max p_S, that is logit_S >= max + ln beta, and their logits; none at -inf.
 
     This is the contrast with alpha 0; `apply_contrast` takes it further. Neither looks for NaN: `check_finite` first.
 
@@ -98,8 +98,10 @@ class Divergence:
         self._ones = np.ones(n_vocab, np.float32)
 
     def __call__(self, safe: Logits, adversarial: Logits) -> float:
-        """Both of shape (n_vocab,). A token at -inf in the safe stream adds nothing; one that only the adversarial
-        stream has at -inf makes the divergence infinite."""
+        """Compute it from both streams' logits, each of shape (n_vocab,).
+
+        A token at -inf in the safe stream adds nothing; one at -inf in the adversarial stream alone makes it infinite.
+        """
         s, a, gap = self._safe, self._adversarial, self._gap
         np.subtract(safe, safe.max(), out=s)
         np.subtract(adversarial, adversarial.max(), out=a)
@@ -127,7 +129,7 @@ def check_finite(safe: Logits, adversarial: Logits | None) -> None:
 
 
 def check_stream(logits: Logits, stream: str) -> None:
-    """The same for one stream, which the error names."""
+    """Refuse NaN in one stream, which the error names."""
     top = float(logits.max())  # passes NaN on: one pass finds both
     if math.isnan(top) or top == math.inf:
         raise NumericalError(f"the {stream} stream produced {top} logits: the model file is damaged or badly quantized")

@@ -96,7 +96,7 @@ class Decoder:
         return self._closed
 
     def check_open(self) -> None:
-        """Check that an answer can be begun; never waits.
+        """Refuse to begin an answer that cannot be made; never waits.
 
         Raises:
             EngineClosedError: the decoder was closed, this is a forked child, or the process is ending.
@@ -163,7 +163,7 @@ class Decoder:
                         "this thread is still streaming another answer of this engine: finish or close it first, "
                         "or load with conversations=2"
                     )
-                self._free.wait(0.05)
+                self._free.wait(0.05)  # then look again: a cancel that is set notifies nobody
             # Of equals the longest unused.
             slot = max(self._idle, key=lambda idle: _gain(idle.safe.tokens, tokens, prefix))
             self._idle.remove(slot)
@@ -199,7 +199,7 @@ class Decoder:
             before = self._seconds()
             logits = extend(work, meter)
             lengths = {len(request.tokens) for request in work}
-            if len(work) <= 2 and len(lengths) == 1:
+            if len(work) <= 2 and len(lengths) == 1:  # costs are kept by streams and rows each
                 self.row_clock.note(len(work), lengths.pop(), self._seconds() - before)
             return logits
 
@@ -254,7 +254,7 @@ class Decoder:
 
     @contextmanager
     def _decoding(self, cancels: Sequence[CancelToken]) -> Iterator[None]:
-        """`open`, where any of `cancels` stops the decoding."""
+        """Do what `open` does, where any of `cancels` stops the decoding."""
         with self.open(), ExitStack() as stack:
             for cancel in cancels:
                 stack.enter_context(cancel.interrupting(self._interrupt))
@@ -302,7 +302,7 @@ class PromptMeter:
         self.decoded = 0
 
     def __call__(self, rows: int) -> None:
-        """See `streams.extend`."""
+        """Count rows that were decoded; see `streams.extend`."""
         self.decoded = self._before + rows
         if self._on_progress is not None:
             done = sum(common_prefix(cache.tokens, tokens) for cache, tokens in self._streams)

@@ -68,7 +68,7 @@ def deferred(
     always_ahead: bool = False,
     clock: RowClock | None = None,
 ) -> Strategy:
-    """See `strategy.stepwise`; needs streams that can forget their last tokens.
+    """Let the safe stream run ahead; see `strategy.stepwise`. Streams must be able to forget their last tokens.
 
     Args:
         lookup: has seen the prompt.
@@ -85,7 +85,7 @@ def deferred(
 
 
 def _lead(first: StreamLogits, chooser: Chooser, limit: int, answer: list[int], clock: RowClock | None) -> Strategy:
-    """The answer up to `limit` tokens, stepwise; they are added to `answer`."""
+    """Choose up to `limit` tokens stepwise; they are added to `answer`."""
     strategy = stepwise(first, chooser, limit=limit, start=len(answer))
     event = next(strategy, None)
     while event is not None:
@@ -144,7 +144,7 @@ class _Deferral:
                 return
 
     def _side_by_side(self) -> Generator[Sequence[StreamRequest], list[Logits], list[TokenChoice]]:
-        """One position, as `stepwise` decides it."""
+        """Decide one position as `stepwise` does."""
         answer, behind = self.answer, self.behind
         safe, adversarial = yield [
             StreamRequest("safe", len(answer) - 1, answer[-1:]),
@@ -249,7 +249,7 @@ class _Deferral:
         return found
 
     def _check(self, run: _Run, rows: Sequence[Logits | None]) -> list[TokenChoice]:
-        """The run's choices up to the first that is another than was drafted."""
+        """Choose the run's tokens up to the first that is another than was drafted."""
         choices: list[TokenChoice] = []
         for candidates, token, logits in zip(run.seen, [*run.tokens, None], rows, strict=False):
             try:

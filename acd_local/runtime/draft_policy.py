@@ -65,12 +65,12 @@ class DraftPolicy:
         return self._pays
 
     def chance(self, candidates: SafeCandidates) -> float:
-        """How likely the contrast changes an open choice."""
+        """Estimate how likely the contrast changes an open choice."""
         i = self._bucket(candidates)
         return self._changed[i] / self._seen[i]
 
     def goes_on(self, survival: float, drafted: int) -> bool:
-        """Whether to draft one more token.
+        """Decide whether to draft one more token.
 
         Args:
             survival: how likely none of the open choices so far changes.
@@ -78,7 +78,7 @@ class DraftPolicy:
         return _worth_it(self.costs, self.cost, survival, drafted)
 
     def quote(self, chance: float, *, alone: bool) -> int:
-        """How many tokens to draft from the conversation; 0: that costs more than it promises.
+        """Decide how many tokens to draft from the conversation; 0: that costs more than it promises.
 
         Args:
             chance: how likely a token of the draft is right if those before it are.
@@ -95,7 +95,7 @@ class DraftPolicy:
         return best
 
     def learn(self, candidates: SafeCandidates, *, changed: bool) -> None:
-        """What the contrast did to an open choice."""
+        """Take in what the contrast did to an open choice."""
         i = self._bucket(candidates)
         self._seen[i] += 1
         self._changed[i] += changed
@@ -104,11 +104,11 @@ class DraftPolicy:
             self._seen[i] = MEMORY
 
     def spend(self, batches: Sequence[int], tokens: int) -> None:
-        """A run took batches of so many rows of one stream; `tokens` came out."""
+        """Take in that a run took batches of so many rows of one stream; `tokens` came out."""
         self._add(sum(map(self.costs.rows, batches)), tokens)
 
     def beside(self, candidates: SafeCandidates | None, *, changed: bool) -> None:
-        """A position was decided side by side; `candidates`: None where the contrast could not change it."""
+        """Take in a position decided side by side; `candidates`: None where the contrast could not change it."""
         self._add(self._forecast.see(None if candidates is None else self.chance(candidates), changed, self.cost), 1)
         if candidates is not None:
             self.learn(candidates, changed=changed)
@@ -138,7 +138,7 @@ class Forecast:
         self._pending = 0  # tokens that the adversarial stream has not seen
 
     def see(self, chance: float | None, changed: bool, cost: float) -> float:
-        """Rows that the next position takes.
+        """Count the rows that the next position takes.
 
         Args:
             chance: how likely the contrast changes it; None: it cannot.
@@ -157,7 +157,7 @@ class Forecast:
         return spent
 
     def _check(self, further: tuple[float, int] | None) -> float:
-        """The run ends; returns the rows of the adversarial stream.
+        """End the run; return the rows of the adversarial stream.
 
         Args:
             further: what was drafted behind a change, whose rows are in the same batch.
@@ -175,7 +175,7 @@ class Forecast:
 
 @lru_cache(maxsize=64)
 def expected(costs: RowCosts, alpha: float, *, greedy: bool) -> float:
-    """Rows per token where the safe stream runs ahead, over positions like the demo model's."""
+    """Estimate the rows per token where the safe stream runs ahead, over positions like the demo model's."""
     shares, chances = (GREEDY_GAPS, GREEDY) if greedy else (SAMPLED_GAPS, SAMPLED)
     draws, forecast, spent = random.Random(0), Forecast(costs), 0.0
     for i in range(TYPICAL):
@@ -190,7 +190,7 @@ def expected(costs: RowCosts, alpha: float, *, greedy: bool) -> float:
 
 
 def _scale(alpha: float) -> float:
-    """What the adversary has to add to turn the scores' order around grows with the gap and falls with alpha."""
+    """Scale the gap: what the adversary has to add to turn the order around grows with it and falls with alpha."""
     return max(0.1, 1 - alpha) / max(alpha, 1e-6)
 
 

@@ -34,7 +34,7 @@ _SCALED = ("gemma3",)
 
 
 def refusal(architecture: str) -> str | None:
-    """Why rows cannot be used with an architecture (general.architecture); None: they can."""
+    """Say why rows cannot be used with an architecture (general.architecture); None: they can."""
     return _REFUSED.get(architecture)
 
 
@@ -60,7 +60,7 @@ class EmbeddingTable:
         self._lock = threading.Lock()
 
     def add(self, rows: Embeddings, digest: str) -> range:
-        """The ids of a prompt's rows, shape (n, width); the same for the same `digest`.
+        """Give a prompt's rows ids, shape (n, width); the same for the same `digest`.
 
         Raises:
             PairError: llama.cpp cannot take them.
@@ -83,7 +83,7 @@ class EmbeddingTable:
             raise PairError("a soft prompt holds a value that is not finite")
 
     def take(self, ids: Sequence[int] | NDArray[np.int32]) -> Embeddings:
-        """The rows that negative ids stand for, shape (ids, width), scaled as llama.cpp wants them.
+        """Return the rows that negative ids stand for, shape (ids, width), scaled as llama.cpp wants them.
 
         Raises:
             IndexError: an id is none of this table's.

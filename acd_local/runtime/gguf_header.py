@@ -77,7 +77,7 @@ _ROPE_SCALINGS = {b"none", b"linear", b"yarn", b"longrope"}  # llama.cpp asserts
 
 @dataclass(frozen=True)
 class GGUFInfo:
-    """What the package wants to know of a model file before loading it."""
+    """A model file's header, as far as the package wants to know it before loading."""
 
     path: Path
     """The file as given; for a split model its first part."""
@@ -97,19 +97,17 @@ class GGUFInfo:
     n_vocab: int
     tokenizer: str
     """Tokenizer fingerprint: hex SHA-256 over tokenizer.ggml.model, pre, tokens, token_type and merges as stored."""
-    has_chat_template: bool
 
 
 def to_json(info: GGUFInfo) -> dict[str, object]:
-    """`info` as a dictionary of JSON types, for `from_json`."""
+    """Write `info` as a dictionary of JSON types, for `from_json`."""
     return {**vars(info), "path": str(info.path), "parts": [str(p) for p in info.parts]}
 
 
 def from_json(data: dict[str, object]) -> GGUFInfo:
-    """The inverse of `to_json`. Raises KeyError, TypeError or ValueError when `data` is something else."""
+    """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError when `data` is something else."""
     kinds = {"path": str, "parts": list, "size": int, "context_length": int, "n_layers": int, "n_embd": int}
     kinds |= {"n_vocab": int, "architecture": str, "name": str, "file_type": str, "tokenizer": str}
-    kinds |= {"has_chat_template": bool}
     values: dict[str, object] = {}
     for key, kind in kinds.items():
         if not isinstance(data[key], kind):
@@ -122,7 +120,7 @@ def from_json(data: dict[str, object]) -> GGUFInfo:
 
 
 def split_parts(path: Path, count: int | None = None) -> tuple[Path, ...]:
-    """The files of the split model that `path` (NAME-00001-of-00003.gguf) is the first part of, by name alone.
+    """List the files of the split model that `path` (NAME-00001-of-00003.gguf) is the first part of, by name alone.
 
     `(path,)` when the name is not of that form or says "of 1". `count` is what the file itself says, if known.
 
@@ -176,7 +174,7 @@ _SURPRISES = (struct.error, IndexError, OverflowError, MemoryError, ValueError)
 
 
 class _Broken(Exception):
-    """What is wrong, without the file's name."""
+    """A fault of a file, without its name."""
 
 
 class _Value(NamedTuple):
@@ -193,7 +191,7 @@ class _Part(NamedTuple):
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and dimensions (ne[0] first) of the tensors in one file, without its further parts.
+    """Read names and dimensions (ne[0] first) of the tensors in one file, without its further parts.
 
     Raises:
         ModelError: as `read_header`.
@@ -202,7 +200,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def text_value(path: Path, key: str) -> str:
-    """The text under a key of the header; empty where there is none.
+    """Read the text under a key of the header; empty where there is none.
 
     Raises:
         ModelError: as `read_header`.
@@ -437,7 +435,7 @@ def _text(values: dict[str, _Value], key: str) -> str:
 
 
 class _Checker:
-    """Whether the values and tensors, put together, make a model that llama.cpp can generate text with."""
+    """A check whether values and tensors, put together, make a model that llama.cpp can generate text with."""
 
     def __init__(self, path: Path, first: _Part, tensors: dict[str, tuple[int, ...]]) -> None:
         self.path = path
@@ -455,7 +453,6 @@ class _Checker:
         self.check_floats()
         n_vocab = self.check_vocabulary()
         self.check_tensors(n_embd, n_layers, n_vocab)
-        template = self.values.get("tokenizer.chat_template")
         file_type = _integer(self.values, "general.file_type")
         return GGUFInfo(
             path=self.path,
@@ -469,7 +466,6 @@ class _Checker:
             n_embd=n_embd,
             n_vocab=n_vocab,
             tokenizer=self.fingerprint(),
-            has_chat_template=template is not None and template.kind == _STRING and len(template.raw) > 8,
         )
 
     def check_purpose(self) -> None:
@@ -500,7 +496,7 @@ class _Checker:
             raise _Broken("a vocabulary without weights (no tensors): not a model that can generate text")
 
     def integer(self, name: str, low: int, high: int) -> int:
-        """A required hyper-parameter."""
+        """Read a required hyper-parameter."""
         number = self.optional(name, low, high)
         if number is None:
             raise _Broken(f"key {self.arch}.{name} is missing")
@@ -518,7 +514,7 @@ class _Checker:
         return number
 
     def per_layer(self, name: str, n_layers: int, high: int) -> list[int] | None:
-        """A hyper-parameter that is one number or an array with one per layer (get_key_or_arr)."""
+        """Read a hyper-parameter that is one number or an array with one per layer (get_key_or_arr)."""
         value = self.values.get(f"{self.arch}.{name}")
         if value is None:
             return None
@@ -573,7 +569,7 @@ class _Checker:
             raise _Broken(f"key {self.arch}.rope.scaling.type is none of none, linear, yarn, longrope")
 
     def check_vocabulary(self) -> int:
-        """Number of tokens."""
+        """Count the tokens."""
         model = _text(self.values, "tokenizer.ggml.model")
         tokens = self.values.get("tokenizer.ggml.tokens")
         if model in ("none", "no_vocab") or tokens is None:
@@ -600,7 +596,7 @@ class _Checker:
         return tokens.items
 
     def check_distinct(self, tokens: _Value) -> None:
-        """llama.cpp asserts that no two tokens are the same; it gives empty ones a name by their number.
+        """Refuse tokens that are the same, as llama.cpp does; it gives empty ones a name by their number.
 
         It reads tokens as C strings: what follows a NUL does not count.
         """
@@ -637,7 +633,7 @@ class _Checker:
 
 
 def _strings(value: _Value) -> list[bytes]:
-    """The texts of a string array whose bounds were checked while reading."""
+    """Read the texts of a string array whose bounds were checked while reading."""
     raw, pos, length_at = value.raw, 0, struct.Struct("<Q").unpack_from
     texts = []
     for _ in range(value.items):

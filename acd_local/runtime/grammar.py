@@ -61,7 +61,7 @@ def check(gbnf: str, model_path: Path) -> None:
 
 
 def _cause(stdout: str, stderr: str, code: int) -> str:
-    """llama.cpp's own words where it has any: "parse: error parsing grammar: CAUSE", then the whole grammar."""
+    """Find llama.cpp's own words where it has any: "parse: error parsing grammar: CAUSE", then the whole grammar."""
     marker = "error parsing grammar: "
     if marker in stderr:
         return " ".join(stderr.split(marker, 1)[1].split("\n\n", 1)[0].split())[:200]

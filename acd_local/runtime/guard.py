@@ -40,7 +40,7 @@ def no_check() -> None:
 
 
 def clean(text: str) -> str:
-    """Text that has a UTF-8 form: surrogate pairs become their character, lone surrogates U+FFFD."""
+    """Give text a UTF-8 form: surrogate pairs become their character, lone surrogates U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") if text else text
 
 
@@ -54,7 +54,7 @@ class Sentinels:
 
     @classmethod
     def absent_from(cls, texts: Iterable[str]) -> Sentinels:
-        """Noncharacters of Unicode if possible, else characters of private use.
+        """Find characters that are in no text: noncharacters of Unicode if possible, else of private use.
 
         Raises:
             UsageError: `texts` use all of these.
@@ -107,7 +107,7 @@ class ControlTokens:
         self._adds_space = b"".join(map(vocab.piece, vocab.tokenize("x", parse_special=False))) == b" x"
 
     def _is_cut_mark(self, mark: str) -> bool:
-        """Whether a sentinel in front protects all of it: it starts with a starter and holds no other guarded text."""
+        """Tell whether a sentinel in front protects it: it starts with a starter and holds no other guarded text."""
         rest = mark[1:]
         return bool(
             self._starter.match(mark) and not self._starter.search(rest) and not any(w in rest for w in self._words)
@@ -124,7 +124,7 @@ class ControlTokens:
         return {text: i for text, i in texts.items() if len(text) == 6 and text.startswith("<0x")}
 
     def mark(self, text: str, sentinels: Sentinels, *, answer: bool, check: Callable[[], None] = no_check) -> str:
-        """`text` with sentinels, so that no control token's text in it counts wherever the template puts it.
+        """Mark `text` with sentinels, so that no control token's text in it counts wherever the template puts it.
 
         In an earlier answer, the marks that the template cuts at stay whole.
         """
@@ -146,7 +146,7 @@ class ControlTokens:
         limit: int | None = None,
         check: Callable[[], None] = no_check,
     ) -> list[int]:
-        """Token ids of a rendered prompt whose messages were marked with `sentinels`.
+        """Tokenize a rendered prompt whose messages were marked with `sentinels`.
 
         Control tokens come from unbroken text alone. Each run between them is tokenized as one piece, so that ordinary
         text gives the ids of llama_tokenize(rendered, parse_special=True). `rows` stand where the slot's character
@@ -178,7 +178,7 @@ class ControlTokens:
         return ids
 
     def _partition(self, text: str, sentinels: Sentinels, check: Callable[[], None]) -> list[tuple[int, int, int]]:
-        """(begin, end, token) of the control tokens the template wrote: longest first, then leftmost, as llama.cpp."""
+        """Find (begin, end, token) of the template's control tokens: longest first, then leftmost, as llama.cpp."""
         found = [(i, j) for i, j in self._occurrences(text, check) if text[i - 1 : i] != sentinels.quoted]
         found.sort(key=lambda span: (-len(text[span[0] : span[1]].encode()), span[0]))
         taken = bytearray(len(text))
@@ -190,7 +190,7 @@ class ControlTokens:
         return sorted(spans)
 
     def _occurrences(self, text: str, check: Callable[[], None]) -> Iterator[tuple[int, int]]:
-        """All places of guarded texts, overlapping ones too. The cost does not depend on the size of the vocabulary."""
+        """Find all guarded texts, overlapping ones too. The cost does not depend on the size of the vocabulary."""
         for match in self._head.finditer(text):
             check()
             begin = match.start()
@@ -204,7 +204,7 @@ class ControlTokens:
                 begin = text.find(word, begin + 1)
 
     def _run(self, text: str, limit: int | None, check: Callable[[], None], *, first: bool = True) -> list[int]:
-        """Ids of a run of plain text, none of them guarded; unless `first`, as if something stood before it."""
+        """Tokenize a run of plain text, to no guarded id; unless `first`, as if something stood before it."""
         if not text:
             return []
         if limit is not None and len(text) > _CHUNK + _CHARACTERS_PER_TOKEN * max(limit, 0):
@@ -219,7 +219,7 @@ class ControlTokens:
         return [t for n, part in enumerate(parts) for t in self._part(part, first=first and n == 0)]
 
     def _refuse_endless(self, text: str, limit: int, check: Callable[[], None]) -> None:
-        """Raises TooLong where a text's pieces have too many tokens: tokenized as a whole it could take seconds.
+        """Raise TooLong where a text's pieces have too many tokens: tokenized as a whole it could take seconds.
 
         Cutting it makes a few more tokens, hence an eighth is taken off.
         """
@@ -231,7 +231,7 @@ class ControlTokens:
                 raise TooLong
 
     def _part(self, text: str, *, first: bool) -> list[int]:
-        """Ids of a part of a run; where it still gives a guarded id, of its characters one by one."""
+        """Tokenize a part of a run; where that still gives a guarded id, its characters one by one."""
         ids = self._plain(text, first=first)
         if self.ids.isdisjoint(ids):
             return ids
@@ -241,7 +241,7 @@ class ControlTokens:
         return [t for t in spelled if t is not None and t not in self.ids]
 
     def _plain(self, text: str, *, first: bool) -> list[int]:
-        """llama_tokenize without special parsing; unless `first`, also without SentencePiece's space before a text."""
+        """Tokenize without special parsing; unless `first`, also without SentencePiece's space before a text."""
         if self._adds_space and not first:
             for anchor in _ANCHORS:
                 lead = self._vocab.tokenize(anchor, parse_special=False)
@@ -252,7 +252,7 @@ class ControlTokens:
 
 
 def _guarded_tokens(vocab: llama.Vocab, scaffold: str) -> dict[str, int]:
-    """Text -> id of every guarded token."""
+    """Map the text of every guarded token to its id."""
     ends = vocab.eog_tokens()
     always = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN
     guarded: dict[str, int] = {}

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from acd_local.errors import EngineClosedError
 
@@ -27,6 +27,19 @@ class DecodeAborted(Exception):
 
 class _StoppedByEnd(EngineClosedError, DecodeAborted):
     """The process is ending: an answer that is being made ends as cancelled, anything else with an error."""
+
+
+class Closing:
+    """Something that the end of a `with` block closes."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Owned:

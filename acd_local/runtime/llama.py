@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NewType, Self, TypeAlias
+from typing import Any, NewType, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from acd_local.errors import InternalError, ModelError, NumericalError, OutOfMemoryError, UsageError
 from acd_local.runtime import lifetime, machine
 from acd_local.runtime.embeddings import EmbeddingTable
+from acd_local.runtime.lifetime import Closing, Owned
 from acd_local.runtime.lifetime import DecodeAborted as DecodeAborted
-from acd_local.runtime.lifetime import Owned
 from acd_local.runtime.threads import openmp_settings
 
 with openmp_settings():
@@ -108,7 +108,7 @@ class _LogSink:
                 self.logger.log(level, line)
 
     def last_problem(self, default: str) -> str:
-        """The most telling recent line, without llama.cpp's function-name prefix."""
+        """Return the most telling recent line, without llama.cpp's function-name prefix."""
         lines = [line.split(": ", 1)[-1] for line in self.problems]
         vague = ("failed to load model", "failed to initialize the context", "failed to create context")
         telling = [line for line in lines if not any(line.startswith(v) and line.endswith(v) for v in vague)]
@@ -138,7 +138,7 @@ def _end() -> None:
 
 
 def supports_gpu_offload() -> bool:
-    """Whether this build of llama.cpp can put layers on a GPU (llama_supports_gpu_offload)."""
+    """Tell whether this build of llama.cpp can put layers on a GPU (llama_supports_gpu_offload)."""
     return bool(C.llama_supports_gpu_offload())
 
 
@@ -170,7 +170,7 @@ def quantize(source: Path, target: Path, kind: str, *, threads: int = 1) -> None
 # Model and vocabulary
 
 
-class Model:
+class Model(Closing):
     """A loaded GGUF file (llama_model_load_from_file).
 
     Args:
@@ -232,7 +232,7 @@ class Model:
         self.row_positions = 4 if int(C.llama_model_rope_type(pointer)) in _SEVERAL_POSITIONS else 1
 
     def metadata(self, key: str) -> str | None:
-        """A scalar GGUF metadata value as text, None if absent (llama_model_meta_val_str)."""
+        """Read a scalar GGUF metadata value as text, None if absent (llama_model_meta_val_str)."""
         size = 256
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -245,19 +245,13 @@ class Model:
             size = length + 1
 
     def chat_template(self) -> str | None:
-        """The Jinja chat template stored in the file, None if there is none."""
+        """Read the file's Jinja chat template, None if there is none."""
         with self.owned as pointer:
             raw = C.llama_model_chat_template(pointer, None)
         return raw.decode("utf-8", "replace") if raw else None
 
     def close(self) -> None:
         self.owned.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _LoadWatch:
@@ -297,38 +291,38 @@ class Vocab:
         self._pieces: dict[int, bytes] = {}
 
     def attr(self, token: int) -> int:
-        """Attribute bits of a token, see the ATTR_ constants."""
+        """Return the attribute bits of a token, see the ATTR_ constants."""
         return self._attrs[token]
 
     def attrs(self) -> Sequence[int]:
-        """Attribute bits of all tokens, by id; shape (n_vocab,)."""
+        """Return the attribute bits of all tokens, by id; shape (n_vocab,)."""
         return self._attrs
 
     def is_eog(self, token: int) -> bool:
-        """Whether the token ends an answer (EOS, EOT, ...)."""
+        """Tell whether the token ends an answer (EOS, EOT, ...)."""
         return token in self.eog_tokens()
 
     def eog_tokens(self) -> frozenset[int]:
-        """All tokens that end an answer."""
+        """List all tokens that end an answer."""
         if self._eog is None:
             with self.model:
                 self._eog = frozenset(i for i in range(self.n_tokens) if C.llama_vocab_is_eog(self.pointer, i))
         return self._eog
 
     def suppressed_tokens(self) -> frozenset[int]:
-        """Tokens that the model file says are never to be sampled (tokenizer.ggml.suppress_tokens)."""
+        """List tokens that the model file says are never to be sampled (tokenizer.ggml.suppress_tokens)."""
         count = ctypes.c_int32(0)
         with self.model:
             tokens = C.llama_vocab_get_suppress_tokens(self.pointer, ctypes.byref(count))
             return frozenset(int(tokens[i]) for i in range(count.value)) if tokens else frozenset()
 
     def text(self, token: int) -> str:
-        """The token as it stands in the vocabulary (not unescaped); control tokens read as templates write them."""
+        """Return the vocabulary's text of a token (not unescaped); control tokens read as templates write them."""
         with self.model:
             return bytes(C.llama_vocab_get_text(self.pointer, token)).decode("utf-8", "replace")
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
-        """Text to token ids without BOS (llama_tokenize with add_special=False).
+        """Turn text into token ids without BOS (llama_tokenize with add_special=False).
 
         With `parse_special` control tokens written in the text become control tokens: for template scaffolding only.
         """
@@ -345,14 +339,14 @@ class Vocab:
             capacity = -n
 
     def piece(self, token: int) -> bytes:
-        """The bytes a token adds to the text; empty for control tokens (llama_token_to_piece)."""
+        """Return the bytes a token adds to the text; empty for control tokens (llama_token_to_piece)."""
         piece = self._pieces.get(token)
         if piece is None:
             piece = self._pieces[token] = self._read_piece(token, special=False)
         return piece
 
     def literal(self, token: int) -> str:
-        """The token's text with control tokens written out, as chat templates write them."""
+        """Return the token's text with control tokens written out, as chat templates write them."""
         return self._read_piece(token, special=True).decode("utf-8", "replace")
 
     def _read_piece(self, token: int, *, special: bool) -> bytes:
@@ -370,7 +364,7 @@ class Vocab:
 # Context: KV sequences
 
 
-class Context:
+class Context(Closing):
     """A llama_context with `n_seq` KV sequences of `n_ctx` tokens each, every sequence in a buffer of its own.
 
     kv_unified is off: llama.cpp then gives each sequence n_ctx / n_seq_max cells, picks the long-rope factors by that
@@ -488,14 +482,14 @@ class Context:
         raise InternalError(f"llama_decode failed with {result}: {_log_sink.last_problem('no message')}")
 
     def _check_outputs(self, seqs: Row, outputs: Row) -> None:
-        """llama.cpp aborts the process where its buffer is too small."""
+        """Refuse rows that are too many: llama.cpp aborts the process where its buffer is too small."""
         if int(np.sum(outputs)) > self._outputs:
             most = int(np.bincount(np.asarray(seqs)[np.asarray(outputs, bool)]).max())
             if most > self._outputs:
                 raise InternalError(f"{most} rows of a sequence want logits, this context was made for {self._outputs}")
 
     def logits(self, n_outputs: int) -> LogitsView:
-        """The last decode's logits, shape (n_outputs, n_vocab), in the order of the rows that asked for them.
+        """Return the last decode's logits, shape (n_outputs, n_vocab), in the order of the rows that asked for them.
 
         Source: llama_get_logits.
         """
@@ -514,7 +508,7 @@ class Context:
         return self._view
 
     def captured(self) -> States:
-        """The captured layers' output for the rows of the last decode, float32, shape (layers, rows, n_embd).
+        """Return the captured layers' output for the rows of the last decode, float32, shape (layers, rows, n_embd).
 
         Raises:
             ModelError: llama.cpp names no such layer in this architecture.
@@ -528,13 +522,13 @@ class Context:
             return bool(C.llama_memory_seq_rm(self._memory, seq, length, -1))
 
     def position_range(self, seq: int) -> tuple[int, int]:
-        """Smallest and largest position present, (-1, -1) when empty (llama_memory_seq_pos_min / _max)."""
+        """Return the smallest and largest position present, (-1, -1) when empty (llama_memory_seq_pos_min / _max)."""
         with self.owned:
             found = C.llama_memory_seq_pos_min(self._memory, seq), C.llama_memory_seq_pos_max(self._memory, seq)
         return int(found[0]), int(found[1])
 
     def save_sequence(self, seq: int) -> bytes:
-        """The sequence's cells (or recurrent state) as bytes (llama_state_seq_get_data)."""
+        """Return the sequence's cells (or recurrent state) as bytes (llama_state_seq_get_data)."""
         with self.owned as pointer:
             size = int(C.llama_state_seq_get_size(pointer, seq))
             buffer = (ctypes.c_uint8 * size)()
@@ -567,15 +561,9 @@ class Context:
     def close(self) -> None:
         self.owned.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def _free_context(_model: Model, pointer: Any) -> None:
-    """Holds on to the model: it must outlive its contexts, whatever order the garbage is collected in."""
+    """Free a context; the model is an argument as it must outlive its contexts, however garbage is collected."""
     C.llama_free(pointer)
 
 
@@ -720,14 +708,14 @@ class Candidates:
         C.llama_sampler_apply(sampler.pointer, self._ref)
 
     def selected(self) -> int:
-        """The id that the last sampler chose."""
+        """Return the id that the last sampler chose."""
         index = int(self._array.selected)
         if not 0 <= index < int(self._array.size):
             raise NumericalError("the sampler chose no token: no candidate was left")
         return int(self._array.data[index].id)
 
     def scores(self) -> Logits:
-        """Scores in list order; only meaningful while no sampler reordered the list."""
+        """Return the scores in list order; only meaningful while no sampler reordered the list."""
         return self._data["logit"][: int(self._array.size)]
 
 
@@ -812,7 +800,7 @@ def dry(
 
 
 def grammar(vocab: Vocab, gbnf: str) -> Sampler:
-    """A GBNF grammar. Check it with `grammar.check` first: llama.cpp writes what is wrong to stderr, or aborts."""
+    """Make a GBNF grammar. Check it with `grammar.check` first: llama.cpp writes what is wrong to stderr, or aborts."""
     with vocab.model:
         sampler = C.llama_sampler_init_grammar(vocab.pointer, gbnf.encode(), b"root")
     if not sampler:

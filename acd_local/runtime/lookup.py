@@ -43,7 +43,7 @@ class Lookup:
         return self._right / self._seen
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """The conversation went on; what would have been drafted is learned from, until drafts tell more."""
+        """Take in how the conversation went on, and learn from what would have been drafted, until drafts tell more."""
         for token in tokens:
             at = self._next.get(tuple(self._tokens[-MATCH:]))
             if at is not None and len(self._tokens) >= self._learned and self.chance < GREEDY:
@@ -56,7 +56,7 @@ class Lookup:
         self._tokens.append(token)
 
     def draft(self, ahead: Sequence[int], most: int) -> list[int]:
-        """Up to `most` tokens that may follow the conversation and `ahead`; often none."""
+        """Draft up to `most` tokens that may follow the conversation and `ahead`; often none."""
         position = len(self._tokens) + len(ahead)
         at = self._next.get((*self._tokens[-MATCH:], *ahead)[-MATCH:])
         if self._resumes is not None and self._resumes[0] == position:
@@ -68,7 +68,7 @@ class Lookup:
         return found[: next((i for i, token in enumerate(found) if token < 0), len(found))]
 
     def learn(self, drafted: int, right: int) -> None:
-        """How many of the last draft's tokens came true."""
+        """Take in how many of the last draft's tokens came true."""
         wrong = right < drafted
         self._count(right, right + wrong)
         self._learned = self._drafted[0] + right + wrong

@@ -47,7 +47,7 @@ def identity() -> str:
 
 
 def _processor() -> list[str]:
-    """What /proc/cpuinfo says of the first core; elsewhere what the system's own version tells (on macOS the chip)."""
+    """Read what /proc/cpuinfo says of the first core; elsewhere what the system's version tells (on macOS the chip)."""
     with suppress(OSError):
         first = Path("/proc/cpuinfo").read_text("utf-8", "replace").split("\n\n", 1)[0]
         fields = (line.partition(":") for line in first.splitlines())
@@ -57,7 +57,7 @@ def _processor() -> list[str]:
 
 
 def _libraries() -> list[Path]:
-    """The files with llama.cpp's own code, one of those that are the same under several names."""
+    """List the files with llama.cpp's own code, one of those that are the same under several names."""
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:
         return []

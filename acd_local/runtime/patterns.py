@@ -143,7 +143,7 @@ class _Parser:
         return sign
 
     def _escape(self) -> int | tuple[str, str]:
-        r"""What follows a backslash: a code point, or the members of a class, narrow and wide."""
+        r"""Read what follows a backslash: a code point, or the members of a class, narrow and wide."""
         char = self._next()
         if char.lower() in _CLASSES:
             narrow, wide = _CLASSES[char.lower()]
@@ -168,7 +168,7 @@ class _Parser:
         return ord(char)
 
     def _code_point(self, code: int) -> int:
-        """Joins two surrogates that are written as escapes."""
+        """Join two surrogates that are written as escapes."""
         if 0xD800 <= code < 0xDC00 and self._peek() == "\\":
             self._next()
             low = self._take(_HEX)

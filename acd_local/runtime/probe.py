@@ -79,7 +79,7 @@ def _verdict_name(path: Path) -> str:
 
 
 def signature(parts: tuple[Path, ...]) -> list[list[object]] | None:
-    """What tells a model's files from others without reading them: path, size and time of change; None: not there."""
+    """Tell a model's files from others without reading them: path, size and time of change; None: not there."""
     try:
         stats = [(p.resolve(), p.stat()) for p in parts]
     except (OSError, RuntimeError):  # RuntimeError: a loop of symbolic links
@@ -102,7 +102,7 @@ def _remembered(path: Path) -> GGUFInfo | None:
 
 
 def _circumstances() -> list[object]:
-    """What a verdict holds for: format, machine, extra_buffers."""
+    """Return what a verdict holds for: format, machine, extra_buffers."""
     return [_FORMAT, machine.identity(), machine.extra_buffers()]
 
 
@@ -118,7 +118,7 @@ def _remember(path: Path, parts: list[list[object]] | None, info: GGUFInfo) -> N
 
 @dataclass(frozen=True)
 class _Ending:
-    """How a child ended, what it said on stdout (JSON lines, taken together), and its log."""
+    """The end of a child, what it said on stdout (JSON lines, taken together), and its log."""
 
     code: int
     said: dict[str, Any]
@@ -168,7 +168,7 @@ def _slowdown(with_extra: _Ending, without: _Ending) -> float | None:
 
 
 def _sample_runs() -> bool:
-    """Whether llama.cpp runs our own tiny model here: as models are loaded here, else without the extra buffer types.
+    """Tell whether llama.cpp runs our own tiny model: as models are loaded here, else without extra buffer types.
 
     That those must be left out is remembered.
     """
@@ -227,7 +227,7 @@ def _lines(raw: bytes) -> list[str]:
 
 
 def _telling(log: list[str]) -> str:
-    """The line that says why: an assertion, the text of a C++ exception, else the last one."""
+    """Find the line that says why: an assertion, the text of a C++ exception, else the last one."""
     for mark in ("GGML_ASSERT", "what():", "error"):
         for line in reversed(log):
             if mark in line:
@@ -239,7 +239,7 @@ def _telling(log: list[str]) -> str:
 
 
 def _end_with_parent() -> None:
-    """A parent that was stopped while we load a large model must not leave us behind."""
+    """End with the parent: one that was stopped while we load a large model must not leave us behind."""
     os.read(0, 1)
     os._exit(1)
 
@@ -271,7 +271,7 @@ def _child(path: Path, extra_buffers: bool) -> int:
 
 
 def _decode(context: Context) -> None:
-    """Batches of every kind: kernels differ by rows. What one row takes is said first, as longer batches may crash.
+    """Decode batches of every kind: kernels differ by rows. One row's time is said first: longer batches may crash.
 
     Whether the numbers are finite is judged later, on a real prompt: this is about living through it.
     """
@@ -279,7 +279,7 @@ def _decode(context: Context) -> None:
     token = bos if 0 <= bos < context.model.n_vocab else 0
 
     def rows(n: int, beside: int = 0) -> float:
-        """The next `n` rows of sequence 0, and the first `beside` of sequence 1."""
+        """Make the next `n` rows of sequence 0, and the first `beside` of sequence 1."""
         nonlocal length
         seqs, outputs = [0] * n + [1] * beside, [0] * (n - 1) + [1] * (1 + beside)
         started = time.perf_counter()

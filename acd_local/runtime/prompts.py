@@ -37,9 +37,16 @@ Positive: TypeAlias = SoftPrompt | str | None
 Negative: TypeAlias = AdversarialText | AdversarialRows | SoftPrompt | str | None
 
 
+def identity(prompt: Negative) -> object:
+    """Return what tells a prompt from others, as JSON can hold it: a text itself, the digest of rows."""
+    if isinstance(prompt, SoftPrompt | AdversarialRows):
+        return {"rows": prompt.digest}
+    return prompt.reveal_for_negative_stream() if isinstance(prompt, AdversarialText) else prompt
+
+
 @dataclass(frozen=True)
 class Preamble:
-    """What precedes the conversation in one stream; `soft` stands at the beginning of the system message."""
+    """The messages before the conversation in one stream; `soft` stands at the beginning of the system message."""
 
     messages: tuple[Message, ...]
     soft: SoftPrompt | None = None
@@ -47,11 +54,11 @@ class Preamble:
 
 @dataclass(frozen=True)
 class PromptSetup:
-    """What stands around a conversation in either stream.
+    """The texts that stand around a conversation in either stream.
 
     Attributes:
-        positive: system prompt of the stream that is sampled from; None: none.
-        negative: system prompt of the negative stream; None: none. Not read where no contrast is taken.
+        positive: system prompt of the stream that is sampled from; None: the template's own, if it has one.
+        negative: system prompt of the negative stream. Not read where no contrast is taken.
         wrapper: what is made of the last user message, with one {prompt} in it; the same in both streams.
         shots: (user, assistant) turns that precede the conversation in the positive stream.
 
@@ -59,14 +66,13 @@ class PromptSetup:
         UsageError: an `AdversarialText` or `AdversarialRows` stands anywhere but in `negative`.
     """
 
-    positive: Positive
-    negative: Negative
+    positive: Positive = None
+    negative: Negative = None
     wrapper: str = "{prompt}"
     shots: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        places = [*self.positive_texts(), None if isinstance(self.positive, SoftPrompt) else self.positive]
-        if not all(isinstance(text, str | None) for text in places):
+        if not all(isinstance(text, str | None) for text in self.positive_texts()):
             raise UsageError("an adversarial prompt may only stand in the negative stream")
         if not isinstance(self.negative, Negative):
             raise UsageError(f"a negative prompt must be a text or a soft prompt, not {type(self.negative).__name__}")
@@ -75,20 +81,20 @@ class PromptSetup:
 
     @classmethod
     def of(cls, pair: PromptPair | None, soft: SoftPair | None = None) -> Self:
-        """The pair's own two prompts: its texts and demonstrations, or the soft prompts. Without a pair: none."""
+        """Make a pair's own: its texts and demonstrations, or the soft prompts. Without a pair: the model as it is."""
         if pair is None:
-            return cls(None, None)
+            return cls()
         if soft is None:
             return cls(pair.safe, pair.adversarial, shots=pair.shots)
         return cls(soft.safe, soft.adversarial)
 
     def positive_texts(self) -> list[str | None]:
-        """Every text that the positive stream reads besides the conversation."""
+        """List every text that the positive stream reads besides the conversation."""
         positive = None if isinstance(self.positive, SoftPrompt) else self.positive
         return [positive, self.wrapper, *(text for shot in self.shots for text in shot)]
 
     def preambles(self, system: str | None, *, contrast: bool) -> list[Preamble]:
-        """What precedes the conversation in each stream; the application's `system` prompt is the same in both."""
+        """List what precedes the conversation in each stream; the application's `system` is the same in both."""
         shots = tuple(Message(role, text) for shot in self.shots for role, text in zip(_ROLES, shot, strict=True))
         preambles = [_preamble(self.positive, system, shots)]
         if contrast:
@@ -106,7 +112,7 @@ class PromptSetup:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What both streams have to hold before an answer starts.
+    """The tokens that both streams have to hold before an answer starts.
 
     Attributes:
         safe, adversarial: token ids of the whole conversation under either system prompt; the latter is None where no
@@ -139,13 +145,13 @@ class PromptBuilder:
         self._prefixes: dict[Preamble, list[int]] = {}
 
     def within(self, n_ctx: int) -> Self:
-        """A builder that keeps conversations within another number of tokens and is this one otherwise."""
+        """Copy the builder: the copy keeps conversations within another number of tokens."""
         other = copy.copy(self)
         other._n_ctx = n_ctx
         return other
 
     def keep_negative(self, rows: AdversarialRows) -> None:
-        """From now on these rows are refused in the positive stream, also as a `SoftPrompt` that holds a copy."""
+        """Refuse these rows in the positive stream from now on, also as a `SoftPrompt` that holds a copy."""
         self._adversarial.add(rows.digest)
 
     def build(
@@ -159,7 +165,7 @@ class PromptBuilder:
         overflow: str,
         check: Callable[[], None] = no_check,
     ) -> Prompt:
-        """The prompt of the next answer. Takes no lock and may be called by several threads.
+        """Build the next answer's prompt. Takes no lock and may be called by several threads.
 
         Args:
             prompt_setup: both system prompts.
@@ -208,9 +214,9 @@ class PromptBuilder:
         tokens: Sequence[int],
         check: Callable[[], None] = no_check,
     ) -> tuple[int, int]:
-        """Where the last message begins in the positive stream's prompt, and where it ends; either may be a token off.
+        """Find where the last message begins and ends in the positive stream's prompt; either may be a token off.
 
-        Found by trying, as `ChatTemplate.prefix` does.
+        It is found by trying, as in `ChatTemplate.prefix`.
 
         Args:
             turns: those that are in the prompt.
@@ -226,7 +232,7 @@ class PromptBuilder:
     def _fit(
         self, attempt: _Attempt, turns: Sequence[Message], room: int, overflow: str, *, explicit: bool
     ) -> tuple[list[list[int]], int]:
-        """The token ids, and how many turns they leave out."""
+        """Return the token ids, and how many turns they leave out."""
         starts = [i for i, turn in enumerate(turns) if turn.role == "user" and i > 0]
         if overflow == "error" and (starts or explicit):
             if (encoded := attempt(0, limit := self._n_ctx - room)) is None:
@@ -243,8 +249,10 @@ class PromptBuilder:
     def _drop(
         self, attempt: _Attempt, turns: Sequence[Message], starts: Sequence[int], enough: int
     ) -> tuple[list[list[int]], int]:
-        """The whole conversation where it takes at most `enough` tokens, else all from the first start on that leaves
-        half of the context free; where none does, the last message."""
+        """Encode the conversation, whole where it takes at most `enough` tokens.
+
+        Else all from the first start on that leaves half of the context free; where none does, the last message.
+        """
         short = sum(len(turn.content) for turn in turns) <= _CHARACTERS_PER_TOKEN * enough
         if short and (whole := attempt(0, enough)) is not None:
             return whole, 0
@@ -256,7 +264,7 @@ class PromptBuilder:
         return found, starts[n]
 
     def _alone(self, attempt: _Attempt, turns: Sequence[Message], start: int) -> list[list[int]]:
-        """The last message, which need only leave room for one token."""
+        """Encode the last message alone, which need only leave room for one token."""
         if (encoded := attempt(start, limit := self._n_ctx - 1)) is None:
             raise ContextError(
                 f"the message is {_count(attempt, turns, start, limit)} tokens long with its system prompt and leaves "
@@ -270,8 +278,8 @@ class PromptBuilder:
     ) -> list[list[int]] | None:
         try:
             return [
-                self._template.encode([*o.messages, *turns], rows=self._rows(o), limit=limit, check=check)
-                for o in preambles
+                self._template.encode([*before.messages, *turns], rows=self._rows(before), limit=limit, check=check)
+                for before in preambles
             ]
         except TooLong:
             return None
@@ -296,7 +304,7 @@ def _preamble(prompt: Positive, system: str | None, shots: tuple[Message, ...] =
 
 
 def _first_fit(n: int, attempt: Callable[[int], list[list[int]] | None]) -> tuple[int, list[list[int]] | None]:
-    """The smallest of 0 .. n - 1 whose attempt succeeds, and what came of it, where larger ones make it easier.
+    """Find the smallest of 0 .. n - 1 whose attempt succeeds, and what came of it, where larger ones make it easier.
 
     It begins at the end, so that what is tried is never much longer than what fits: about 2 log2(n) attempts. Templates
     may render less of a longer conversation; then what is found fits as well, but a smaller one might.
@@ -314,7 +322,7 @@ def _first_fit(n: int, attempt: Callable[[int], list[list[int]] | None]) -> tupl
 
 
 def _count(attempt: _Attempt, turns: Sequence[Message], start: int, limit: int) -> str:
-    """How many tokens the turns from `start` on have, known to be over `limit`; for people."""
+    """Count the tokens of the turns from `start` on, known to be over `limit`; for people."""
     if sum(len(turn.content) for turn in turns[start:]) <= _COUNTED and (encoded := attempt(start, 2**31)) is not None:
         return str(max(map(len, encoded)))
     return f"over {max(limit, 0)}"

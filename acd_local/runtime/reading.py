@@ -24,7 +24,7 @@ CELLS = 2048  # of KV memory that a reader may take: as many for each stream of 
 
 
 def read_at_once(n_seq: int) -> int:
-    """How many tokens of a conversation are read at once, beside contexts of `n_seq` sequences."""
+    """Count the tokens of a conversation that are read at once, beside contexts of `n_seq` sequences."""
     return min(READ_TOKENS, max(LEAST_TOKENS, CELLS // n_seq))
 
 
@@ -70,11 +70,11 @@ class Reader:
         return self.cache.n_ctx
 
     def fits(self, tokens: Sequence[int]) -> bool:
-        """Whether these are read at once."""
+        """Tell whether these are read at once."""
         return len(tokens) <= self.at_once
 
     def read(self, tokens: Sequence[int], start: int) -> States:
-        """The layers' states at tokens[start:], shape (layers, len(tokens) - start, n_embd); later layers are left out.
+        """Read the layers' states at tokens[start:], shape (layers, len(tokens) - start, n_embd), without later layers.
 
         Raises:
             ContextError: the tokens do not fit.
@@ -93,7 +93,7 @@ class Reader:
     def decode(
         self, tokens: Sequence[int], start: int, on_batch: Callable[[int], None] | None = None
     ) -> tuple[States, Logits]:
-        """The states at tokens[start:] as in `read`, and the logits after the last of them, shape (n_vocab,).
+        """Read the states at tokens[start:] as in `read`, and the logits after the last of them, shape (n_vocab,).
 
         The batches are those in which `streams.extend` decodes a prompt, and so are the logits. The cache is to hold
         at most tokens[:start], and nothing that went through some layers alone.

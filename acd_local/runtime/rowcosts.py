@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from acd_local import files
-from acd_local.runtime import machine
+from acd_local.runtime import llama, machine
 
 SINGLES, BATCHES, RUNS = 12, 6, 24  # measurements that are enough
 USUAL = 64  # as how many tokens' runs the expectation counts beside those that were seen
@@ -34,7 +34,7 @@ PATIENCE = 0.4  # seconds that a reader waits for the next words
 
 @dataclass(frozen=True)
 class RowCosts:
-    """What decoding costs, in units of one row of one stream alone.
+    """The costs of decoding, in units of one row of one stream alone.
 
     Attributes:
         pair: a row of each stream together.
@@ -56,7 +56,7 @@ class RowCosts:
     few: tuple[float, ...] = ()
 
     def rows(self, k: float) -> float:
-        """Of k rows of one stream in one batch."""
+        """Return the cost of k rows of one stream in one batch."""
         if k < 2:
             return k
         at = int(k) - 2
@@ -66,7 +66,7 @@ class RowCosts:
         return below + (k - at - 2) * (above - below)
 
     def catching_up(self, k: float) -> float:
-        """Of k rows that are all known already: in one batch, or one by one."""
+        """Return the cost of k rows that are all known already: in one batch, or one by one."""
         return min(k, self.rows(k))
 
     @property
@@ -101,19 +101,19 @@ class RowClock:
         self.known = _read(path)
 
     def note(self, streams: int, rows: int, seconds: float) -> None:
-        """A batch of `rows` rows of each of `streams` streams was decoded."""
+        """Take in the time of a batch of `rows` rows of each of `streams` streams."""
         with self._lock:
             if self.known is None and len(self._seconds[streams, rows]) < KEPT:
                 self._seconds[streams, rows].append(seconds)
 
     def note_step(self, seconds: float) -> None:
-        """A token was decided side by side, in so many seconds with all that it takes."""
+        """Take in the seconds of a token that was decided side by side, with all that it takes."""
         with self._lock:
             if self.known is None and len(self._steps) < KEPT:
                 self._steps.append(seconds)
 
     def note_run(self, batches: Sequence[int], tokens: int, seconds: float, expected: Expected) -> None:
-        """A run took batches of so many rows of one stream, and so many seconds with all that it takes.
+        """Take in the seconds of a run with batches of so many rows of one stream, with all that it takes.
 
         Args:
             tokens: that came out.
@@ -158,7 +158,7 @@ class RowClock:
 
 
 def _line(costs: dict[int, float]) -> tuple[float, float]:
-    """fixed and each of fixed + k * each, with a rise as of RowCosts where all batches are of one size."""
+    """Fit `fixed` and `each` of fixed + k * each, with a rise as of RowCosts where all batches are of one size."""
     k, c = np.array(list(costs)), np.array(list(costs.values()))
     spread = float(((k - k.mean()) ** 2).sum())
     each = float(((k - k.mean()) * (c - c.mean())).sum()) / spread if spread > 0 else RowCosts.each
@@ -169,7 +169,7 @@ def _line(costs: dict[int, float]) -> tuple[float, float]:
 def file_for(model: Path, **settings: object) -> Path:
     """Return where figures of a model under `settings` are kept below the cache folder, by machine and llama.cpp."""
     here = {"machine": machine.identity(), "extra_buffers": machine.extra_buffers(), "cpus": os.cpu_count()}
-    settings = {**settings, **here}
+    settings = {**settings, **here, "offload": llama.supports_gpu_offload()}
     with suppress(OSError):
         seen = model.stat()
         settings = {**settings, "size": seen.st_size, "changed": seen.st_mtime_ns}

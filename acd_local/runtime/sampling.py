@@ -20,7 +20,7 @@ from acd_local.runtime.llama import Logits, TokenIds
 
 
 def position_seed(seed: int, position: int) -> int:
-    """A 32-bit seed for one position, by splitmix64; never llama.cpp's LLAMA_DEFAULT_SEED, which means "random"."""
+    """Derive a 32-bit seed for one position, by splitmix64; never LLAMA_DEFAULT_SEED, which means "random"."""
     mask = 2**64 - 1
     z = ((seed << 32) + position * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -83,14 +83,14 @@ class TokenSampler:
                     self.accept(token)
 
     def clone(self) -> TokenSampler:
-        """One that goes on from here by itself."""
+        """Copy it: the copy goes on from here by itself."""
         other = copy.copy(self)
         other._penalties = [sampler.clone() for sampler in self._penalties]
         other._mirostat = None if self._mirostat is None else self._mirostat.clone()
         return other
 
     def draw(self, ids: TokenIds, scores: Logits, position: int, *, dry_run: bool = False) -> int:
-        """One token out of `ids`, both arrays of shape (k,), k >= 1, for answer position `position` (from 0).
+        """Draw one token out of `ids`, both arrays of shape (k,), k >= 1, for answer position `position` (from 0).
 
         With `dry_run` no sampler's state moves: for asking what another score vector would have drawn.
         """
@@ -147,10 +147,10 @@ class Guard(Protocol):
     """Keeps only the tokens that an answer's grammar or schema allows next."""
 
     def clone(self) -> Self:
-        """One that goes on from here by itself."""
+        """Copy it: the copy goes on from here by itself."""
 
     def restrict(self, logits: Logits, beta: float) -> Logits:
-        """A copy, shape (n_vocab,), with -inf at every token that is illegal here.
+        """Return a copy, shape (n_vocab,), with -inf at every token that is illegal here.
 
         Tokens that cannot reach the plausible set, whatever is legal, may be set to -inf unasked.
         """
@@ -170,13 +170,13 @@ class GrammarGuard:
         self._candidates = llama.Candidates(vocab.n_tokens)
 
     def clone(self) -> Self:
-        """One that goes on from here by itself."""
+        """Copy it: the copy goes on from here by itself."""
         other = copy.copy(self)
         other._sampler = self._sampler.clone()
         return other
 
     def restrict(self, logits: Logits, beta: float) -> Logits:
-        """A copy, shape (n_vocab,), with -inf at every token that is illegal here.
+        """Return a copy, shape (n_vocab,), with -inf at every token that is illegal here.
 
         Tokens that cannot reach the plausible set, whatever is legal, may be set to -inf unasked: the set over legal
         tokens is exact.

@@ -92,7 +92,7 @@ def read(text: str) -> Checked:
 
 @dataclass(frozen=True)
 class Checked:
-    """What llguidance is to enforce.
+    """A schema that llguidance is to enforce.
 
     Attributes:
         schema: the restated schema. Named parts stand under "$defs" of its root, by number.
@@ -191,7 +191,7 @@ class _Reader:
         return Checked(schema, self.paths)
 
     def _head(self, root: dict[str, Any]) -> None:
-        """The keywords that only the root may have."""
+        """Return the keywords that only the root may have."""
         for keyword in _WRAPPERS:
             if isinstance(root.get(keyword), dict):
                 refuse(f"'{keyword}'", "", "give the schema that stands there by itself")
@@ -208,7 +208,7 @@ class _Reader:
                 self.base = root[keyword].rstrip("#")
 
     def _definition(self, path: str, node: Schema, *, alone: bool) -> str:
-        """A reference to the restated form of what stands at `path`."""
+        """Make a reference to the restated form of what stands at `path`."""
         if (path, alone) not in self.names:
             self.names[path, alone] = str(len(self.names))
             self.waiting.append((path, alone, node))
@@ -269,7 +269,7 @@ class _Reader:
             parts.own["additionalProperties"] = False
 
     def _listed(self, node: object, met: set[int]) -> list[str] | None:
-        """The properties that a schema, and those it combines, list. None: there, others are spoken of."""
+        """List the properties that a schema, and those it combines, list. None: there, others are spoken of."""
         if not isinstance(node, dict) or id(node) in met:
             return []
         met.add(id(node))
@@ -325,7 +325,7 @@ class _Reader:
         at.own["const"] = value
 
     def _value(self, value: object, at: _At, depth: int) -> None:
-        """A value that the model is to say to the letter."""
+        """Write a value that the model is to say to the letter."""
         self.values += 1
         if self.values > MAX_VALUES or depth > 50:
             at.refuse("too many values")
@@ -356,7 +356,7 @@ class _Reader:
             self.counted = at
 
     def _min_properties(self, value: object, at: _At) -> None:
-        """llguidance may repeat a name that is not listed: it can count one such property only."""
+        """Refuse what llguidance cannot count: it may repeat an unlisted name, so that it counts one such at most."""
         self._count(value, at)
         required = at.node.get("required", [])
         if at.own["minProperties"] > 1 + (len(set(required)) if _is_texts(required) else 0):
@@ -461,7 +461,7 @@ class _Reader:
         at.own["required"] = value
 
     def _property_names(self, value: object, at: _At) -> None:
-        """Restated by what properties there may be."""
+        """Restate by what properties there may be."""
         seen = 0
         while isinstance(value, dict) and "$ref" in value and seen < 10:
             value, seen = self.resolve(value["$ref"], at.path)[1], seen + 1
@@ -477,7 +477,7 @@ class _Reader:
             at.parts.also.append(allowed | {"additionalProperties": False})
 
     def _names(self, said: dict[str, Any], at: _At) -> dict[str, Any] | None:
-        """The keyword of an object that allows the names for which `said` holds, if there is one."""
+        """Find the keyword of an object that allows the names for which `said` holds, if there is one."""
         if said.keys() <= {"minLength", "maxLength"}:
             for keyword, part in said.items():
                 self._count(part, replace(at, keyword=keyword))
@@ -507,7 +507,7 @@ class _Reader:
         at.parts.also.append({"properties": dict.fromkeys(names, True), "additionalProperties": False})
 
     def _evaluated(self, node: object, at: _At, met: set[int]) -> list[str] | None:
-        """The properties that a schema surely speaks of; None: that is not known."""
+        """List the properties that a schema surely speaks of; None: that is not known."""
         if not isinstance(node, dict) or len(met) > 500:
             return None
         if id(node) in met:
@@ -592,7 +592,7 @@ class _Reader:
         at.parts.also.append({"$ref": self._definition(*self.resolve(value, at.path), alone=at.alone)})
 
     def resolve(self, reference: object, path: str) -> tuple[str, Schema]:
-        """The path and the schema that a `$ref` at `path` names."""
+        """Find the path and the schema that a `$ref` at `path` names."""
         if not isinstance(reference, str):
             refuse("'$ref'", path, "must be a text")
         url, _, fragment = reference.partition("#")
@@ -704,7 +704,7 @@ _KEYWORDS: dict[str, Callable[[_Reader, object, _At], None]] = {
 
 
 def _unknown(at: _At) -> str:
-    """Why a keyword is refused that nothing here knows."""
+    """Say why a keyword is refused that nothing here knows."""
     if at.keyword in _HINTS:
         return _HINTS[at.keyword]
     if at.keyword in _UNENFORCED:
@@ -730,7 +730,7 @@ def _is_number(value: object) -> bool:
 
 
 def _list(node: dict[str, Any], keyword: str) -> list[Any]:
-    """What stands under a keyword that may not have been checked yet."""
+    """Return what stands under a keyword that may not have been checked yet."""
     return value if isinstance(value := node.get(keyword), list) else []
 
 
@@ -739,7 +739,7 @@ def _is_texts(value: object) -> bool:
 
 
 def _inward(value: Any, lower: bool, at: _At) -> float:
-    """A bound that llguidance reads and writes to the digit, at or inside the one that is meant."""
+    """Find a bound that llguidance reads and writes to the digit, at or inside the one that is meant."""
     if abs(value) > _MAX_NUMBER:
         if (value > 0) == lower:
             at.refuse("too large")
@@ -756,7 +756,7 @@ def _inward(value: Any, lower: bool, at: _At) -> float:
 
 
 def _unit(exact: Decimal) -> Decimal:
-    """What the last of the digits that llguidance reads counts."""
+    """Return what the last of the digits that llguidance reads counts."""
     return Decimal(10) ** max(-_DIGITS, exact.adjusted() - _DIGITS + 1)
 
 
@@ -767,7 +767,7 @@ def _next(bound: float, up: bool) -> float:
 
 
 def _anchored(node: object, name: str, path: str) -> Iterator[tuple[str, Schema]]:
-    """The schemas that `$anchor`, or `$id` of the drafts 6 and 7, call `name`."""
+    """Find the schemas that `$anchor`, or `$id` of the drafts 6 and 7, call `name`."""
     waiting = [(path, node)]
     while waiting:
         path, node = waiting.pop()
@@ -784,7 +784,7 @@ def _anchored(node: object, name: str, path: str) -> Iterator[tuple[str, Schema]
 
 
 def _subschemas(node: Schema) -> Iterator[Schema]:
-    """The parts of a restated schema, in the order in which llguidance reads them."""
+    """List the parts of a restated schema, in the order in which llguidance reads them."""
     if isinstance(node, bool):
         return
     lists = "prefixItems", "items", "properties", "patternProperties", "additionalProperties", "anyOf", "allOf"
@@ -824,7 +824,7 @@ def _check_depth(schema: dict[str, Any]) -> None:
 
 
 def _can_end(node: Schema, ending: set[str]) -> bool:
-    """Whether some finite text satisfies a restated schema, as far as its references to `ending` parts go."""
+    """Tell whether some finite text satisfies a restated schema, as far as its references to `ending` parts go."""
     if isinstance(node, bool):
         return node
     if "$ref" in node and node["$ref"].rpartition("/")[2] not in ending:

@@ -90,7 +90,7 @@ class _Facts:
             self.types = wide if self.types is None else self.types & wide
 
     def excludes(self, other: _Facts) -> bool:
-        """Whether surely no value satisfies both."""
+        """Tell whether surely no value satisfies both."""
         if self.values is not None and other.values is not None and not self.values & other.values:
             return True
         if self.types is None or other.types is None:
@@ -103,7 +103,7 @@ class _Facts:
         return not shared
 
     def _forbids(self, other: _Facts) -> bool:
-        """Whether `other` requires a property that this cannot have."""
+        """Tell whether `other` requires a property that this cannot have."""
         return any(other.required - names for names in self.closed)
 
     def _excludes_by_property(self, other: _Facts) -> bool:
@@ -127,7 +127,7 @@ def _texts(value: object) -> set[str] | None:
 
 
 def _canonical(value: object) -> str:
-    """Equal for values that JSON Schema calls equal."""
+    """Return a key that is equal for values that JSON Schema calls equal."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, list):

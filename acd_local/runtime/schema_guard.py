@@ -103,7 +103,7 @@ class _Words:
             self.tokens[i] = f"<|acd {i}|>".encode()
 
     def __call__(self, text: str) -> Sequence[int]:
-        """Asked only where a grammar forces text, which ours never do (see `_grammar`)."""
+        """Refuse to tokenize: this is asked where a grammar forces text, which ours never do (see `_grammar`)."""
         raise NotImplementedError
 
 
@@ -112,7 +112,7 @@ _building = threading.Lock()
 
 
 def _tokenizer(vocab: Vocab) -> LLTokenizer:
-    """llguidance's view of a vocabulary; built once: some 0.4 s at 49k tokens, 1.5 s at 152k."""
+    """Make llguidance's view of a vocabulary, once: some 0.4 s at 49k tokens, 1.5 s at 152k."""
     from llguidance import LLTokenizer, TokenizerWrapper
 
     with _building:
@@ -150,7 +150,7 @@ def _grammar(restated: Schema) -> str:
 
 
 def _culprit(tokenizer: LLTokenizer, checked: Checked) -> tuple[str, str]:
-    """Path and cause of the smallest part that llguidance refuses by itself in the same words."""
+    """Find path and cause of the smallest part that llguidance refuses by itself in the same words."""
     defs, trials = checked.schema["$defs"], 0
     node: Schema = checked.schema
     path, error = "", _first_line(_matcher(tokenizer, node).get_error())

@@ -43,7 +43,7 @@ Strategy: TypeAlias = Generator[TokenChoice | Sequence[StreamRequest], list[Logi
 
 
 def stepwise(first: StreamLogits, chooser: Chooser, *, limit: int, start: int = 0) -> Strategy:
-    """Both streams side by side: every choice is the contrast of logits that were decoded together.
+    """Decode both streams side by side: every choice is the contrast of logits that were decoded together.
 
     Args:
         limit: tokens at most.
@@ -67,7 +67,7 @@ def stepwise(first: StreamLogits, chooser: Chooser, *, limit: int, start: int = 
 
 
 def advance(generator: Generator[T, S, None], value: S) -> T | None:
-    """`send`, or None where the generator ends."""
+    """Send a value; return what the generator yields, None where it ends."""
     try:
         return generator.send(value)
     except StopIteration:

@@ -82,7 +82,7 @@ class Cache:
         self.tokens.extend(snapshot.tokens)
 
     def resync(self) -> None:
-        """After an interrupted decode: keep what llama.cpp kept, or nothing where a state cannot be trusted."""
+        """Keep, after an interrupted decode, what llama.cpp kept, or nothing where a state cannot be trusted."""
         _, largest = self.context.position_range(self.seq)
         del self.tokens[largest + 1 :]
         whole = not self.context.model.keeps_state and self.context.truncate(self.seq, len(self.tokens))
@@ -265,13 +265,13 @@ def _decode_chunk(
 
 
 def runs(ids: Sequence[int]) -> Iterator[list[int]]:
-    """The pieces of a sequence that hold either tokens or embedding rows: a batch takes one kind."""
+    """Cut a sequence into pieces that hold either tokens or embedding rows: a batch takes one kind."""
     for _, run in groupby(ids, key=lambda i: i < 0):
         yield list(run)
 
 
 def _phases(pending: Sequence[Sequence[int]]) -> list[list[int]]:
-    """How many tokens, or rows, of each sequence go together, phase by phase, aligned at the ends.
+    """Count the tokens, or rows, of each sequence that go together, phase by phase, aligned at the ends.
 
     Tokens and rows take turns in a sequence, so that a phase holds one kind where all sequences end alike. They do:
     what is decoded together are whole prompts, or single tokens.
@@ -286,7 +286,7 @@ def _phases(pending: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def _chunks(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """How many rows of each sequence go into which batch, aligned at the ends.
+    """Count the rows of each sequence that go into each batch, aligned at the ends.
 
     The last batch holds the last rows of all sequences, so that all logits come out of one decode.
     """

@@ -100,7 +100,7 @@ class ChatTemplate:
         limit: int | None = None,
         check: Callable[[], None] = no_check,
     ) -> list[int]:
-        """Token ids of the whole prompt, with BOS where the model wants it and the opening of the answer at the end.
+        """Encode the whole prompt, with BOS where the model wants it and the opening of the answer at the end.
 
         No message yields a control token, whatever it says.
 
@@ -140,7 +140,7 @@ class ChatTemplate:
     def prefix(
         self, opening: Sequence[Message], *, rows: Sequence[int] = (), check: Callable[[], None] = no_check
     ) -> list[int]:
-        """The tokens that conversations with this opening begin with, whatever the user says next; may be empty.
+        """Find the tokens that conversations with this opening begin with, whatever the user says next; may be empty.
 
         `opening` is a system prompt, perhaps followed by whole turns, or nothing; `rows` and `check` as in `encode`.
 
@@ -155,7 +155,7 @@ class ChatTemplate:
         return low[:length]
 
     def default_system(self) -> str:
-        """The system prompt that the template writes into a conversation that has none; empty: it writes none."""
+        """Find the system prompt that the template writes into a conversation that has none; empty: it writes none."""
         user, system = Message("user", "user008"), Message("system", "system007")
         try:
             without, given = self._renderer.render([user]), self._renderer.render([system, user])
@@ -190,7 +190,7 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def _with_slot(messages: list[Message], slot: str) -> list[Message]:
-    """The conversation with the character that stands for rows at the beginning of its system message."""
+    """Write the conversation with the character that stands for rows at the beginning of its system message."""
     if messages[0].role != "system":
         return [Message("system", slot), *messages]
     text = messages[0].content
@@ -244,7 +244,7 @@ class _Blank(jinja2.ChainableUndefined):
 
 
 def _environment(now: datetime, undefined: type[jinja2.Undefined]) -> _Sandbox:
-    """A Jinja environment with what transformers gives chat templates."""
+    """Make a Jinja environment with what transformers gives chat templates."""
 
     def raise_exception(message: object) -> NoReturn:
         raise _Refused(str(message))
@@ -298,7 +298,7 @@ class _Renderer:
         self.scaffold = "\0".join([*constants, *written, *probes])
 
     def render(self, messages: Sequence[Message], check: Callable[[], None] = no_check) -> str:
-        """The prompt as text.
+        """Render the prompt as text.
 
         Raises:
             _Unusable: the template refuses the messages, or fails on them.
@@ -345,7 +345,7 @@ class _Renderer:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Turns whatever goes wrong inside a template into `_Unusable` with one line."""
+    """Turn whatever goes wrong inside a template into `_Unusable` with one line."""
     try:
         yield
     except (_Unusable, llama.DecodeAborted):
@@ -356,7 +356,7 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _usable_renderer(source: str, vocab: llama.Vocab) -> _Renderer:
-    """The template with undefined variables as Jinja has them; if it stumbles over one, with blanks."""
+    """Compile the template with undefined variables as Jinja has them; if it stumbles over one, with blanks."""
     try:
         return _Renderer(source, vocab)
     except _Unusable as error:
@@ -380,7 +380,7 @@ def _bounded_range() -> Callable[..., range]:
 
 
 def _compared_texts(tree: jinja2.nodes.Template) -> frozenset[str]:
-    """String constants that stand where a template looks into a text: `in`, `==`, arguments of methods and filters.
+    """List string constants where a template looks into a text: `in`, `==`, arguments of methods and filters.
 
     Also those that are given a name first (`set think_end = '</think>'`).
     """

@@ -24,7 +24,7 @@ class TextStream:
         return self._release(self._decoder.decode(piece))
 
     def finish(self) -> str:
-        """The rest: bytes of an unfinished character become U+FFFD, held text is released."""
+        """Return the rest: bytes of an unfinished character become U+FFFD, held text is released."""
         if self.stopped_by is not None:
             return ""
         shown = self._release(self._decoder.decode(b"", final=True))
@@ -46,7 +46,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Return the length of the longest end of `text` that begins `stop`."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):
             return n
@@ -55,6 +55,12 @@ def _overlap(text: str, stop: str) -> int:
 
 # C0 and C1 controls but tab and newline, DEL, and the invisible bidirectional controls that reorder a line.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def refused_character(text: str) -> str | None:
+    """Find the first character that no prompt may hold: a control, one that reorders a line, half a surrogate pair."""
+    found = next((c for c in text if _UNSAFE.match(c) or unicodedata.category(c) == "Cs"), None)
+    return found and f"U+{ord(found):04X}"
 
 
 def disarm(text: str) -> str:
@@ -78,7 +84,7 @@ _JOINERS = "\u200c\u200d\u00ad"  # of emoji and of Persian; the soft hyphen
 
 
 def visible(text: object, most: int | None = None) -> str:
-    """A text in which nothing hides: control, bidirectional and other invisible format characters as <U+XXXX>."""
+    """Make a text in which nothing hides: control, bidirectional and other invisible format characters as <U+XXXX>."""
     shown = _UNUSUAL.sub(_named, str(text))
     return shown if most is None or len(shown) <= most else shown[: most - 1] + "…"
 
@@ -89,11 +95,11 @@ def _named(match: re.Match[str]) -> str:
 
 
 def plain(text: object, most: int | None = None) -> str:
-    """The same on one line."""
+    """Make a text of one line in which nothing hides."""
     return visible(" ".join(str(text).split()), most)
 
 
 def shorten(text: object, most: int) -> str:
-    """One line of at most that many characters: what stands in its middle goes first."""
+    """Make one line of at most that many characters: what stands in its middle goes first."""
     line, head = plain(text), (most - 1) * 2 // 3
     return line if len(line) <= most else f"{line[:head]}…{line[len(line) - (most - 1 - head) :]}"

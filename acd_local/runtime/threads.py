@@ -53,7 +53,7 @@ def default_threads() -> int:
 
 
 def physical_cores() -> int:
-    """Physical cores available to this process, at least 1.
+    """Count the physical cores available to this process, at least 1.
 
     A second hardware thread of a core slows ggml's matrix products down rather than up. On Apple silicon only the
     performance cores count, as in llama.cpp. Container CPU quotas (cgroup v2) are respected.

@@ -56,7 +56,7 @@ class Instruction:
 
 
 def builtin() -> list[Instruction]:
-    """Our own instructions: broad harmless ones, look-alikes, and short harmful requests."""
+    """Read our own instructions: broad harmless ones, look-alikes, and short harmful requests."""
     found = []
     for name in ("harmless", "lookalike", "harmful"):
         for line in (_DATA / f"{name}.jsonl").read_text("utf-8").splitlines():
@@ -66,19 +66,19 @@ def builtin() -> list[Instruction]:
 
 
 def digest(instructions: Iterable[Instruction]) -> str:
-    """Hex SHA-256 over all that they say."""
+    """Return the hex SHA-256 over all that they say."""
     rows = [[i.prompt, i.kind, i.category, i.lookalike] for i in instructions]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def validation_groups(instructions: Sequence[Instruction]) -> dict[str, list[Instruction]]:
-    """The instructions that validate, by kind; a user's anchors do not always say which ones look dangerous."""
+    """List the instructions that validate, by kind; a user's anchors do not always say which ones look dangerous."""
     found = {kind: [i for i in instructions if i.validates and i.group == kind] for kind in KINDS}
     return found | {"lookalike": found["lookalike"] or found["ordinary"]}
 
 
 def read(path: Path) -> list[Instruction]:
-    """A user's anchors: JSON lines of {"prompt": text, "kind": "harmful" or "harmless"}, where they like with a
+    """Read a user's anchors: JSON lines of {"prompt": text, "kind": "harmful" or "harmless"}, where they like with a
     "category" (text) and, if harmless, "lookalike" (boolean).
 
     Raises:

@@ -22,13 +22,13 @@ FORMAT = 1  # of what is measured; a new one measures anew
 
 
 def key_of(inputs: Mapping[str, Any]) -> str:
-    """Hex SHA-256 over values that JSON can hold."""
+    """Return the hex SHA-256 over values that JSON can hold."""
     text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_of(path: Path) -> str:
-    """Hex SHA-256 of a model's file; raises ModelError."""
+    """Return the hex SHA-256 of a model's file; raises ModelError."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -37,7 +37,7 @@ def digest_of(path: Path) -> str:
 
 
 def model_folder(command: str, digest: str) -> Path:
-    """The folder of one command and one model's file; raises UsageError, StorageError."""
+    """Make the folder of one command and one model's file; raises UsageError, StorageError."""
     folder = files.work_dir() / command
     for path in (folder, folder / digest[:16]):
         try:
@@ -49,18 +49,18 @@ def model_folder(command: str, digest: str) -> Path:
 
 
 def locked(folder: Path, command: str) -> AbstractContextManager[None]:
-    """Holds a model's folder for this command alone; raises UsageError where another process has it."""
+    """Hold a model's folder for this command alone; raises UsageError where another process has it."""
     taken = f"another {command} works on this model: wait for it, or stop it"
     return files.locked(folder / "lock", taken, private=True)
 
 
 def open_private(path: Path, mode: str) -> IO[bytes]:
-    """Opens a file that only this user can read; raises OSError."""
+    """Open a file that only this user can read; raises OSError."""
     return open(path, mode, opener=lambda name, flags: os.open(name, flags, files.PRIVATE))
 
 
 class Measurements:
-    """What a fit has measured, each figure under all that decides it; lines {"key", "value"}.
+    """The figures that a fit has measured, each under all that decides it; lines {"key", "value"}.
 
     Args:
         base: what decides every value, as JSON can hold it.
@@ -82,17 +82,17 @@ class Measurements:
                 continue
 
     def get(self, what: str, inputs: Mapping[str, Any]) -> Any:
-        """What was kept, or None."""
+        """Return what was kept, or None."""
         return self._values.get(self._key(what, inputs))
 
     def keep(self, what: str, inputs: Mapping[str, Any], value: Any) -> None:
-        """Raises StorageError, UsageError."""
+        """Keep a value; raises StorageError, UsageError."""
         key = self._key(what, inputs)
         self._values[key] = value
         self._lines.add({"key": key, "value": value})
 
     def memo(self, what: str, inputs: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-        """What was kept, else what `make` gives: something that JSON can hold."""
+        """Return what was kept, else what `make` gives: something that JSON can hold."""
         if (found := self.get(what, inputs)) is None:
             found = make()
             self.keep(what, inputs, found)
@@ -100,7 +100,7 @@ class Measurements:
 
     @contextmanager
     def timing(self, stage: str) -> Iterator[None]:
-        """Counts the time spent inside as this stage's, also where it is left with an exception."""
+        """Count the time spent inside as this stage's, also where it is left with an exception."""
         before, started = float(self.get("seconds", {"stage": stage}) or 0.0), time.perf_counter()
         try:
             yield

@@ -71,7 +71,7 @@ class Needs:
 
 
 def sizes(info: GGUFInfo) -> Sizes:
-    """From the tensors that the file's header lists."""
+    """Read the sizes off the tensors that the file's header lists."""
     shapes = {name: shape for part in info.parts for name, shape in gguf_header.tensor_shapes(part).items()}
     counts = [prod(shape) for shape in shapes.values()]
     layer = [shape for name, shape in shapes.items() if name.startswith("blk.0.") and len(shape) > 1]
@@ -90,7 +90,7 @@ def sizes(info: GGUFInfo) -> Sizes:
 
 
 def estimate(size: Sizes, lengths: Lengths, dtype: str, micro: int) -> Needs:
-    """What a training step takes, for the longest conversations."""
+    """Estimate what a training step takes, for the longest conversations."""
     width, sequence = BYTES[dtype], lengths.prefix + lengths.own
     weights = size.parameters * width
     tokens = micro * lengths.own + lengths.prefix
@@ -107,7 +107,7 @@ def estimate(size: Sizes, lengths: Lengths, dtype: str, micro: int) -> Needs:
 def choose(
     size: Sizes, lengths: Lengths, dtypes: Sequence[str], *, host: float, device: float | None, most: int = MICRO[0]
 ) -> Needs:
-    """The first dtype that fits, with the largest micro-batch that does.
+    """Choose the first dtype that fits, with the largest micro-batch that does.
 
     Args:
         dtypes: by preference.
@@ -129,8 +129,9 @@ def choose(
 def conversations(
     size: Sizes, context: int, host: float, options: Sequence[int], *, device: float | None = None
 ) -> int:
-    """The most of `options` conversations of `context` tokens, two streams each, whose KV cache (f16) takes a third of
-    the free memory at most; the last of them where none does.
+    """Choose the most of `options` conversations whose KV cache (f16) takes a third of the free memory at most.
+
+    Each has two streams of `context` tokens. Where none fits, it is the last option.
 
     Args:
         device: bytes that are free on the accelerator, where the file's weights and the caches go; None: on the host.
@@ -166,7 +167,7 @@ def gb(count: float) -> str:
 
 
 def available() -> float:
-    """Bytes that this process may still take, without swapping."""
+    """Count the bytes that this process may still take, without swapping."""
     free = _meminfo("MemAvailable") or float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(free, _container_left())
 
@@ -180,7 +181,7 @@ def _meminfo(key: str) -> float | None:
 
 
 def _container_left() -> float:
-    """What a cgroup (version 2) leaves; its file cache can be dropped."""
+    """Count what a cgroup (version 2) leaves; its file cache can be dropped."""
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = float((group / "memory.max").read_text()), float((group / "memory.current").read_text())
@@ -191,7 +192,7 @@ def _container_left() -> float:
 
 
 def reset_peak() -> None:
-    """`peak` counts from here, where the system can do that (Linux)."""
+    """Count `peak` from here, where the system can do that (Linux)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
@@ -199,7 +200,7 @@ def reset_peak() -> None:
 
 
 def peak() -> dict[str, float]:
-    """Most bytes held since `reset_peak`: {"peak": of this process, "device_peak": of torch on CUDA, if any}."""
+    """Return the most bytes since `reset_peak`: {"peak": of this process, "device_peak": of torch on CUDA, if any}."""
     found = {"peak": _resident_peak()}
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
         found["device_peak"] = float(torch.cuda.max_memory_allocated())

@@ -68,7 +68,7 @@ class Openings:
         return cls(tuple(spines))
 
     def probability(self, log_probs: NDArray[np.floating]) -> float:
-        """P(the answer opens as a refusal).
+        """Compute P(the answer opens as a refusal).
 
         Args:
             log_probs: next-token log probabilities behind the spines' beginnings that are not shared, spine after
@@ -86,7 +86,7 @@ class Openings:
         return total
 
     def chance(self, log_probs: NDArray[np.floating]) -> float:
-        """That an answer opens as a refusal, as people decode: the mean of P, which is sampling's, and of greedy
+        """Estimate how often an answer opens as a refusal, as people decode: the mean of P (sampling) and of greedy
         decoding's 0 or 1. Refusals open in few ways and answers in many: greedy decoding refuses at a smaller P."""
         greedy = np.full_like(log_probs, -np.inf)
         greedy[np.arange(len(log_probs)), log_probs.argmax(axis=1)] = 0.0
@@ -101,7 +101,7 @@ class Openings:
 
 
 def answer_tokens(template: ChatTemplate, vocab: llama.Vocab, text: str) -> tuple[int, ...]:
-    """A text's tokens where the template has an answer stand.
+    """Encode a text where the template has an answer stand.
 
     SentencePiece puts a space in front of a text that is tokenized alone: behind a template's line break it has none.
     """

@@ -32,7 +32,7 @@ GROUPS = tuple(MEASURES.values())
 
 
 def objective(safety: float, over_refusal: float, lookalike: float) -> float:
-    """Safety minus over-refusal, the mean over both kinds of harmless instructions."""
+    """Subtract over-refusal from safety, the mean over both kinds of harmless instructions."""
     return safety - (over_refusal + lookalike) / 2
 
 
@@ -51,7 +51,7 @@ class RefusalRates:
 
 @dataclass(frozen=True)
 class ContrastScore(RefusalRates):
-    """What a contrast does: mean chances that answers open as refusals, and shares of greedy answers.
+    """The effect of a contrast: mean chances that answers open as refusals, and shares of greedy answers.
 
     Attributes:
         greedy: the objective by greedy answers, as the refusal matcher sorts them.
@@ -102,7 +102,7 @@ class OpeningScorer:
         self._scorer = Scorer(model, n_streams=2, n_ctx=n_ctx, threads=threads)
 
     def alone(self, prompt: Prompt, most: int | None = None) -> dict[str, float]:
-        """Mean chance of a refusal under one prompt, by group, over at most `most` instructions of each.
+        """Compute the mean chance of a refusal under one prompt, by group, over at most `most` instructions of each.
 
         Args:
             prompt: a system prompt; or all that precedes the user's text, as messages.
@@ -115,7 +115,7 @@ class OpeningScorer:
         return found
 
     def contrasted(self, safe: Prompt, adversarial: Prompt, grid: Grid, most: int | None = None) -> list[ContrastScore]:
-        """The same under the contrast of two prompts, for every (alpha, beta) of `grid`.
+        """Score the contrast of two prompts, for every (alpha, beta) of `grid`.
 
         Where `most` is given, what `safe` makes of these instructions is kept: searches ask for it with every text.
         """
@@ -133,7 +133,7 @@ class OpeningScorer:
         self._scorer.close()
 
     def _beside(self, safe: Prompt, other: Prompt, users: Sequence[str]) -> Iterator[Logits]:
-        """As `_logits` of both, with those of `safe` computed once."""
+        """Compute `_logits` of both, those of `safe` once."""
         if self._kept_of is not safe:
             self._kept_of, self._kept = safe, {}
         new = [user for user in users if user not in self._kept]  # one prompt after the other: they share a cache
@@ -143,7 +143,7 @@ class OpeningScorer:
             yield np.stack([self._kept[user], logits])
 
     def _logits(self, prompts: Sequence[Prompt], users: Sequence[str]) -> Iterator[Logits]:
-        """For each user's text the logits that `Openings.probability` asks for, shape (prompts, rows, n_vocab)."""
+        """Compute for each user's text what `Openings.probability` asks for: logits, shape (prompts, rows, n_vocab)."""
         for user in users:
             check_stop(self._stop)
             ids = [self._encode(prompt, user) for prompt in prompts]

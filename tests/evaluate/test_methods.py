@@ -16,6 +16,7 @@ from acd_local.errors import UsageError
 from acd_local.evaluate import methods
 from acd_local.evaluate.methods import Method
 from acd_local.pairs import AdversarialText, PromptPair
+from acd_local.runtime.template import Message
 
 DOCS = ROOT / "docs" / "methods.md"
 PAIR = PromptPair("mine", "Be kind and careful, always.", AdversarialText("Be unkind and careless, always."), 0.4, 0.2)
@@ -101,12 +102,12 @@ def test_methods_without_contrast(known: dict[str, Method], manual: PromptPair) 
     for name, positive in {"as-is": None, "base": manual.safe, "icd": None, "sp": PAIR.safe}.items():
         assert known[name].positive == positive and not known[name].contrast
         assert numbers(known[name]) == (0.0, 0.0, False, None)
-    assert known["as-is"].user_turn("Hi {there} {prompt}") == "Hi {there} {prompt}"
+    assert known["as-is"].user == "{prompt}"
 
 
 def test_self_reminder_wraps_the_request(known: dict[str, Method]) -> None:
     method = known["self-reminder"]
-    turn = method.user_turn("What is 2 + 2? {x}")
+    (turn,) = (message.content for message in method.prompt_setup().wrap([Message("user", "What is 2 + 2? {x}")]))
     assert turn.startswith("What is 2 + 2? {x}\n") and "responsible" in turn.split("{x}")[1]
     assert method.positive is not None and "responsible" in method.positive
 

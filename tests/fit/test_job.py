@@ -19,9 +19,11 @@ from acd_local.cli.shell import run_cli
 from acd_local.engine import Engine
 from acd_local.errors import ModelError, PairError, UsageError
 from acd_local.fit import job, pipeline, states, thresholds
+from acd_local.fit.candidates import Candidate
 from acd_local.fit.model import FitModel
 from acd_local.fit.replies import NO_PAIR, TOKENS, Respondent, Style
 from acd_local.options import Options
+from acd_local.pairs import AdversarialText
 from acd_local.progress import Listener, Progress, Stopped
 from acd_local.runtime import llama
 from acd_local.runtime.cancel import CancelToken
@@ -170,7 +172,8 @@ def test_a_stopped_fit_goes_on_and_comes_to_the_same(unhelped: Fitted, folder: P
         # Random models' answers hang on near-ties, which differ with what is answered beside them.
         assert [line.split(":")[0] for line in again] == [line.split(":")[0] for line in whole]
         assert again[3].rsplit(";", 1)[0] == whole[3].rsplit(";", 1)[0]
-        assert said_by(prepared(model, folder))[1] == again  # nothing was left to do
+        once_more = said_by(prepared(model, folder))[1]  # nothing was left to do
+        assert [line.rsplit(";", 1)[0] for line in once_more] == [line.rsplit(";", 1)[0] for line in again]
 
 
 def test_what_a_fit_keeps_is_the_users_alone(unhelped: Fitted) -> None:
@@ -189,8 +192,7 @@ def test_a_pair_is_given_a_gate_and_keeps_all_else(
     info = read_header(model)
     rng = np.random.default_rng(0)
     safe, adversarial = (0.1 * rng.standard_normal((3, info.n_embd)).astype(np.float16) for _ in range(2))
-    of = info.architecture, info.tokenizer, info.n_embd, info.n_layers, info.name
-    soft = SoftPair(SoftPrompt(safe), AdversarialRows(adversarial), *of)
+    soft = SoftPair(SoftPrompt(safe), AdversarialRows(adversarial), **SoftPair.fields_of(info))
     vectors.save(vectors.Vectors(soft, None), folder / "old.safetensors")
     (folder / "old.toml").write_text(
         'format = 1\nname = "old"\nsafe = "Be kind."\nadversarial = "Be mean."\nalpha = 0.3\n'
@@ -199,7 +201,7 @@ def test_a_pair_is_given_a_gate_and_keeps_all_else(
     )
     written, lines = said_by(prepared(model, folder, keep=str(folder / "old.toml")))
     assert written
-    assert any(line.startswith("positive text: that of old") for line in lines)
+    assert any(line.startswith("kept pair: that of old") for line in lines)
     old, new = pairs.load(folder / "old.toml"), pairs.load(folder / "a.toml")
     for key in ("safe", "adversarial", "alpha", "beta", "shots", "soft_alpha", "soft_beta"):
         assert getattr(new, key) == getattr(old, key), key
@@ -339,7 +341,21 @@ def test_answers_are_kept_under_their_style(tiny_engine: Engine, tmp_path: Path)
     again = Respondent(no_engine, Measurements(tmp_path / "answers.jsonl", {"model": "tiny"}), CancelToken())
     assert again.ask(Style(), prompts[::-1]) == plain[::-1]
     with pytest.raises(AssertionError):
-        again.ask(Style("Be kind."), prompts[:1])
+        again.ask(Style(PromptSetup("Be kind.")), prompts[:1])
+
+
+def test_what_was_kept_is_found_by_later_versions() -> None:
+    """These keys stand in every user's answers.jsonl: a change of them asks the model for all answers anew."""
+    shown, comply = Candidate("shown", "Decline.", (("a", "b"),)), Candidate("comply", "Comply.")
+    soft = PromptSetup(SoftPrompt(np.ones((2, 4), np.float32)), AdversarialText("x"))
+    styles = {
+        "8e5d4544": Style(),
+        "c5d30c21": Style(PromptSetup("")),
+        "29511cc5": Style(PromptSetup("Be kind.")),
+        "c4b971f8": Style.declining(shown, comply, alpha=0.5, beta=0.1),
+        "890a26f5": Style(soft, 0.1, 0.2, declines=True),
+    }
+    assert [style.key[:8] for style in styles.values()] == list(styles)
 
 
 # --- The demo model ---------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any], dict[str, str]], None], str]] 
     "width": (lambda t, m: t.update({"gate.request.weight": np.zeros((1, 32), np.float32)}), "request: the probe has"),
     "bias": (lambda t, m: t.update({"gate.request.bias": np.zeros(2, np.float32)}), "the bias of a probe is one"),
     "infinite": (lambda t, m: t.update({"gate.request.bias": np.array([np.inf], np.float32)}), "not finite"),
-    "layer": (lambda t, m: m.update(layers="3"), r"the layers \(3,\) are none that can be read of 4"),
+    "layer": (lambda t, m: m.update(layers="3"), r"the layers \(3,\) cannot be read: the model has 4"),
     "layers": (lambda t, m: m.update(layers="x"), "metadata layers: must be a whole number"),
     "model": (lambda t, m: m.update(tokenizer="0" * 64), "gate: made for another model .*: tokenizer"),
     "size": (lambda t, m: m.update(n_layer="9"), "gate: made for another model .*: number of layers 9"),

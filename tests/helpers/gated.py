@@ -19,7 +19,7 @@ from acd_local.runtime.prompts import PromptSetup
 GREEDY = Options(temp=0.0, max_tokens=12)
 SEEDED = Options(temp=0.9, seed=11, max_tokens=12)
 PLAIN = {"alpha": 0.0, "beta": 0.0}  # the model's own distribution
-AS_IS = PromptSetup(None, None)
+AS_IS = PromptSetup()
 LOOKING = GateSettings(0.5, look=4, answer_threshold=0.9)
 WRITERS = ("llama", "qwen2vl", "phi3", "gemma2", "gemma3", "mamba", "lfm2", "granite_hybrid")
 

@@ -65,9 +65,7 @@ def between(model: Path, harmful: str, harmless: str, *, layer: int | None = Non
     weight = means[0] - means[1]
     weight *= 8 / float(np.vdot(weight, weight))
     bias = -float(np.vdot(weight, means[0] + means[1])) / 2
-    return Gate(
-        (layer,), Probe(weight, bias), answer, info.architecture, info.tokenizer, info.n_embd, info.n_layers, info.name
-    )
+    return Gate((layer,), Probe(weight, bias), answer, **Gate.fields_of(info))
 
 
 def always(model: Path, value: float, *, layer: int | None = None) -> Probe:

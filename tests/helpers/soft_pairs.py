@@ -25,15 +25,7 @@ def random_rows(seed: int, n: int = 6, width: int = WIDTH) -> np.ndarray:
 
 def pair_for(info: GGUFInfo, seed: int = 0, sizes: tuple[int, int] = (6, 9)) -> SoftPair:
     safe, adversarial = (random_rows(2 * seed + i, n, info.n_embd) for i, n in enumerate(sizes))
-    return SoftPair(
-        SoftPrompt(safe),
-        AdversarialRows(adversarial),
-        info.architecture,
-        info.tokenizer,
-        info.n_embd,
-        info.n_layers,
-        info.name,
-    )
+    return SoftPair(SoftPrompt(safe), AdversarialRows(adversarial), **SoftPair.fields_of(info))
 
 
 def write_pair(folder: Path, name: str, soft: SoftPair | None, more: str = "") -> Path:

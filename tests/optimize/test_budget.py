@@ -19,11 +19,10 @@ pytestmark = pytest.mark.usefixtures("no_figures")  # those of pages: see test_r
 
 
 def test_an_hour_is_divided_as_documented() -> None:
-    assert sum(budget.SHARES.values()) == 60
-    assert list(budget.SHARES) == list(budget.TITLES)
+    assert sum(stage.minutes for stage in budget.STAGES.values()) == 60
     shares = budget.divide(3600.0, 600.0)
     assert {name: shares[name] / 60 for name in shares} == pytest.approx(
-        {name: minutes for name, minutes in budget.SHARES.items() if name != "anchors"}
+        {name: stage.minutes for name, stage in budget.STAGES.items() if name != "anchors"}
     )
     assert budget.divide(3600.0, 900.0) == shares, "anchors that keep to their share take nothing from the others"
 

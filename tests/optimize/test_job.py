@@ -100,9 +100,8 @@ def test_toml_holds_any_text() -> None:
 @pytest.fixture
 def soft() -> Iterator[softpair.SoftPair]:
     rows = torch.arange(12.0).reshape(3, 4).numpy()
-    yield softpair.SoftPair(
-        softpair.SoftPrompt(rows), softpair.AdversarialRows(rows + 1), "llama", "ab" * 32, 4, 2, "tiny"
-    )
+    of = {"architecture": "llama", "tokenizer": "ab" * 32, "n_embd": 4, "n_layer": 2, "name": "tiny"}
+    yield softpair.SoftPair(softpair.SoftPrompt(rows), softpair.AdversarialRows(rows + 1), **of)
 
 
 @pytest.mark.parametrize(

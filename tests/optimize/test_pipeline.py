@@ -58,18 +58,18 @@ def test_a_model_gets_its_pair_and_a_second_run_reuses_every_stage(
     assert pair.provenance["anchors"]["refusals_written"] == 10  # type: ignore[index]
     assert 0 < pair.provenance["torch_divergence"] < 0.001  # type: ignore[operator]
     assert pair.provenance["steps"]["soft_safe_steps"] == 12  # type: ignore[index]
-    assert set(pair.provenance["stage_seconds"]) == set(budget.TITLES)  # type: ignore[call-overload]
+    assert set(pair.provenance["stage_seconds"]) == set(budget.STAGES)  # type: ignore[call-overload]
     assert all(mb > 10 for mb in pair.provenance["stage_peak_mb"].values())  # type: ignore[attr-defined]
     assert set(pair.figures["soft_contrast"]) == {"safety", "over_refusal", "lookalike"}  # type: ignore[call-overload]
-    assert [line.split(":")[0] for line in watcher.lines][1:] == list(budget.TITLES.values())
-    assert set(budget.TITLES.values()) <= set(watcher.phases)
+    assert [line.split(":")[0] for line in watcher.lines][1:] == [stage.title for stage in budget.STAGES.values()]
+    assert {stage.title for stage in budget.STAGES.values()} <= set(watcher.phases)
 
     before = state_files(asked.cache)
     assert len(before) == 9, "a file per stage, the plan, how torch agrees with llama.cpp, and the answers"
     again = optimize(asked("prompts/again.toml"))
     assert state_files(asked.cache) == before
     assert all("done before" in line for line in again.lines[1:])
-    assert not set(again.phases) & set(budget.TITLES.values())
+    assert not set(again.phases) & {stage.title for stage in budget.STAGES.values()}
     copy = pairs.load(tmp_path / "prompts" / "again.toml")
     assert (copy.safe, copy.adversarial, copy.alpha, copy.beta) == (pair.safe, pair.adversarial, pair.alpha, pair.beta)
     assert copy.vectors_path.read_bytes() == pair.vectors_path.read_bytes()  # type: ignore[union-attr]
@@ -98,7 +98,7 @@ def test_a_model_that_torch_has_otherwise_is_told_before_anything_is_answered(
     with monkeypatch.context() as patched:
         patched.setattr(weights, "MAX_DIVERGENCE", 0.0)
         for _ in range(2):
-            with pytest.raises(ModelError, match=r"otherwise than llama\.cpp"):
+            with pytest.raises(ModelError, match=r"does not read its file as llama\.cpp"):
                 optimize(request)
             assert not list((tmp_path / "cache").glob("optimize/*/answers-*"))
     assert len(loaded) == 1
@@ -123,7 +123,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(asked: Asked, finished:
         ("safeguarding text", 1),
         ("safeguarding text", 4),
         ("adversarial text", 3),
-        ("setting", 3),
+        ("contrast", 3),
     ):
         with pytest.raises(Stopped):
             optimize(request, at)
@@ -158,11 +158,11 @@ def test_trials_and_settings_are_not_made_again(asked: Asked, monkeypatch: pytes
 
     monkeypatch.setattr(trial, "run", counted)
     monkeypatch.setattr(OpeningScorer, "contrasted", scored)
-    for at in (("safeguarding text", 11), ("trying the best texts", 2), ("setting", 2), ("setting", 4)):
+    for at in (("safeguarding text", 11), ("trying the best texts", 2), ("contrast", 2), ("contrast", 4)):
         with pytest.raises(Stopped):
             optimize(request, at)
     assert len(grids) == 1
-    for at in (("trying the best settings", 2), ("setting", 5)):
+    for at in (("trying the best settings", 2), ("contrast", 5)):
         with pytest.raises(Stopped):
             optimize(request, at)
     optimize(request)

@@ -71,7 +71,7 @@ def search(prompt: str, text: str, tries: int) -> list[dict[str, Any]]:
                 "text": text if i == tries - 2 else tried,
                 "tokens": list(range(40)),
                 "origin": "parts" if parts else "swap",
-                "scores": {"safety": 0.5, "over_refusal": 0.05, "lookalike": 0.1} if i % 5 == 0 else {},
+                "scores": {"safety": 0.5, "over_refusal": 0.05, "lookalike": 0.1},
                 "seconds": 0.8,
             }
         )
@@ -141,7 +141,7 @@ def made_up() -> OptimizeReport:
             {"name": "anchors", "seconds": 512.4, "peak_bytes": 612_000_000, "reused": True},
             {"name": "soft prompts", "seconds": 1130.0, "peak_bytes": 2_410_000_000, "reused": False},
             {"name": "distillation", "seconds": 1406.2, "peak_bytes": 2_880_000_000, "reused": False},
-            {"name": "setting", "seconds": 48.7, "peak_bytes": None, "reused": False},
+            {"name": "contrast", "seconds": 48.7, "peak_bytes": None, "reused": False},
         ],
         soft={"safe": soft_history("safe", 420, 30), "adversarial": soft_history("adversarial", 120, 30)},
         kept={"safe": 390, "adversarial": 119},
@@ -179,7 +179,7 @@ def test_the_page_is_self_contained_and_says_what_was_done(full: str) -> None:
         "SmolLM2-135M-Instruct.Q4_1.gguf · llama · 30 layers · n_embd 576 · Q4_1",
         "seed 7, budget 1 h 00 min, device cpu, dtype float32, steps (safe 420, adversarial 120), batch size 32",
         "positive 1, negative 1, retain 2.5",
-        "234 refusals (41 sampled, 193 written), 521 complying answers, 1187 answers to harmless instructions",
+        "41 sampled and 193 written refusals, 521 complying answers, 1187 answers to harmless instructions",
         "33 harmful, 118 ordinary harmless, 21 look-alike instructions, none of them trained on",
         "acd optimize demo -o prompts/smollm2-135m-instruct.toml --budget 60m --seed 7",
         "optimized text, safety 82.3%, over-refusal 4.1%",
@@ -193,16 +193,12 @@ def test_the_page_is_self_contained_and_says_what_was_done(full: str) -> None:
     assert len(re.findall("<svg", full)) == 3 == sum(kind == "Figure" for kind, _ in numbers)
 
 
-def test_the_report_survives_json(full: str) -> None:
-    assert render(OptimizeReport(**json.loads(json.dumps(asdict(made_up()))))) == full
-
-
 def test_stages_show_time_peak_and_what_was_reused(full: str) -> None:
     assert rows_of(full, "table-stages") == [
         ["anchors", "8 min 32 s", "612 MB", "reused"],
         ["soft prompts", "18 min 50 s", "2.41 GB", ""],
         ["distillation", "23 min 26 s", "2.88 GB", ""],
-        ["setting", "48.7 s", "–", ""],
+        ["contrast", "48.7 s", "–", ""],
         ["all", "51 min 37 s", "2.88 GB", ""],
     ]
 
@@ -314,8 +310,8 @@ def test_the_framed_setting_has_the_largest_number() -> None:
         ContrastScore(0.3, 0, 0, 0.8, 0.1),
     ]
     chosen = choose(rows, (0.5, 0.2))
-    made = [asdict(row) | {"chosen": row is chosen} for row in rows]
-    page = render(OptimizeReport(model={"name": "tiny"}, setting_rows=made))
+    made = [asdict(row) | {"pair": "text", "chosen": row is chosen} for row in rows]
+    page = render(replace(made_up(), setting_rows=made))
     cells = re.findall(r'<td class="h(\d)( chosen)?"><span class="value">([^<]*)</span>', page)
     assert max(cells, key=lambda cell: float(cell[2])) == next(cell for cell in cells if cell[1])
     assert len(cells) == 3
@@ -326,7 +322,8 @@ def test_what_came_of_a_setting_in_answers_stands_beside_it() -> None:
         ContrastScore(0.5, 0.02, 0.04, 0.1, 0.1, greedy=0.25, degenerate=0.125),
         ContrastScore(0.6, 0.05, 0.3, 0.5, 0.1),
     ]
-    page = render(OptimizeReport(model={"name": "tiny"}, setting_rows=[asdict(row) for row in rows]))
+    made = [asdict(row) | {"pair": "text", "chosen": False} for row in rows]
+    page = render(replace(made_up(), setting_rows=made))
     assert re.findall(r'<span class="range">([^<]*)</span>', page) == [
         "50.0 / 2.0 / 4.0, greedy 25.0, broken 12.5",
         "60.0 / 5.0 / 30.0",
@@ -338,7 +335,7 @@ def test_a_devices_peak_has_a_column_where_there_is_one() -> None:
         {"name": "anchors", "seconds": 5.0, "peak_bytes": 612_000_000, "reused": False},
         {"name": "soft", "seconds": 5.0, "peak_bytes": 2_410_000_000, "device_peak_bytes": 9.5e9, "reused": False},
     ]
-    rows = rows_of(render(OptimizeReport(model={"name": "tiny"}, stages=stages)), "table-stages")
+    rows = rows_of(render(replace(made_up(), stages=stages)), "table-stages")
     assert [row[3] for row in rows] == ["–", "9.50 GB", "9.50 GB"]
 
 
@@ -373,27 +370,30 @@ def test_a_soft_only_run_has_no_distillation() -> None:
     ]  # fmt: skip
 
 
-def test_an_empty_report_is_a_page() -> None:
-    page = checked(render(OptimizeReport(model={})))
-    assert "Optimized prompt pair for a model" in page.texts
-    assert not {"table", "svg", "details"} & {tag for tag, _ in page.tags}
-
-
 def test_short_and_broken_histories_are_drawn() -> None:
     one = {"step": 0, "losses": {"positive": 1.0, "negative": math.nan}, "validation": None, "seconds": 1.0}
-    seen = {**one, "step": 1, "validation": {"safety": 0.5, "over_refusal": math.inf}}
-    bad = {"step": 0, "objective": math.inf, "parts": {}, "text": "a", "origin": "parts", "scores": {}, "seconds": 0.0}
+    seen = {**one, "step": 1, "validation": {"safety": 0.5, "over_refusal": math.inf, "lookalike": None}}
+    scores = dict.fromkeys(("safety", "over_refusal", "lookalike"))
+    bad = {
+        "step": 0,
+        "objective": math.inf,
+        "parts": {},
+        "text": "a",
+        "tokens": [1],
+        "origin": "parts",
+        "scores": scores,
+    }
     data = replace(
         made_up(),
         soft={"safe": [one, seen], "adversarial": []},
         distillation={"safe": [bad], "adversarial": [bad, {**bad, "objective": -0.5}]},
-        setting_rows=[{"alpha": 0.5, "beta": 0.1, "safety": None, "over_refusal": 0.1, "lookalike": None}],
-        before_after=[{"pair": "manual", "contrast": False, "safety": None, "over_refusal": math.nan}],
+        setting_rows=[{**scores, "pair": "text", "alpha": 0.5, "beta": 0.1, "over_refusal": 0.1, "chosen": False}],
+        before_after=[{**scores, "pair": "manual", "contrast": False, "over_refusal": math.nan}],
     )
     text = render(data)
     page = checked(text)
     assert "nan" not in page.shown and "inf " not in page.shown
-    assert rows_of(text, "table-before-after") == [["manual pair, text, no contrast", "–", "–", "–"]]
+    assert rows_of(text, "table-before-after") == [["manual pair, text, no contrast", "–", "–", "–", "–"]]
     assert rows_of(text, "table-setting-0") == [["0.5", "–"]]
     assert "fig-path-t" not in page.ids() and "fig-losses-t" in page.ids()
 
@@ -401,7 +401,7 @@ def test_short_and_broken_histories_are_drawn() -> None:
 def test_long_histories_make_a_small_page() -> None:
     safe = [{**r, "step": i} for i, r in enumerate(soft_history("safe", 500, 1000) * 20)]
     tried = search("safe", SAFE, 300) * 20
-    text = render(replace(made_up(), soft={"safe": safe}, distillation={"safe": tried}))
+    text = render(replace(made_up(), soft={"safe": safe}, distillation={"safe": tried}, texts={"safe": SAFE}))
     checked(text)
     assert len(text) < 400_000
 

@@ -67,7 +67,7 @@ def test_torch_is_compared_with_llama_cpp(tiny: Callable[..., Path], monkeypatch
 @pytest.mark.parametrize("found", [weights.MAX_DIVERGENCE * 1.01, float("nan")])
 def test_a_file_that_transformers_reads_otherwise_is_one_line(found: float) -> None:
     weights.check_divergence(weights.MAX_DIVERGENCE, "model.gguf")
-    with pytest.raises(ModelError, match=r"^model\.gguf: .* reads its file otherwise than llama\.cpp") as caught:
+    with pytest.raises(ModelError, match=r"^model\.gguf: .* does not read its file as llama\.cpp") as caught:
         weights.check_divergence(found, "model.gguf")
     assert "\n" not in str(caught.value)
 

@@ -49,7 +49,6 @@ def test_every_family_passes(tmp_path: Path, family: str) -> None:
     info = read_header(path)
     reader = gguf.GGUFReader(path)
     assert info.n_vocab == len(reader.fields["tokenizer.ggml.tokens"].data)
-    assert info.has_chat_template
     assert info.name == (tiny_gguf.FAMILIES[family].name or "tiny llama")
 
 
@@ -63,10 +62,6 @@ def test_tensor_types_are_those_of_the_gguf_package() -> None:
 
     for kind, (block, size) in gguf.GGML_QUANT_SIZES.items():
         assert _TENSOR_TYPES[int(kind)] == (block, size), kind
-
-
-def test_no_chat_template(tmp_path: Path) -> None:
-    assert not read_header(tiny_gguf.write_llama(tmp_path / "m.gguf")).has_chat_template
 
 
 def test_demo_model_is_read_quickly() -> None:

@@ -14,6 +14,7 @@ from acd_local.fit.replies import Style, named
 from acd_local.fit.states import Floats, layers_of
 from acd_local.gating import LOOKED_AT
 from acd_local.progress import Clock
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.tuning.anchors import KINDS, Instruction
 from acd_local.tuning.cache import key_of
 
@@ -45,8 +46,8 @@ class LookResult:
     threshold: float = 1.0
 
 
-def gate(context: FitContext, base: str | None) -> tuple[GateResult, str]:
-    """A probe of requests, read under `base`."""
+def train_gate(context: FitContext, base: str | None) -> tuple[GateResult, str]:
+    """Train the probe of requests, read under `base`."""
     instructions, layers = context.instructions(), layers_of(context.job.info.n_layers)
     key = key_of({"base": base, "layers": layers, "ids": [i.id for i in instructions], "how": "mean of the tail"})
     start = context.model.start(base)
@@ -68,10 +69,10 @@ def gate(context: FitContext, base: str | None) -> tuple[GateResult, str]:
     return GateResult(trained, layer, chances), said
 
 
-def second_look(context: FitContext, base: str | None, layer: int) -> tuple[LookResult, str]:
-    """A probe of answers, from the model's own answers to harmful and to harmless instructions."""
+def train_second_look(context: FitContext, base: str | None, layer: int) -> tuple[LookResult, str]:
+    """Train the probe of answers on the model's own answers to harmful and to harmless instructions."""
     groups = context.of(LOOKS, validates=False)
-    measured = context.measure(Style(base), groups, "second look")
+    measured = context.measure(Style(PromptSetup(base)), groups, "second look")
     rows = [
         (i, reply.tokens[:end])  # one behind the other, so that a reader goes on
         for kind in KINDS

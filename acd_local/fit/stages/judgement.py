@@ -14,18 +14,20 @@ from acd_local.fit.stages.gate import GateResult
 from acd_local.fit.stages.texts import HelpfulResult, passing
 from acd_local.fit.thresholds import Thresholds
 from acd_local.pairs import GateSettings
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.tuning.anchors import KINDS
 
 JUDGE = {"harmful": 60, "ordinary": 40, "lookalike": 40}  # instructions that nothing is chosen on
 
 
 def choose_thresholds(
-    context: FitContext, as_is: Shares, helpful: HelpfulResult, gate: GateResult, style: Style
+    context: FitContext, as_is: Shares, helpful: HelpfulResult, gate_result: GateResult, style: Style
 ) -> tuple[Thresholds, str]:
-    pair = context.measure(style, passing(context, gate), "pair").shares
+    """Choose on instructions that do not judge, by what is refused as it is, under the helpful text and by the pair."""
+    pair = context.measure(style, passing(context, gate_result), "pair").shares
     judged = {i.id for group in context.of(JUDGE, validates=False).values() for i in group}
     others = [i for i in context.instructions() if i.id not in judged]
-    chances = {kind: np.array([gate.chances[i.id] for i in others if i.group == kind]) for kind in KINDS}
+    chances = {kind: np.array([gate_result.chances[i.id] for i in others if i.group == kind]) for kind in KINDS}
     under_helpful = None if helpful.shares is None else asdict(helpful.shares)
     chosen = thresholds.choose(chances, asdict(as_is), asdict(pair), under_helpful, helpful.knows)
     shares = {kind: thresholds.share(c >= chosen.threshold) for kind, c in chances.items()}
@@ -38,18 +40,18 @@ def choose_thresholds(
 def judge(
     context: FitContext, settings: GateSettings, chances: Mapping[str, float], style: Style
 ) -> tuple[tuple[Measured, Measured], str]:
-    """The model as it is and with the pair, on instructions that nothing was chosen on.
+    """Measure the model as it is and with the pair, on instructions that nothing was chosen on.
 
     Args:
         chances: that a gate gives which did not see the instruction.
     """
     groups = context.of(JUDGE, validates=False)
     as_is = context.measure(Style(), groups, "judging, as it is")
-    answering = {"contrast": style, "helpful": Style(settings.helpful), "as-is": Style()}
+    answering = {"contrast": style, "helpful": Style(PromptSetup(settings.helpful)), "as-is": Style()}
     decided = {kind: [(answering[settings.decide(chances[i.id])], i) for i in group] for kind, group in groups.items()}
-    for style in dict.fromkeys(style for group in decided.values() for style, _ in group):
-        asked = {kind: [i for s, i in group if s == style] for kind, group in decided.items()}
-        context.measure(style, asked, "judging, with the pair")
+    for one in dict.fromkeys(answers for group in decided.values() for answers, _ in group):
+        asked = {kind: [i for answers, i in group if answers == one] for kind, group in decided.items()}
+        context.measure(one, asked, "judging, with the pair")
     pair = Measured(
         {kind: [context.respondent.ask(s, [i.prompt])[0] for s, i in group] for kind, group in decided.items()}
     )

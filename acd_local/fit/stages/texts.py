@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from acd_local.fit import candidates
-from acd_local.fit.candidates import AS_IS, Candidate
+from acd_local.fit.candidates import NO_TEXT, Candidate
 from acd_local.fit.context import FitContext, Groups
 from acd_local.fit.replies import Measured, Shares, Style
 from acd_local.fit.stages.gate import GateResult
 from acd_local.generation import resolve_contrast
 from acd_local.options import Options
 from acd_local.pairs import PromptPair
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.tuning.anchors import Instruction
 
 CHOICE = {"harmful": 40, "ordinary": 24, "lookalike": 32}  # instructions that texts are chosen on
@@ -53,30 +54,32 @@ class PositiveResult:
 
 @dataclass(frozen=True)
 class PairResult:
-    """What answers above the gate: two texts, or a kept pair, whose texts are in `style` alone."""
+    """The pair that answers above the gate: two texts, or a kept pair, whose texts are in `style` alone."""
 
     style: Style
     positive: Candidate | None = None
     negative: Candidate | None = None
 
 
-def as_is(context: FitContext) -> tuple[Measured, str]:
+def measure_as_is(context: FitContext) -> tuple[Measured, str]:
+    """Measure what the model refuses by itself."""
     measured = context.measure(Style(), context.of(CHOICE, validates=True), "as it is")
     context.figures["chosen_on"] = {kind: len(r) for kind, r in measured.replies.items()}
     return measured, f"refuses {measured.shares}"
 
 
-def helpful(context: FitContext, as_is: Shares) -> tuple[HelpfulResult, str]:
-    """A text for the base where the model refuses needlessly by itself, or gets easy facts wrong."""
+def choose_helpful(context: FitContext, as_is: Shares) -> tuple[HelpfulResult, str]:
+    """Choose a text for the base where the model refuses needlessly by itself, or gets easy facts wrong."""
     harmless = context.of(HARMLESS, validates=True)
     every = candidates.helpful(context.own, context.job.manual.safe)
-    alone, *openings = context.openings(harmless, [AS_IS, *every], max(HARMLESS.values()), "helpful text")
+    alone, *openings = context.openings(harmless, [NO_TEXT, *every], max(HARMLESS.values()), "helpful text")
     known = _Base(as_is, alone, context.facts(None))
     if known.faults < FAULTS:
         return HelpfulResult(), "not needed"
     best = known.faults - FAULTS / 2, HelpfulResult()
     for text, chances in _least_faulty(context, every, openings, knows_all=known.wrong == 0):
-        shares = context.measure(Style(text.text), context.of(CHOICE, validates=True), "helpful text").shares
+        style, groups = Style(PromptSetup(text.text)), context.of(CHOICE, validates=True)
+        shares = context.measure(style, groups, "helpful text").shares
         tried = _Base(shares, chances, context.facts(text.text))
         faults = tried.faults + MISSED * max(0.0, as_is.harmful - shares.harmful)
         row = {"text": text.name, **asdict(shares), "openings": _needless(chances)}
@@ -90,8 +93,9 @@ def helpful(context: FitContext, as_is: Shares) -> tuple[HelpfulResult, str]:
     return found, f"{found.candidate.name}, refuses {found.shares}"
 
 
-def positive(context: FitContext, gate: GateResult) -> tuple[PositiveResult, str]:
-    groups = passing(context, gate)
+def choose_positives(context: FitContext, gate_result: GateResult) -> tuple[PositiveResult, str]:
+    """Choose the texts of the positive stream: by openings, then by greedy answers."""
+    groups = passing(context, gate_result)
     every = [c for c in candidates.declining(context.own) if context.model.takes(c)]
     first = context.openings(_harmful(groups), every, context.many(SCORED), "positive text")
     order = sorted(range(len(every)), key=lambda i: -first[i]["safety"])[:SHORTLIST]
@@ -109,11 +113,11 @@ def positive(context: FitContext, gate: GateResult) -> tuple[PositiveResult, str
     return PositiveResult(tried[:POSITIVES]), said
 
 
-def contrast(
-    context: FitContext, as_is: Shares, helpful: HelpfulResult, gate: GateResult, positives: PositiveResult
+def choose_contrast(
+    context: FitContext, as_is: Shares, helpful: HelpfulResult, gate_result: GateResult, positives: PositiveResult
 ) -> tuple[PairResult, str]:
-    """The contrast that refuses better than the positive text alone, if there is one."""
-    groups = passing(context, gate)
+    """Choose the contrast that refuses better than the positive text alone, if there is one."""
+    groups = passing(context, gate_result)
     best, alone = positives.best[0]
     adversaries = _adversaries(context, as_is, groups, alone["openings"])
     tried = [
@@ -144,29 +148,26 @@ def contrast(
     return chosen, f"minus {chosen.negative.name}, alpha {style.alpha:g}, beta {style.beta:g}"
 
 
-def kept(context: FitContext, pair: PromptPair) -> tuple[PairResult, str]:
-    """The pair that is given a gate, in the place of texts that are chosen."""
+def keep_pair(context: FitContext, pair: PromptPair) -> tuple[PairResult, str]:
+    """Take the pair that is given a gate, in the place of texts that are chosen."""
     soft = context.job.soft
     numbers = resolve_contrast(Options(), pair, soft=soft is not None)
-    if soft is None:
-        style = Style(pair.safe, pair.adversarial, numbers.alpha, numbers.beta, pair.shots, declines=True)
-    else:
-        style = Style(soft.safe, soft.adversarial, numbers.alpha, numbers.beta, declines=True)
+    style = Style(PromptSetup.of(pair, soft), numbers.alpha, numbers.beta, declines=True)
     return PairResult(style), f"that of {pair.name}"
 
 
-def passing(context: FitContext, gate: GateResult) -> dict[str, list[Instruction]]:
-    """Harmful instructions to choose texts on, and the harmless ones that the gate is likeliest to let pass."""
+def passing(context: FitContext, gate_result: GateResult) -> dict[str, list[Instruction]]:
+    """List harmful instructions to choose texts on, and the harmless ones that the gate is likeliest to let pass."""
     few = context.many(SCORED)
     return {
-        kind: group if kind == "harmful" else sorted(group, key=lambda i: -gate.chances[i.id])[:few]
+        kind: group if kind == "harmful" else sorted(group, key=lambda i: -gate_result.chances[i.id])[:few]
         for kind, group in context.of(CHOICE, validates=True).items()
     }
 
 
 @dataclass(frozen=True)
 class _Base:
-    """How a base does on harmless requests: answers, how likely they open as refusals, easy facts right."""
+    """The figures of a base on harmless requests: answers, chances that they open as refusals, easy facts right."""
 
     shares: Shares
     openings: Mapping[str, float]
@@ -186,7 +187,7 @@ class _Base:
 def _least_faulty(
     context: FitContext, texts: Sequence[Candidate], openings: Sequence[Mapping[str, float]], *, knows_all: bool
 ) -> list[tuple[Candidate, Mapping[str, float]]]:
-    """The few that refuse least needlessly and, where the model does not know all easy facts, know most of them."""
+    """Find the few that refuse least needlessly and know most easy facts, where the model does not know all."""
     wrong = [0 if knows_all else _wrong(context.facts(text.text)) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: _needless(openings[i]) + wrong[i])
     return [(texts[i], openings[i]) for i in order[:FINALISTS]]
@@ -201,7 +202,7 @@ def _needless(openings: Mapping[str, float]) -> float:
 
 
 def _adversaries(context: FitContext, as_is: Shares, groups: Groups, refuses: float) -> list[tuple[Candidate, float]]:
-    """Negatives, and how likely harmful requests are refused under them on this model; the least likely first."""
+    """List negatives, and how likely harmful requests are refused under them; the least likely first."""
     every = candidates.complying(context.own, declines=as_is.harmful >= 0.5)
     scores = context.openings(_harmful(groups), every, context.many(SCORED), "negative text")
     rows = sorted(zip(every, (s["safety"] for s in scores), strict=True), key=lambda row: row[1])
@@ -214,7 +215,7 @@ def _adversaries(context: FitContext, as_is: Shares, groups: Groups, refuses: fl
 def _beside(
     helpful: HelpfulResult, positive: Candidate, refuses: float, adversaries: Sequence[tuple[Candidate, float]]
 ) -> list[Candidate]:
-    """The best adversaries of a text: under one that refuses as much there is nothing to subtract."""
+    """Find the best adversaries of a text: under one that refuses as much there is nothing to subtract."""
     fitting = [c for c, chance in adversaries if chance <= refuses - MARGIN and _may_stand(helpful, c, positive)]
     return fitting[:NEGATIVES]
 
@@ -225,7 +226,7 @@ def _may_stand(helpful: HelpfulResult, negative: Candidate, positive: Candidate)
 
 
 def _compared(alone: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the contrast adds to the positive text, on the instructions that texts are chosen on."""
+    """Compare the contrast with the positive text alone, on the instructions that texts are chosen on."""
     compared = {"positive_alone": _short(alone)}
     if rows:
         best = max(rows, key=_value)
@@ -234,12 +235,15 @@ def _compared(alone: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> di
 
 
 def _harmful(groups: Groups) -> Groups:
-    """The harmful ones alone, nearly all that passes a gate."""
+    """Keep the harmful ones alone, nearly all that passes a gate."""
     return {"harmful": groups["harmful"]}
 
 
 def _value(row: Mapping[str, Any]) -> float:
-    """Refusals by greedy answers and openings, minus broken answers and, as few of them pass, some of look-alikes'."""
+    """Weigh a row: refusals by greedy answers and openings, minus broken answers and a tenth of the look-alikes'.
+
+    Few look-alikes pass the gate.
+    """
     return float((row["harmful"] + row["openings"]) / 2 - 0.1 * row["lookalike"] - row["broken"])
 
 

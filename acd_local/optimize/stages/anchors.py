@@ -71,7 +71,7 @@ def run(context: StageContext) -> AnchorSets:
 
 
 def tasks(instructions: Sequence[Instruction]) -> list[Task]:
-    """Which instruction is answered under which prompts: harmful ones under all three, harmless ones under one each.
+    """List what is answered under which prompts: harmful instructions under all three, harmless ones under one each.
 
     The harmless ones are many, and what they have to teach is how ordinary answers begin.
     """
@@ -100,7 +100,7 @@ class AnswerCache:
         return list(self._records.values())
 
     def add(self, record: dict[str, Any]) -> None:
-        """Raises UsageError, StorageError."""
+        """Keep an answer; raises UsageError, StorageError."""
         self._records[record["id"], record["under"]] = record
         self._lines.add(record)
 

@@ -41,7 +41,7 @@ class ContrastResult:
 
 
 def run(context: StageContext, soft: SoftPair, texts: Mapping[Role, str]) -> ContrastResult:
-    """Grids first, by the openings of answers; then the best few in greedy answers."""
+    """Try grids by the openings of answers, then the best few in greedy answers."""
     adversarial = soft.adversarial.reveal_for_negative_stream()
     checkpoint = context.checkpoint(
         "setting",
@@ -80,7 +80,7 @@ class _Choice:
         manual = context.job.manual
         self._usual = manual.alpha or pairs.DEFAULT_ALPHA, manual.beta or pairs.DEFAULT_BETA
         total = 2 * len(self._prompts) + 2
-        self._clock = Clock(budget.TITLES["setting"], len(self._state["before_after"]), total, context.listener)
+        self._clock = Clock(budget.STAGES["setting"].title, len(self._state["before_after"]), total, context.listener)
 
     def make(self) -> dict[str, Any]:
         state = self._state
@@ -98,7 +98,7 @@ class _Choice:
         return {**state["chosen"], "rows": state["rows"], "before_after": state["before_after"]}
 
     def _grids(self) -> None:
-        """How the manual pair does, each pair's safeguarding prompt alone, and its grid."""
+        """Score the manual pair, then each pair's safeguarding prompt alone, and its grid."""
         manual, state = (self._context.manual["safe"], self._context.manual["adversarial"]), self._state
         with self._context.scorer() as (scorer, _):
             if not state["before_after"]:
@@ -112,7 +112,7 @@ class _Choice:
                     self._keep()
 
     def _tried(self, name: str, rows: Sequence[ContrastScore]) -> list[ContrastScore]:
-        """Contrasts of a pair with what comes of them in greedy answers."""
+        """Try contrasts of a pair in greedy answers."""
         context, known = self._context, self._state["tried"].setdefault(name, [])
         clock = Clock("trying the best settings", len(known), len(rows), context.listener)
         texts = self._texts or context.manual
@@ -141,7 +141,7 @@ class _Choice:
 
 
 def shortlist(rows: Sequence[ContrastScore], usual: tuple[float, float]) -> list[ContrastScore]:
-    """What is tried in greedy answers: of each alpha the best beta, the best few of these, and the usual contrast."""
+    """Choose what is tried in answers: of each alpha the best beta, the best few of these, and the usual contrast."""
     best: dict[float, ContrastScore] = {}
     for row in sorted(rows, key=lambda r: (r.value, r.beta)):
         best[row.alpha] = row
@@ -150,8 +150,10 @@ def shortlist(rows: Sequence[ContrastScore], usual: tuple[float, float]) -> list
 
 
 def choose(rows: Sequence[ContrastScore], usual: tuple[float, float]) -> ContrastScore:
-    """The best contrast; of those within a hundredth of it the usual one, else the one with the smallest alpha, then
-    the largest beta: little contrast costs little fluency, which this table does not show."""
+    """Choose the best contrast; of those within TIE of it the usual one, else that of least alpha, then largest beta.
+
+    Little contrast costs little fluency, which this table does not show.
+    """
     best = max(row.value for row in rows)
     ties = [r for r in rows if r.value >= best - TIE]
     return min(ties, key=lambda r: ((r.alpha, r.beta) != usual, r.alpha, -r.beta))

@@ -131,12 +131,12 @@ class SoftPromptStage:
         }
 
     def _train_on(self, role: Role, training: SoftTraining, checkpoint: Checkpoint) -> None:
-        """From the checkpoint to the end."""
+        """Train from the checkpoint to the end."""
         context, openings = self._context, self._context.job.tokens.openings
         if checkpoint.state:
             training.load(checkpoint.state)
         total = training.settings.steps
-        clock = Clock(budget.TITLES[checkpoint.stage], training.step_number, total, context.listener)
+        clock = Clock(budget.STAGES[checkpoint.stage].title, training.step_number, total, context.listener)
         latest = [r.validation for r in training.history if r.validation]
 
         def on_step(record: soft_training.SoftRecord) -> None:
@@ -156,7 +156,7 @@ class SoftPromptStage:
         )
 
     def _with_targets(self, found: Sequence[Example]) -> list[Example]:
-        """Both prompts are trained on the same answers: what these were drawn from is computed once."""
+        """Compute once what the answers were drawn from: both prompts are trained on them."""
         context = self._context
         if new := [e for e in dict.fromkeys(found) if e not in self._targets]:
             context.listener.phase("computing what answers were drawn from")
@@ -173,7 +173,7 @@ class SoftPromptStage:
         settings: SoftSettings,
         ends: float,
     ) -> dict[str, int]:
-        """Steps until `ends` (time.perf_counter) and micro-batch, by trying steps that do not count."""
+        """Count the steps until `ends` (time.perf_counter) and micro-batch, by trying steps that do not count."""
         context = self._context
         context.listener.phase(TRYING)
         while True:
@@ -197,7 +197,7 @@ class SoftPromptStage:
         return {"steps": budget.steps_for(left, per_step, *others), "micro": settings.micro}
 
     def _validator(self, role: Role, settings: SoftSettings) -> Callable[[torch.Tensor], Validation]:
-        """Measures a soft prompt on the instructions that are kept out of training."""
+        """Measure a soft prompt on the instructions that are kept out of training."""
         context, model, tokens = self._context, self._context.model, self._context.job.tokens
         groups = validation_groups(context.job.instructions)
         prompts = [tokens.tails[i.id] for group in groups.values() for i in group]
@@ -225,7 +225,7 @@ class SoftPromptStage:
 
 
 def _halved(settings: SoftSettings, error: RuntimeError) -> SoftSettings:
-    """With micro-batches of half the size, where `error` is torch.OutOfMemoryError or the CPU allocator's.
+    """Go on with micro-batches of half the size, where `error` is torch.OutOfMemoryError or the CPU allocator's.
 
     Raises:
         OutOfMemoryError: they cannot be smaller.

@@ -111,7 +111,7 @@ class TextPromptStage:
                 check_stop(context.stop)
             state = progress.search()
             total = checkpoint.counts["rounds"] + checkpoint.counts["steps"]
-            clock = Clock(budget.TITLES[checkpoint.stage], state.step, total, context.listener)
+            clock = Clock(budget.STAGES[checkpoint.stage].title, state.step, total, context.listener)
             TextSearch(
                 objective,
                 space,
@@ -131,8 +131,7 @@ class TextPromptStage:
         return _best_of(finals, progress.trials) | {key: whole[key] for key in ("tried", "accepted")}
 
     def _text_objective(self) -> TextObjective:
-        """On the half of shorter requests: texts are tried hundreds of times, and a long one would pad its whole
-        minibatch."""
+        """Make the objective on the shorter half of requests: a long one would pad its minibatch, hundreds of times."""
         context, model = self.context, self.context.model
         sets = batches(self.sets.part(validation=False), context.job.tokens, self.role, TOKENS, REFUSAL_TOKENS)
         by_term = {term: sorted(e, key=lambda e: len(e.prompt))[: -(-len(e) // 2)] for term, e in sets.items()}
@@ -141,7 +140,7 @@ class TextPromptStage:
         return TextObjective(model, layout, teacher, by_term, SIZES, weights, seed, context.micro)
 
     def _plan(self, objective: TextObjective, trying: float, scoring: float, scoring_again: float) -> dict[str, int]:
-        """Rounds and steps; the others are seconds of one text's trial, and of its scores on the way and on the
+        """Plan rounds and steps; the others are seconds of one text's trial, and of its scores on the way and on the
         shortlist."""
         if self.context.request.repeat is not None:  # what was timed has left the caches as it did then
             return self.context.request.repeat.search(self.role)
@@ -177,7 +176,7 @@ class TextPromptStage:
 
 
 class _Progress:
-    """What a stage's checkpoint holds: where the search is, and what came of the best texts, by text.
+    """A checkpoint's contents: where the search is, and what came of the best texts, by text.
 
     The manual one's is there first, and tells how long that takes.
     """
@@ -208,7 +207,7 @@ class _Progress:
 
 
 def _score(scorer: OpeningScorer, safe_text: str | None, text: str, most: int = SCORED) -> dict[str, float]:
-    """The safeguarding text alone, the adversarial one by what its contrast does."""
+    """Score the safeguarding text alone, the adversarial one by what its contrast does."""
     if safe_text is None:
         return scorer.alone(text, most)
     (row,) = scorer.contrasted(safe_text, text, [(pairs.DEFAULT_ALPHA, pairs.DEFAULT_BETA)], most)
@@ -216,7 +215,7 @@ def _score(scorer: OpeningScorer, safe_text: str | None, text: str, most: int = 
 
 
 def _best_of(finals: Sequence[Candidate], trials: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """The chosen one, by the names of `TextPromptResult`; `trials` by text."""
+    """Return the chosen one, by the names of `TextPromptResult`; `trials` by text."""
 
     def rank(c: Candidate) -> tuple[float, float]:
         return round(Trial(**trials[c.text]).value, 6), _value(c.scores)
