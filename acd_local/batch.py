@@ -69,7 +69,7 @@ class BatchRunner:
 
     def __init__(self, engine: Answerer) -> None:
         self._decoder = engine.decoder
-        self._capacity = len(self._decoder.slots)
+        self._capacity = self._decoder.conversations
         self._members: list[_Member] = []
         self._new: list[_Member] = []
 

@@ -46,6 +46,8 @@ class Engine:
             is named that is not fitted to the model; a `PromptPair` is taken as it comes.
         ctx_size: tokens that each stream holds; None means 4096, or the model's own limit if that is smaller.
         conversations: how many conversations may be decoded at once; each costs two streams of KV memory.
+        slots: how many conversations are kept in memory, `conversations` at least; an answer takes the one that it goes
+            on with, or the longest unused. None: as many as are decoded at once.
         layout: "shared" decodes both streams in one llama_context, "split" gives each stream its own.
         kv_type: "f16" or "q8_0".
         threads: CPU threads; None means $ACD_THREADS, or the physical cores.
@@ -87,6 +89,7 @@ class Engine:
         pair: PromptPair | str | None = None,
         ctx_size: int | None = None,
         conversations: int = 1,
+        slots: int | None = None,
         layout: Layout = "shared",
         kv_type: str = "f16",
         threads: int | None = None,
@@ -96,8 +99,11 @@ class Engine:
         on_progress: Callable[[float], object] | None = None,
         on_check: Callable[[float], object] | None = None,
     ) -> None:
-        for name, value in (("ctx_size", ctx_size), ("conversations", conversations), ("threads", threads)):
+        numbers = {"ctx_size": ctx_size, "conversations": conversations, "slots": slots, "threads": threads}
+        for name, value in numbers.items():
             check_engine_number(name, value)
+        if slots is not None and slots < conversations:
+            raise UsageError(f"slots must be at least the {conversations} conversations at once, not {slots}")
         self.threads = threads or default_threads()
         path = resolve_model(str(model))
         if on_progress is not None:
@@ -124,6 +130,7 @@ class Engine:
                 loaded,
                 n_ctx=self.n_ctx,
                 conversations=conversations,
+                slots=slots,
                 layout=layout,
                 kv_type=kv_type,
                 threads=self.threads,

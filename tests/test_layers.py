@@ -54,6 +54,7 @@ LAYERS = (
     {"gating"},
     {"generation"},
     {"chat", "batch"},
+    {"dispatch"},
     {"quickcheck"},
     {"model_pairs"},
     {"engine"},
