@@ -16,6 +16,7 @@ from acd_local.answers import Answer, AnswerEvent
 from acd_local.batch import BatchRunner, answer_all
 from acd_local.errors import ContextError, EngineBusyError, EngineClosedError, UsageError
 from acd_local.generation import AnswerStream
+from acd_local.runtime.llama import BATCH_ROWS
 from acd_local.runtime.prompts import Framing
 from acd_local.runtime.streams import Layout
 
@@ -202,6 +203,37 @@ def test_a_neighbours_long_prompt_gives_way_to_a_cancel(tiny: Callable[..., Path
         assert isinstance(answer, Answer)
         assert answer.text == alone.text
         assert answer.prompt_decoded == alone.prompt_decoded
+
+
+def test_a_long_prompt_lets_the_others_go_on(tiny: Callable[..., Path]) -> None:
+    """A batch of it per round, the batches that it has alone: the same answer, and every row counted once."""
+    prompts = ["the water is blue and the wine is red " * 150, "a carpet is red " * 150]
+
+    def load() -> Engine:
+        return Engine(tiny("chatml", n_ctx=4096), pair=DEFAULT, ctx_size=4096, conversations=3, threads=1)
+
+    with load() as engine:
+        engine.generate("Hi", SHORT).run()
+        alone = [engine.generate(prompt, SHORT).run() for prompt in prompts]
+    with load() as engine, BatchRunner(engine) as batch:
+        batch.add("first", engine.generate("Hi", Options(max_tokens=300, grammar='root ::= "a" root')))
+        batch.step()
+        seen: list[PromptProgress] = []
+        batch.add(0, engine.generate(prompts[0], SHORT, on_event=lambda e: seen.append(e)))  # type: ignore[arg-type]
+        batch.add(1, engine.generate(prompts[1], SHORT))
+        rounds, spoke, ended = 0, {}, {}
+        while len(ended) < 2:
+            rounds += 1
+            events = batch.step()
+            assert [e.what for e in events if e.key == "first"] == ["a"], "one token in every round"
+            spoke = {e.key: rounds for e in events} | spoke
+            ended |= {e.key: e.what for e in events if isinstance(e.what, Answer)}
+        assert spoke[1] > spoke[0] > alone[0].prompt_decoded // BATCH_ROWS > 4
+        assert [event.done for event in seen] == sorted({event.done for event in seen})
+        for key, answer in enumerate(alone):
+            found = ended[key]
+            assert (found.text, found.prompt_decoded) == (answer.text, answer.prompt_decoded)
+            assert found.prompt_tokens > 1000
 
 
 def test_closing_the_engine_ends_all(tiny: Callable[..., Path]) -> None:

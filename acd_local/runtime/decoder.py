@@ -317,9 +317,9 @@ class PromptMeter:
         self._settled += sum(len(request.tokens) for request in rows)
         self.decoded = self._before = self._settled
 
-    def pause(self) -> None:
-        """Expect what is left of the rows by itself."""
-        self._before = self.decoded
+    def pause(self, decoded: int = 0) -> None:
+        """Expect what is left of the rows by itself, after so many of them that were decoded to the end."""
+        self._before = self.decoded = self.decoded + decoded
 
 
 def _kept(held: Sequence[int], tokens: Sequence[int], prefix: Sequence[int]) -> int:
