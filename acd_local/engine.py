@@ -30,6 +30,7 @@ from acd_local.runtime.threads import default_threads
 from acd_local.softpair import SoftPair
 
 DEFAULT_CTX_SIZE = 4096
+MAX_LOGPROBS = 20
 
 # Never sampled unless they end the answer.
 _NOT_TEXT = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN | llama.ATTR_UNUSED
@@ -169,6 +170,7 @@ class Engine:
         framing: Framing | None = None,
         divergence: bool = False,
         trace: bool = False,
+        logprobs: int | None = None,
         on_event: OnEvent | None = None,
         cancel: CancelToken | None = None,
     ) -> AnswerStream:
@@ -183,9 +185,12 @@ class Engine:
                 gate is then asked only where options.gate is True.
             divergence: measure KL(S || A) at every position (some passes over the vocabulary per token).
             trace: record how the safe stream alone saw every token, and tell `on_event` of each.
+            logprobs: record how likely every token was, and so many of the likeliest, 20 at most, in the distribution
+                that it was drawn from, and tell `on_event` of each. Not with `trace`: with both, the adversarial
+                stream's distribution could be had.
             on_event: called, by whoever decodes, when turns had to be dropped (TurnsDropped), before every batch of the
-                prompt (PromptProgress), when the pair's gate decided (GateDecision), and with `trace` for every sampled
-                token (TokenRecord). It should return soon, and must not use the engine.
+                prompt (PromptProgress), when the pair's gate decided (GateDecision), and with `trace` or `logprobs` for
+                every sampled token (TokenRecord). It should return soon, and must not use the engine.
             cancel: set it to stop the answer from elsewhere; by default the stream has its own.
 
         Returns:
@@ -195,6 +200,8 @@ class Engine:
         turns, own_system = _turns(messages)
         if own_system is not None and system is not None:
             raise UsageError("give the system prompt as `system` or as the first message, not both")
+        if logprobs is not None and (trace or not 0 <= logprobs <= MAX_LOGPROBS):
+            raise UsageError(f"logprobs must be from 0 to {MAX_LOGPROBS}, and do not go with a trace")
         chosen = self.pair if pair is None else model_pairs.resolve(pair)
         options = options or Options()
         gating = None if framing is not None and not options.gate else self.gating(chosen, options)
@@ -215,6 +222,7 @@ class Engine:
             gating=gating,
             divergence=divergence,
             trace=trace,
+            logprobs=logprobs,
             on_event=on_event,
             cancel=cancel or CancelToken(),
         )

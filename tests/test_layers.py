@@ -58,6 +58,7 @@ LAYERS = (
     {"quickcheck"},
     {"model_pairs"},
     {"engine"},
+    {"records"},
     {"aio"},
     {
         "evaluate/sets",

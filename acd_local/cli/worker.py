@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from acd_local import __version__
 from acd_local.cli import flags
-from acd_local.cli.record import answer_record, decision_record, pair_record, trace_record
 from acd_local.cli.shell import Interrupts, as_acd_error, error_event, one_line, say
 from acd_local.errors import UsageError
+from acd_local.records import answer_record, decision_record, model_record, pair_record, trace_record
 
 if TYPE_CHECKING:
     from acd_local.answers import Answer, AnswerEvent
@@ -346,23 +346,14 @@ def ready_record(engine: Engine, defaults: Defaults, *, parallel: int) -> dict[s
     from acd_local.generation import resolve_contrast
     from acd_local.options import Options
 
-    info, pair = engine.info, engine.pair
+    pair = engine.pair
     contrast = resolve_contrast(Options(), pair, soft=engine.takes_soft(pair))
     more = {"system": defaults.system, "divergence": defaults.divergence, "trace": False}
     return {
         "event": "ready",
         "protocol": PROTOCOL,
         "version": __version__,
-        "model": {
-            "name": info.name,
-            "path": str(info.path),
-            "size": info.size,
-            "architecture": info.architecture,
-            "quantization": info.file_type,
-            "n_params": engine.n_params,
-            "n_vocab": info.n_vocab,
-            "context_length": info.context_length,
-        },
+        "model": model_record(engine) | {"path": str(engine.info.path)},
         "pair": pair_record(engine, pair, defaults.options) | {"alpha": contrast.alpha, "beta": contrast.beta},
         "ctx_size": engine.n_ctx,
         "parallel": parallel,
