@@ -32,9 +32,10 @@ class PromptProgress:
 
 @dataclass(frozen=True)
 class LikelyToken:
-    """A token, the bytes that it adds to the text, and its natural-log probability."""
+    """A token, its text, the bytes that it adds to the answer (none, where it ends it), its natural-log probability."""
 
     token: int
+    text: str
     piece: bytes
     logprob: float
 

@@ -519,8 +519,12 @@ class Generation:
     def _likely(self, choice: TokenChoice) -> tuple[LikelyToken, ...] | None:
         if choice.logprobs is None:
             return None
-        piece = self.decoder.model.vocab.piece
-        return tuple(LikelyToken(token, piece(token), logprob) for token, logprob in choice.logprobs)
+        vocab, found = self.decoder.model.vocab, []
+        for token, logprob in choice.logprobs:
+            piece = vocab.piece(token)
+            text = piece.decode("utf-8", "replace") if piece else vocab.literal(token)
+            found.append(LikelyToken(token, text, piece, logprob))
+        return tuple(found)
 
     def _used(self, prompt: Prompt) -> tuple[int, int]:
         """Tokens of either stream: the prompt, and the answer but for its last token."""

@@ -1,4 +1,4 @@
-"""Writes answers, and what happens to them, as JSON objects: one form for --json, --trace, the worker and the server."""
+"""Writes answers, and what happens to them, as JSON objects: one form for files, the worker and the server."""
 
 from __future__ import annotations
 

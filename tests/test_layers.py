@@ -60,6 +60,11 @@ LAYERS = (
     {"engine"},
     {"records"},
     {"aio"},
+    {"serve/__init__", "serve/openai"},
+    {"serve/policy", "serve/replies", "serve/feed"},
+    {"serve/service"},
+    {"serve/answering"},
+    {"serve/app"},
     {
         "evaluate/sets",
         "evaluate/stats",

@@ -1,0 +1,193 @@
+"""Answers one request: waits, streams, keeps the line alive, and stops where the client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from acd_local.answers import Answer, GateDecision, TokenRecord, TurnsDropped
+from acd_local.dispatch import Job, Started
+from acd_local.errors import EngineClosedError
+from acd_local.records import decision_record, trace_record
+from acd_local.serve.feed import Feed, News
+from acd_local.serve.openai import Asked
+from acd_local.serve.replies import COMMENT, DONE, Reply, as_json, event, failure
+from acd_local.serve.service import Service
+
+STALLED = 30.0  # seconds after which a client that takes nothing is given up: its answer holds a place
+
+
+class AnswerResponse(Response):
+    """The response to one request, in one piece or as server-sent events.
+
+    What goes wrong before the first event has a status of its own; later it is an event, and the stream ends as always.
+    """
+
+    def __init__(self, service: Service, asked: Asked) -> None:
+        super().__init__()
+        self._service, self._asked = service, asked
+        self._feed = Feed()
+        self._job: Job | None = None
+        self._begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await _unless_gone(receive, self._answer(send))
+        finally:
+            self._feed.cancel.set()
+            if self._job is not None:
+                self._service.cancel(self._job)
+
+    async def _answer(self, send: Send) -> None:
+        try:
+            stream, reply = await asyncio.to_thread(self._service.prepare, self._asked, self._feed)
+            self._job = self._service.submit(stream, self._feed)
+            await (self._stream(reply, send) if self._asked.stream else self._whole(reply, send))
+        except _Stalled:
+            self._service.count("stalled_total")
+        except Exception as error:
+            self._service.count_failure(error)
+            if self._begun:
+                await self._write(send, event(failure(error).body) + DONE, more=False)
+            else:
+                await send_failure(send, error)
+
+    async def _whole(self, reply: Reply, send: Send) -> None:
+        while True:
+            for news in await self._take(None):
+                if isinstance(news, Answer):
+                    self._check(news)
+                    await send_json(send, 200, as_json(reply.whole(news)))
+                    return
+
+    async def _stream(self, reply: Reply, send: Send) -> None:
+        patience = self._service.settings.keep_alive
+        writer = _Writer(reply, self._service)
+        while not writer.ended:
+            found = await self._take(patience)
+            data = b"" if found else COMMENT
+            for news in found:
+                if isinstance(news, Answer):
+                    self._check(news)
+                data += writer.write(news)
+            if not self._begun and any(isinstance(news, Started) for news in found) and len(found) == 1:
+                continue  # what comes next may be an error with a status
+            if not self._begun:
+                self._begun = True
+                await send(_start(200, b"text/event-stream", (b"cache-control", b"no-cache")))
+                data = event(reply.first()) + data
+            if data or writer.ended:
+                await self._write(send, data, more=not writer.ended)
+
+    async def _take(self, patience: float | None) -> Sequence[News]:
+        """News; what ended the answer is raised."""
+        lagged = self._feed.lags()
+        found = await self._feed.take(patience)
+        if lagged:
+            self._service.caught_up()
+        for news in found:
+            if isinstance(news, Exception):
+                raise news
+        return found
+
+    def _check(self, answer: Answer) -> None:
+        self._service.count_answer(answer)
+        if answer.finish_reason == "cancelled":
+            raise EngineClosedError("the server is ending")
+
+    async def _write(self, send: Send, data: bytes, *, more: bool) -> None:
+        try:
+            async with asyncio.timeout(STALLED):
+                await send({"type": "http.response.body", "body": data, "more_body": more})
+        except TimeoutError:
+            raise _Stalled from None
+
+
+class _Stalled(Exception):
+    """The client takes nothing."""
+
+
+class _Writer:
+    """Turns what happens to an answer into events."""
+
+    def __init__(self, reply: Reply, service: Service) -> None:
+        self.ended = False
+        self._reply, self._locked = reply, service.settings.locked
+        self._tokens: list[TokenRecord] = []  # whose text has not come yet
+
+    def write(self, news: News) -> bytes:
+        """The events that tell of it, if any do."""
+        reply = self._reply
+        if isinstance(news, str):
+            return event(reply.piece(news, self._logprobs(), **self._trace()))
+        if isinstance(news, TokenRecord):
+            self._tokens.append(news)
+        elif isinstance(news, GateDecision) and reply.asked.trace:
+            return event(reply.piece("", gate=decision_record(news)))
+        elif isinstance(news, TurnsDropped) and reply.asked.trace:
+            return event(reply.piece("", dropped=news.messages))
+        elif isinstance(news, Answer):
+            self.ended = True
+            last = event(reply.last(news, self._logprobs(), **self._trace()))
+            return last + (event(reply.usage(news)) if reply.asked.include_usage else b"") + DONE
+        return b""
+
+    def _logprobs(self) -> Sequence[TokenRecord]:
+        if self._reply.asked.logprobs is None:
+            return ()
+        tokens, self._tokens = self._tokens, []
+        return tokens
+
+    def _trace(self) -> dict[str, Any]:
+        if not (self._reply.asked.trace and self._tokens):
+            return {}
+        tokens, self._tokens = self._tokens, []
+        return {"trace": [trace(token, locked=self._locked) for token in tokens]}
+
+
+def trace(token: TokenRecord, *, locked: bool) -> dict[str, Any]:
+    """One token's record. A locked server gives no probabilities of the safe stream: it gives those of the contrast."""
+    hidden = {"safe_logprob": None, "safe_rank": None} if locked else {}
+    return trace_record(token) | hidden
+
+
+# --- Sending ----------------------------------------------------------------------------------------------------------
+
+
+async def send_json(send: Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:
+    """Send a whole response."""
+    await send(_start(status, b"application/json", (b"content-length", str(len(body)).encode()), *headers))
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_failure(send: Send, error: Exception) -> None:
+    """Send an error as a whole response."""
+    failed = failure(error)
+    headers = [(name.encode(), value.encode()) for name, value in failed.headers.items()]
+    await send_json(send, failed.status, as_json(failed.body), *headers)
+
+
+def _start(status: int, kind: bytes, *headers: tuple[bytes, bytes]) -> Message:
+    return {"type": "http.response.start", "status": status, "headers": [(b"content-type", kind), *headers]}
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do the work, but stop where the client goes away meanwhile."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        results = await asyncio.gather(task, gone, return_exceptions=True)
+    if isinstance(results[0], Exception):
+        raise results[0]
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
