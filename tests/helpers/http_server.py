@@ -140,7 +140,7 @@ def read_until(connection: socket.socket, pattern: bytes) -> bytes:
     found = b""
     while not re.search(pattern, found):
         data = connection.recv(65536)
-        assert data, found
+        assert data, found[-500:]
         found += data
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,8 +51,9 @@ def test_a_second_signal_ends_answers_with_an_error_and_done(
     begun = read_until(running, rb'"content":"[^"]')
     whole = server.open(response_format=ENDLESS, stream=False)
     server.until("acd_requests_waiting", 1)
-    for _ in range(2):
-        server.process.send_signal(signal.SIGINT)
+    server.process.send_signal(signal.SIGINT)
+    time.sleep(0.8)  # sooner, the second one would be taken for the same wish
+    server.process.send_signal(signal.SIGINT)
     body = begun + read_until(running, rb"data: \[DONE\]\n\n")
     *_, last = chunks_of(body)
     assert last["error"]["type"] == "server_error" and "ending" in last["error"]["message"]

@@ -348,4 +348,4 @@ def test_a_title_request_leaves_the_chats_cache_alone(server: Server) -> None:
     chat += [first["choices"][0]["message"], {"role": "user", "content": "And?"}]
     server.answer("Write a title for: the wine is red and the water is blue")
     again = server.answer(messages=chat)
-    assert first["acd"]["prompt_decoded"] > 150 > 60 > again["acd"]["prompt_decoded"]
+    assert first["acd"]["prompt_decoded"] > 150 > 100 > again["acd"]["prompt_decoded"]
