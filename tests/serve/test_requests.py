@@ -320,6 +320,8 @@ def test_a_trace_tells_of_every_token(server: Server) -> None:
     kls = [token["divergence"] for event in measured for token in event.get("acd", {}).get("trace", [])]
     assert sum(kls) / len(kls) == pytest.approx(measured[-1]["acd"]["contrast"]["mean_divergence"], abs=1e-5)
     assert not any("trace" in event.get("acd", {}) for event in server.stream())
+    whole = server.answer("What is red?", temperature=1, seed=3, max_tokens=24, trace=True)
+    assert [token["token"] for token in whole["acd"]["trace"]] == [token["token"] for token in traces]
 
 
 def test_the_guards_own_fields(server: Server) -> None:
