@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
@@ -66,17 +67,18 @@ class AnswerResponse(Response):
                     return
 
     async def _stream(self, reply: Reply, send: Send) -> None:
-        patience = self._service.settings.keep_alive
-        writer = _Writer(reply, self._locked)
+        writer, silence = _Writer(reply, self._locked), _Silence(self._service.settings.keep_alive)
         while not writer.ended:
-            found = await self._take(patience)
-            data, failed = b"" if found else COMMENT, None
+            found = await self._take(silence.left)
+            data, failed = b"", None
             try:
                 for news in found:
                     data += writer.write(self._checked(news))
             except Exception as error:  # what was said before is sent first
                 failed = error
-            if not self._begun and ((failed is not None and not data) or list(map(type, found)) == [Started]):
+            if not data and failed is None and silence.left == 0:
+                data = COMMENT
+            if not self._begun and not data and (failed is not None or list(map(type, found)) == [Started]):
                 if failed is not None:
                     raise failed
                 continue  # what comes next may be an error with a status
@@ -86,6 +88,7 @@ class AnswerResponse(Response):
                 data = event(reply.first()) + data
             if data:
                 await self._write(send, data, more=not writer.ended)
+                silence.end()
             if failed is not None:
                 raise failed
 
@@ -116,6 +119,26 @@ class AnswerResponse(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": more})
         except TimeoutError:
             raise _Stalled from None
+
+
+class _Silence:
+    """How long nothing was sent.
+
+    Args:
+        most: seconds that it may last; None: any number.
+    """
+
+    def __init__(self, most: float | None) -> None:
+        self._most = most
+        self.end()
+
+    def end(self) -> None:
+        self._since = time.monotonic()
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until it has lasted long enough."""
+        return None if self._most is None else max(0.0, self._since + self._most - time.monotonic())
 
 
 class _Stalled(Exception):
