@@ -37,7 +37,8 @@ class AnswerResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await _unless_gone(receive, self._answer(send))
+            if not await _unless_gone(receive, self._answer(send)):
+                self._service.count("clients_gone_total")
         finally:
             self._feed.cancel.set()
             if self._job is not None:
@@ -49,7 +50,7 @@ class AnswerResponse(Response):
             self._job = self._service.submit(stream, self._feed)
             await (self._stream(reply, send) if self._asked.stream else self._whole(reply, send))
         except _Stalled:
-            self._service.count("stalled_total")
+            self._service.count("clients_stalled_total")
         except Exception as error:
             self._service.count_failure(error)
             if self._begun:
@@ -204,8 +205,8 @@ def _start(status: int, kind: bytes, *headers: tuple[bytes, bytes]) -> Message:
     return {"type": "http.response.start", "status": status, "headers": [(b"content-type", kind), *headers]}
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Do the work, but stop where the client goes away meanwhile."""
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
+    """Do the work, but stop where the client goes away meanwhile; whether it was done."""
     task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -215,6 +216,7 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> Non
         results = await asyncio.gather(task, gone, return_exceptions=True)
     if isinstance(results[0], Exception):
         raise results[0]
+    return results[0] is None
 
 
 async def _gone(receive: Receive) -> None:

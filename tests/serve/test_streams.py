@@ -12,7 +12,6 @@ import pytest
 from http_server import CHAT, ENDLESS, HI, Server, read_until
 
 LONG = "the water is blue and the wine is red " * 150
-CANCELLED = 'acd_answers_total{finish_reason="cancelled"}'
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +29,14 @@ def idle(server: Server) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_ends_its_answer(slow: Server, stream: bool) -> None:
+    gone = slow.metrics().get("acd_clients_gone_total", 0)
     connection = slow.open(response_format=ENDLESS, stream=stream)
     slow.until("acd_requests_running", 1)
     if stream:
         read_until(connection, rb'"content":"[^"]')
     connection.close()
     idle(slow)
+    assert slow.metrics()["acd_clients_gone_total"] == gone + 1
 
 
 def test_a_client_that_resets_its_connection_ends_its_answer(slow: Server) -> None:
