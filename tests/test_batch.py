@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gates
 import pytest
 from manual import DEFAULT
 from reference import TOLERANCE, fresh_logits
@@ -329,3 +330,18 @@ def test_an_adversarial_text_stays_negative(engine: Engine) -> None:
 def _slot_of(engine: Engine) -> list:  # type: ignore[type-arg]
     slot = engine.decoder._idle[-1]  # the one that was used last
     return [slot.safe, slot.adversarial]
+
+
+def test_the_first_word_behind_a_gates_reading_is_told_at_once(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """The reading has decoded the prompt: the word does not wait for the row behind it."""
+    model = tiny("chatml", n_layers=4)
+    pair = gates.write_pair(tmp_path, model)
+    with Engine(model, pair=pair, ctx_size=512, threads=1) as engine, BatchRunner(engine) as batch:
+        batch.add(0, engine.generate(gates.HARMLESS, Options(max_tokens=3, grammar='root ::= "a" root')))
+        assert [event.what for event in batch.step()] == ["a"]
+        held = len(engine.decoder.slots[0].safe.tokens)
+        while len(batch):
+            events = batch.step()
+        answer = events[-1].what
+        assert isinstance(answer, Answer)
+        assert (answer.text, answer.prompt_tokens) == ("aaa", held)
