@@ -16,17 +16,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from acd_local.answers import Answer, AnswerEvent, OnEvent
-from acd_local.batch import BatchRunner
 from acd_local.chat import Chat, ChatStream
+from acd_local.dispatch import Dispatcher, Job, Started, Told
 from acd_local.engine import Engine
-from acd_local.errors import InternalError, UsageError
+from acd_local.errors import UsageError
 from acd_local.generation import AnswerStream
 from acd_local.options import Options
 from acd_local.pairs import PromptPair
@@ -80,7 +79,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._decoder = _DecodingThread(engine)
+        self._dispatcher = Dispatcher(engine, threaded=True)
 
     def generate(
         self,
@@ -94,13 +93,13 @@ class AsyncEngine:
         job = _Job(on_event)
         stream = self.engine.generate(messages, options, on_event=job.on_event, cancel=job.cancel, **how)
         job.begin = lambda: stream
-        return AsyncStream(self._decoder, job)
+        return AsyncStream(self._dispatcher, job)
 
     def chat(
         self, *, system: str | None = None, options: Options | None = None, pair: PromptPair | str | None = None
     ) -> AsyncChat:
         """See `Engine.chat`."""
-        return AsyncChat(self.engine.chat(system=system, options=options, pair=pair), self._decoder)
+        return AsyncChat(self.engine.chat(system=system, options=options, pair=pair), self._dispatcher)
 
     async def close(self) -> None:
         """Free model and caches. Answers that are still being made end with EngineClosedError."""
@@ -120,9 +119,9 @@ class AsyncChat:
         chat: the chat itself: its turns, options and pair, and undo, clear, save and load.
     """
 
-    def __init__(self, chat: Chat, decoder: _DecodingThread) -> None:
+    def __init__(self, chat: Chat, dispatcher: Dispatcher) -> None:
         self.chat = chat
-        self._decoder = decoder
+        self._dispatcher = dispatcher
 
     def stream(self, text: str, *, on_event: OnEvent | None = None, **options: Any) -> AsyncStream:
         """See `Chat.stream`."""
@@ -140,7 +139,7 @@ class AsyncChat:
         job = _Job(on_event)
         turn = make(job.on_event).turn
         job.begin, job.end, job.cancel = turn.begin, turn.end, turn.cancel
-        return AsyncStream(self._decoder, job)
+        return AsyncStream(self._dispatcher, job)
 
 
 class AsyncStream:
@@ -150,8 +149,8 @@ class AsyncStream:
     and its slot is free before the task goes on. Dropping the stream cancels it too.
     """
 
-    def __init__(self, decoder: _DecodingThread, job: _Job) -> None:
-        self._decoder = decoder
+    def __init__(self, dispatcher: Dispatcher, job: _Job) -> None:
+        self._dispatcher = dispatcher
         self._job = job
         self._answer: Answer | None = None
         self._begun = self._ended = False
@@ -161,7 +160,7 @@ class AsyncStream:
 
     async def __anext__(self) -> str:
         if not self._begun:
-            self._decoder.submit(self._job)
+            self._job.submit(self._dispatcher)
             self._begun = True
         if self._ended:
             raise StopAsyncIteration
@@ -198,19 +197,22 @@ class AsyncStream:
 
     def cancel(self) -> None:
         """End the answer within one decoding step, also during a long prompt; the iteration then ends."""
-        self._decoder.cancel(self._job)
+        self._job.cancel.set()
+        if self._begun:
+            self._dispatcher.cancel(self._job.work)
 
     async def aclose(self) -> None:
         """Stop here; the answer's slot is free afterwards."""
         if self._begun and not self._ended:
-            self._decoder.cancel(self._job)
+            self._dispatcher.cancel(self._job.work)
             while not self._ended:
                 await self._take()
 
     async def _take(self) -> str | Answer | Exception:
         what = await self._job.queue.get()
         if isinstance(what, str):
-            self._decoder.note_read(self._job)
+            if self._job.take():
+                self._dispatcher.wake()
         else:
             self._ended = True
             self._job.queue.put_nowait(what)  # another task may wait as well: the last item stays
@@ -233,20 +235,26 @@ class _Job:
         self.cancel = CancelToken()
         self.begin: Callable[[], AnswerStream]
         self.end: Callable[[Answer | Exception], None] = lambda _: None
-        self.stream: AnswerStream
+        self.work: Job
         self.queue: asyncio.Queue[str | Answer | Exception] = asyncio.Queue()
-        self.unread = 0
+        self._told = self._taken = 0  # pieces of text; each is counted by one thread
         self.on_event = None if on_event is None else lambda event: self.post(on_event, event)
 
-    def start(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.stream = self.begin()
+    @property
+    def unread(self) -> int:
+        return self._told - self._taken
 
-    def put(self, what: str | Answer | Exception) -> None:
-        """From the decoding thread."""
-        if not isinstance(what, str):
-            self.end(what)
-        self.post(self.queue.put_nowait, what)
+    def submit(self, dispatcher: Dispatcher) -> None:
+        self.loop = asyncio.get_running_loop()
+        stream = self.begin()
+        self.work = Job(lambda: stream, self._tell, self.cancel, self._lags)
+        dispatcher.submit(self.work)
+
+    def take(self) -> bool:
+        """Count a piece as read; whether that is news for whoever waits for this reader."""
+        lagged = self._lags()
+        self._taken += 1
+        return lagged
 
     def post(self, call: Callable[[Any], object], value: str | Answer | Exception | AnswerEvent) -> None:
         try:
@@ -254,83 +262,14 @@ class _Job:
         except RuntimeError:  # the loop is closed: nobody reads any more
             self.cancel.set()
 
+    def _tell(self, what: Told) -> None:
+        if isinstance(what, Started):
+            return
+        if isinstance(what, str):
+            self._told += 1
+        else:
+            self.end(what)
+        self.post(self.queue.put_nowait, what)
 
-class _DecodingThread:
-    """The thread that decodes an engine's answers; there is one only while there are answers to decode."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._changed = threading.Condition()
-        self._waiting: deque[_Job] = deque()
-        self._running: set[_Job] = set()
-        self._thread: threading.Thread | None = None
-
-    def submit(self, job: _Job) -> None:
-        self._engine.decoder.check_open()  # in a forked child there is no thread, and its lock may be held for ever
-        job.start()
-        with self._changed:
-            self._waiting.append(job)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="acd-decoder", daemon=True)
-                self._thread.start()
-
-    def cancel(self, job: _Job) -> None:
-        job.cancel.set()
-        with self._changed:
-            if job not in self._waiting:
-                return
-            self._waiting.remove(job)
-        job.put(job.stream.skip())
-
-    def note_read(self, job: _Job) -> None:
-        with self._changed:
-            job.unread -= 1
-            self._changed.notify()
-
-    def _run(self) -> None:
-        try:
-            with BatchRunner(self._engine) as batch:
-                while self._admit(batch):
-                    for event in batch.step(resting=self._resting()):
-                        self._deliver(event.key, event.what)  # type: ignore[arg-type]
-        except Exception as error:
-            self._fail(InternalError(f"internal error: {type(error).__name__}: {error}"))
-
-    def _admit(self, batch: BatchRunner) -> bool:
-        """Fill free conversations; waits while all readers are behind. False: all is done, and the thread ends."""
-        with self._changed:
-            while True:
-                while self._waiting and batch.room:
-                    job = self._waiting.popleft()
-                    self._running.add(job)
-                    batch.add(job, job.stream)
-                if not self._running:
-                    self._thread = None
-                    return False
-                if len(self._resting()) < len(self._running):
-                    return True
-                self._changed.wait(0.1)  # a cancel or the engine's end comes without notice
-
-    def _resting(self) -> set[_Job]:
-        """Answers whose readers are too far behind."""
-        if self._engine.closed:
-            return set()
-        behind = (job for job in self._running if job.unread >= AHEAD)
-        return {job for job in behind if not (job.cancel.is_set or job.loop.is_closed())}
-
-    def _deliver(self, job: _Job, what: str | Answer | Exception) -> None:
-        with self._changed:
-            if isinstance(what, str):
-                job.unread += 1
-            else:
-                self._running.discard(job)
-        job.put(what)
-
-    def _fail(self, error: Exception) -> None:
-        with self._changed:
-            jobs = [*self._running, *self._waiting]
-            self._running.clear()
-            self._waiting.clear()
-            self._thread = None
-        for job in jobs:
-            job.put(error)
+    def _lags(self) -> bool:
+        return self.unread >= AHEAD and not self.loop.is_closed()

@@ -31,6 +31,16 @@ class PromptProgress:
 
 
 @dataclass(frozen=True)
+class LikelyToken:
+    """A token, its text, the bytes that it adds to the answer (none, where it ends it), its natural-log probability."""
+
+    token: int
+    text: str
+    piece: bytes
+    logprob: float
+
+
+@dataclass(frozen=True)
 class TokenRecord:
     """One sampled token.
 
@@ -39,6 +49,9 @@ class TokenRecord:
         safe_token, safe_text: what the same draw on the safe stream alone (alpha 0, same beta) would have given.
         safe_logprob, safe_rank: of `token` in the safe stream alone (natural log; 1 is the first), where a trace was
             asked for. Nothing tells the adversarial stream's.
+        logprobs: of `token`, then of the likeliest tokens, in the distribution that it was drawn from: the contrasted
+            one over the plausible tokens, before temperature and samplers. None where not asked for.
+        divergence: KL(S || A) in nats, where asked for and there was a second stream.
     """
 
     token: int
@@ -47,6 +60,8 @@ class TokenRecord:
     safe_text: str
     safe_logprob: float | None = None
     safe_rank: int | None = None
+    logprobs: tuple[LikelyToken, ...] | None = None
+    divergence: float | None = None
 
     @property
     def changed(self) -> bool:
@@ -85,7 +100,7 @@ class GateRecord:
     looks: tuple[tuple[int, float], ...] = ()
 
 
-# TokenRecord: a token was sampled; where a trace was asked for.
+# TokenRecord: a token was sampled; where a trace or logprobs were asked for.
 AnswerEvent: TypeAlias = TurnsDropped | PromptProgress | GateDecision | TokenRecord
 OnEvent = Callable[[AnswerEvent], None]
 

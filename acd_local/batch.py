@@ -1,15 +1,16 @@
 """Makes several answers at once: continuous batching of one engine's conversations.
 
 Every round decodes the next token of all running answers in one llama_decode and lets each go on with its logits; an
-answer that ends makes room for the next, whose prompt is decoded first. What an answer says does not depend on its
-neighbours but for near-ties: llama.cpp's logits differ slightly with the shape of a batch. Where there is room for one
-answer only, it is decoded as if it were alone, by its own strategy.
+answer that ends makes room for the next. A long prompt is decoded a batch per round, so that the others go on
+meanwhile. What an answer says does not depend on its neighbours but for near-ties: llama.cpp's logits differ slightly
+with the shape of a batch. Where there is room for one answer only, it is decoded as if it were alone, by its own
+strategy.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self, TypeVar, cast
 
@@ -17,9 +18,9 @@ from acd_local.answers import Answer
 from acd_local.errors import EngineBusyError, UsageError
 from acd_local.generation import Answerer, AnswerStream, Generation, StepEvent, Steps, abort
 from acd_local.runtime.cancel import CancelToken
-from acd_local.runtime.llama import DecodeAborted
+from acd_local.runtime.llama import BATCH_ROWS, DecodeAborted
 from acd_local.runtime.strategy import advance
-from acd_local.runtime.streams import DecodeBatch
+from acd_local.runtime.streams import DecodeBatch, first_part
 
 Task = TypeVar("Task", bound=Hashable)
 
@@ -56,6 +57,22 @@ class _Member:
         """Whether more than a token per stream is to be decoded: a prompt, or a run of a single answer."""
         return any(len(request.tokens) > 1 for request in self.rows)
 
+    def go_on(self, whole: Sequence[Sequence[int]], started: float, decoded: int = 0) -> None:
+        """Expect what is left of the rows of a prompt.
+
+        Args:
+            whole: what the caches are to hold in the end.
+            started: when the decoding of these rows began.
+            decoded: rows that were decoded to the end.
+        """
+        self.rows = [
+            request._replace(tokens=tokens[len(request.cache.tokens) :])
+            for request, tokens in zip(self.rows, whole, strict=True)
+        ]
+        if self.work.meter is not None:
+            self.work.meter.pause(decoded)
+        self.spend(time.perf_counter() - started)
+
     def spend(self, seconds: float) -> None:
         """Count time for the prompt until its logits were there, for the answer from then on."""
         if self.answering:
@@ -69,7 +86,7 @@ class BatchRunner:
 
     def __init__(self, engine: Answerer) -> None:
         self._decoder = engine.decoder
-        self._capacity = len(self._decoder.slots)
+        self._capacity = self._decoder.conversations
         self._members: list[_Member] = []
         self._new: list[_Member] = []
 
@@ -97,7 +114,10 @@ class BatchRunner:
         self._new.append(_Member(key, work, work.steps(beside=self._beside if self._capacity > 1 else None)))
 
     def step(self, *, resting: Container[Hashable] = ()) -> list[Event]:
-        """Decode one round: what every running answer needs next, the whole prompt for new ones.
+        """Decode one round: what every running answer needs next, and one batch of the prompts of new ones.
+
+        Prompts are decoded in the order in which they came, each in the batches in which it would be alone. In split
+        layouts the others wait for a whole prompt.
 
         Args:
             resting: keys of answers that are left as they are.
@@ -110,15 +130,19 @@ class BatchRunner:
             self._resume(member, lambda steps: next(steps, None), events)
         for member in [m for m in self._members if m.work.cancel.is_set]:
             self._resume(member, lambda steps: abort(steps, DecodeAborted()), events)
+        if events:
+            return events  # a gate's reading may have decoded a prompt: its first word does not wait for the next ones
         members = [member for member in self._members if member.key not in resting]
         prompts = [member for member in members if member.long]
-        for group in [[member] for member in prompts] + [[m for m in members if m not in prompts]]:
-            try:
-                with self._decoder.open():
-                    self._round(group, events)
-            except Exception as error:  # of the decode itself: nobody in it can go on
-                for member in group:
-                    self._end(member, error, events)
+        decoded = 0
+        for member in prompts:
+            part = first_part(member.rows) if len(members) > 1 else None
+            rows = sum(len(request.tokens) for request in part or member.rows)
+            if decoded and decoded + rows > BATCH_ROWS:
+                break
+            decoded += rows
+            self._try_round([member], events, part)
+        self._try_round([member for member in members if member not in prompts], events)
         return events
 
     def close(self) -> None:
@@ -133,10 +157,22 @@ class BatchRunner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _round(self, members: list[_Member], events: list[Event]) -> None:
-        """Decode the rows of some members together and let them go on."""
+    def _try_round(self, members: list[_Member], events: list[Event], part: DecodeBatch | None = None) -> None:
+        """Decode the rows of some members together and let them go on.
+
+        Args:
+            part: of a single member's rows, all that is decoded of them now.
+        """
         if not members:
             return
+        try:
+            with self._decoder.open():
+                self._round(members, events, part)
+        except Exception as error:  # of the decode itself: nobody in it can go on
+            for member in members:
+                self._end(member, error, events)
+
+    def _round(self, members: list[_Member], events: list[Event], part: DecodeBatch | None) -> None:
         started = time.perf_counter()
         rows = [row for member in members for row in member.rows]
         cancels = self._cancels(members)
@@ -145,17 +181,14 @@ class BatchRunner:
             # Single rows are short: a cancel waits for them. A prompt is decoded alone, so that it can be cancelled,
             # and because llama.cpp cuts a batch of sequences with different numbers of rows into small pieces.
             meter = members[0].work.meter if len(members) == 1 else None
-            logits = self._decoder.extend(rows, cancels, meter)
+            logits = self._decoder.extend(part or rows, cancels, meter)
+            if part is not None:
+                members[0].go_on(whole, started, sum(len(request.tokens) for request in part))
+                return
         except DecodeAborted:
             if any(c.is_set for c in cancels) and not members[0].work.cancel.is_set:
                 # Another answer's cancel: the prompt goes on in the next step, in the same batches.
-                members[0].rows = [
-                    request._replace(tokens=tokens[len(request.cache.tokens) :])
-                    for request, tokens in zip(rows, whole, strict=True)
-                ]
-                if meter is not None:
-                    meter.pause()
-                members[0].spend(time.perf_counter() - started)
+                members[0].go_on(whole, started)
                 return
             for member in members:
                 self._resume(member, lambda steps: abort(steps, DecodeAborted()), events)

@@ -31,6 +31,7 @@ from acd_local.runtime.threads import default_threads
 from acd_local.softpair import SoftPair
 
 DEFAULT_CTX_SIZE = 4096
+MAX_LOGPROBS = 20
 
 # Never sampled unless they end the answer.
 _NOT_TEXT = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN | llama.ATTR_UNUSED
@@ -47,6 +48,8 @@ class Engine(Closing):
             is named that is not fitted to the model; a `PromptPair` is taken as it comes.
         ctx_size: tokens that each stream holds; None means 4096, or the model's own limit if that is smaller.
         conversations: how many conversations may be decoded at once; each costs two streams of KV memory.
+        slots: how many conversations are kept in memory, `conversations` at least; an answer takes the one that it goes
+            on with, or the longest unused. None: as many as are decoded at once.
         layout: "shared" decodes both streams in one llama_context, "split" gives each stream its own.
         kv_type: "f16" or "q8_0".
         threads: CPU threads; None means $ACD_THREADS, or the physical cores.
@@ -88,6 +91,7 @@ class Engine(Closing):
         pair: PromptPair | str | None = None,
         ctx_size: int | None = None,
         conversations: int = 1,
+        slots: int | None = None,
         layout: Layout = "shared",
         kv_type: str = "f16",
         threads: int | None = None,
@@ -97,9 +101,17 @@ class Engine(Closing):
         on_progress: Callable[[float], object] | None = None,
         on_check: Callable[[float], object] | None = None,
     ) -> None:
-        numbers = {"ctx_size": ctx_size, "conversations": conversations, "threads": threads, "gpu_layers": gpu_layers}
+        numbers = {
+            "ctx_size": ctx_size,
+            "conversations": conversations,
+            "slots": slots,
+            "threads": threads,
+            "gpu_layers": gpu_layers,
+        }
         for name, value in numbers.items():
             check_engine_number(name, value)
+        if slots is not None and slots < conversations:
+            raise UsageError(f"slots must be at least the {conversations} conversations at once, not {slots}")
         self.threads = threads or default_threads()
         path = resolve_model(str(model))
         if on_progress is not None:
@@ -126,6 +138,7 @@ class Engine(Closing):
                 loaded,
                 n_ctx=self.n_ctx,
                 conversations=conversations,
+                slots=slots,
                 layout=layout,
                 kv_type=kv_type,
                 threads=self.threads,
@@ -159,6 +172,7 @@ class Engine(Closing):
         prompt_setup: PromptSetup | None = None,
         divergence: bool = False,
         trace: bool = False,
+        logprobs: int | None = None,
         on_event: OnEvent | None = None,
         cancel: CancelToken | None = None,
     ) -> AnswerStream:
@@ -173,9 +187,12 @@ class Engine(Closing):
                 pair's gate is then asked only where options.gate is True.
             divergence: measure KL(S || A) at every position (some passes over the vocabulary per token).
             trace: record how the safe stream alone saw every token, and tell `on_event` of each.
+            logprobs: record how likely every token was, and so many of the likeliest, 20 at most, in the distribution
+                that it was drawn from, and tell `on_event` of each. Not with `trace`: with both, the adversarial
+                stream's distribution could be had.
             on_event: called, by whoever decodes, when turns had to be dropped (TurnsDropped), before every batch of the
-                prompt (PromptProgress), when the pair's gate decided (GateDecision), and with `trace` for every sampled
-                token (TokenRecord). It should return soon, and must not use the engine.
+                prompt (PromptProgress), when the pair's gate decided (GateDecision), and with `trace` or `logprobs` for
+                every sampled token (TokenRecord). It should return soon, and must not use the engine.
             cancel: set it to stop the answer from elsewhere; by default the stream has its own.
 
         Returns:
@@ -185,6 +202,8 @@ class Engine(Closing):
         turns, own_system = _turns(messages)
         if own_system is not None and system is not None:
             raise UsageError("give the system prompt as `system` or as the first message, not both")
+        if logprobs is not None and (trace or not 0 <= logprobs <= MAX_LOGPROBS):
+            raise UsageError(f"logprobs must be from 0 to {MAX_LOGPROBS}, and do not go with a trace")
         chosen = self.pair if pair is None else model_pairs.resolve(pair)
         options = options or Options()
         gating = None if prompt_setup is not None and not options.gate else self.gating(chosen, options)
@@ -205,6 +224,7 @@ class Engine(Closing):
             gating=gating,
             divergence=divergence,
             trace=trace,
+            logprobs=logprobs,
             on_event=on_event,
             cancel=cancel or CancelToken(),
         )

@@ -42,7 +42,7 @@ class EngineClosedError(AcdError):
 
 
 class EngineBusyError(AcdError):
-    """All conversation slots are held by answers that this very thread is still streaming: waiting would never end."""
+    """No answer can be begun now: this very thread streams another one, or too many requests wait already."""
 
     code = "busy"
 

@@ -20,6 +20,7 @@ from acd_local.answers import (
     FinishReason,
     GateDecision,
     GateRecord,
+    LikelyToken,
     OnEvent,
     PromptProgress,
     Timings,
@@ -65,7 +66,7 @@ class GenerationRequest:
         seed: of the draws.
         pair: the prompt pair in use; None: none. soft: whether its soft prompts are.
         gating: the gate that is asked; None: none is.
-        divergence, trace, on_event, cancel: as in `Engine.generate`.
+        divergence, trace, logprobs, on_event, cancel: as in `Engine.generate`.
     """
 
     turns: Sequence[Message]
@@ -79,6 +80,7 @@ class GenerationRequest:
     gating: Gating | None = None
     divergence: bool = False
     trace: bool = False
+    logprobs: int | None = None
     on_event: OnEvent | None = None
     cancel: CancelToken = field(default_factory=CancelToken)
 
@@ -460,6 +462,7 @@ class Generation:
             grammar=guard,
             divergence=request.divergence,
             trace=request.trace,
+            logprobs=request.logprobs,
         )
 
     def make_strategy(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, *, deferring: bool) -> Strategy:
@@ -497,14 +500,26 @@ class Generation:
             safe_piece.decode("utf-8", "replace"),
             None if choice.trace is None else choice.trace.safe_logprob,
             None if choice.trace is None else choice.trace.safe_rank,
+            self._likely(choice),
+            choice.divergence,
         )
         self._records.append(record)
-        if self.request.trace:
+        if self.request.trace or self.request.logprobs is not None:
             self._tell(record)
         self._compared += choice.compared
         if choice.divergence is not None:
             self._divergences.append(choice.divergence)
         return piece
+
+    def _likely(self, choice: TokenChoice) -> tuple[LikelyToken, ...] | None:
+        if choice.logprobs is None:
+            return None
+        vocab, found = self.decoder.model.vocab, []
+        for token, logprob in choice.logprobs:
+            piece = vocab.piece(token)
+            text = piece.decode("utf-8", "replace") if piece else vocab.literal(token)
+            found.append(LikelyToken(token, text, piece, logprob))
+        return tuple(found)
 
     def _used(self, prompt: Prompt) -> tuple[int, int]:
         """Count the tokens in either stream: the prompt, and the answer but for its last token."""

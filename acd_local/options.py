@@ -16,6 +16,7 @@ ENGINE_RANGES = {
     "ctx_size": (1, 2**24),
     "threads": (1, 512),
     "conversations": (1, 128),
+    "slots": (1, 128),
     "gpu_layers": (-1, 2**31 - 1),
 }
 
@@ -69,6 +70,7 @@ _AT_START = {
     "threads": "--threads",
     "gpu_layers": "--gpu-layers",
     "conversations": "--parallel",
+    "slots": "--slots",
     "kv_type": "--kv-type",
     "layout": "--layout",
     "soft": "--soft",

@@ -1,8 +1,8 @@
 # Sourced by the launchers in this folder: POSIX sh. Expects $self, the real path of the launcher.
 #
 # launch PROFILE PROGRAM [ARG...] runs PROGRAM in the repository's .venv, which is made or brought up to date first.
-# PROFILE is "run" (the package and the demo model), "report" (that and matplotlib), "optimize" (that and torch) or "dev"
-# (that and the test tools). While nothing has changed since the last set-up this costs a few file stats; otherwise
+# PROFILE is "run" (the package, its server and the demo model), "report" (that and matplotlib), "optimize" (that and
+# torch) or "dev" (that and the test tools). While nothing has changed since the last set-up this costs a few file stats; otherwise
 # _setup.py does the work. stdin and stdout are PROGRAM's alone.
 
 root=$(CDPATH='' cd -- "${self%/*}/.." && pwd -P) || exit 1

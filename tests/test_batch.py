@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gates
 import pytest
 from manual import DEFAULT
 from reference import TOLERANCE, fresh_logits
@@ -204,6 +205,37 @@ def test_a_neighbours_long_prompt_gives_way_to_a_cancel(tiny: Callable[..., Path
         assert answer.prompt_decoded == alone.prompt_decoded
 
 
+def test_a_long_prompt_lets_the_others_go_on(tiny: Callable[..., Path]) -> None:
+    """A batch of it per round, the batches that it has alone: the same answer, and every row counted once."""
+    prompts = ["the water is blue and the wine is red " * 150, "a carpet is red " * 150]
+
+    def load() -> Engine:
+        return Engine(tiny("chatml", n_ctx=4096), pair=DEFAULT, ctx_size=4096, conversations=3, threads=1)
+
+    with load() as engine:
+        engine.generate("Hi", SHORT).run()
+        alone = [engine.generate(prompt, SHORT).run() for prompt in prompts]
+    with load() as engine, BatchRunner(engine) as batch:
+        batch.add("first", engine.generate("Hi", Options(max_tokens=300, grammar='root ::= "a" root')))
+        batch.step()
+        seen: list[PromptProgress] = []
+        batch.add(0, engine.generate(prompts[0], SHORT, on_event=lambda e: seen.append(e)))  # type: ignore[arg-type]
+        batch.add(1, engine.generate(prompts[1], SHORT))
+        rounds, spoke, ended = 0, {}, {}
+        while len(ended) < 2:
+            rounds += 1
+            events = batch.step()
+            assert [e.what for e in events if e.key == "first"] == ["a"], "one token in every round"
+            spoke = {e.key: rounds for e in events} | spoke
+            ended |= {e.key: e.what for e in events if isinstance(e.what, Answer)}
+        assert spoke[1] > spoke[0] > alone[0].prompt_decoded // 512 > 4, "a batch has 512 rows at most"
+        assert [event.done for event in seen] == sorted({event.done for event in seen})
+        for key, answer in enumerate(alone):
+            found = ended[key]
+            assert (found.text, found.prompt_decoded) == (answer.text, answer.prompt_decoded)
+            assert found.prompt_tokens > 1000
+
+
 def test_closing_the_engine_ends_all(tiny: Callable[..., Path]) -> None:
     engine = Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, conversations=2, threads=1)
     with BatchRunner(engine) as batch:
@@ -300,3 +332,18 @@ def test_an_adversarial_text_stays_negative(engine: Engine) -> None:
 def _slot_of(engine: Engine) -> list:  # type: ignore[type-arg]
     slot = engine.decoder._idle[-1]  # the one that was used last
     return [slot.safe, slot.adversarial]
+
+
+def test_the_first_word_behind_a_gates_reading_is_told_at_once(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """The reading has decoded the prompt: the word does not wait for the row behind it."""
+    model = tiny("chatml", n_layers=4)
+    pair = gates.write_pair(tmp_path, model)
+    with Engine(model, pair=pair, ctx_size=512, threads=1) as engine, BatchRunner(engine) as batch:
+        batch.add(0, engine.generate(gates.HARMLESS, Options(max_tokens=3, grammar='root ::= "a" root')))
+        assert [event.what for event in batch.step()] == ["a"]
+        held = len(engine.decoder.slots[0].safe.tokens)
+        while len(batch):
+            events = batch.step()
+        answer = events[-1].what
+        assert isinstance(answer, Answer)
+        assert (answer.text, answer.prompt_tokens) == ("aaa", held)

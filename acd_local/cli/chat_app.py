@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from acd_local.answers import Answer, AnswerEvent, PromptProgress, TurnsDropped
 from acd_local.chat import ChatStream
 from acd_local.cli.progress import reading_text
-from acd_local.cli.record import pair_label, pair_name
+from acd_local.cli.record import pair_label
 from acd_local.engine import Engine
 from acd_local.errors import UsageError
 from acd_local.generation import AnswerStream, resolve_contrast
 from acd_local.options import Options
 from acd_local.pairs import AS_IS
+from acd_local.records import pair_name
 from acd_local.runtime.llama import BATCH_ROWS
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from acd_local import files, pairs, quickcheck
 from acd_local.chat import read_saved
 from acd_local.cli.chat_app import ChatApp
 from acd_local.cli.chat_why import spans
-from acd_local.cli.record import pair_line, pair_name, stats_lines
+from acd_local.cli.record import pair_line, stats_lines
 from acd_local.errors import PairError, UsageError, shown
 from acd_local.pairs import PromptPair
+from acd_local.records import pair_name
 
 KEYS = """\
 Enter sends, Alt-Enter or Ctrl-J begins a new line.

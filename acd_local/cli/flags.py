@@ -235,6 +235,7 @@ def load_engine(
     flags: Mapping[str, Any],
     *,
     conversations: int = 1,
+    slots: int | None = None,
     on_progress: Callable[[float], object] | None = None,
     on_check: Callable[[float], object] | None = None,
 ) -> Engine:
@@ -244,4 +245,4 @@ def load_engine(
     from acd_local.engine import Engine
 
     given = {name: flags[name] for name in ENGINE_FLAGS}
-    return Engine(model, **given, conversations=conversations, on_progress=on_progress, on_check=on_check)
+    return Engine(model, **given, conversations=conversations, slots=slots, on_progress=on_progress, on_check=on_check)

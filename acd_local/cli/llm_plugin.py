@@ -15,7 +15,7 @@ from typing import Any
 import llm
 from pydantic import Field, create_model
 
-from acd_local.cli.record import answer_record
+from acd_local.records import answer_record
 from acd_local.engine import Engine
 from acd_local.errors import AcdError, UsageError
 from acd_local.options import Options

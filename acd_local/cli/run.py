@@ -88,7 +88,8 @@ def _answer(
     interrupts: Interrupts,
 ) -> Outcome:
     from acd_local.answers import PromptProgress
-    from acd_local.cli.record import answer_record, pair_line, pair_name, stats_lines
+    from acd_local.cli.record import pair_line, stats_lines
+    from acd_local.records import answer_record, pair_name
     from acd_local.runtime.cancel import CancelToken
 
     cancel, status = CancelToken(), StatusLine()
@@ -182,7 +183,7 @@ def _read_stdin() -> str:
 
 def _write_trace(path: Path, answer: Answer) -> AcdError | None:
     """The answer is there already: what goes wrong now is told beside it."""
-    from acd_local.cli.record import trace_records
+    from acd_local.records import trace_records
 
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in trace_records(answer)]
     try:

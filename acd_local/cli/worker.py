@@ -11,24 +11,22 @@ import json
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from acd_local import __version__
 from acd_local.cli import flags
-from acd_local.cli.record import answer_record, decision_record, pair_record, trace_record
 from acd_local.cli.shell import Interrupts, as_acd_error, error_event, one_line, say
-from acd_local.errors import EngineClosedError, UsageError
+from acd_local.errors import UsageError
+from acd_local.records import answer_record, decision_record, model_record, pair_record, trace_record
 
 if TYPE_CHECKING:
     from acd_local.answers import Answer, AnswerEvent
-    from acd_local.batch import BatchRunner, Event
+    from acd_local.dispatch import Job, Told
     from acd_local.engine import Engine
     from acd_local.generation import AnswerStream
     from acd_local.options import Options
-    from acd_local.runtime.cancel import CancelToken
 
 PROTOCOL = 2
 MAX_LINE = 16_000_000  # bytes
@@ -70,9 +68,9 @@ class Defaults:
     divergence: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class Request:
-    """One accepted request, waiting or being answered."""
+    """What one line asks for."""
 
     id: str | int
     messages: Any
@@ -81,7 +79,6 @@ class Request:
     options: Options
     divergence: bool
     trace: bool
-    cancel: CancelToken = field(repr=False)
 
 
 class Throttle:
@@ -143,29 +140,24 @@ class Worker:
     def __init__(
         self, engine: Engine, defaults: Defaults, out: Output, interrupts: Interrupts, *, parallel: int
     ) -> None:
+        from acd_local.dispatch import Dispatcher
+
         self._engine = engine
         self._defaults = defaults
         self._out = out
         self._interrupts = interrupts
         self._parallel = parallel
-        self._changed = threading.Condition()  # guards what follows; never held while a line is written
-        self._waiting: deque[Request] = deque()
-        self._running: dict[str | int, Request] = {}
-        self._ended = False  # no further request will come
-        self._stopped = False  # a signal, or nobody reads
+        self._dispatcher = Dispatcher(engine)
+        self._pending: dict[str | int, Job] = {}  # guarded by the output's lock
 
     def run(self) -> int:
-        from acd_local.batch import BatchRunner
         from acd_local.runtime.cancel import CancelToken
 
-        with (stop := CancelToken()).interrupting(self._stop):
+        with (stop := CancelToken()).interrupting(self._dispatcher.stop):
             self._interrupts.cancels(stop)
             self._emit(ready_record(self._engine, self._defaults, parallel=self._parallel))
             threading.Thread(target=self._read, name="acd-requests", daemon=True).start()
-            with BatchRunner(self._engine) as batch:
-                while self._admit(batch):
-                    for event in batch.step():
-                        self._report(event)
+            self._dispatcher.run()
         self._out.close()
         self._out.check()
         return self._interrupts.exit_code or 0
@@ -188,9 +180,7 @@ class Worker:
         except OSError as error:
             say(f"acd-run: cannot read stdin: {error.strerror}")
         finally:
-            with self._changed:
-                self._ended = True
-                self._changed.notify()
+            self._dispatcher.finish()
 
     def _take(self, number: int, line: bytes) -> None:
         request_id, asks = None, False
@@ -216,7 +206,6 @@ class Worker:
         from acd_local.engine import check_messages
         from acd_local.options import check_unicode
         from acd_local.runtime import grammar
-        from acd_local.runtime.cancel import CancelToken
 
         if request_id is None:
             raise UsageError("a request needs an id, a string or a whole number")
@@ -248,133 +237,81 @@ class Worker:
             options=options,
             divergence=raw.get("divergence", self._defaults.divergence),
             trace=raw.get("trace", False),
-            cancel=CancelToken(),
         )
 
     def _accept(self, request: Request) -> None:
         with self._out.lock:
-            with self._changed:
-                if self._is_pending(request.id):
-                    raise UsageError("a request with this id is still being answered")
-                if self._stopped:
-                    raise EngineClosedError("the worker is ending")
-                ahead = len(self._waiting) + len(self._running)
-                self._waiting.append(request)
-                self._changed.notify()
+            if request.id in self._pending:
+                raise UsageError("a request with this id is still being answered")
+            job, ahead = self._job(request), len(self._pending)
+            self._dispatcher.submit(job)
+            self._pending[request.id] = job
             self._emit({"id": request.id, "event": "queued", "ahead": ahead})
 
     def _cancel(self, request_id: str | int | None, raw: Mapping[str, Any]) -> None:
         if raw["cancel"] is not True:
             raise UsageError("cancel must be true")
         with self._out.lock:
-            with self._changed:
-                waiting = next((request for request in self._waiting if request.id == request_id), None)
-                if waiting is not None:
-                    self._waiting.remove(waiting)
-                elif request_id not in self._running:
-                    raise UsageError("there is no request with this id to cancel")
-                else:
-                    self._running[request_id].cancel.set()
-            if waiting is not None:
-                self._skip(waiting)
+            if request_id not in self._pending:
+                raise UsageError("there is no request with this id to cancel")
+            self._dispatcher.cancel(self._pending[request_id])
 
     def _pong(self, request_id: str | int | None, raw: Mapping[str, Any]) -> None:
         if raw["ping"] is not True:
             raise UsageError("ping must be true")
-        with self._changed:
-            waiting, running = len(self._waiting), len(self._running)
-        self._emit({"id": request_id, "event": "pong", "waiting": waiting, "running": running})
+        counts = {"waiting": self._dispatcher.waiting, "running": self._dispatcher.running}
+        self._emit({"id": request_id, "event": "pong", **counts})
 
     def _refuse(self, number: int, request_id: str | int | None, error: Exception, *, ends: bool = False) -> None:
         """Say what is wrong with a line. That ends what the line asked for, but never a request that is pending."""
         known = as_acd_error(error)
         with self._out.lock:
-            with self._changed:
-                final = ends and request_id is not None and not self._is_pending(request_id)
+            final = ends and request_id is not None and request_id not in self._pending
             self._emit(error_event(request_id, known, final=final) | ({} if final else {"line": number}))
-
-    def _is_pending(self, request_id: str | int) -> bool:
-        return request_id in self._running or any(request.id == request_id for request in self._waiting)
 
     # -- answering -----------------------------------------------------------------------------------------------------
 
-    def _admit(self, batch: BatchRunner) -> bool:
-        """Fill free conversations with waiting requests; waits while there is nothing to do. False: all is done."""
-        while batch.room:
-            with self._changed:
-                while not (self._waiting or len(batch) or self._ended or self._stopped):
-                    self._changed.wait()
-                if self._stopped or not self._waiting:
-                    break
-                request = self._waiting.popleft()
-                self._running[request.id] = request
-            self._begin(batch, request)
-        if self._stopped:
-            self._skip_waiting()
-        return len(batch) > 0 and self._out.broken is None
+    def _job(self, request: Request) -> Job:
+        from acd_local.dispatch import Job
+        from acd_local.runtime.cancel import CancelToken
 
-    def _begin(self, batch: BatchRunner, request: Request) -> None:
-        try:
-            batch.add(request.id, self._stream(request))
-        except Exception as error:
-            self._end(error_event(request.id, as_acd_error(error), final=True))
+        cancel = CancelToken()
+
+        def begin() -> AnswerStream:
+            return self._engine.generate(
+                request.messages,
+                request.options,
+                system=request.system,
+                pair=request.pair,
+                cancel=cancel,
+                divergence=request.divergence,
+                trace=request.trace,
+                on_event=Reporter(request.id, self._emit),
+            )
+
+        return Job(begin, lambda what: self._report(request.id, what), cancel)
+
+    def _report(self, request_id: str | int, what: Told) -> None:
+        from acd_local.answers import Answer
+
+        if isinstance(what, str):
+            self._emit({"id": request_id, "event": "token", "text": what})
+        elif isinstance(what, Answer):
+            self._end(done_event(request_id, what))
+        elif isinstance(what, Exception):
+            self._end(error_event(request_id, as_acd_error(what), final=True))
         else:
-            self._emit({"id": request.id, "event": "started"})
-
-    def _stream(self, request: Request) -> AnswerStream:
-        return self._engine.generate(
-            request.messages,
-            request.options,
-            system=request.system,
-            pair=request.pair,
-            cancel=request.cancel,
-            divergence=request.divergence,
-            trace=request.trace,
-            on_event=Reporter(request.id, self._emit),
-        )
-
-    def _report(self, event: Event) -> None:
-        key: Any = event.key
-        if isinstance(event.what, str):
-            self._emit({"id": key, "event": "token", "text": event.what})
-        elif isinstance(event.what, Exception):
-            self._end(error_event(key, as_acd_error(event.what), final=True))
-        else:
-            self._end(done_event(key, event.what))
+            self._emit({"id": request_id, "event": "started"})
 
     def _end(self, last: dict[str, Any]) -> None:
         with self._out.lock:
-            with self._changed:
-                del self._running[last["id"]]
+            del self._pending[last["id"]]
             self._emit(last)
-
-    def _skip(self, request: Request) -> None:
-        """The end of a request that was cancelled while it waited."""
-        try:
-            self._emit(done_event(request.id, self._stream(request).skip()))
-        except Exception as error:
-            self._emit(error_event(request.id, as_acd_error(error), final=True))
-
-    def _skip_waiting(self) -> None:
-        with self._changed:
-            waiting = list(self._waiting)
-            self._waiting.clear()
-        for request in waiting:
-            self._skip(request)
-
-    def _stop(self) -> None:
-        """A signal, or nobody reads: end what runs, begin nothing more."""
-        with self._changed:
-            self._stopped = True
-            requests = list(self._running.values())
-            self._changed.notify()
-        for request in requests:
-            request.cancel.set()
 
     def _emit(self, event: Mapping[str, Any]) -> None:
         self._out.emit(event)
         if self._out.broken is not None:
-            self._stop()
+            self._dispatcher.stop()  # nobody reads
 
 
 class Reporter:
@@ -409,23 +346,14 @@ def ready_record(engine: Engine, defaults: Defaults, *, parallel: int) -> dict[s
     from acd_local.generation import resolve_contrast
     from acd_local.options import Options
 
-    info, pair = engine.info, engine.pair
+    pair = engine.pair
     contrast = resolve_contrast(Options(), pair, soft=engine.takes_soft(pair))
     more = {"system": defaults.system, "divergence": defaults.divergence, "trace": False}
     return {
         "event": "ready",
         "protocol": PROTOCOL,
         "version": __version__,
-        "model": {
-            "name": info.name,
-            "path": str(info.path),
-            "size": info.size,
-            "architecture": info.architecture,
-            "quantization": info.file_type,
-            "n_params": engine.n_params,
-            "n_vocab": info.n_vocab,
-            "context_length": info.context_length,
-        },
+        "model": model_record(engine) | {"path": str(engine.info.path)},
         "pair": pair_record(engine, pair, defaults.options) | {"alpha": contrast.alpha, "beta": contrast.beta},
         "ctx_size": engine.n_ctx,
         "parallel": parallel,

@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from acd_local.runtime.contrast import Divergence, apply_contrast, check_stream, logprob, plausible
+from acd_local.runtime.contrast import Divergence, apply_contrast, check_stream, log_softmax, logprob, plausible
 from acd_local.runtime.llama import Logits, TokenIds, Vocab
 from acd_local.runtime.sampling import Guard, TokenSampler
 
@@ -60,6 +60,8 @@ class TokenChoice:
         ends: the token ends the answer and adds no text.
         trace: filled where asked for.
         compared: whether the adversarial stream's logits were taken here.
+        logprobs: (token, natural-log probability) of `token`, then of the likeliest, among the contrasted candidates
+            as they came to the sampler; None where not asked for.
     """
 
     token: int
@@ -68,6 +70,7 @@ class TokenChoice:
     ends: bool
     trace: TokenTrace | None
     compared: bool
+    logprobs: tuple[tuple[int, float], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ class Chooser:
 
     Args:
         divergence, trace: fill these fields of the choices; each takes a few passes over the vocabulary.
+        logprobs: fill that field, with so many of the likeliest tokens; None: do not. Never with `trace`: of one token
+            the probabilities in both would tell the adversarial stream's.
     """
 
     def __init__(
@@ -122,13 +127,16 @@ class Chooser:
         grammar: Guard | None = None,
         divergence: bool = False,
         trace: bool = False,
+        logprobs: int | None = None,
     ) -> None:
+        assert not (trace and logprobs is not None)
         self.settings = settings
         self._sampler = sampler
         self._special = special
         self._grammar = grammar
         self._divergence = divergence
         self._trace = trace
+        self._logprobs = logprobs
         self._measure: Divergence | None = None
 
     def candidates(self, safe: Logits, position: int) -> SafeCandidates:
@@ -142,7 +150,7 @@ class Chooser:
         # Control tokens that do not end the answer are never said; a grammar narrows further.
         safe[self._special.banned] = -np.inf
         beta = self.settings.beta
-        if self._sampler.takes_best and not self.settings.contrasts(position):
+        if self._sampler.takes_best and self._logprobs is None and not self.settings.contrasts(position):
             beta = 1.0  # the rest of a large vocabulary need not be gone through
         legal = safe if self._grammar is None else self._grammar.restrict(safe, beta)
         return SafeCandidates(position, *plausible(legal, beta), kept)
@@ -182,6 +190,7 @@ class Chooser:
             ends=token in self._special.eog,
             trace=_trace(token, candidates.logits) if self._trace and candidates.logits is not None else None,
             compared=adversarial is not None,
+            logprobs=None if self._logprobs is None else _likely(token, ids, scores, self._logprobs),
         )
 
     # -- going ahead ---------------------------------------------------------------------------------------------------
@@ -196,6 +205,7 @@ class Chooser:
             grammar=grammar,
             divergence=self._divergence,
             trace=self._trace,
+            logprobs=self._logprobs,
         )
 
     def draft_token(self, candidates: SafeCandidates) -> int:
@@ -226,3 +236,11 @@ class Chooser:
 
 def _trace(token: int, safe: Logits) -> TokenTrace:
     return TokenTrace(safe_logprob=logprob(safe, token), safe_rank=1 + int((safe > safe[token]).sum()))
+
+
+def _likely(token: int, ids: TokenIds, scores: Logits, top: int) -> tuple[tuple[int, float], ...]:
+    """`token` and its log probability among the candidates, then the likeliest ones and theirs."""
+    logprobs = log_softmax(scores)
+    best = np.argsort(-logprobs, kind="stable")[:top]
+    chosen = int(np.flatnonzero(ids == token)[0])
+    return tuple((int(ids[i]), float(logprobs[i])) for i in (chosen, *best))

@@ -30,15 +30,17 @@ class Decoder:
 
     Args:
         n_ctx: tokens per stream.
-        conversations: how many answers can be made at once; each has a slot, two streams of KV memory.
+        conversations: how many answers can be made at once.
+        slots: conversations whose caches are kept, two streams of KV memory each; None: as many as answers.
         layout, kv_type: see `streams.Streams` and `llama.Context`.
         system_apart: True: every prompt begins at its system prompt, which was decoded alone. None: system prompts are
-            decoded alone where there are several conversations. False: a first prompt is decoded in one go.
+            decoded alone where there are several slots. False: a first prompt is decoded in one go.
         figures: where measurements of what rows cost are kept, see `rowcosts.file_for`.
 
     Attributes:
         model: the model that is decoded. It is closed with the decoder.
-        slots: the two streams of every conversation.
+        conversations: as given.
+        slots: the two streams of every conversation that is kept.
         contexts: the llama_contexts that hold them.
         can_defer: whether a safe stream can run ahead: caches can forget their last tokens.
         prefixes: system prompts that were decoded; to be used inside `open` alone.
@@ -55,6 +57,7 @@ class Decoder:
         *,
         n_ctx: int,
         conversations: int = 1,
+        slots: int | None = None,
         layout: Layout = "shared",
         kv_type: str = "f16",
         threads: int = 1,
@@ -63,13 +66,14 @@ class Decoder:
     ) -> None:
         self.model = model
         self.n_ctx = n_ctx
+        self.conversations = conversations
         self.threads = threads
         self._kv_type = kv_type
         self._lock = threading.RLock()
         self._streams = Streams(
             model,
             n_ctx=n_ctx,
-            conversations=conversations,
+            conversations=slots or conversations,
             layout=layout,
             kv_type=kv_type,
             threads=threads,
@@ -79,7 +83,7 @@ class Decoder:
         )
         self.slots, self.contexts = self._streams.slots, self._streams.contexts
         self.can_defer = model.rewinds and conversations <= RUNNING_AHEAD
-        several = conversations > 1 if system_apart is None else False
+        several = len(self.slots) > 1 if system_apart is None else False
         self.prefixes = PrefixStore(eager=several or not model.rewinds, exact=system_apart is True)
         self.row_clock = RowClock(figures)
         self.reader_tokens = min(read_at_once(self.contexts[0].n_seq), n_ctx)
@@ -165,7 +169,7 @@ class Decoder:
                     )
                 self._free.wait(0.05)  # then look again: a cancel that is set notifies nobody
             # Of equals the longest unused.
-            slot = max(self._idle, key=lambda idle: _gain(idle.safe.tokens, tokens, prefix))
+            slot = max(self._idle, key=lambda idle: _kept(idle.safe.tokens, tokens, prefix))
             self._idle.remove(slot)
             self._holders.append(me)
         try:
@@ -313,12 +317,16 @@ class PromptMeter:
         self._settled += sum(len(request.tokens) for request in rows)
         self.decoded = self._before = self._settled
 
-    def pause(self) -> None:
-        """Expect what is left of the rows by itself."""
-        self._before = self.decoded
+    def pause(self, decoded: int = 0) -> None:
+        """Expect what is left of the rows by itself, after so many of them that were decoded to the end."""
+        self._before = self.decoded = self.decoded + decoded
 
 
-def _gain(held: Sequence[int], tokens: Sequence[int], prefix: Sequence[int]) -> tuple[int, int]:
-    """What continuing in a slot saves, less what it forgets, in tokens; a system prompt is cheap to restore."""
-    common = common_prefix(held, tokens)
-    return max(0, common - len(prefix)) - (len(held) - common), common
+def _kept(held: Sequence[int], tokens: Sequence[int], prefix: Sequence[int]) -> int:
+    """Tokens behind the system prompt, which is cheap to restore, that a slot spares a prompt of its conversation.
+
+    0 where it holds another conversation, with which it has less than half of the shorter one in common: those of
+    two requests that begin with the same words are not to be forgotten for the few tokens of these words.
+    """
+    common = common_prefix(held, tokens) - len(prefix)
+    return common if common > 0 and 2 * common >= min(len(held), len(tokens)) - len(prefix) else 0

@@ -213,6 +213,20 @@ def extend(work: DecodeBatch, on_batch: Callable[[int], None] | None = None) -> 
     return [logits[request.cache] for request in work]
 
 
+def first_part(work: DecodeBatch) -> DecodeBatch | None:
+    """Return what `extend` would decode of `work` first, where that is not all of it and one context holds it.
+
+    What is left is then decoded in the batches in which it would have been, and so are its logits the same.
+    """
+    (context, *others) = {request.cache.context for request in work}
+    together = any(request.wanted is not None or request.start is not None for request in work)
+    if others or together or sum(len(request.tokens) for request in work) <= context.n_batch:
+        return None
+    work = sorted(work, key=lambda one: one.cache.seq)
+    chunk = _chunks(_phases([request.tokens for request in work])[0], context.n_batch)[0]
+    return [DecodeRequest(one.cache, one.tokens[:n], [False] * n) for one, n in zip(work, chunk, strict=True) if n]
+
+
 def _go_back(request: DecodeRequest) -> None:
     cache, start = request.cache, request.start
     if start is not None and start < len(cache.tokens) and cache.rewind(start) != start:
