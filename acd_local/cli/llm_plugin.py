@@ -15,10 +15,10 @@ from typing import Any
 import llm
 from pydantic import Field, create_model
 
-from acd_local.records import answer_record
 from acd_local.engine import Engine
 from acd_local.errors import AcdError, UsageError
 from acd_local.options import Options
+from acd_local.records import answer_record
 
 
 @llm.hookimpl  # type: ignore[untyped-decorator]
