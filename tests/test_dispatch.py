@@ -153,7 +153,7 @@ def test_an_error_of_the_thread_ends_all_jobs(engine: Engine, threaded: bool) ->
         raise ZeroDivisionError("the asker's fault")
 
     dispatcher = Dispatcher(engine, threaded=threaded)
-    jobs = [Asker(engine), Asker(engine), Asker(engine)]
+    jobs = [Asker(engine, ENDLESS), Asker(engine), Asker(engine)]
     jobs[1].job.lags = lags
     for asker in jobs:
         dispatcher.submit(asker.job)
