@@ -12,10 +12,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from acd_local.answers import Answer, GateDecision, TokenRecord, TurnsDropped
 from acd_local.dispatch import Job, Started
-from acd_local.errors import EngineClosedError
+from acd_local.errors import EngineClosedError, NumericalError
 from acd_local.records import decision_record
 from acd_local.serve.feed import Feed, News
-from acd_local.serve.openai import Asked
+from acd_local.serve.openai import Asked, Refused
 from acd_local.serve.replies import COMMENT, DONE, Reply, as_json, event, failure
 from acd_local.serve.service import Service
 
@@ -47,12 +47,18 @@ class AnswerResponse(Response):
             stream, reply = await asyncio.to_thread(self._service.prepare, self._asked, self._feed)
             self._job = self._service.submit(stream, self._feed)
             await (self._stream(reply, send) if self._asked.stream else self._whole(reply, send))
-        except Exception as error:
+        except Exception as problem:
+            error = self._blamed(problem)
             self._service.count_failure(error)
             if self._begun:
                 await _write(send, event(failure(error).body) + DONE, more=False)
             else:
                 await send_failure(send, error)
+
+    def _blamed(self, error: Exception) -> Exception:
+        if isinstance(error, NumericalError) and "alpha" in self._asked.guard:
+            return Refused(str(error), "alpha")  # the model did nothing wrong
+        return error
 
     async def _whole(self, reply: Reply, send: Send) -> None:
         while True:
