@@ -333,15 +333,25 @@ def test_answers_are_kept_under_their_style(tiny_engine: Engine, tmp_path: Path)
     assert asked == [1, 2, 3, 4, 5, 6]
     alone = tiny_engine.generate(prompts[0], GREEDY, pair=NO_PAIR, prompt_setup=PromptSetup(None, None)).run()
     assert plain[0].tokens == tuple(record.token for record in alone.tokens)
-    assert respondent.text(plain[0]) == alone.text
+    assert respondent.text(plain[0].tokens) == alone.text
 
-    def no_engine() -> Engine:
-        raise AssertionError
+    again = Respondent(lambda: tiny_engine, Measurements(tmp_path / "answers.jsonl", {"model": "tiny"}), CancelToken())
+    asked.clear()
+    assert again.ask(Style(), prompts[::-1], asked.append) == plain[::-1]
+    assert not asked
+    again.ask(Style(PromptSetup("Be kind.")), prompts[:1], asked.append)
+    assert asked == [1]
 
-    again = Respondent(no_engine, Measurements(tmp_path / "answers.jsonl", {"model": "tiny"}), CancelToken())
-    assert again.ask(Style(), prompts[::-1]) == plain[::-1]
-    with pytest.raises(AssertionError):
-        again.ask(Style(PromptSetup("Be kind.")), prompts[:1])
+
+def test_a_kept_answer_is_labelled_when_it_is_read(tiny_engine: Engine, tmp_path: Path) -> None:
+    respondent = Respondent(
+        lambda: tiny_engine, Measurements(tmp_path / "answers.jsonl", {"model": "tiny"}), CancelToken()
+    )
+    texts = {"refusal": "I can't help with that.", "answer": "The water is blue."}
+    for label, text in texts.items():
+        tokens = tiny_engine.vocab.tokenize(text, parse_special=False)
+        respondent.notes.keep("answer", {"style": Style().key, "prompt": label}, tokens)
+    assert [reply.label for reply in respondent.ask(Style(), list(texts))] == list(texts)
 
 
 def test_what_was_kept_is_found_by_later_versions() -> None:
