@@ -25,6 +25,7 @@ from acd_local.serve.openai import Asked, Refused
 
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": still working\n\n"
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 RETRY = 1  # seconds after which a client that was sent away may come again
 
 Json = dict[str, Any]
@@ -110,7 +111,7 @@ def event(data: Json) -> bytes:
 
 
 def as_json(data: Json) -> bytes:
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return _ENCODER.encode(data).encode()
 
 
 def finish_reason(answer: Answer) -> str:
