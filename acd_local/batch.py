@@ -130,6 +130,8 @@ class BatchRunner:
             self._resume(member, lambda steps: next(steps, None), events)
         for member in [m for m in self._members if m.work.cancel.is_set]:
             self._resume(member, lambda steps: abort(steps, DecodeAborted()), events)
+        if events:
+            return events  # a gate's reading may have decoded a prompt: its first word does not wait for the next ones
         members = [member for member in self._members if member.key not in resting]
         prompts = [member for member in members if member.long]
         decoded = 0

@@ -34,7 +34,12 @@ HINTS = (  # what the log of a failed set-up says -> its likely cause
         "the package index cannot be reached: check the network and pip's index and proxy settings",
     ),
 )
-EXTRAS = {"run": "[serve]", "report": "[serve,report]", "optimize": "[serve,optimize]", "dev": "[dev]"}  # each holds those before it
+EXTRAS = {
+    "run": "[serve]",
+    "report": "[serve,report]",
+    "optimize": "[serve,optimize]",
+    "dev": "[dev]",
+}  # each holds those before it
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 # What llama.cpp does with the demo model before anything else relies on it: a prompt of 40 tokens in one batch.
 DECODE = """

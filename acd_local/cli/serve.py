@@ -19,7 +19,7 @@ import click
 
 from acd_local import __version__
 from acd_local.cli import flags
-from acd_local.cli.shell import EXIT_CODES, one_line, run_cli, say
+from acd_local.cli.shell import EXIT_CODES, Interrupts, one_line, run_cli, say
 from acd_local.errors import UsageError
 from acd_local.options import ENGINE_RANGES
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "acd-serve"
 DRAIN = 30.0  # seconds that answers may take to end after a signal
+SEND_BUFFER = 65536  # bytes: an answer should not be far ahead of its reader
 
 
 @click.command(
@@ -103,9 +104,9 @@ def command(model: str | None, **given: Any) -> int:
     slots = given["slots"] or given["parallel"] + 1
     make = partial(flags.load_engine, model, given, conversations=given["parallel"], slots=slots)
     with _listen(given["host"], given["port"]) as listening:
-        _tell(listening, access, announce=given["port"] == 0)
+        tell = partial(_tell, listening, access, announce=given["port"] == 0)
         run = _Run(Service(settings), access, make, exit_with_stdin=given["exit_with_stdin"])
-        return asyncio.run(run.run(listening))
+        return asyncio.run(run.run(listening, tell))
 
 
 def _need(module: str) -> None:
@@ -121,6 +122,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind)
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
             listening.bind(address)
             listening.listen(128)
         except OSError:
@@ -148,14 +150,20 @@ class _Run:
         self._service, self._access, self._make = service, access, make
         self._exit_with_stdin = exit_with_stdin
         self._signum: int | None = None
+        self._since = 0.0
         self._failed: Exception | None = None
 
-    async def run(self, listening: socket.socket) -> int:
-        """Serve until a signal comes, or stdin ends where that counts; returns the exit code."""
+    async def run(self, listening: socket.socket, tell: Callable[[], None]) -> int:
+        """Serve until a signal comes, or stdin ends where that counts; returns the exit code.
+
+        Args:
+            tell: called once signals are handled.
+        """
         self._loop = asyncio.get_running_loop()
         self._server = _server(self._service, self._access)
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._loop.add_signal_handler(signum, self._on_signal, signum)
+        tell()
         if self._exit_with_stdin:
             threading.Thread(target=self._watch_stdin, daemon=True).start()
         loading = asyncio.create_task(self._load())
@@ -186,10 +194,12 @@ class _Run:
 
     def _on_signal(self, signum: int) -> None:
         """Let what runs and what waits end; at the next signal, or after a while, end it."""
+        now = self._loop.time()
         if self._signum is not None:
-            self._stop()
+            if now - self._since > Interrupts.ECHO:
+                self._stop()
             return
-        self._signum = signum
+        self._signum, self._since = signum, now
         self._service.draining = True
         self._server.should_exit = True
         self._loop.call_later(DRAIN, self._stop)

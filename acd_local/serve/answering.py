@@ -59,45 +59,56 @@ class AnswerResponse(Response):
     async def _whole(self, reply: Reply, send: Send) -> None:
         while True:
             for news in await self._take(None):
-                if isinstance(news, Answer):
-                    self._check(news)
-                    await send_json(send, 200, as_json(reply.whole(news)))
+                if isinstance(self._checked(news), Answer):
+                    assert isinstance(news, Answer)
+                    records = _records(news.tokens, self._locked) if self._asked.trace else {}
+                    await send_json(send, 200, as_json(reply.whole(news, records)))
                     return
 
     async def _stream(self, reply: Reply, send: Send) -> None:
         patience = self._service.settings.keep_alive
-        writer = _Writer(reply, self._service)
+        writer = _Writer(reply, self._locked)
         while not writer.ended:
             found = await self._take(patience)
-            data = b"" if found else COMMENT
-            for news in found:
-                if isinstance(news, Answer):
-                    self._check(news)
-                data += writer.write(news)
-            if not self._begun and any(isinstance(news, Started) for news in found) and len(found) == 1:
+            data, failed = b"" if found else COMMENT, None
+            try:
+                for news in found:
+                    data += writer.write(self._checked(news))
+            except Exception as error:  # what was said before is sent first
+                failed = error
+            if not self._begun and ((failed is not None and not data) or list(map(type, found)) == [Started]):
+                if failed is not None:
+                    raise failed
                 continue  # what comes next may be an error with a status
             if not self._begun:
                 self._begun = True
                 await send(_start(200, b"text/event-stream", (b"cache-control", b"no-cache")))
                 data = event(reply.first()) + data
-            if data or writer.ended:
+            if data:
                 await self._write(send, data, more=not writer.ended)
+            if failed is not None:
+                raise failed
 
     async def _take(self, patience: float | None) -> Sequence[News]:
-        """News; what ended the answer is raised."""
         lagged = self._feed.lags()
         found = await self._feed.take(patience)
         if lagged:
             self._service.caught_up()
-        for news in found:
-            if isinstance(news, Exception):
-                raise news
         return found
 
-    def _check(self, answer: Answer) -> None:
-        self._service.count_answer(answer)
-        if answer.finish_reason == "cancelled":
-            raise EngineClosedError("the server is ending")
+    def _checked(self, news: News) -> News:
+        """News that are no error; whatever ended the answer otherwise is raised."""
+        if isinstance(news, Exception):
+            raise news
+        if isinstance(news, Answer):
+            self._service.count_answer(news)
+            if news.finish_reason == "cancelled":
+                raise EngineClosedError("the server is ending")
+        return news
+
+    @property
+    def _locked(self) -> bool:
+        return self._service.settings.locked
 
     async def _write(self, send: Send, data: bytes, *, more: bool) -> None:
         try:
@@ -114,45 +125,40 @@ class _Stalled(Exception):
 class _Writer:
     """Turns what happens to an answer into events."""
 
-    def __init__(self, reply: Reply, service: Service) -> None:
+    def __init__(self, reply: Reply, locked: bool) -> None:
         self.ended = False
-        self._reply, self._locked = reply, service.settings.locked
-        self._tokens: list[TokenRecord] = []  # whose text has not come yet
+        self._reply, self._locked = reply, locked
+        self._tokens: list[TokenRecord] = []  # that were not told of yet
 
     def write(self, news: News) -> bytes:
         """The events that tell of it, if any do."""
         reply = self._reply
         if isinstance(news, str):
-            return event(reply.piece(news, self._logprobs(), **self._trace()))
+            return event(reply.piece(news, *self._told()))
         if isinstance(news, TokenRecord):
             self._tokens.append(news)
         elif isinstance(news, GateDecision) and reply.asked.trace:
-            return event(reply.piece("", gate=decision_record(news)))
+            return event(reply.piece("", (), {"gate": decision_record(news)}))
         elif isinstance(news, TurnsDropped) and reply.asked.trace:
-            return event(reply.piece("", dropped=news.messages))
+            return event(reply.piece("", (), {"dropped": news.messages}))
         elif isinstance(news, Answer):
             self.ended = True
-            last = event(reply.last(news, self._logprobs(), **self._trace()))
+            last = event(reply.last(news, *self._told()))
             return last + (event(reply.usage(news)) if reply.asked.include_usage else b"") + DONE
         return b""
 
-    def _logprobs(self) -> Sequence[TokenRecord]:
-        if self._reply.asked.logprobs is None:
-            return ()
+    def _told(self) -> tuple[Sequence[TokenRecord], dict[str, Any]]:
+        """The tokens up to here, for their log probabilities or for a trace, which exclude each other."""
         tokens, self._tokens = self._tokens, []
-        return tokens
-
-    def _trace(self) -> dict[str, Any]:
-        if not (self._reply.asked.trace and self._tokens):
-            return {}
-        tokens, self._tokens = self._tokens, []
-        return {"trace": [trace(token, locked=self._locked) for token in tokens]}
+        if not tokens or not self._reply.asked.trace:
+            return tokens, {}
+        return (), _records(tokens, self._locked)
 
 
-def trace(token: TokenRecord, *, locked: bool) -> dict[str, Any]:
-    """One token's record. A locked server gives no probabilities of the safe stream: it gives those of the contrast."""
+def _records(tokens: Sequence[TokenRecord], locked: bool) -> dict[str, Any]:
+    """A trace. A locked server gives no probabilities of the safe stream, as it gives those of the contrast."""
     hidden = {"safe_logprob": None, "safe_rank": None} if locked else {}
-    return trace_record(token) | hidden
+    return {"trace": [trace_record(token) | hidden for token in tokens]}
 
 
 # --- Sending ----------------------------------------------------------------------------------------------------------

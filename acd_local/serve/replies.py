@@ -44,8 +44,8 @@ class Reply:
     number: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, answer: Answer) -> Json:
-        """The response that is not streamed."""
+    def whole(self, answer: Answer, acd: Json) -> Json:
+        """The response that is not streamed; `acd`: further members of its `acd`."""
         if self.asked.chat:
             tokens = None if self.asked.logprobs is None else _logprobs(answer.tokens)
             message = {"role": "assistant", "content": answer.text, "refusal": None}
@@ -54,23 +54,23 @@ class Reply:
             choice = {"index": 0, "text": answer.text, "logprobs": None}
         choice["finish_reason"] = finish_reason(answer)
         kind = "chat.completion" if self.asked.chat else "text_completion"
-        return self._head(kind) | {"choices": [choice], "usage": usage(answer), "acd": self.about(answer)}
+        return self._head(kind) | {"choices": [choice], "usage": usage(answer), "acd": self.about(answer) | acd}
 
     def first(self) -> Json:
         """The chunk before the first text."""
         return self._chunk({"role": "assistant", "content": ""})
 
-    def piece(self, text: str, tokens: Sequence[TokenRecord] = (), **acd: Any) -> Json:
+    def piece(self, text: str, tokens: Sequence[TokenRecord], acd: Json) -> Json:
         """A chunk of text, which may be empty.
 
         Args:
             tokens: whose log probabilities go with it, where these were asked for.
-            acd: members of `acd`.
+            acd: the members of `acd`, which is left out where there are none.
         """
         return self._chunk({"content": text} if text else {}, tokens=tokens) | ({"acd": acd} if acd else {})
 
-    def last(self, answer: Answer, tokens: Sequence[TokenRecord] = (), **acd: Any) -> Json:
-        """The chunk behind the last text."""
+    def last(self, answer: Answer, tokens: Sequence[TokenRecord], acd: Json) -> Json:
+        """The chunk behind the last text; arguments as of `piece`."""
         about = self.about(answer) | acd
         return self._chunk({}, tokens=tokens, finish=finish_reason(answer)) | {"acd": about}
 

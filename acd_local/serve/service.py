@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from acd_local import __version__, pairs
@@ -59,6 +61,7 @@ class Service:
         self.counts: defaultdict[str, float] = defaultdict(float)
         self.engine: Engine | None = None
         self._dispatcher: Dispatcher | None = None
+        self._stopped = False
 
     def load(self, make: Callable[..., Engine]) -> None:
         """Make the engine; blocks. `make` takes `on_progress` and `on_check`, see `Engine`."""
@@ -73,8 +76,15 @@ class Service:
 
         engine = make(on_progress=progress("model"), on_check=progress("check"))
         self._guard = self._guard_of(engine)
-        self._dispatcher = Dispatcher(engine, most_waiting=self.settings.most_waiting, threaded=True)
+        self._dispatcher = Dispatcher(engine, most_waiting=self.settings.most_waiting)
+        threading.Thread(target=self._decode, args=(self._dispatcher,), name="acd-decoder", daemon=True).start()
         self.engine = engine
+
+    def _decode(self, dispatcher: Dispatcher) -> None:
+        """Runs until `stop`: a thread that stays spares every answer the start of llama.cpp's own threads."""
+        while not self._stopped:
+            with suppress(Exception):  # all jobs were told of it
+                dispatcher.run()
 
     def ready(self) -> Engine:
         """The engine.
@@ -147,7 +157,7 @@ class Service:
 
     def stop(self) -> None:
         """End all answers, and take no more."""
-        self.draining = True
+        self.draining = self._stopped = True
         if self._dispatcher is not None:
             self._dispatcher.stop()
 
