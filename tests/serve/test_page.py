@@ -277,7 +277,7 @@ def test_a_reload_cuts_an_answer(visit: Visit, endless: tuple[str, ...], start: 
     page.wait_for_selector("#send:enabled")
     said = visit.text("#log .assistant p:first-child")
     assert said and said == visit.text("#said") and page.locator("#stop").is_hidden()
-    assert visit.text("#log .note") == "The page was closed before this answer was complete."
+    assert visit.text("#log .note") == "Stopped."
     server.until("acd_requests_running", 0)
 
 
