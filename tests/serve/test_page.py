@@ -217,7 +217,7 @@ def test_a_card_for_every_token_by_mouse_and_by_keys(
     visit.answered()
     card, changed = page.locator("#card"), page.locator("#said .changed")
     assert changed.count() > 1 and f"changed {changed.count()} of" in visit.text("#verdict")
-    assert "underline" in changed.first.evaluate("node => getComputedStyle(node).textDecorationLine")
+    assert "underline" in changed.first.locator("span").evaluate("node => getComputedStyle(node).textDecorationLine")
     changed.first.hover()
     assert re.match(
         r"Said.+Safe stream alone.+Safe stream gave it.*%, its (first choice|choice number \d+)", visit.text("#card")
@@ -226,7 +226,7 @@ def test_a_card_for_every_token_by_mouse_and_by_keys(
     assert card.is_hidden()
     page.locator("#own").focus()
     page.keyboard.press("Shift+Tab")
-    focused = "document.activeElement.parentNode.id === 'said' && getComputedStyle(document.activeElement).outlineStyle"
+    focused = "document.activeElement.parentNode.id === 'said' && getComputedStyle(document.activeElement.lastChild).outlineStyle"
     assert page.evaluate(focused) not in (False, "none") and card.is_visible()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
@@ -243,7 +243,7 @@ def test_a_cancel_reaches_the_server(
     server = start(*endless)
     page = visit.open(server)
     visit.ask("Hi")
-    page.locator("#said span").nth(3).wait_for()
+    page.locator("#said > span").nth(3).wait_for()
     if how == "button":
         page.click("#stop")
     else:
@@ -272,7 +272,7 @@ def test_a_reload_cuts_an_answer(visit: Visit, endless: tuple[str, ...], start: 
     server = start(*endless)
     page = visit.open(server)
     visit.ask("Hi")
-    page.locator("#said span").nth(3).wait_for()
+    page.locator("#said > span").nth(3).wait_for()
     page.reload()
     page.wait_for_selector("#send:enabled")
     said = visit.text("#log .assistant p:first-child")
@@ -289,7 +289,7 @@ def test_a_dead_server_is_told_and_tried_again(
     server = start(*endless)
     page = visit.open(server)
     visit.ask("Hi")
-    page.locator("#said span").nth(3).wait_for()
+    page.locator("#said > span").nth(3).wait_for()
     server.process.kill()
     page.wait_for_selector("#notice:has-text('The server does not answer. Trying again')")
     said = visit.text("#log .assistant p:first-child")
@@ -313,7 +313,7 @@ def test_html_stays_text(visit: Visit, demo_server: Server) -> None:
     visit.replies(chunk(IMAGE, trace=[token(IMAGE, changed=True, safe_text=IMAGE, safe_token=2)]))
     visit.ask(IMAGE)
     assert visit.answered() == IMAGE
-    page.locator("#said span").hover()
+    page.locator("#said > span").hover()
     page.click("#copy")
     for place in ("#log .user p", "#said", "#own", "#card .quoted >> nth=1"):
         assert visit.text(place) == IMAGE
@@ -346,7 +346,7 @@ def test_characters_spread_over_tokens_and_the_place_where_answers_part(visit: V
     visit.replies(chunk(" Oh", trace=spread[:2]), chunk(" \U0001f600 yes", trace=spread[2:]))
     visit.ask("Hi")
     assert visit.answered() == " Oh \U0001f600 yes"
-    units = page.locator("#said span")
+    units = page.locator("#said > span")
     assert units.all_text_contents() == [" Oh", " \U0001f600", " yes"]
     assert "changed" in str(units.nth(1).get_attribute("class"))
     units.nth(1).hover()
@@ -365,7 +365,7 @@ def test_a_locked_guard_is_told_and_left_alone(
     assert set(sent) == {"messages", "seed", "stream", "stream_options", "trace"}
     assert visit.text("#own") == "The guard of this server is locked: it gives no answer without it."
     assert page.locator("#sliders input:disabled").count() == 3 and "locked" in visit.text("#numbers-note")
-    page.locator("#said span").first.hover()
+    page.locator("#said > span").first.hover()
     assert "not told: the guard is locked" in visit.text("#card")
 
 
