@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gates
 import pytest
 from manual import DEFAULT
 from reference import TOLERANCE, fresh_logits
@@ -16,7 +17,6 @@ from acd_local.answers import Answer, AnswerEvent
 from acd_local.batch import BatchRunner, answer_all
 from acd_local.errors import ContextError, EngineBusyError, EngineClosedError, UsageError
 from acd_local.generation import AnswerStream
-from acd_local.runtime.llama import BATCH_ROWS
 from acd_local.runtime.prompts import Framing
 from acd_local.runtime.streams import Layout
 
@@ -228,7 +228,7 @@ def test_a_long_prompt_lets_the_others_go_on(tiny: Callable[..., Path]) -> None:
             assert [e.what for e in events if e.key == "first"] == ["a"], "one token in every round"
             spoke = {e.key: rounds for e in events} | spoke
             ended |= {e.key: e.what for e in events if isinstance(e.what, Answer)}
-        assert spoke[1] > spoke[0] > alone[0].prompt_decoded // BATCH_ROWS > 4
+        assert spoke[1] > spoke[0] > alone[0].prompt_decoded // 512 > 4, "a batch has 512 rows at most"
         assert [event.done for event in seen] == sorted({event.done for event in seen})
         for key, answer in enumerate(alone):
             found = ended[key]
@@ -330,3 +330,18 @@ def test_an_adversarial_text_stays_negative(engine: Engine) -> None:
 def _slot_of(engine: Engine) -> list:  # type: ignore[type-arg]
     slot = engine.decoder._idle[-1]  # the one that was used last
     return [slot.safe, slot.adversarial]
+
+
+def test_the_first_word_behind_a_gates_reading_is_told_at_once(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """The reading has decoded the prompt: the word does not wait for the row behind it."""
+    model = tiny("chatml", n_layers=4)
+    pair = gates.write_pair(tmp_path, model)
+    with Engine(model, pair=pair, ctx_size=512, threads=1) as engine, BatchRunner(engine) as batch:
+        batch.add(0, engine.generate(gates.HARMLESS, Options(max_tokens=3, grammar='root ::= "a" root')))
+        assert [event.what for event in batch.step()] == ["a"]
+        held = len(engine.decoder.slots[0].safe.tokens)
+        while len(batch):
+            events = batch.step()
+        answer = events[-1].what
+        assert isinstance(answer, Answer)
+        assert (answer.text, answer.prompt_tokens) == ("aaa", held)

@@ -20,7 +20,7 @@ import click
 from acd_local import __version__
 from acd_local.cli import flags
 from acd_local.cli.shell import EXIT_CODES, Interrupts, one_line, run_cli, say
-from acd_local.errors import UsageError
+from acd_local.errors import EngineClosedError, UsageError
 from acd_local.options import ENGINE_RANGES
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ SEND_BUFFER = 65536  # bytes: an answer should not be far ahead of its reader
 )
 @click.option(
     "--keep-alive",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(0, 3600),
     default=10.0,
     metavar="SECONDS",
     help="Silence after which a stream says that it lives; 0: never. Default 10.",
@@ -171,7 +171,7 @@ class _Run:
         self._service.stop()
         await loading
         await asyncio.to_thread(self._service.close)
-        if self._failed is not None and self._signum is None:
+        if self._failed is not None and not isinstance(self._failed, EngineClosedError):  # it was stopped
             raise self._failed
         return 0 if self._signum is None else 128 + self._signum
 

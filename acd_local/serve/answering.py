@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ class AnswerResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await _unless_gone(receive, self._answer(send))
+            if not await _unless_gone(receive, self._answer(send)):
+                self._service.count("clients_gone_total")
         finally:
             self._feed.cancel.set()
             if self._job is not None:
@@ -48,7 +50,7 @@ class AnswerResponse(Response):
             self._job = self._service.submit(stream, self._feed)
             await (self._stream(reply, send) if self._asked.stream else self._whole(reply, send))
         except _Stalled:
-            self._service.count("stalled_total")
+            self._service.count("clients_stalled_total")
         except Exception as error:
             self._service.count_failure(error)
             if self._begun:
@@ -66,17 +68,18 @@ class AnswerResponse(Response):
                     return
 
     async def _stream(self, reply: Reply, send: Send) -> None:
-        patience = self._service.settings.keep_alive
-        writer = _Writer(reply, self._locked)
+        writer, silence = _Writer(reply, self._locked), _Silence(self._service.settings.keep_alive)
         while not writer.ended:
-            found = await self._take(patience)
-            data, failed = b"" if found else COMMENT, None
+            found = await self._take(silence.left)
+            data, failed = b"", None
             try:
                 for news in found:
                     data += writer.write(self._checked(news))
             except Exception as error:  # what was said before is sent first
                 failed = error
-            if not self._begun and ((failed is not None and not data) or list(map(type, found)) == [Started]):
+            if not data and failed is None and silence.left == 0:
+                data = COMMENT
+            if not self._begun and not data and (failed is not None or list(map(type, found)) == [Started]):
                 if failed is not None:
                     raise failed
                 continue  # what comes next may be an error with a status
@@ -86,6 +89,7 @@ class AnswerResponse(Response):
                 data = event(reply.first()) + data
             if data:
                 await self._write(send, data, more=not writer.ended)
+                silence.end()
             if failed is not None:
                 raise failed
 
@@ -116,6 +120,26 @@ class AnswerResponse(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": more})
         except TimeoutError:
             raise _Stalled from None
+
+
+class _Silence:
+    """How long nothing was sent.
+
+    Args:
+        most: seconds that it may last; None: any number.
+    """
+
+    def __init__(self, most: float | None) -> None:
+        self._most = most
+        self.end()
+
+    def end(self) -> None:
+        self._since = time.monotonic()
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until it has lasted long enough."""
+        return None if self._most is None else max(0.0, self._since + self._most - time.monotonic())
 
 
 class _Stalled(Exception):
@@ -181,8 +205,8 @@ def _start(status: int, kind: bytes, *headers: tuple[bytes, bytes]) -> Message:
     return {"type": "http.response.start", "status": status, "headers": [(b"content-type", kind), *headers]}
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Do the work, but stop where the client goes away meanwhile."""
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
+    """Do the work, but stop where the client goes away meanwhile; whether it was done."""
     task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -192,6 +216,7 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> Non
         results = await asyncio.gather(task, gone, return_exceptions=True)
     if isinstance(results[0], Exception):
         raise results[0]
+    return results[0] is None
 
 
 async def _gone(receive: Receive) -> None:

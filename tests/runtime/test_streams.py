@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from reference import TOLERANCE, extend, fresh_logits
 from acd_local.errors import ContextError, UsageError
 from acd_local.runtime import llama
 from acd_local.runtime.prefixes import PrefixStore, common_prefix
-from acd_local.runtime.streams import LAYOUTS, Cache, Streams, _chunks
+from acd_local.runtime.streams import LAYOUTS, Cache, DecodeRequest, Streams, _chunks, first_part
+from acd_local.runtime.streams import extend as extend_work
 
 WRITERS = {
     "full": tiny_gguf.write_llama,
@@ -225,6 +227,46 @@ def test_q8_kv_needs_a_fitting_head_size(tiny: Callable[..., Path]) -> None:
         (row,) = extend([(streams.slots[0].safe, prompt)])
         np.testing.assert_allclose(row, fresh_logits(model, prompt), atol=0.5)
         streams.close()
+
+
+@pytest.mark.parametrize("writer", ["full", "recurrent"])
+@pytest.mark.parametrize("lengths", [(600, 600), (100, 1000), (1, 513), (700, 30), (1023, 514), (513,)], ids=str)
+@pytest.mark.parametrize("rows", [0, 40])
+def test_parts_are_the_batches_of_the_whole(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, writer: str, lengths: tuple[int, ...], rows: int
+) -> None:
+    """Bit for bit the same logits, also where embedding rows stand among a sequence's tokens."""
+    batches: list[tuple[list[int], list[int]]] = []
+    decode = llama.Context.decode
+
+    def spy(self: llama.Context, ids: Sequence[int], seqs: Sequence[int], positions: Sequence[int], *rest: Any) -> None:
+        batches.append((list(seqs), list(positions)))
+        decode(self, ids, seqs, positions, *rest)
+
+    monkeypatch.setattr(llama.Context, "decode", spy)
+    with llama.Model(tiny("chatml", writer=WRITERS[writer])) as model:
+        if rows:
+            if writer == "recurrent":
+                pytest.skip("soft prompts are not for it")
+            soft = list(model.embeddings.add(RNG.normal(size=(rows, model.n_embd)).astype(np.float32), "a"))
+        prompts = [tokens(n) if not rows or n <= rows + 9 else tokens(9) + soft + tokens(n - rows - 9) for n in lengths]
+        found = []
+        for parts in (False, True):
+            made = Streams(model, n_ctx=1100)
+            slot = made.slots[0]
+            work = [DecodeRequest(c, ids) for c, ids in zip((slot.safe, slot.adversarial), prompts, strict=False)]
+            batches.clear()
+            while parts and (part := first_part(work)) is not None:
+                assert all(len(logits) == 0 for logits in extend_work(part))
+                work = [
+                    request._replace(tokens=ids[len(request.cache.tokens) :])
+                    for request, ids in zip(work, prompts, strict=False)
+                ]
+            found.append((extend_work(work), list(batches)))
+            made.close()
+        assert found[0][1] == found[1][1] and len(found[0][1]) > 1
+        for whole, parted in zip(found[0][0], found[1][0], strict=True):
+            np.testing.assert_array_equal(whole, parted)
 
 
 def test_chunks_hold_all_last_rows_together() -> None:

@@ -87,6 +87,16 @@ def test_a_signal_while_the_model_is_loaded(slow_base: tuple[str, ...], start: C
     assert code == 143 and b"Traceback" not in err
 
 
+def test_it_ends_with_its_stdin_while_the_model_is_loaded(
+    slow_base: tuple[str, ...], start: Callable[..., Server]
+) -> None:
+    server = start(*slow_base, "--exit-with-stdin", wait=False, stdin=subprocess.PIPE)
+    assert server.process.stdin is not None
+    server.process.stdin.close()
+    code, err = server.end()
+    assert code == 0 and err.decode().splitlines()[0] == f"acd-serve: {server.url}/"
+
+
 @pytest.mark.parametrize("busy", [False, True])
 def test_it_ends_with_its_stdin(base: tuple[str, ...], start: Callable[..., Server], busy: bool) -> None:
     """Also while it answers: the program that started it is gone."""
