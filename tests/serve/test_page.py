@@ -226,8 +226,8 @@ def test_a_card_for_every_token_by_mouse_and_by_keys(
     assert card.is_hidden()
     page.locator("#own").focus()
     page.keyboard.press("Shift+Tab")
-    focused = "document.activeElement.parentNode.id === 'said' && getComputedStyle(document.activeElement.lastChild).outlineStyle"
-    assert page.evaluate(focused) not in (False, "none") and card.is_visible()
+    style = page.locator("#said > span:focus > span").evaluate("node => getComputedStyle(node).outlineStyle")
+    assert style == "solid" and card.is_visible()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
     assert page.evaluate("document.activeElement.className").startswith("changed") and card.is_visible()
@@ -352,6 +352,43 @@ def test_characters_spread_over_tokens_and_the_place_where_answers_part(visit: V
     units.nth(1).hover()
     assert visit.text("#card .quoted >> nth=1") == "(part of a character)"
     assert visit.text("#parting") == "Both say the same, word for word."
+
+
+@slow
+def test_a_second_look_that_turns_an_answer(visit: Visit, demo_server: Server) -> None:
+    page = visit.open(demo_server)
+    words = ["First", " you", " take", " sorry", "."]
+    trace = [token(word, changed=word == " sorry", safe_text=" a", safe_rank=2) for word in words]
+    turned = {"probability": 0.9, "decision": "contrast", "position": 2}
+    timings = {"prompt_seconds": 1.0, "answer_seconds": 1.0, "tokens_per_second": 4.0}
+    about = {"finish_reason": "stop", "timings": timings, "contrast": {"alpha": 0.5, "beta": 0.1}}
+    visit.replies(
+        chunk("", gate={"probability": 0.25, "decision": "helpful", "position": 0}),
+        chunk("First you", trace=trace[:2]),
+        chunk("", gate=turned),
+        chunk(" take sorry.", trace=trace[2:]),
+        chunk("", gate={"probability": 0.25, "decision": "helpful", "contrast_from": 2, "looks": [[2, 0.9]]}, **about),
+    )
+    visit.ask("Hi")
+    visit.answered()
+    said = visit.text("#verdict").replace("\u00a0", " ")
+    assert "read a chance of 25 %" in said and "here the model answered under the pair's helpful text" in said
+    assert "It read the answer again: 90 % after 2 tokens; there the contrast began." in said
+    assert said.endswith("The contrast changed 1 of 5 tokens.")
+    band, ground = page.locator("#strip .force").bounding_box(), page.locator("#strip .ground").first.bounding_box()
+    assert band["x"] - ground["x"] == pytest.approx(0.4 * ground["width"], abs=2)
+    assert page.locator("#strip .dot").count() == 2 and page.locator("#strip .alters").count() == 1
+    cards = []
+    for unit in page.locator("#said > span").all():
+        unit.hover()
+        cards.append(visit.text("#card").replace("\u00a0", " "))
+    assert cards[1].endswith(
+        "Contrastnot in force hereThe model gave it61 %, its choice number 2Gate read25 % at the start"
+    )
+    assert (
+        cards[3]
+        == "SaidsorrySafe stream aloneaSafe stream gave it61 %, its choice number 2Gate read90 % after 2 tokens"
+    )
 
 
 @slow
