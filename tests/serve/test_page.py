@@ -220,7 +220,7 @@ def test_a_card_for_every_token_by_mouse_and_by_keys(
     assert "underline" in changed.first.locator("span").evaluate("node => getComputedStyle(node).textDecorationLine")
     changed.first.hover()
     assert re.match(
-        r"Said.+Safe stream alone.+Safe stream gave it.*%, its (first choice|choice number \d+)", visit.text("#card")
+        r"Said.+Safe stream alone.+Safe stream gave it.*%, (first choice|choice number \d+)", visit.text("#card")
     )
     page.locator("h1").hover()
     assert card.is_hidden()
@@ -383,12 +383,9 @@ def test_a_second_look_that_turns_an_answer(visit: Visit, demo_server: Server) -
         unit.hover()
         cards.append(visit.text("#card").replace("\u00a0", " "))
     assert cards[1].endswith(
-        "Contrastnot in force hereThe model gave it61 %, its choice number 2Gate read25 % at the start"
+        "Contrastnot in force hereThe model gave it61 %, choice number 2Gate read25 % at the start"
     )
-    assert (
-        cards[3]
-        == "SaidsorrySafe stream aloneaSafe stream gave it61 %, its choice number 2Gate read90 % after 2 tokens"
-    )
+    assert cards[3] == "SaidsorrySafe stream aloneaSafe stream gave it61 %, choice number 2Gate read90 % after 2 tokens"
 
 
 @slow
