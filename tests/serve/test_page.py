@@ -92,17 +92,26 @@ class Visit:
 
     def answered(self) -> str:
         """Wait for both answers; the text of the chat's last one."""
-        self.page.wait_for_selector("#stop", state="hidden", timeout=ANSWERED)
+        self.page.wait_for_selector("#stop", state="hidden")
         return self.text("#log .assistant:last-child p:first-child")
 
     def text(self, selector: str) -> str:
         return str(self.page.locator(selector).text_content())
 
-    def replies(self, *chunks: dict[str, Any]) -> None:
-        """Put chunks in place of the server's answers, where a model would hardly say so."""
-        body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
-        headers = {"content-type": "text/event-stream"}
-        self.page.route(f"**{CHAT}", lambda route: route.fulfill(status=200, headers=headers, body=body))
+    def replies(self, *chunks: dict[str, Any], alone: str | None = None) -> None:
+        """Put chunks in place of the server's answers, where a model would hardly say so.
+
+        Args:
+            alone: the model's own answer; None: the same.
+        """
+
+        def fulfil(route: Any) -> None:
+            own = alone is not None and "pair" in json.loads(route.request.post_data)
+            sent = [chunk(str(alone))] if own else chunks
+            body = "".join(f"data: {json.dumps(one)}\n\n" for one in sent) + "data: [DONE]\n\n"
+            route.fulfill(status=200, headers={"content-type": "text/event-stream"}, body=body)
+
+        self.page.route(f"**{CHAT}", fulfil)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +130,7 @@ def browser() -> Iterator[Any]:
 def visit(browser: Any) -> Iterator[Visit]:
     """A new visitor, whom the page gives nothing to complain of: no broken policy, no exception, no failed request."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
+    context.set_default_timeout(ANSWERED)
     made = Visit(context.new_page())
     yield made
     context.close()
@@ -298,7 +308,7 @@ def test_a_dead_server_is_told_and_tried_again(
     args = [sys.executable, "-c", MAIN, *endless, "--max-tokens", "4", "--port", str(server.port)]
     again = subprocess.Popen(args, env=child_env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        page.wait_for_selector("#send:enabled", timeout=ANSWERED)
+        page.wait_for_selector("#send:enabled")
         assert page.locator("#notice").is_hidden() and visit.text("#log .assistant p:first-child") == said
         visit.ask("Still there?")
         assert visit.answered()
@@ -334,7 +344,21 @@ def test_an_error_in_mid_stream_is_a_line(visit: Visit, demo_server: Server) -> 
 
 
 @slow
-def test_characters_spread_over_tokens_and_the_place_where_answers_part(visit: Visit, demo_server: Server) -> None:
+def test_where_the_answers_part(visit: Visit, demo_server: Server) -> None:
+    page = visit.open(demo_server)
+    said = ["First", " you", " take", " no", "thing", "."]
+    visit.replies(chunk("".join(said), trace=[token(word) for word in said]), alone="First you take note.")
+    visit.ask("Hi")
+    visit.answered()
+    assert visit.text("#parting") == "They say the same for 3 words (pale), then they part."
+    assert page.locator("#said > .same").all_text_contents() == said[:3]
+    assert (visit.text("#own .same"), visit.text("#own .parts")) == ("First you take", " note.")
+    left, right = page.locator("#said > .same").first, page.locator("#own .same")
+    assert left.bounding_box()["y"] == right.bounding_box()["y"]
+
+
+@slow
+def test_characters_spread_over_tokens(visit: Visit, demo_server: Server) -> None:
     page = visit.open(demo_server)
     spread = [
         token(" Oh"),
