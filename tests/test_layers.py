@@ -61,7 +61,7 @@ LAYERS = (
     {"records"},
     {"aio"},
     {"serve/__init__", "serve/openai"},
-    {"serve/policy", "serve/replies", "serve/feed"},
+    {"serve/policy", "serve/replies", "serve/feed", "serve/connection"},
     {"serve/service"},
     {"serve/answering"},
     {"serve/app"},

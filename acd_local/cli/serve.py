@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "acd-serve"
 DRAIN = 30.0  # seconds that answers may take to end after a signal
+GRACE = 5.0  # seconds that clients may take to read how they were ended
 SEND_BUFFER = 65536  # bytes: an answer should not be far ahead of its reader
 
 
@@ -99,7 +101,9 @@ def command(model: str | None, **given: Any) -> int:
         most_waiting=given["queue"],
         keep_alive=given["keep_alive"] or None,
     )
-    token = given["token"] or (None if local else secrets.token_urlsafe(24))
+    if (token := given["token"]) is not None and re.fullmatch("[!-~]+( +[!-~]+)*", token) is None:
+        raise UsageError("--token must be printable ASCII: it is sent in a header")
+    token = token or (None if local else secrets.token_urlsafe(24))
     access = Access(given["host"], given["allow_host"], token)
     slots = given["slots"] or given["parallel"] + 1
     make = partial(flags.load_engine, model, given, conversations=given["parallel"], slots=slots)
@@ -207,6 +211,12 @@ class _Run:
     def _stop(self) -> None:
         self._service.stop()
         self._server.should_exit = True
+        self._loop.call_later(GRACE, self._hang_up)
+
+    def _hang_up(self) -> None:
+        for connection in list(self._server.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
 
     def _watch_stdin(self) -> None:
         # Not sys.stdin: the interpreter closes that at exit, and aborts while a thread waits inside it.
@@ -221,6 +231,7 @@ def _server(service: Service, access: Access) -> uvicorn.Server:
     import uvicorn
 
     from acd_local.serve.app import make_app
+    from acd_local.serve.connection import Connection
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -231,10 +242,11 @@ def _server(service: Service, access: Access) -> uvicorn.Server:
         uvicorn.Config(
             make_app(service, access),
             loop="asyncio",
-            http="h11",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,
+            log_level="error",  # what clients do wrong is told them
             access_log=False,
             proxy_headers=False,
             server_header=False,

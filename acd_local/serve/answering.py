@@ -12,14 +12,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from acd_local.answers import Answer, GateDecision, TokenRecord, TurnsDropped
 from acd_local.dispatch import Job, Started
-from acd_local.errors import EngineClosedError
-from acd_local.records import decision_record, trace_record
+from acd_local.errors import EngineClosedError, NumericalError
+from acd_local.records import decision_record
 from acd_local.serve.feed import Feed, News
-from acd_local.serve.openai import Asked
+from acd_local.serve.openai import Asked, Refused
 from acd_local.serve.replies import COMMENT, DONE, Reply, as_json, event, failure
 from acd_local.serve.service import Service
-
-STALLED = 30.0  # seconds after which a client that takes nothing is given up: its answer holds a place
 
 
 class AnswerResponse(Response):
@@ -49,26 +47,29 @@ class AnswerResponse(Response):
             stream, reply = await asyncio.to_thread(self._service.prepare, self._asked, self._feed)
             self._job = self._service.submit(stream, self._feed)
             await (self._stream(reply, send) if self._asked.stream else self._whole(reply, send))
-        except _Stalled:
-            self._service.count("clients_stalled_total")
-        except Exception as error:
+        except Exception as problem:
+            error = self._blamed(problem)
             self._service.count_failure(error)
             if self._begun:
-                await self._write(send, event(failure(error).body) + DONE, more=False)
+                await _write(send, event(failure(error).body) + DONE, more=False)
             else:
                 await send_failure(send, error)
+
+    def _blamed(self, error: Exception) -> Exception:
+        if isinstance(error, NumericalError) and "alpha" in self._asked.guard:
+            return Refused(str(error), "alpha")  # the model did nothing wrong
+        return error
 
     async def _whole(self, reply: Reply, send: Send) -> None:
         while True:
             for news in await self._take(None):
                 if isinstance(self._checked(news), Answer):
                     assert isinstance(news, Answer)
-                    records = _records(news.tokens, self._locked) if self._asked.trace else {}
-                    await send_json(send, 200, as_json(reply.whole(news, records)))
+                    await send_json(send, 200, as_json(reply.whole(news)))
                     return
 
     async def _stream(self, reply: Reply, send: Send) -> None:
-        writer, silence = _Writer(reply, self._locked), _Silence(self._service.settings.keep_alive)
+        writer, silence = _Writer(reply), _Silence(self._service.settings.keep_alive)
         while not writer.ended:
             found = await self._take(silence.left)
             data, failed = b"", None
@@ -88,7 +89,7 @@ class AnswerResponse(Response):
                 await send(_start(200, b"text/event-stream", (b"cache-control", b"no-cache")))
                 data = event(reply.first()) + data
             if data:
-                await self._write(send, data, more=not writer.ended)
+                await _write(send, data, more=not writer.ended)
                 silence.end()
             if failed is not None:
                 raise failed
@@ -109,17 +110,6 @@ class AnswerResponse(Response):
             if news.finish_reason == "cancelled":
                 raise EngineClosedError("the server is ending")
         return news
-
-    @property
-    def _locked(self) -> bool:
-        return self._service.settings.locked
-
-    async def _write(self, send: Send, data: bytes, *, more: bool) -> None:
-        try:
-            async with asyncio.timeout(STALLED):
-                await send({"type": "http.response.body", "body": data, "more_body": more})
-        except TimeoutError:
-            raise _Stalled from None
 
 
 class _Silence:
@@ -142,16 +132,12 @@ class _Silence:
         return None if self._most is None else max(0.0, self._since + self._most - time.monotonic())
 
 
-class _Stalled(Exception):
-    """The client takes nothing."""
-
-
 class _Writer:
     """Turns what happens to an answer into events."""
 
-    def __init__(self, reply: Reply, locked: bool) -> None:
+    def __init__(self, reply: Reply) -> None:
         self.ended = False
-        self._reply, self._locked = reply, locked
+        self._reply = reply
         self._tokens: list[TokenRecord] = []  # that were not told of yet
 
     def write(self, news: News) -> bytes:
@@ -176,13 +162,7 @@ class _Writer:
         tokens, self._tokens = self._tokens, []
         if not tokens or not self._reply.asked.trace:
             return tokens, {}
-        return (), _records(tokens, self._locked)
-
-
-def _records(tokens: Sequence[TokenRecord], locked: bool) -> dict[str, Any]:
-    """A trace. A locked server gives no probabilities of the safe stream, as it gives those of the contrast."""
-    hidden = {"safe_logprob": None, "safe_rank": None} if locked else {}
-    return {"trace": [trace_record(token) | hidden for token in tokens]}
+        return (), self._reply.trace(tokens)
 
 
 # --- Sending ----------------------------------------------------------------------------------------------------------
@@ -199,6 +179,10 @@ async def send_failure(send: Send, error: Exception) -> None:
     failed = failure(error)
     headers = [(name.encode(), value.encode()) for name, value in failed.headers.items()]
     await send_json(send, failed.status, as_json(failed.body), *headers)
+
+
+async def _write(send: Send, data: bytes, *, more: bool) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 def _start(status: int, kind: bytes, *headers: tuple[bytes, bytes]) -> Message:

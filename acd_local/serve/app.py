@@ -84,15 +84,16 @@ class Routes:
         self._service = service
         page = files("acd_local.serve").joinpath("page.html").read_bytes()
         self._page, self._policy = page, content_policy(page)
+        self._parsing = asyncio.Lock()  # a large body may take 40 times its size while it is read
 
     async def chat(self, request: Request) -> Response:
         self._service.ready()
-        raw = await _body(request)
+        raw = await self._body(request)
         return AnswerResponse(self._service, parse_chat(raw, self._service.settings.options))
 
     async def completions(self, request: Request) -> Response:
         self._service.ready()
-        raw = await _body(request)
+        raw = await self._body(request)
         return AnswerResponse(self._service, parse_completion(raw, self._service.settings.options))
 
     async def models(self, request: Request) -> Response:
@@ -104,6 +105,25 @@ class Routes:
         if request.path_params["name"] != self._service.name:
             raise Refused("there is no such model here", "model", status=404, kind="model_not_found")
         return JSONResponse(self._model())
+
+    async def _body(self, request: Request) -> dict[str, object]:
+        """The object that is sent.
+
+        Raises:
+            Refused: it is none, or too large.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # a page of another origin may send others unasked
+            raise Refused("the content type must be application/json", status=415, kind="content_type")
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY:
+                raise Refused(f"the body is longer than {MAX_BODY} bytes", status=413, kind="too_large")
+        if len(body) > LARGE:
+            async with self._parsing:
+                return await asyncio.to_thread(parse_body, bytes(body))
+        return parse_body(bytes(body))
 
     def _model(self) -> dict[str, object]:
         service = self._service
@@ -128,25 +148,6 @@ class Routes:
     async def page(self, request: Request) -> Response:
         headers = {"content-security-policy": self._policy, "cache-control": "no-cache", "x-frame-options": "DENY"}
         return HTMLResponse(self._page, headers=headers)
-
-
-async def _body(request: Request) -> dict[str, object]:
-    """The object that is sent.
-
-    Raises:
-        Refused: it is none, or too large.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # a page of another origin may send others unasked
-        raise Refused("the content type must be application/json", status=415, kind="content_type")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise Refused(f"the body is longer than {MAX_BODY} bytes", status=413, kind="too_large")
-    if len(body) > LARGE:
-        return await asyncio.to_thread(parse_body, bytes(body))
-    return parse_body(bytes(body))
 
 
 def content_policy(page: bytes) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from acd_local.serve.openai import Refused
 
@@ -51,22 +51,19 @@ class Access:
         Raises:
             Refused: it may not ask.
         """
-        host = headers.get("host", "")
+        host = headers.get("host", "").lower()
         if not self._is_ours(host):
             raise Refused("this server is not known by that name (Host): see --allow-host", status=403, kind="host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):  # TLS: a proxy's
             raise Refused("pages of other origins may not ask this server", status=403, kind="origin")
         if self.token is not None and path not in OPEN and not self._knows(headers.get("authorization", "")):
             raise Refused("the token is missing or wrong (Authorization: Bearer ...)", status=401, kind="token")
 
-    def _is_ours(self, header: str) -> bool:
-        try:
-            name = urlsplit(f"//{header}").hostname or ""
-        except ValueError:
-            return False
-        if name in (*_LOOPBACK, self.host.lower(), *(name.lower() for name in self.names)):
-            return True
+    def _is_ours(self, host: str) -> bool:
+        name = _name_of(host)
+        if not name or name in (*_LOOPBACK, self.host.lower(), *(_name_of(name.lower()) for name in self.names)):
+            return bool(name)
         # A page's own name can be made to point here, an address cannot.
         return not is_loopback(self.host) and _is_address(name)
 
@@ -75,6 +72,12 @@ class Access:
         # Both are compared as bytes: compare_digest takes no other text than ASCII.
         same = hmac.compare_digest(token.strip().encode(), (self.token or "").encode())
         return same and scheme.lower() == "bearer"
+
+
+def _name_of(host: str) -> str:
+    """The name or address in a Host header; "" where it is none."""
+    found = re.fullmatch(r"(?:\[([^\s\[\]]+)\]|([^\s:/?#@\[\]]+))(?::[0-9]*)?", host)
+    return "" if found is None else found[1] or found[2]
 
 
 def _is_address(name: str) -> bool:

@@ -20,12 +20,13 @@ from acd_local.errors import (
     UsageError,
     shown,
 )
-from acd_local.records import answer_record
+from acd_local.records import answer_record, trace_record
 from acd_local.serve.openai import Asked, Refused
 
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": still working\n\n"
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+_OF_SAFE = ("changed", "safe_token", "safe_text", "safe_logprob", "safe_rank")  # what a trace tells of that stream
 RETRY = 1  # seconds after which a client that was sent away may come again
 
 Json = dict[str, Any]
@@ -37,16 +38,19 @@ class Reply:
 
     Attributes:
         asked: the request. model: the name of the one that answers. pair: the name of what guards it.
+        locked: nothing is told of what the safe stream alone would say. Beside the contrast's log probabilities, or
+            many draws, that would tell the adversarial stream's, one token or one bit at a time.
     """
 
     asked: Asked
     model: str
     pair: str
+    locked: bool
     number: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, answer: Answer, acd: Json) -> Json:
-        """The response that is not streamed; `acd`: further members of its `acd`."""
+    def whole(self, answer: Answer) -> Json:
+        """The response that is not streamed."""
         if self.asked.chat:
             tokens = None if self.asked.logprobs is None else _logprobs(answer.tokens)
             message = {"role": "assistant", "content": answer.text, "refusal": None}
@@ -55,7 +59,8 @@ class Reply:
             choice = {"index": 0, "text": answer.text, "logprobs": None}
         choice["finish_reason"] = finish_reason(answer)
         kind = "chat.completion" if self.asked.chat else "text_completion"
-        return self._head(kind) | {"choices": [choice], "usage": usage(answer), "acd": self.about(answer) | acd}
+        more = self.trace(answer.tokens) if self.asked.trace else {}
+        return self._head(kind) | {"choices": [choice], "usage": usage(answer), "acd": self.about(answer) | more}
 
     def first(self) -> Json:
         """The chunk before the first text."""
@@ -82,9 +87,16 @@ class Reply:
     def about(self, answer: Answer) -> Json:
         """What is ours to tell of an answer."""
         record = answer_record(answer)
+        if self.locked:
+            record["contrast"]["changed_tokens"] = None
         names = ("finish_reason", "seed", "contrast", "gate", "timings")
         more = {"prompt_decoded": answer.prompt_decoded, "dropped": answer.dropped_turns, "pair": self.pair}
         return {name: record[name] for name in names} | more
+
+    def trace(self, tokens: Sequence[TokenRecord]) -> Json:
+        """A trace of some tokens, for `acd`."""
+        hidden = dict.fromkeys(_OF_SAFE) if self.locked else {}
+        return {"trace": [trace_record(token) | hidden for token in tokens]}
 
     @property
     def _chunk_kind(self) -> str:

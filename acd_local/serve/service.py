@@ -132,7 +132,7 @@ class Service:
             on_event=feed.tell,
             cancel=feed.cancel,
         )
-        return stream, Reply(asked, self.name, pair_name(stream.pair))
+        return stream, Reply(asked, self.name, pair_name(stream.pair), settings.locked)
 
     def submit(self, stream: AnswerStream, feed: Feed) -> Job:
         """Queue an answer; what happens to it comes through its feed.
@@ -178,7 +178,8 @@ class Service:
         self.count("prompt_tokens_total", answer.prompt_tokens)
         self.count("prompt_rows_decoded_total", answer.prompt_decoded)
         self.count("completion_tokens_total", answer.completion_tokens)
-        self.count("changed_tokens_total", answer.contrast.changed_tokens)
+        if not self.settings.locked:  # see `Reply`
+            self.count("changed_tokens_total", answer.contrast.changed_tokens)
         self.count("prompt_seconds_total", answer.timings.prompt_seconds)
         self.count("answer_seconds_total", answer.timings.answer_seconds)
         if answer.gate is not None:

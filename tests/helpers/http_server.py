@@ -40,12 +40,12 @@ class Got(NamedTuple):
 
 
 class Server:
-    """A process of acd-serve."""
+    """A process of acd-serve; `first` is run there before."""
 
-    def __init__(self, *args: str, wait: bool = True, **how: Any) -> None:
+    def __init__(self, *args: str, wait: bool = True, first: str = "", **how: Any) -> None:
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", MAIN, *args, "--port", "0"], env=child_env(), **(streams | how)
+            [sys.executable, "-c", f"{first}\n{MAIN}", *args, "--port", "0"], env=child_env(), **(streams | how)
         )
         assert self.process.stdout is not None
         self.told: Json = json.loads(self.process.stdout.readline())

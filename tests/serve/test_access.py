@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from http_server import CHAT, HI, Server, read_until
+from http_server import CHAT, HI, MAIN, Server, read_until
+from places import child_env
 
 ASKED = {"messages": HI, "max_tokens": 2}
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8080", "localhost.evil.example", "192.168.1.5", "", "["]
+    "host",
+    [
+        "evil.example",
+        "evil.example:8080",
+        "localhost.evil.example",
+        "192.168.1.5",
+        "",
+        "[",
+        "[::1",
+        "evil.example@localhost",
+        "localhost/evil.example",
+        "localhost:1:2",
+        "localhost:evil",
+        "localhost.",
+        "127.0.0.1?x",
+        ":80",
+    ],
 )
 def test_another_name_of_this_machine_is_refused(server: Server, host: str) -> None:
     """A page whose name was made to point here sends its own name, and no Origin."""
@@ -28,7 +47,19 @@ def test_the_names_of_loopback_are_known(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["null", "https://evil.example", "http://localhost:1", "file://", "http://127.0.0.1"]
+    "origin",
+    [
+        "null",
+        "https://evil.example",
+        "http://localhost:1",
+        "file://",
+        "http://127.0.0.1",
+        "http://[",
+        "http://[::1",
+        "//",
+        "x",
+        " ",
+    ],
 )
 def test_other_origins_are_refused(server: Server, origin: str) -> None:
     for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("OPTIONS", CHAT), ("GET", "/health")):
@@ -42,6 +73,7 @@ def test_the_page_itself_may_ask(server: Server) -> None:
     assert found.status == 200
     assert not any(name.startswith("access-control") for name in found.headers)
     assert server.ask("OPTIONS", CHAT).status == 405
+    assert server.ask("POST", CHAT, ASKED, origin=f"https://127.0.0.1:{server.port}").status == 200, "behind a proxy"
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "", "application/x-www-form-urlencoded", "application/jsonp"])
@@ -138,7 +170,7 @@ def test_scripts_and_styles_are_allowed_by_what_they_say() -> None:
 
 @pytest.fixture(scope="module")
 def public(gated_base: tuple[str, ...]) -> Iterator[Server]:
-    made = Server(*gated_base, "--host", "0.0.0.0", "--allow-host", "My.Server")
+    made = Server(*gated_base, "--host", "0.0.0.0", "--allow-host", "My.Server:8080")
     yield made
     made.close()
 
@@ -188,12 +220,20 @@ def test_what_holds_anyway_may_be_said(public: Server) -> None:
 
 
 def test_a_locked_server_tells_one_distribution(public: Server) -> None:
-    """That of the contrast: with the safe stream's probabilities too, many answers would tell the adversary's."""
-    events = public.stream("Hi", trace=True)
-    tokens = [token for event in events for token in event.get("acd", {}).get("trace", [])]
-    assert tokens and all(token["safe_logprob"] is token["safe_rank"] is None for token in tokens)
+    """That of the contrast: with the safe stream's choices too, many answers would tell the adversary's."""
+    events = public.stream("Hi", trace=True, divergence=True)
+    whole = public.answer("Hi", trace=True)["acd"]
+    for acd in ({"trace": [t for e in events for t in e.get("acd", {}).get("trace", [])]}, whole):
+        assert len(acd["trace"]) == 8
+        for token in acd["trace"]:
+            assert [name for name, value in token.items() if value is not None and name != "divergence"] == [
+                "token",
+                "text",
+            ]
     assert events[1]["acd"]["gate"]["decision"] in ("contrast", "as-is")
+    assert events[-1]["acd"]["contrast"]["changed_tokens"] is whole["contrast"]["changed_tokens"] is None
     assert public.answer(logprobs=True)["choices"][0]["logprobs"]["content"]
+    assert "changed" not in public.get("/metrics").body.decode()
 
 
 def test_a_lock_can_be_asked_for_or_left_out(gated_base: tuple[str, ...], start: Callable[..., Server]) -> None:
@@ -201,3 +241,9 @@ def test_a_lock_can_be_asked_for_or_left_out(gated_base: tuple[str, ...], start:
     assert locked.told["token"] == "a b" and locked.chat(gate=False).status == 403
     unlocked = start(*gated_base)
     assert unlocked.told["token"] is None and unlocked.chat(gate=False, gate_threshold=0.9).status == 200
+
+
+@pytest.mark.parametrize("token", ["", " ", " a", "a ", "\u00fc", "a\nb"])
+def test_a_token_that_no_header_can_carry_is_refused(base: tuple[str, ...], token: str) -> None:
+    done = subprocess.run([sys.executable, "-c", MAIN, *base, "--token", token], env=child_env(), capture_output=True)
+    assert done.returncode == 2 and b"--token" in done.stderr

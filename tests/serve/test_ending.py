@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 from http_server import CHAT, ENDLESS, HI, MAIN, Server, chunks, read_until
 from places import child_env
+
+TYPED = "Host: localhost\r\nContent-Type: application/json\r\n"
 
 
 def test_it_listens_before_the_model_is_there(slow_base: tuple[str, ...], start: Callable[..., Server]) -> None:
@@ -78,6 +82,40 @@ def test_an_idle_server_ends_at_once(base: tuple[str, ...], start: Callable[...,
     lines = err.decode().splitlines()
     assert lines[0] == f"acd-serve: {server.url}/"
     assert lines[1].endswith("is ready") and len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    "sent", [b"POST /v1/cha", f"POST {CHAT} HTTP/1.1\r\n{TYPED}Content-Length: 9\r\n\r\n{{".encode()]
+)
+def test_a_request_that_never_comes_holds_up_no_end(
+    base: tuple[str, ...], start: Callable[..., Server], sent: bytes
+) -> None:
+    server = start(*base)
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(sent)
+        server.get("/health")
+        signalled = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        code, err = server.end()
+    assert code == 143 and time.monotonic() - signalled < 25
+    assert len(err.splitlines()) == 2
+
+
+def test_a_client_that_takes_nothing_does_not_hold_up_the_end_of_the_program_that_started_it(
+    slow_base: tuple[str, ...], start: Callable[..., Server]
+) -> None:
+    server = start(*slow_base, "--exit-with-stdin", stdin=subprocess.PIPE)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", server.port))
+    body = json.dumps({"stream": True, "trace": True, "messages": HI, "response_format": ENDLESS}).encode()
+    connection.sendall(f"POST {CHAT} HTTP/1.1\r\n{TYPED}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    server.until("acd_requests_running", 1)
+    assert server.process.stdin is not None
+    server.process.stdin.close()
+    code, err = server.end()
+    connection.close()
+    assert code == 0 and len(err.splitlines()) == 2
 
 
 def test_a_signal_while_the_model_is_loaded(slow_base: tuple[str, ...], start: Callable[..., Server]) -> None:

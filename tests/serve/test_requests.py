@@ -230,6 +230,7 @@ def test_messages_that_cannot_be_answered(server: Server, messages: Any, param: 
         ("response_format", "json"),
         ("response_format", {"type": "xml"}),
         ("alpha", -1),
+        ("alpha", 3.4e38),
         ("beta", 2),
         ("plain", 1),
         ("gate", "off"),

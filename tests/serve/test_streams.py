@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,60 @@ def test_a_client_that_goes_away_ends_its_answer(slow: Server, stream: bool) -> 
     connection.close()
     idle(slow)
     assert slow.metrics()["acd_clients_gone_total"] == gone + 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("more", [b"\r\n", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"], ids=["line", "request"])
+def test_a_client_that_sent_more_and_goes_away_ends_its_answer(slow: Server, stream: bool, more: bytes) -> None:
+    """Also where what it sent comes while it is answered."""
+    connection = slow.open(response_format=ENDLESS, stream=stream)
+    slow.until("acd_requests_running", 1)
+    connection.sendall(more)
+    slow.get("/health")  # it was read
+    connection.close()
+    deadline = time.monotonic() + 3
+    while slow.metrics()["acd_requests_running"]:
+        assert time.monotonic() < deadline, "its answer takes much longer"
+        time.sleep(0.05)
+
+
+def test_requests_that_are_sent_in_advance_are_answered_in_their_order(slow: Server) -> None:
+    one = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    connection = slow.open(max_tokens=2, stream=False)
+    connection.sendall(one * 2)
+    found = read_until(connection, rb'(?s)("status":"ok".*){2}')
+    assert re.findall(rb"chat.completion|owned_by|status", found) == [b"chat.completion", *[b"owned_by", b"status"] * 2]
+    connection.close()
+
+
+def test_what_clients_leave_open_is_ended(base: tuple[str, ...], start: Callable[..., Server]) -> None:
+    """Connections without a request, or with a part of one."""
+    server = start(*base, first="import acd_local.serve.connection as c; c.UNSENT = 0.3")
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    typed = head + b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+    health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for sent in (b"", head, typed, health + head):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+            connection.sendall(sent)
+            found = b""
+            with suppress(ConnectionResetError):
+                while data := connection.recv(65536):
+                    found += data
+            assert (b'"ok"' in found) == sent.startswith(health)
+    assert server.answer(max_tokens=40)["usage"]["completion_tokens"] == 40
+
+
+def test_a_client_that_takes_nothing_is_given_up(slow_base: tuple[str, ...], start: Callable[..., Server]) -> None:
+    server = start(*slow_base, first="import acd_local.serve.connection as c; c.UNREAD = 0.3")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", server.port))
+    body = json.dumps({"stream": True, "trace": True, "messages": HI, "response_format": ENDLESS}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    server.until("acd_clients_gone_total", 1)
+    idle(server)
+    connection.close()
 
 
 def test_a_client_that_resets_its_connection_ends_its_answer(slow: Server) -> None:
