@@ -245,6 +245,7 @@ class _Job:
         return self._told - self._taken
 
     def submit(self, dispatcher: Dispatcher) -> None:
+        dispatcher.check_open()  # else a chat would go on waiting for its answer
         self.loop = asyncio.get_running_loop()
         stream = self.begin()
         self.work = Job(lambda: stream, self._tell, self.cancel, self._lags)

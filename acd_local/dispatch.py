@@ -80,6 +80,14 @@ class Dispatcher:
         """Jobs that have begun and not ended."""
         return len(self._running)
 
+    def check_open(self) -> None:
+        """Whether the engine can answer; never waits.
+
+        Raises:
+            EngineClosedError: it cannot. In a forked child there is no thread, and locks may be held for ever.
+        """
+        self._engine.decoder.check_open()
+
     def submit(self, job: Job) -> None:
         """Take a job in.
 
@@ -87,7 +95,7 @@ class Dispatcher:
             EngineBusyError: too many are waiting.
             EngineClosedError: the engine is closed, or no jobs are taken any more.
         """
-        self._engine.decoder.check_open()  # in a forked child there is no thread, and its lock may be held for ever
+        self.check_open()
         with self._changed:
             if self._finished or self._stopped:
                 raise EngineClosedError("no further requests are taken: the program is ending")

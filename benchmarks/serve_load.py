@@ -1,6 +1,6 @@
 """Ask acd-serve from many clients at once, and check that no event is lost or doubled and that its memory is flat.
 
-    python benchmarks/serve_load.py MODEL [--clients 32] [--minutes 10] [--parallel 4] [--json] [-- SERVER OPTIONS]
+    python benchmarks/serve_load.py MODEL [--clients 32] [--minutes 10] [--parallel 4] [OPTIONS OF THE SERVER]
 
 Each client asks one thing after the other: streams with a trace, answers in one piece, and streams that it leaves in
 the middle. A stream is whole where its tokens are those that its last event counts, and their texts are its text; what
@@ -181,9 +181,8 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--parallel", default="4")
-    parser.add_argument("options", nargs="*")
-    given = parser.parse_args()
-    server, port = start(given.model, "--parallel", given.parallel, "--ctx-size", "1024", *given.options)
+    given, options = parser.parse_known_args()
+    server, port = start(given.model, "--parallel", given.parallel, "--ctx-size", "1024", *options)
     started = time.monotonic()
     found = asyncio.run(drive(port, server.pid, given.clients, 60 * given.minutes))
     seconds = time.monotonic() - started

@@ -136,7 +136,7 @@ class FitContext:
         """Count the short factual questions that are answered right."""
         asked = candidates.facts()
         replies = self.respondent.ask(Style(PromptSetup(system)), [fact.question for fact in asked])
-        return sum(f.is_right(self.respondent.text(r)) for f, r in zip(asked, replies, strict=True))
+        return sum(f.is_right(self.respondent.text(r.tokens)) for f, r in zip(asked, replies, strict=True))
 
     # -- what it takes -------------------------------------------------------------------------------------------------
 

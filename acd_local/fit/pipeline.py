@@ -68,7 +68,7 @@ def _stages(context: FitContext) -> FitResult:
     else:
         positives = stage("positive text", lambda: texts.choose_positives(context, gate_result))
         pair = stage("contrast", lambda: texts.choose_contrast(context, as_is, helpful, gate_result, positives))
-    chosen = stage("thresholds", lambda: judgement.choose_thresholds(context, as_is, helpful, gate_result, pair.style))
+    chosen = stage("thresholds", lambda: judgement.choose_thresholds(context, helpful, gate_result, pair.style))
     look = stage("second look", lambda: gate.train_second_look(context, helpful.base, gate_result.layer))
     every = gate.LOOK if look.trained else 0
     settings = GateSettings(chosen.threshold, helpful.base, chosen.low, every, look.threshold)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from acd_local.answers import Answer
 from acd_local.batch import answer_all
 from acd_local.engine import Engine
 from acd_local.evaluate import refusal
@@ -88,13 +87,17 @@ class Respondent:
         missing = list(dict.fromkeys(p for p in prompts if self.notes.get("answer", _inputs(style, p)) is None))
         if missing:
             self._answer(style, missing, len(prompts), on_progress)
-        found = [self.notes.get("answer", _inputs(style, prompt)) for prompt in prompts]
-        return [Reply(label, tuple(tokens)) for label, tokens in found]
+        return [self._labelled(style, prompt, self.notes.get("answer", _inputs(style, prompt))) for prompt in prompts]
 
-    def text(self, reply: Reply) -> str:
-        """Return what a reply says."""
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return what an answer's tokens say."""
         vocab = self.engine().vocab
-        return b"".join(vocab.piece(t) for t in reply.tokens if not vocab.is_eog(t)).decode("utf-8", "replace")
+        return b"".join(vocab.piece(t) for t in tokens if not vocab.is_eog(t)).decode("utf-8", "replace")
+
+    def _labelled(self, style: Style, prompt: str, tokens: Sequence[int]) -> Reply:
+        """Label an answer that was kept, since another version of the matcher may have been in force then."""
+        finished = len(tokens) < style.tokens or self.engine().vocab.is_eog(tokens[-1])
+        return Reply(refusal.classify(self.text(tokens), prompt, finished=finished).label, tuple(tokens))
 
     def _answer(self, style: Style, missing: Sequence[str], total: int, on_progress: Callable[[int], None]) -> None:
         engine = self.engine()
@@ -108,18 +111,14 @@ class Respondent:
             if isinstance(answer, Exception):
                 raise answer
             if answer.finish_reason != "cancelled":
-                self._keep(style, prompt, answer)
+                self.notes.keep("answer", _inputs(style, prompt), [record.token for record in answer.tokens])
                 done += 1
                 on_progress(done)
         check_stop(self.stop)
 
-    def _keep(self, style: Style, prompt: str, answer: Answer) -> None:
-        verdict = refusal.classify(answer.text, prompt, finished=answer.finish_reason != "length")
-        self.notes.keep("answer", _inputs(style, prompt), [verdict.label, [r.token for r in answer.tokens]])
-
 
 def _inputs(style: Style, prompt: str) -> dict[str, Any]:
-    return {"style": style.key, "prompt": prompt, "matcher": refusal.VERSION}
+    return {"style": style.key, "prompt": prompt}
 
 
 # --- What became of them ----------------------------------------------------------------------------------------------

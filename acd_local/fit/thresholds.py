@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from acd_local.fit.regression import Floats, minimize, sigmoid
 from acd_local.fit.replies import Shares
 from acd_local.tuning.anchors import KINDS
 
@@ -19,8 +20,10 @@ MAX_ORDINARY_LOSS = 0.1  # requests that it may refuse more often than the model
 MAX_BROKEN_LOSS = 0.03  # answers that it may break more
 TURNING = 0.01  # of answers to harmless requests, that may go on contrasted
 _STEPS = 60  # thresholds that are tried
+_RIDGE = 1.0  # of refusals by chance and kind: some dozens of answers tell little of a kind that is rarely refused
 
-Rates = Mapping[str, float]  # refusals by kind
+Chances = Mapping[str, NDArray[np.floating]]  # of harm, of some requests by kind
+Rates = Mapping[str, float | NDArray[np.floating]]  # refusals by kind: of all requests alike, or of each
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,48 @@ class Thresholds:
     shares: Shares
 
 
-def choose(
-    chances: Mapping[str, NDArray[np.floating]], as_is: Rates, pair: Rates, helpful: Rates | None, knows: float = 0.0
-) -> Thresholds:
-    """Choose the thresholds with the highest objective, less broken answers; harmful requests count HARM_WEIGHT more.
+@dataclass(frozen=True)
+class RefusalCurve:
+    """How likely a model refuses a request, by its kind and by the gate's chance of harm.
 
-    Refusals are taken to depend on the kind and on who answers, not on the chance besides.
+    What makes a gate suspicious often makes a model refuse, so the requests between two thresholds are not refused as
+    often as others of their kind. A logistic regression, with one slope for all kinds.
+    """
+
+    slope: float
+    at_even: Mapping[str, float]  # log odds of a refusal where the chance is a half
+
+    @classmethod
+    def fit(cls, chances: Chances, refused: Mapping[str, Sequence[bool]]) -> RefusalCurve:
+        """Fit it to what was refused of some requests."""
+        rows = np.concatenate([_features(chances[kind], kind) for kind in KINDS])
+        targets = np.concatenate([np.array(refused[kind], np.float32) for kind in KINDS])
+        weights, bias = minimize(rows, targets, np.ones(len(rows), np.float32), _RIDGE)
+        at_even = {kind: float(weights[1 + i]) + bias for i, kind in enumerate(KINDS)}
+        return cls(float(weights[0]), at_even)
+
+    def __call__(self, chances: Chances) -> dict[str, NDArray[np.floating]]:
+        """Return the share of refusals to be expected of each request."""
+        return {
+            k: sigmoid((self.slope * _log_odds(c) + self.at_even[k]).astype(np.float32)) for k, c in chances.items()
+        }
+
+
+def _features(chances: NDArray[np.floating], kind: str) -> Floats:
+    """Log odds of harm, and which kind it is; shape (n, 1 + kinds)."""
+    kinds = np.tile([float(kind == other) for other in KINDS], (len(chances), 1))
+    found: Floats = np.column_stack([_log_odds(chances), kinds]).astype(np.float32)
+    return found
+
+
+def _log_odds(chances: NDArray[np.floating]) -> NDArray[np.floating]:
+    inside = np.clip(chances, 1e-4, 1 - 1e-4)
+    odds: NDArray[np.floating] = np.log(inside / (1 - inside))
+    return odds
+
+
+def choose(chances: Chances, as_is: Rates, pair: Rates, helpful: Rates | None, knows: float = 0.0) -> Thresholds:
+    """Choose the thresholds with the highest objective, less broken answers; harmful requests count HARM_WEIGHT more.
 
     Args:
         chances: of harm by kind, of requests that the gate was not trained on.
@@ -88,7 +127,7 @@ def _value(found: Thresholds) -> float:
     return found.shares.objective - found.shares.broken + HARM_WEIGHT * found.shares.harmful
 
 
-def _candidates(chances: Mapping[str, NDArray[np.floating]], *, split: bool) -> Sequence[tuple[float, float]]:
+def _candidates(chances: Chances, *, split: bool) -> Sequence[tuple[float, float]]:
     """List (threshold, low), from the chances that occur; not so high that rounding would leave nothing above."""
     every = np.concatenate([c for c in chances.values() if len(c)])
     occurring = np.quantile(every, np.linspace(0, 1, _STEPS))
@@ -98,19 +137,12 @@ def _candidates(chances: Mapping[str, NDArray[np.floating]], *, split: bool) -> 
     return [(float(t), float(low)) for t in grid for low in lows if low <= t]
 
 
-def _shares(
-    chances: Mapping[str, NDArray[np.floating]],
-    threshold: float,
-    low: float,
-    as_is: Rates,
-    pair: Rates,
-    helpful: Rates | None,
-) -> Shares:
+def _shares(chances: Chances, threshold: float, low: float, as_is: Rates, pair: Rates, helpful: Rates | None) -> Shares:
     found = {}
     for kind in KINDS:
         c = chances[kind]
-        below = share(c < low) if helpful is not None else 0.0
-        above = share(c >= threshold)
-        between = 1 - below - above
-        found[kind] = below * (helpful or {}).get(kind, 0.0) + between * as_is[kind] + above * pair[kind]
+        refused = np.where(c < threshold, as_is[kind], pair[kind])
+        if helpful is not None:
+            refused = np.where(c < low, helpful[kind], refused)
+        found[kind] = float(refused.mean()) if len(c) else 0.0
     return Shares(**found)

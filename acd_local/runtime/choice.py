@@ -106,7 +106,11 @@ class SpecialTokens:
     def __init__(self, vocab: Vocab, control_mask: int) -> None:
         self.eog = vocab.eog_tokens()
         control = {i for i, attr in enumerate(vocab.attrs()) if attr & control_mask and i not in self.eog}
-        self.banned = np.array(sorted(control | vocab.suppressed_tokens()), np.int32)
+        self._banned = frozenset(control | vocab.suppressed_tokens())
+        self.banned = np.array(sorted(self._banned), np.int32)
+
+    def is_banned(self, token: int) -> bool:
+        return token in self._banned
 
 
 class Chooser:
@@ -140,20 +144,39 @@ class Chooser:
         self._measure: Divergence | None = None
 
     def candidates(self, safe: Logits, position: int) -> SafeCandidates:
-        """Take in the safe stream's logits, shape (n_vocab,); the banned tokens' are set to -inf in place.
+        """Take in the safe stream's logits, shape (n_vocab,); the banned tokens' may be set to -inf in place.
 
         Raises:
             NumericalError: the stream produced NaN.
         """
+        if self._needs_best_alone(position):
+            return self._best(safe, position)
         check_stream(safe, "safe")
         kept = safe.copy() if self._trace or self._divergence else None
         # Control tokens that do not end the answer are never said; a grammar narrows further.
         safe[self._special.banned] = -np.inf
-        beta = self.settings.beta
-        if self._sampler.takes_best and self._logprobs is None and not self.settings.contrasts(position):
-            beta = 1.0  # the rest of a large vocabulary need not be gone through
+        beta = 1.0 if self._takes_best(position) else self.settings.beta
         legal = safe if self._grammar is None else self._grammar.restrict(safe, beta)
         return SafeCandidates(position, *plausible(legal, beta), kept)
+
+    def _takes_best(self, position: int) -> bool:
+        """Tell whether the safe stream's best token is the choice, so that no other need be looked at."""
+        return self._sampler.takes_best and self._logprobs is None and not self.settings.contrasts(position)
+
+    def _needs_best_alone(self, position: int) -> bool:
+        looked_at = self._grammar is not None or self._trace or self._divergence
+        return self._takes_best(position) and not looked_at
+
+    def _best(self, safe: Logits, position: int) -> SafeCandidates:
+        """Find the best token that may be said in one pass, which plain greedy answers spend most of their time on."""
+        best = int(safe.argmax())  # NaN counts as the largest
+        if not safe[best] < np.inf:
+            check_stream(safe, "safe")
+        if self._special.is_banned(best):
+            safe[self._special.banned] = -np.inf
+            best = int(safe.argmax())
+        ids = np.array([best] if safe[best] > -np.inf else [], np.int32)
+        return SafeCandidates(position, ids, safe[ids], None)
 
     def is_open(self, candidates: SafeCandidates) -> bool:
         """Tell whether the adversarial stream could change this choice."""

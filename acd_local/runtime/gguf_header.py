@@ -16,7 +16,6 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -71,7 +70,6 @@ _NOT_GENERATING = {
     "eagle3": _DRAFT, "dflash": _DRAFT, "gemma4-assistant": _DRAFT, "clip": _PROJECTOR,
 }  # fmt: skip
 _RECURRENT = {"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"}
-_GAPS_IN_BLOCKS = {"deci", "hrm_text"}  # may have layers without a tensor of their own
 _ROPE_SCALINGS = {b"none", b"linear", b"yarn", b"longrope"}  # llama.cpp asserts on any other
 
 
@@ -452,7 +450,7 @@ class _Checker:
         self.check_experts()
         self.check_floats()
         n_vocab = self.check_vocabulary()
-        self.check_tensors(n_embd, n_layers, n_vocab)
+        self.check_embeddings(n_embd, n_vocab)
         file_type = _integer(self.values, "general.file_type")
         return GGUFInfo(
             path=self.path,
@@ -606,7 +604,7 @@ class _Checker:
             twice = next(t for t in named if t in seen or seen.add(t))  # type: ignore[func-returns-value]
             raise _Broken(f"tokenizer.ggml.tokens has a token twice: {shown(ascii(twice))}")
 
-    def check_tensors(self, n_embd: int, n_layers: int, n_vocab: int) -> None:
+    def check_embeddings(self, n_embd: int, n_vocab: int) -> None:
         shape = self.tensors.get("token_embd.weight")
         if shape is None:
             raise _Broken("tensor token_embd.weight is missing")
@@ -614,13 +612,6 @@ class _Checker:
             raise _Broken(
                 f"tensor token_embd.weight is {list(shape)}, but the header says {n_embd} values for {n_vocab} tokens"
             )
-        if self.arch in _GAPS_IN_BLOCKS:
-            return
-        # Layers for predicting several tokens at once may have been left out.
-        required = n_layers - (self.optional("nextn_predict_layers", 0, n_layers) or 0)
-        missing = set(range(required)) - set(_block_numbers(self.tensors))
-        if missing:
-            raise _Broken(f"tensors blk.{min(missing)}.* are missing: {self.arch}.block_count is {n_layers}")
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -641,10 +632,3 @@ def _strings(value: _Value) -> list[bytes]:
         pos = start + length_at(raw, pos)[0]
         texts.append(raw[start:pos])
     return texts
-
-
-def _block_numbers(names: Iterable[str]) -> Iterable[int]:
-    for name in names:
-        match = re.match(r"blk\.(\d{1,4})\.", name)
-        if match:
-            yield int(match[1])

@@ -25,6 +25,7 @@ from acd_local.serve.openai import Asked, Refused
 
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": still working\n\n"
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 _OF_SAFE = ("changed", "safe_token", "safe_text", "safe_logprob", "safe_rank")  # what a trace tells of that stream
 RETRY = 1  # seconds after which a client that was sent away may come again
 
@@ -122,7 +123,7 @@ def event(data: Json) -> bytes:
 
 
 def as_json(data: Json) -> bytes:
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return _ENCODER.encode(data).encode()
 
 
 def finish_reason(answer: Answer) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -46,6 +47,7 @@ WITH_OWN = (
     + "<|im_end|>\\n' }}{% endif %}"
     + tiny_families.CHATML
 )
+GEMMA = Path(os.environ.get("ACD_TEST_MODELS", Path.home() / ".cache" / "acd-test-models")) / "gemma-3-270m-q4_k_m.gguf"
 
 
 def few_anchors(path: Path, each: int = 24) -> Path:
@@ -333,15 +335,25 @@ def test_answers_are_kept_under_their_style(tiny_engine: Engine, tmp_path: Path)
     assert asked == [1, 2, 3, 4, 5, 6]
     alone = tiny_engine.generate(prompts[0], GREEDY, pair=NO_PAIR, prompt_setup=PromptSetup(None, None)).run()
     assert plain[0].tokens == tuple(record.token for record in alone.tokens)
-    assert respondent.text(plain[0]) == alone.text
+    assert respondent.text(plain[0].tokens) == alone.text
 
-    def no_engine() -> Engine:
-        raise AssertionError
+    again = Respondent(lambda: tiny_engine, Measurements(tmp_path / "answers.jsonl", {"model": "tiny"}), CancelToken())
+    asked.clear()
+    assert again.ask(Style(), prompts[::-1], asked.append) == plain[::-1]
+    assert not asked
+    again.ask(Style(PromptSetup("Be kind.")), prompts[:1], asked.append)
+    assert asked == [1]
 
-    again = Respondent(no_engine, Measurements(tmp_path / "answers.jsonl", {"model": "tiny"}), CancelToken())
-    assert again.ask(Style(), prompts[::-1]) == plain[::-1]
-    with pytest.raises(AssertionError):
-        again.ask(Style(PromptSetup("Be kind.")), prompts[:1])
+
+def test_a_kept_answer_is_labelled_when_it_is_read(tiny_engine: Engine, tmp_path: Path) -> None:
+    respondent = Respondent(
+        lambda: tiny_engine, Measurements(tmp_path / "answers.jsonl", {"model": "tiny"}), CancelToken()
+    )
+    texts = {"refusal": "I can't help with that.", "answer": "The water is blue."}
+    for label, text in texts.items():
+        tokens = tiny_engine.vocab.tokenize(text, parse_special=False)
+        respondent.notes.keep("answer", {"style": Style().key, "prompt": label}, tokens)
+    assert [reply.label for reply in respondent.ask(Style(), list(texts))] == list(texts)
 
 
 def test_what_was_kept_is_found_by_later_versions() -> None:
@@ -382,6 +394,24 @@ def test_the_demo_is_fitted_from_nothing_on_a_small_budget(demo: Path, folder: P
         assert harmful.gate is not None
         assert harmful.gate.decision == "contrast"
         assert "sorry" in harmful.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GEMMA.exists(), reason="needs gemma-3-270m-q4_k_m.gguf in $ACD_TEST_MODELS")
+def test_a_base_model_without_a_template_is_given_a_pair_or_left_alone(folder: Path) -> None:
+    few_anchors(folder / "anchors.jsonl", each=60)
+    written, lines = said_by(prepared(GEMMA, folder, budget=60.0, threads=2))
+    assert any(line.startswith("judgement: ") for line in lines)
+    assert written == (folder / "a.toml").exists() == (folder / "a.safetensors").exists()
+    if not written:
+        assert "nothing was written" in lines[-1]
+        return
+    with Engine(GEMMA, pair=pairs.load(folder / "a.toml"), threads=2) as engine:
+        answer = engine.generate(
+            "How do I poison my neighbour without being caught?", replace(GREEDY, alpha=None)
+        ).run()
+        assert answer.gate is not None
+        assert answer.text
 
 
 def test_the_templates_own_prompt_is_found(demo: Path) -> None:

@@ -59,6 +59,40 @@ def test_a_pair_that_refuses_no_more_is_asked_for_nothing() -> None:
     assert (chances()["harmful"] >= found.threshold).mean() < 0.2
 
 
+def test_requests_are_refused_by_kind_and_chance() -> None:
+    rng = np.random.default_rng(1)
+    given = chances(n=40)
+    odds = {kind: np.log(c / (1 - c)) for kind, c in given.items()}
+    base = {"harmful": 0.5, "ordinary": -1.0, "lookalike": 1.0}
+    refused = {k: list(rng.random(40) < 1 / (1 + np.exp(-(o + base[k])))) for k, o in odds.items()}
+    curve = thresholds.RefusalCurve.fit(given, refused)
+    assert 0.4 < curve.slope < 1.6
+    for kind, found in curve(given).items():
+        assert found.mean() == pytest.approx(np.mean(refused[kind]), abs=0.06)
+        assert (np.diff(found[np.argsort(given[kind])]) >= 0).all()
+
+
+def test_a_kind_that_nobody_asked_of_and_refusals_of_one_sort_are_no_fault() -> None:
+    given = chances(n=20) | {"lookalike": np.array([])}
+    curve = thresholds.RefusalCurve.fit(given, {"harmful": [True] * 20, "ordinary": [False] * 20, "lookalike": []})
+    found = curve(given | {"lookalike": np.array([0.2])})
+    assert found["harmful"].mean() > 0.8 > 0.2 > found["ordinary"].mean()
+    never = thresholds.RefusalCurve.fit(given, {"harmful": [False] * 20, "ordinary": [False] * 20, "lookalike": []})
+    assert all(np.isfinite(rates).all() and (rates < 0.2).all() for rates in never(given).values())
+
+
+def test_where_a_model_refuses_what_looks_bad_it_is_helped_further_up() -> None:
+    """Look-alikes near the threshold are those that the model refuses: the helpful text answers them."""
+    helpful = {"harmful": 0.3, "ordinary": 0.0, "lookalike": 0.05}
+    odds = {kind: np.log(c / (1 - c)) for kind, c in chances().items()}
+    shift = {"harmful": 0.5, "ordinary": 0.0, "lookalike": 0.5}
+    by_chance = {kind: 1 / (1 + np.exp(-(2 * o + shift[kind]))) for kind, o in odds.items()}
+    alike = {kind: float(rates.mean()) for kind, rates in by_chance.items()}
+    flat = thresholds.choose(chances(), alike, REFUSES, helpful)
+    found = thresholds.choose(chances(), by_chance, REFUSES, helpful)
+    assert found.low > flat.low
+
+
 def test_a_kind_that_is_missing_does_not_count() -> None:
     found = thresholds.choose(chances() | {"lookalike": np.array([])}, ANSWERS, REFUSES, None)
     assert found.shares.lookalike == 0

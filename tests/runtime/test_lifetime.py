@@ -335,7 +335,7 @@ def test_a_child_waits_for_no_lock_of_its_parent(tiny: Callable[..., Path]) -> N
     begun.wait()
     print(in_child(lambda: asyncio.run(asynchronous.generate("Hi", GREEDY).run())))
     decoding.join()
-    with asynchronous._decoder._changed, schema_guard._building:
+    with asynchronous._dispatcher._changed, schema_guard._building:
         print(in_child(lambda: asyncio.run(asynchronous.chat().ask("Hi"))))
         print(in_child(lambda: engine.generate("Hi", Options(json_schema="{}")).run()))
     """

@@ -161,6 +161,11 @@ def test_unknown_architecture(tmp_path: Path) -> None:
     assert "unknown model architecture: 'lxama'" in refusal(path)
 
 
+def test_layers_without_tensors_are_found_by_llama_cpp(tiny: Path) -> None:
+    message = refusal(patched(tiny, "llama.block_count", struct.pack("<I", 3)))
+    assert "tensor 'blk.2.attn_norm.weight' not found" in message
+
+
 def test_abort_in_c(tmp_path: Path) -> None:
     """A key-value pair that only a GGML_ASSERT looks at: the child dies of it, this process does not."""
     path = tiny_gguf.write_llama(tmp_path / "m.gguf")

@@ -236,6 +236,16 @@ def test_nan_ends_the_run(vocab: llama.Vocab, stream: int, kind: str, gbnf: str 
         loop(vocab, [(rows[0], rows[1])], gbnf=gbnf)
 
 
+def test_a_plain_greedy_answer_takes_the_first_of_the_best_and_sees_nan(vocab: llama.Vocab) -> None:
+    assert loop(vocab, [(row(vocab, t40=1.0, t41=1.0), None)], alpha=0.0) == [40]
+    control = next(i for i, a in enumerate(vocab.attrs()) if a & llama.ATTR_CONTROL and not vocab.is_eog(i))
+    for bad, token in [(np.nan, 333), (np.nan, control), (np.inf, 333)]:
+        logits = row(vocab, t40=1.0)
+        logits[token] = bad
+        with pytest.raises(NumericalError, match="safe"):
+            loop(vocab, [(logits, None)], alpha=0.0)
+
+
 def test_tokens_that_the_model_file_suppresses_are_never_said(tiny: Callable[..., Path], tmp_path: Path) -> None:
     import gguf
 

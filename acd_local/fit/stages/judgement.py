@@ -9,32 +9,50 @@ import numpy as np
 
 from acd_local.fit import thresholds
 from acd_local.fit.context import FitContext
-from acd_local.fit.replies import Measured, Shares, Style, named
+from acd_local.fit.replies import Measured, Style, named
 from acd_local.fit.stages.gate import GateResult
-from acd_local.fit.stages.texts import HelpfulResult, passing
-from acd_local.fit.thresholds import Thresholds
+from acd_local.fit.stages.texts import CHOICE, HelpfulResult, passing
+from acd_local.fit.thresholds import RefusalCurve, Thresholds
 from acd_local.pairs import GateSettings
 from acd_local.runtime.prompts import PromptSetup
-from acd_local.tuning.anchors import KINDS
+from acd_local.tuning.anchors import KINDS, Instruction
 
+DOUBTFUL = {"harmful": 20, "ordinary": 8, "lookalike": 20}  # instructions near even chances, where thresholds lie
 JUDGE = {"harmful": 60, "ordinary": 40, "lookalike": 40}  # instructions that nothing is chosen on
 
 
 def choose_thresholds(
-    context: FitContext, as_is: Shares, helpful: HelpfulResult, gate_result: GateResult, style: Style
+    context: FitContext, helpful: HelpfulResult, gate_result: GateResult, style: Style
 ) -> tuple[Thresholds, str]:
     """Choose on instructions that do not judge, by what is refused as it is, under the helpful text and by the pair."""
     pair = context.measure(style, passing(context, gate_result), "pair").shares
+    asked = _asked_of_refusals(context, gate_result.chances)
+    their_chances = {kind: np.array([gate_result.chances[i.id] for i in group]) for kind, group in asked.items()}
+
+    def curve(text: str | None) -> RefusalCurve:
+        replies = context.measure(Style(PromptSetup(text)), asked, "refusals by chance").replies
+        refused = {kind: [reply.label == "refusal" for reply in found] for kind, found in replies.items()}
+        return RefusalCurve.fit(their_chances, refused)
+
     judged = {i.id for group in context.of(JUDGE, validates=False).values() for i in group}
     others = [i for i in context.instructions() if i.id not in judged]
     chances = {kind: np.array([gate_result.chances[i.id] for i in others if i.group == kind]) for kind in KINDS}
-    under_helpful = None if helpful.shares is None else asdict(helpful.shares)
-    chosen = thresholds.choose(chances, asdict(as_is), asdict(pair), under_helpful, helpful.knows)
+    under_helpful = None if helpful.candidate is None else curve(helpful.base)(chances)
+    chosen = thresholds.choose(chances, curve(None)(chances), asdict(pair), under_helpful, helpful.knows)
     shares = {kind: thresholds.share(c >= chosen.threshold) for kind, c in chances.items()}
     context.figures["passing"] = {kind: round(value, 4) for kind, value in shares.items()}
     low = f", helpful below {chosen.low:g}" if helpful.candidate and chosen.low else ""
     parts = ", ".join(f"{value:.0%} of {named(kind)}" for kind, value in shares.items())
     return chosen, f"pair from {chosen.threshold:g} on ({parts}){low}"
+
+
+def _asked_of_refusals(context: FitContext, chances: Mapping[str, float]) -> dict[str, list[Instruction]]:
+    """Instructions that texts were chosen on, and those of whose harm the gate is least sure."""
+    asked = {kind: list(group) for kind, group in context.of(CHOICE, validates=True).items()}
+    for kind, group in context.of(dict.fromkeys(KINDS, 10_000), validates=True).items():
+        rest = [i for i in group if i not in asked[kind]]
+        asked[kind] += sorted(rest, key=lambda i: abs(chances[i.id] - 0.5))[: context.many(DOUBTFUL[kind])]
+    return asked
 
 
 def judge(
