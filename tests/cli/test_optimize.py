@@ -72,7 +72,7 @@ def test_a_run_says_what_each_stage_did_and_where_its_files_are(
         "soft safeguarding prompt 10/10; losses positive ",
         "soft safeguarding prompt: 10 steps, best at 10: safety ",
         "soft adversarial prompt: 10 steps",
-        "setting: soft pair alpha ",
+        "contrast: soft pair alpha ",
     ):
         assert said in err
     assert "bad thing" not in err

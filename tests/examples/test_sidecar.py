@@ -145,8 +145,9 @@ async function main() {
   assert.equal(events.at(-1).finish_reason, "cancelled");
   assert.equal(await text(worker.ask({ prompt: "Hi", ...options })), alone);
 
-  const left = text(worker.ask(endless));
-  await Promise.all([left, worker.close()]);
+  const running = worker.ask(endless);
+  await running.next(); // it is accepted
+  await Promise.all([text(running), worker.close()]);
   await worker.close();
   const never = new Sidecar(process.argv.slice(2));
   const failed = assert.rejects(text(never.ask(endless)), /the worker ended/);

@@ -88,6 +88,7 @@ def test_engine_flags_reach_the_engine(
         "kv_type": "q8_0",
         "layout": "split",
         "conversations": 1,
+        "slots": None,
     }
     assert cli(*base, "hi", "-c", "300", "-n", "1").code == 0
     assert asked[-1]["engine"].n_ctx == 300
