@@ -37,7 +37,7 @@ def test_a_slow_answer_is_stopped(start: Callable[..., Program]) -> None:
 
 
 def test_ctrl_c_ends_it(start: Callable[..., Program]) -> None:
-    program = start("demo", *QUESTIONS * 6)
+    program = start("demo", *QUESTIONS * 3)
     program.until("err", "loading 100%\n")
     program.interrupt()
     code, out, err = program.end()

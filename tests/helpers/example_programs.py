@@ -61,6 +61,8 @@ class Program:
             stderr=subprocess.PIPE,
             env=child_env(**env),
             start_new_session=True,
+            # A suite in the background ignores Ctrl-C, and so would what it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.out = self.err = ""
         self._news: queue.Queue[tuple[str, str]] = queue.Queue()
