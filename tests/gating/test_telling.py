@@ -159,6 +159,8 @@ def test_the_worker_tells_and_takes_what_the_gate_does(
             "1",
             "-c",
             "512",
+            "--temp",
+            "0",
             "-n",
             "8",
             "--pair",
