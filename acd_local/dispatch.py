@@ -81,10 +81,10 @@ class Dispatcher:
         return len(self._running)
 
     def check_open(self) -> None:
-        """Whether the engine can answer; never waits.
+        """Refuse where the engine is closed; never waits.
 
         Raises:
-            EngineClosedError: it cannot. In a forked child there is no thread, and locks may be held for ever.
+            EngineClosedError: it is. In a forked child there is no thread, and locks may be held for ever.
         """
         self._engine.decoder.check_open()
 

@@ -20,7 +20,7 @@ def pair_name(pair: PromptPair | None) -> str:
 
 
 def pair_record(engine: Engine, pair: PromptPair | None, options: Options) -> dict[str, Any]:
-    """What is in use: name ("as-is": no pair), whether it is fitted to the model, its soft prompts, its gate."""
+    """Say what is in use: name ("as-is": no pair), whether it is fitted to the model, its soft prompts, its gate."""
     return {
         "name": pair_name(pair),
         "fitted": pair is not None and fitted(pair, engine.info),
@@ -30,7 +30,7 @@ def pair_record(engine: Engine, pair: PromptPair | None, options: Options) -> di
 
 
 def model_record(engine: Engine) -> dict[str, Any]:
-    """What is known of the model, but for where it lies."""
+    """Say what is known of the model, but for where it lies."""
     info = engine.info
     return {
         "name": info.name,

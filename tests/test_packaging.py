@@ -21,6 +21,7 @@ from types import ModuleType
 
 import pytest
 from places import ROOT
+from processes import is_running
 
 # --- Distributions ----------------------------------------------------------------------------------------------------
 
@@ -377,16 +378,6 @@ def test_a_build_is_kept_by_what_it_was_made_with(
     (tmp_path / "file").touch()
     monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "file"))
     assert setup_script.LlamaBuild(ROOT).cache() == ["--no-cache-dir"]
-
-
-def is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # nobody's yet
-    except ProcessLookupError:
-        return False
-    except FileNotFoundError:
-        return sys.platform != "linux"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

@@ -32,7 +32,7 @@ HEADERS = (  # of every response
 
 
 def make_app(service: Service, access: Access) -> ASGIApp:
-    """The server's application."""
+    """Make the server's application."""
     routes = Routes(service)
     app = Starlette(
         routes=[
@@ -107,7 +107,7 @@ class Routes:
         return JSONResponse(self._model())
 
     async def _body(self, request: Request) -> dict[str, object]:
-        """The object that is sent.
+        """Read the object that is sent.
 
         Raises:
             Refused: it is none, or too large.
@@ -151,7 +151,7 @@ class Routes:
 
 
 def content_policy(page: bytes) -> str:
-    """What a browser lets the page do: its own scripts and styles, by their hashes, and asking this server."""
+    """Say what a browser lets the page do: its own scripts and styles, by their hashes, and asking this server."""
 
     def hashes(tag: str) -> str:
         found = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>".encode(), page, re.DOTALL)

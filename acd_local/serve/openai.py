@@ -150,7 +150,7 @@ def _asked(
 
 
 def _take(raw: Mapping[str, Any], name: str, kind: type, words: str, default: Any = None, *, of: str = "") -> Any:
-    """A field of one type; null and absent are the same."""
+    """Read a field of one type; null and absent are the same."""
     value = raw.get(name)
     if value is None:
         value = default
@@ -178,7 +178,7 @@ def _options(raw: Mapping[str, Any], options: Options) -> Options:
 
 
 def _schema(form: Any) -> str | None:
-    """The JSON schema that a response_format asks for; None: any text."""
+    """Find the JSON schema that a response_format asks for; None: any text."""
     name = "response_format"
     if form is None:
         return None

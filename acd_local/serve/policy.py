@@ -16,7 +16,7 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Tell whether only this machine reaches an address."""
     if host == "localhost":
         return True
     try:
@@ -75,7 +75,7 @@ class Access:
 
 
 def _name_of(host: str) -> str:
-    """The name or address in a Host header; "" where it is none."""
+    """Find the name or address in a Host header; "" where it is none."""
     found = re.fullmatch(r"(?:\[([^\s\[\]]+)\]|([^\s:/?#@\[\]]+))(?::[0-9]*)?", host)
     return "" if found is None else found[1] or found[2]
 

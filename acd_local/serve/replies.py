@@ -50,7 +50,7 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, answer: Answer) -> Json:
-        """The response that is not streamed."""
+        """Make the response that is not streamed."""
         if self.asked.chat:
             tokens = None if self.asked.logprobs is None else _logprobs(answer.tokens)
             message = {"role": "assistant", "content": answer.text, "refusal": None}
@@ -63,11 +63,11 @@ class Reply:
         return self._head(kind) | {"choices": [choice], "usage": usage(answer), "acd": self.about(answer) | more}
 
     def first(self) -> Json:
-        """The chunk before the first text."""
+        """Make the chunk before the first text."""
         return self._chunk({"role": "assistant", "content": ""})
 
     def piece(self, text: str, tokens: Sequence[TokenRecord], acd: Json) -> Json:
-        """A chunk of text, which may be empty.
+        """Make a chunk of text, which may be empty.
 
         Args:
             tokens: whose log probabilities go with it, where these were asked for.
@@ -76,12 +76,12 @@ class Reply:
         return self._chunk({"content": text} if text else {}, tokens=tokens) | ({"acd": acd} if acd else {})
 
     def last(self, answer: Answer, tokens: Sequence[TokenRecord], acd: Json) -> Json:
-        """The chunk behind the last text; arguments as of `piece`."""
+        """Make the chunk behind the last text; arguments as of `piece`."""
         about = self.about(answer) | acd
         return self._chunk({}, tokens=tokens, finish=finish_reason(answer)) | {"acd": about}
 
     def usage(self, answer: Answer) -> Json:
-        """The chunk behind that, where it was asked for."""
+        """Make the chunk behind that, where it was asked for."""
         return self._head(self._chunk_kind) | {"choices": [], "usage": usage(answer)}
 
     def about(self, answer: Answer) -> Json:

@@ -81,13 +81,13 @@ class Service:
         self.engine = engine
 
     def _decode(self, dispatcher: Dispatcher) -> None:
-        """Runs until `stop`: a thread that stays spares every answer the start of llama.cpp's own threads."""
+        """Decode until `stop`: a thread that stays spares every answer the start of llama.cpp's own threads."""
         while not self._stopped:
             with suppress(Exception):  # all jobs were told of it
                 dispatcher.run()
 
     def ready(self) -> Engine:
-        """The engine.
+        """Return the engine.
 
         Raises:
             EngineClosedError: it is being loaded, or the server is ending.
@@ -113,7 +113,7 @@ class Service:
     # -- answering -----------------------------------------------------------------------------------------------------
 
     def prepare(self, asked: Asked, feed: Feed) -> tuple[AnswerStream, Reply]:
-        """The answer to a request, which nobody has begun; blocks while a schema is compiled or a file is read.
+        """Make the answer to a request, which nobody has begun; blocks while a schema is compiled or a file is read.
 
         Raises:
             AcdError: it cannot be answered.
@@ -151,7 +151,7 @@ class Service:
         self._dispatcher.cancel(job)
 
     def caught_up(self) -> None:
-        """A reader was behind, and read."""
+        """Look again at a reader that was behind."""
         assert self._dispatcher is not None
         self._dispatcher.wake()
 
@@ -190,7 +190,7 @@ class Service:
         self.count(f'failures_total{{status="{failure(error).status}"}}')
 
     def metrics(self) -> str:
-        """The counts in Prometheus' text format."""
+        """Write the counts in Prometheus' text format."""
         waiting, running = self.queue
         loaded = int(self.engine is not None)
         gauges = {"requests_waiting": waiting, "requests_running": running, "model_loaded": loaded}
@@ -204,7 +204,7 @@ class Service:
         return "\n".join(lines) + "\n"
 
     def props(self) -> dict[str, Any]:
-        """What a client wants to know before it asks."""
+        """Say what a client wants to know before it asks."""
         engine, settings = self.ready(), self.settings
         decoder = engine.decoder
         return {

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from places import ROOT, child_env
+from processes import is_running
 
 EXAMPLES = ROOT / "examples"
 ENDLESS = 'root ::= "a" root'
@@ -26,17 +27,6 @@ def path_with_acd_run(folder: Path) -> str:
     program.write_text(f"#!/bin/sh\ncode='from acd_local.cli.run import main; main()'\n{python}\n")
     program.chmod(0o755)
     return f"{folder}{os.pathsep}{os.environ['PATH']}"
-
-
-def is_running(process: int) -> bool:
-    """Whether there is such a process, other than one that has ended and that nobody asked about."""
-    try:
-        os.kill(process, 0)
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except ProcessLookupError:
-        return False
-    except FileNotFoundError:
-        return sys.platform != "linux"
 
 
 def wait_until_gone(process: int) -> None:

@@ -9,10 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from places import child_env
+from processes import kill
 
 MAIN = "from acd_local.cli.serve import main; main()"
 CHAT = "/v1/chat/completions"
@@ -120,12 +120,7 @@ class Server:
         return code, self.process.stderr.read()
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait(30)
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if stream is not None:
-                with suppress(OSError):
-                    stream.close()
+        kill(self.process)
 
 
 def chunks(body: bytes) -> list[Json]:

@@ -7,10 +7,10 @@ import queue
 import subprocess
 import sys
 import threading
-from contextlib import suppress
 from typing import Any
 
 from places import child_env
+from processes import kill
 
 MAIN = "from acd_local.cli.run import main; main()"
 PAIR = 'format = 1\nname = "{}"\nsafe = "You are {}."\nadversarial = "A demon answers."\n'
@@ -100,9 +100,4 @@ class Client:
         return process.wait(30), left, process.stderr.read()
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(30)
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if stream is not None:
-                with suppress(OSError):
-                    stream.close()
+        kill(self.process)

@@ -49,9 +49,9 @@ def choose_thresholds(
 def _asked_of_refusals(context: FitContext, chances: Mapping[str, float]) -> dict[str, list[Instruction]]:
     """Instructions that texts were chosen on, and those of whose harm the gate is least sure."""
     asked = {kind: list(group) for kind, group in context.of(CHOICE, validates=True).items()}
-    for kind, group in context.of(dict.fromkeys(KINDS, 10_000), validates=True).items():
-        rest = [i for i in group if i not in asked[kind]]
-        asked[kind] += sorted(rest, key=lambda i: abs(chances[i.id] - 0.5))[: context.many(DOUBTFUL[kind])]
+    for kind, group in asked.items():
+        rest = [i for i in context.instructions() if i.validates and i.group == kind and i not in group]
+        group += sorted(rest, key=lambda i: abs(chances[i.id] - 0.5))[: context.many(DOUBTFUL[kind])]
     return asked
 
 
