@@ -3,8 +3,7 @@
 Every round decodes the next token of all running answers in one llama_decode and lets each go on with its logits; an
 answer that ends makes room for the next. A long prompt is decoded a batch per round, so that the others go on
 meanwhile. What an answer says does not depend on its neighbours but for near-ties: llama.cpp's logits differ slightly
-with the shape of a batch. Where there is room for one answer only, it is decoded as if it were alone, by its own
-strategy.
+with the shape of a batch. Where there is room for one answer only, it is decoded as if it were alone, drafts included.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from acd_local.errors import EngineBusyError, UsageError
 from acd_local.generation import Answerer, AnswerStream, Generation, StepEvent, Steps, abort
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.llama import BATCH_ROWS, DecodeAborted
-from acd_local.runtime.strategy import advance
+from acd_local.runtime.speculative import advance
 from acd_local.runtime.streams import DecodeBatch, first_part
 
 Task = TypeVar("Task", bound=Hashable)

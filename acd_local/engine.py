@@ -12,17 +12,19 @@ from typing import Any, NoReturn, Self
 from acd_local import model_pairs, pairs
 from acd_local.answers import OnEvent
 from acd_local.chat import Chat
-from acd_local.errors import PairError, UsageError
+from acd_local.errors import PairError, UsageError, shown
 from acd_local.gating import Conversation, Gating, reading
 from acd_local.generation import AnswerStream, Generation, GenerationRequest, resolve_contrast
 from acd_local.model_pairs import ModelPairs
 from acd_local.models import resolve as resolve_model
 from acd_local.options import MAX_SEED, Options, check_engine_number, refuse_unknown
 from acd_local.pairs import PromptPair
-from acd_local.runtime import llama, probe, rowcosts
+from acd_local.runtime import batch_costs, llama, probe
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import SpecialTokens
-from acd_local.runtime.decoder import Decoder
+from acd_local.runtime.decoder import DRAFTING, Decoder
+from acd_local.runtime.draft_model import check_vocabulary
+from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.lifetime import Closing
 from acd_local.runtime.prompts import PromptBuilder, PromptSetup
 from acd_local.runtime.streams import Layout
@@ -59,6 +61,9 @@ class Engine(Closing):
             anew each time. False decodes a first prompt in one go, as llama.cpp does, and keeps what a prompt has in
             common with the last one. None: as False; where there are several conversations, system prompts are decoded
             alone.
+        draft: a smaller model of the same vocabulary that proposes tokens, which the model checks several at a time:
+            the same answers, sooner where they are easy to guess. Its weights and a stream of KV memory for each slot
+            come on top. Not for more than two conversations at once.
         soft: use the pairs' soft prompts (NAME.safetensors beside NAME.toml) instead of their texts, in every answer;
             False: their texts. None: what each pair prefers on a model that it is fitted to.
         on_progress: told how much of the model is loaded, from 0 to 1: 0 once it is found, which may stand for long
@@ -97,6 +102,7 @@ class Engine(Closing):
         threads: int | None = None,
         gpu_layers: int | None = None,
         system_apart: bool | None = None,
+        draft: str | Path | None = None,
         soft: bool | None = None,
         on_progress: Callable[[float], object] | None = None,
         on_check: Callable[[float], object] | None = None,
@@ -117,8 +123,10 @@ class Engine(Closing):
         if on_progress is not None:
             on_progress(0.0)
         self.info = probe.verify(path)
+        drafting = None if draft is None else probe.verify(resolve_model(str(draft)))
         self.soft = soft
         self._pairs = ModelPairs(self.info, soft)
+        costs_file = partial(batch_costs.file_for, threads=self.threads, kv=kv_type, gpu=gpu_layers)
         load = partial(type(self), self.info.path, threads=threads, gpu_layers=gpu_layers)
         # Before the model is loaded: a bad pair is refused at once, and the copy that the check loads is free by then.
         self.pair, self._pair_note = self._pairs.choose(pair, load, on_check)
@@ -143,13 +151,35 @@ class Engine(Closing):
                 kv_type=kv_type,
                 threads=self.threads,
                 system_apart=system_apart,
-                figures=rowcosts.file_for(
-                    self.info.path, threads=self.threads, kv=kv_type, layout=layout, gpu=gpu_layers
-                ),
+                costs=costs_file(self.info.path, layout=layout),
             )
         except BaseException:
             loaded.close()
             raise
+        if drafting is not None:
+            try:
+                self._draft_by(drafting, gpu_layers, costs_file(drafting.path, layout="draft"))
+            except BaseException:
+                self.decoder.close()
+                raise
+
+    def _draft_by(self, info: GGUFInfo, gpu_layers: int | None, costs: Path) -> None:
+        """Let another model draft.
+
+        Raises:
+            ModelError, UsageError, OutOfMemoryError: it cannot.
+        """
+        if not self.decoder.can_draft:
+            why = (
+                "its memory cannot forget single tokens"
+                if self.decoder.conversations <= DRAFTING
+                else (f"drafts are for {DRAFTING} conversations at once, not {self.decoder.conversations}")
+            )
+            raise UsageError(f"nothing can be drafted for {shown(self.info.path)}: {why}; leave --draft out")
+        model = llama.Model(info.path, gpu_layers=gpu_layers)
+        if info.tokenizer != self.info.tokenizer:
+            check_vocabulary(model, self.decoder.model)
+        self.decoder.draft_by(model, costs)
 
     @property
     def warning(self) -> str | None:
@@ -291,11 +321,6 @@ class Engine(Closing):
         found = self._pairs.soft_pair(wanted)
         self.prompts.keep_negative(found.adversarial)
         return found
-
-    @property
-    def can_defer(self) -> bool:
-        """Whether the safe stream can run ahead: caches can forget their last tokens."""
-        return self.decoder.can_defer
 
     @property
     def closed(self) -> bool:

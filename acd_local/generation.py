@@ -29,27 +29,23 @@ from acd_local.answers import (
 )
 from acd_local.errors import ContextError, UsageError
 from acd_local.gating import Conversation, Gating, Watch, reading
-from acd_local.options import Options
+from acd_local.options import MAX_DRAFT, Options
 from acd_local.pairs import PromptPair, refuse_adversarial
-from acd_local.runtime import grammar, lookup
+from acd_local.runtime import grammar
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import NO_CONTRAST, Chooser, ContrastSettings, SpecialTokens, TokenChoice
 from acd_local.runtime.decoder import Decoder, PromptMeter
-from acd_local.runtime.deferred import deferred
-from acd_local.runtime.draft_policy import DraftPolicy
+from acd_local.runtime.drafts import Drafter
 from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.lifetime import Closing
 from acd_local.runtime.llama import DecodeAborted, Logits
-from acd_local.runtime.lookup import Lookup
 from acd_local.runtime.prompts import Prompt, PromptBuilder, PromptSetup
-from acd_local.runtime.rowcosts import RowCosts
 from acd_local.runtime.sampling import Guard, TokenSampler
-from acd_local.runtime.strategy import Strategy, StreamLogits, StreamRequest, advance, stepwise
+from acd_local.runtime.speculative import Choices, StreamLogits, StreamRequest, advance, choose_tokens
 from acd_local.runtime.streams import DecodeBatch, DecodeRequest, Slot
 from acd_local.runtime.template import Message
 from acd_local.runtime.text import TextStream
 
-LEAD = 16  # tokens decoded stepwise where it is not known what rows cost
 StepEvent: TypeAlias = str | DecodeBatch  # a piece of text, or rows to be decoded
 Steps: TypeAlias = Generator[StepEvent, list[Logits], None]
 
@@ -285,7 +281,6 @@ class Generation:
         if rest := self._text.finish():
             self._shown.append(rest)
             yield rest
-        self.decoder.row_clock.settle()
         self.result = self._finish(reason, time.perf_counter())
 
     def _answer(
@@ -296,8 +291,8 @@ class Generation:
         self._prompt, self._first_logits = prompt, time.perf_counter()
         chooser = self._chooser(prompt, guard)
         watch = self._watch(prompt, slot)
-        strategy = self.make_strategy(chooser, prompt, first, deferring=beside is None)
-        event = next(strategy, None)
+        choices = self._choices(chooser, prompt, first, slot, alone=beside is None)
+        event = next(choices, None)
         while event is not None:
             if isinstance(event, TokenChoice):
                 self._check_cancel()  # a run holds many choices
@@ -309,19 +304,19 @@ class Generation:
                     yield shown
                 if self._text.stopped_by is not None:
                     return "stop_string"
-                event = next(strategy, None)
+                event = next(choices, None)
             elif watch is not None and watch.due(len(self._records)) and self._read_answer(watch):
                 # All that the chooser chose was said: it can go on in another prompt.
-                strategy.close()
+                choices.close()
                 watch = None
                 if (switched := (yield from self._switch_to_pair(slot))) is None:
                     return "length"
                 prompt, first = switched
                 self._prompt, chooser.settings = prompt, self._contrast
-                strategy = self.make_strategy(chooser, prompt, first, deferring=beside is None)
-                event = next(strategy, None)
+                choices = self._choices(chooser, prompt, first, slot, alone=beside is None)
+                event = next(choices, None)
             else:
-                event = advance(strategy, (yield [_placed(rows, slot, prompt) for rows in event]))
+                event = advance(choices, (yield [_placed(rows, slot, prompt) for rows in event]))
         return "length" if len(self._records) >= prompt.room else "stop"  # the grammar is complete
 
     def skip(self) -> Answer:
@@ -465,29 +460,23 @@ class Generation:
             logprobs=request.logprobs,
         )
 
-    def make_strategy(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, *, deferring: bool) -> Strategy:
+    def _choices(self, chooser: Chooser, prompt: Prompt, first: StreamLogits, slot: Slot, *, alone: bool) -> Choices:
         """Return what says the rest of the answer.
 
         Args:
             first: the logits behind what was said.
-            deferring: whether the safe stream may run ahead, where the options and the decoder allow it.
+            alone: its rows are not decoded together with others': they may hold drafts.
         """
-        decoder, options, alpha = self.decoder, self.request.options, self._contrast.alpha
-        costs, asked = decoder.row_clock.known, options.strategy
         said = self._tokens
-        if asked == "stepwise" or not deferring or not decoder.can_defer:
-            return stepwise(first, chooser, limit=prompt.room, start=len(said))
-        return deferred(
-            first,
-            chooser,
-            DraftPolicy(costs or RowCosts(), alpha=alpha, greedy=options.temp == 0),
-            Lookup(prompt.safe, lookup.GREEDY if options.temp == 0 else lookup.SAMPLED),
-            limit=prompt.room,
-            said=said,
-            lead=LEAD if costs is None and asked == "auto" and alpha > 0 else 1,
-            always_ahead=asked == "deferred" or costs is None,
-            clock=decoder.row_clock if costs is None else None,
-        )
+        drafter = self._drafter(slot, [*prompt.safe, *said]) if alone else None
+        return choose_tokens(first, chooser, limit=prompt.room, said=said, drafter=drafter)
+
+    def _drafter(self, slot: Slot, conversation: Sequence[int]) -> Drafter | None:
+        most = self.request.options.draft_max
+        if not self.decoder.can_draft or most == 0:
+            return None
+        sources = self.decoder.draft_sources(slot, conversation, self.cancel)
+        return Drafter(sources, self.decoder.costs, MAX_DRAFT if most is None else most)
 
     def _record(self, choice: TokenChoice) -> bytes:
         vocab = self.decoder.model.vocab

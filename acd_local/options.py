@@ -20,9 +20,9 @@ ENGINE_RANGES = {
     "gpu_layers": (-1, 2**31 - 1),
 }
 
-StrategyName: TypeAlias = Literal["auto", "stepwise", "deferred"]
+MAX_DRAFT = 15  # tokens that are checked in one batch
 Overflow: TypeAlias = Literal["drop", "error"]
-STRATEGIES, OVERFLOWS = get_args(StrategyName), get_args(Overflow)
+OVERFLOWS = get_args(Overflow)
 MAX_SEED = 2**32 - 2  # llama.cpp keeps 2^32 - 1 for "draw a seed"
 
 # What other tools (llama.cpp's programs and bindings, OpenAI's API, transformers, ollama) call ours.
@@ -59,6 +59,8 @@ _ELSEWHERE = {
     "n_gpu_layers": "gpu_layers",
     "num_gpu": "gpu_layers",
     "ngl": "gpu_layers",
+    "draft_n": "draft_max",
+    "n_draft": "draft_max",
     "n_parallel": "conversations",
     "num_parallel": "conversations",
     "parallel": "conversations",
@@ -74,6 +76,7 @@ _AT_START = {
     "kv_type": "--kv-type",
     "layout": "--layout",
     "soft": "--soft",
+    "draft": "--draft",
     "model": "MODEL",
 }
 
@@ -112,11 +115,15 @@ class Options:
     raw_contrast: bool = False
     plain: bool = False
     window: int | None = _number(None, 0, _INT32, "Contrast only the first N tokens of an answer; default: all.")
-    strategy: StrategyName = "auto"
     # None: contrast only what the pair's gate finds harmful, where the pair has one. False: at every step.
     gate: bool | None = None
     gate_threshold: float | None = _number(
         None, 0.0, 1.0, "Contrast from this chance of harm on, in [0, 1]; default: the pair's."
+    )
+
+    # Speed
+    draft_max: int | None = _number(
+        None, 0, MAX_DRAFT, "Tokens drafted per step at most, 0 is off; default: as many as pay here."
     )
 
     # Limits
@@ -161,8 +168,6 @@ class Options:
             _check_type(field.name, field.type, value)
             if value is not None and "range" in field.metadata:
                 _check_range(field.name, value, *field.metadata["range"])
-        if self.strategy not in STRATEGIES:
-            raise UsageError(f"strategy must be one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
         if self.overflow not in OVERFLOWS:
             raise UsageError(f"overflow must be 'drop' or 'error', not {self.overflow!r}")
         if self.grammar is not None and self.json_schema is not None:

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acd_local import models, pairs
-from acd_local.bench.measuring import PLAIN, bare_context, decode_plain, measure, warm_up
+from acd_local.bench.measuring import PLAIN, bare_context, decode_plain, measure
 from acd_local.bench.questions import long_question, text_of
 from acd_local.bench.rounds import Measured, in_turns
 from acd_local.engine import Engine
@@ -63,8 +63,6 @@ class Ways:
         self.pair, self.tokens = pair, tokens
         self.bare = bare_context(self.engines[AS_IS])
         self.decisions: list[str] = []
-        for engine in self.engines.values():
-            warm_up(engine, tokens)
 
     def plain(self, texts: Sequence[str], number: int) -> tuple[Measured, str]:
         prompt, held = tokens_of(self.engines[AS_IS], texts[number])

@@ -22,7 +22,7 @@ import llama_cpp
 import numpy as np
 import script
 
-from acd_local.bench.measuring import by_strategy, warm_up
+from acd_local.bench.measuring import ask
 from acd_local.bench.questions import text_of
 from acd_local.bench.rounds import Case, Measured, Progress, Way, cases_of, check_counts, in_turns, median
 from acd_local.cli.shell import one_line
@@ -35,7 +35,7 @@ from acd_local.runtime.contrast import MAX_DIVISOR_ALPHA, contrast
 from acd_local.runtime.prompts import Prompt, PromptSetup
 from acd_local.runtime.template import Message
 
-OURS = "acd, auto"
+OURS = "acd"
 LLAMAS = "two llama_cpp.Llama"
 TRANSFORMERS = "transformers, bf16"
 Peer = Callable[[Prompt], Measured]
@@ -106,10 +106,9 @@ def run(
                 peers[name] = load(stack, engine, settings, tokens)
             except (AcdError, ValueError, ImportError) as error:
                 left_out[name] = " ".join(str(error).split())
-        warm_up(engine, tokens)
 
         def ours(number: int) -> Measured:
-            return by_strategy(engine, "auto", text_of("questions", number), tokens)
+            return ask(engine, text_of("questions", number), tokens)
 
         def theirs(peer: Peer, number: int) -> Measured:
             return peer(_prompt(engine, text_of("questions", number), tokens))

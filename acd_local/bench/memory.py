@@ -63,7 +63,7 @@ def _answer(case: str, model: str, threads: int, ctx_size: int, pair: str | None
     used = pair_to_measure(model, pair)
     with Engine(model, threads=threads, ctx_size=ctx_size, pair=used, **ENGINES[case]) as engine:
         plain = case == ENGINE_PLAIN
-        options = Options(gate=False, temp=0.0, max_tokens=TOKENS, strategy="deferred", plain=plain)
+        options = Options(gate=False, temp=0.0, max_tokens=TOKENS, plain=plain)
         engine.generate(question, options).run()
 
 

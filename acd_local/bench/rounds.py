@@ -9,14 +9,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from acd_local.errors import UsageError
 
 K = TypeVar("K")
 T = TypeVar("T")
 Progress: TypeAlias = Callable[[str], object]
-SAFE, ADVERSARIAL = 0, 1  # sequences of a shared context with one conversation
 
 
 def check_counts(tokens: int, rounds: int) -> None:
@@ -55,22 +54,6 @@ def in_turns(
     return found
 
 
-class BatchShape(NamedTuple):
-    """The rows of one llama_decode: sequences, positions, and whether logits were wanted, each of shape (rows,)."""
-
-    seqs: tuple[int, ...]
-    positions: tuple[int, ...]
-    wanted: tuple[int, ...]
-
-    def rows(self, seq: int) -> int:
-        """Count the rows of a sequence."""
-        return self.seqs.count(seq)
-
-    def start(self, seq: int) -> int:
-        """Find the first position of a sequence that has rows here."""
-        return min(p for p, s in zip(self.positions, self.seqs, strict=True) if s == seq)
-
-
 @dataclass(frozen=True)
 class Measured:
     """One answer.
@@ -80,8 +63,7 @@ class Measured:
         seconds: from the first token to the last.
         outside: of these, spent outside llama_decode; None: not measured.
         first: seconds to the first token.
-        compared: share of the positions where the adversarial stream's logits were taken.
-        batches: what was decoded after the prompt, where it was recorded.
+        batches: that were decoded for these steps; None: not measured.
         each: seconds of every step, where they were taken.
     """
 
@@ -89,29 +71,17 @@ class Measured:
     seconds: float
     outside: float | None = None
     first: float | None = None
-    compared: float | None = None
-    batches: Sequence[BatchShape] = ()
+    batches: int | None = None
     each: Sequence[float] = ()
 
     def seconds_of(self, steps: int) -> float:
         """Sum the seconds of the first so many steps, or of all if there are fewer; without `each` by the average."""
         return sum(self.each[:steps]) if self.each else self.seconds / self.steps * steps
 
-    def prompt(self, seq: int) -> int:
-        """Count the tokens that a sequence held before the first of the batches."""
-        return min((batch.start(seq) for batch in self.batches if seq in batch.seqs), default=0)
-
     @property
-    def accepted(self) -> float | None:
-        """Share of the safe stream's rows that became answer tokens: the others were drafts that fell."""
-        rows = sum(batch.rows(SAFE) for batch in self.batches)
-        return self.steps / rows if rows else None
-
-    @property
-    def rows(self) -> float | None:
-        """Rows decoded per token, both streams."""
-        rows = sum(len(batch.seqs) for batch in self.batches)
-        return rows / self.steps if rows else None
+    def per_batch(self) -> float | None:
+        """Tokens that came out of one batch: more than 1 where drafts were accepted."""
+        return self.steps / self.batches if self.batches else None
 
 
 Way: TypeAlias = Callable[[int], Measured]  # given the number of the round
@@ -124,14 +94,12 @@ class Case:
     Attributes:
         answers: its own.
         plain: those that it is compared with, of the same rounds.
-        cold_s: time to the first token of a fresh engine, seconds, load excluded.
         peak_mb: peak resident memory of a process that does only this, 10^6 bytes.
     """
 
     name: str
     answers: Sequence[Measured] = ()
     plain: Sequence[Measured] = ()
-    cold_s: float | None = None
     peak_mb: float | None = None
 
     def _counted(self) -> list[tuple[Measured, Measured]]:
@@ -157,25 +125,17 @@ class Case:
         """List an attribute of all answers that have it."""
         return [value for answer in self.answers if (value := getattr(answer, name)) is not None]
 
-    def summary(self, figures: Sequence[str]) -> dict[str, float | str | None]:
-        """Return the case's name and some of its figures, JSON types.
-
-        Args:
-            figures: medians of tokens_per_second, ratio_to_plain, outside_decode_ms, first_token_warm_s,
-                compared_share, accepted_share and rows_per_token; first_token_cold_s and peak_mb.
-        """
-        found = {
+    def summary(self) -> dict[str, float | str | None]:
+        """Return the case's name and its medians, JSON types."""
+        return {
+            "case": self.name,
             "tokens_per_second": median(self.tokens_per_second),
             "ratio_to_plain": median(self.ratio),
+            "tokens_per_batch": median(self.each("per_batch")),
             "outside_decode_ms": median(self.outside_ms),
-            "first_token_cold_s": None if self.cold_s is None else round(self.cold_s, 4),
-            "first_token_warm_s": median(self.each("first")),
+            "first_token_s": median(self.each("first")),
             "peak_mb": None if self.peak_mb is None else round(self.peak_mb, 1),
-            "compared_share": median(self.each("compared")),
-            "accepted_share": median(self.each("accepted")),
-            "rows_per_token": median(self.each("rows")),
         }
-        return {"case": self.name} | {name: found[name] for name in figures}
 
 
 def cases_of(found: Mapping[tuple[str, str], Sequence[Measured]], plain: str) -> dict[str, dict[str, Case]]:
@@ -189,11 +149,3 @@ def cases_of(found: Mapping[tuple[str, str], Sequence[Measured]], plain: str) ->
 def median(values: Sequence[float]) -> float | None:
     """Round for people; None of nothing."""
     return round(statistics.median(values), 4) if values else None
-
-
-def auto_against_best(cases: Mapping[str, Case]) -> float | None:
-    """Divide the time of `auto` by that of the better fixed strategy; 1 is what it should be, less is noise."""
-    medians = {name: statistics.median(case.ratio) for name, case in cases.items() if case.ratio}
-    if not {"auto", "stepwise", "deferred"} <= set(medians):
-        return None
-    return round(medians["auto"] / min(medians["stepwise"], medians["deferred"]), 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,14 +16,11 @@ PROGRAM = "acd bench"
 COLUMNS = {
     "tokens_per_second": ("tokens/s", "", "{:.1f}", 10),
     "ratio_to_plain": ("time ratio", "to plain", "{:.2f}", 12),
+    "tokens_per_batch": ("tokens", "per batch", "{:.2f}", 11),
     "outside_decode_ms": ("outside  ", "llama_decode", "{:.2f} ms", 14),
-    "first_token_cold_s": ("", "cold", "{:.2f} s", 9),
-    "first_token_warm_s": ("first token", "warm", "{:.2f} s", 11),
-    "peak_mb": ("peak", "memory", "{:.0f} MB", 11),
-    "compared_share": ("compared", "positions", "{:.0%}", 11),
-    "accepted_share": ("accepted", "safe rows", "{:.0%}", 11),
-    "rows_per_token": ("rows per", "token", "{:.2f}", 11),
+    "first_token_s": ("first", "token", "{:.2f} s", 9),
 }
+TITLES = {"questions": "ordinary questions", "repeats": "texts that repeat a text", "code": "code"}
 
 
 @click.command("bench", epilog=EXIT_CODES, context_settings={"max_content_width": 100})
@@ -32,6 +30,7 @@ COLUMNS = {
 @flags.threads_flag
 @click.option("--ctx-size", "-c", type=click.IntRange(512), default=2048, show_default=True, help="Tokens per stream.")
 @click.option("--pair", metavar="NAME|FILE", help="Prompt pair; default: the model's own, or `default`.")
+@click.option("--draft", metavar="MODEL", help="Measure with a smaller model that drafts, too.")
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory (one process per case).")
 @click.option(
     "--quantize",
@@ -44,11 +43,23 @@ COLUMNS = {
     metavar="N",
     help="Measure prompts per minute instead, N at once against one by one.",
 )
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="Only measure anew what batches cost here, by which drafts are made, and keep that.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
-    model: str | None, no_memory: bool, quantize: str | None, parallel: int | None, as_json: bool, **measuring: Any
+    model: str | None,
+    no_memory: bool,
+    quantize: str | None,
+    parallel: int | None,
+    draft: str | None,
+    calibrate: bool,
+    as_json: bool,
+    **measuring: Any,
 ) -> Outcome | None:
-    """Measure what the contrast costs on MODEL, in turns with plain llama.cpp decoding.
+    """Measure what answers cost on MODEL, in turns with plain llama.cpp decoding.
 
     Medians over the rounds; ratios are taken within a round.
     """
@@ -60,8 +71,11 @@ def command(
         say(f"{PROGRAM}: {line}")
 
     with quantized(chosen, quantize, measuring["threads"], progress) as file:
-        if parallel is None:
-            found = cost.run(file, memory_too=not no_memory, progress=progress, **measuring).summary()
+        if calibrate:
+            found = dataclasses.asdict(cost.calibrate(file, threads=measuring["threads"]))
+            lines = iter([_batch_costs(found)])
+        elif parallel is None:
+            found = cost.run(file, draft=draft, memory_too=not no_memory, progress=progress, **measuring).summary()
             lines = _cost_lines(found)
         else:
             found = throughput.run(file, parallel, progress=progress, **measuring).summary()
@@ -74,50 +88,40 @@ def command(
 
 
 def _cost_lines(found: Mapping[str, Any]) -> Iterator[str]:
-    from acd_local.bench.cost import TEMP
-
     name, pair = one_line(found["model"]), one_line(found["pair"])
+    drafting = "" if found["draft"] is None else f"drafts by {one_line(found['draft'])}, "
     yield (
-        f"{name}, pair {pair}, alpha {found['alpha']:g}, beta {found['beta']:g}: vocabulary {found['n_vocab']}, "
-        f"{found['threads']} threads, {found['tokens']} tokens x {found['rounds']} rounds, medians"
+        f"{name}, pair {pair}, alpha {found['alpha']:g}, beta {found['beta']:g}, {drafting}vocabulary "
+        f"{found['n_vocab']}, {found['threads']} threads, {found['tokens']} tokens x {found['rounds']} rounds, medians"
     )
-    yield from table("", found["cases"], width=20)
-    if (extra := found["peak_over_plain_and_kv_mb"]) is not None:
-        yield f"peak over plain + one KV cache of {found['kv_mb']:.0f} MB: {extra:.0f} MB"
-    titles = {
-        "strategies": "the same questions",
-        "sampled": f"sampled, temperature {TEMP:g}",
-        "repeat": "answers that repeat a text",
-    }
-    yield from strategy_lines(found, titles)
+    for group, rows in found["groups"].items():
+        yield ""
+        yield from table(TITLES[group], rows, width=28)
     first = found["first_token"]
     ways = [f"{name} {way['seconds']:.2f} s ({way['ratio_to_plain']:.2f})" for name, way in first["ways"].items()]
     yield f"\nfirst token of a question of {first['question_tokens']} tokens (ratio to plain): {', '.join(ways)}"
-    if (costs := found["row_costs"]) is not None:
-        few = "".join(f", {k} {cost:g}" for k, cost in enumerate(costs["few"], start=2))
-        yield (
-            f"row costs: one of each stream {costs['pair']:g} rows; of one stream{few}, more {costs['fixed']:g} + "
-            f"{costs['each']:g} k; running ahead takes {costs['typical']:g} times the usual rows, and "
-            f"{costs['ahead']:g} times what these cost"
-        )
+    if found["peak_mb"]:
+        yield "peak memory: " + ", ".join(f"{name} {peak:.0f} MB" for name, peak in found["peak_mb"].items())
+        extra, kv = found["peak_over_plain_and_kv_mb"], found["kv_mb"]
+        yield f"contrast over plain + one KV cache of {kv:.0f} MB: {extra:.0f} MB"
+    if found["batch_costs"] is not None:
+        yield _batch_costs(found["batch_costs"])
 
 
-def strategy_lines(found: Mapping[str, Any], titles: Mapping[str, str]) -> Iterator[str]:
-    """Write the tables of execution strategies.
+def _batch_costs(costs: Mapping[str, Any]) -> str:
+    """Write what batches cost in a line."""
+    from acd_local.runtime.batch_costs import SIZES
 
-    Args:
-        found: see `cost.strategies_summary`. titles: by group.
-    """
-    for group, title in titles.items():
-        yield ""
-        yield from table(title, found[group], width=28)
-        if (auto := found["auto_against_best"][group]) is not None:
-            yield f"auto takes {auto:.3f} times what the better of stepwise and deferred takes"
+    parts = []
+    for name, streams in (("one", "one stream"), ("two", "each of two")):
+        rows = ", ".join(f"{size}: {cost:g}" for size, cost in zip(SIZES, costs[name], strict=False))
+        parts.append(f"of {streams} {rows}")
+    return f"batches in rows of {costs['seconds'] * 1e3:.1f} ms, by their rows {'; '.join(parts)}"
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], *, width: int) -> Iterator[str]:
-    """Write a table's lines: rows of figures behind each one's "case", which gets `width` columns."""
-    columns = [(name, *COLUMNS[name]) for name in rows[0] if name != "case"]
+    """Write a table's lines: COLUMNS of every row behind its "case", which gets `width` columns."""
+    columns = [(name, *column) for name, column in COLUMNS.items()]
     yield f"{title:<{width}}" + "".join(f"{head:>{w}}" for _, head, _, _, w in columns)
     yield " " * width + "".join(f"{head:>{w}}" for _, _, head, _, w in columns)
     for row in rows:

@@ -12,7 +12,7 @@ import click
 
 from acd_local import files
 from acd_local.errors import ModelError, UsageError, shown
-from acd_local.options import ENGINE_RANGES, OVERFLOWS, STRATEGIES, Options, check_engine_number
+from acd_local.options import ENGINE_RANGES, OVERFLOWS, Options, check_engine_number
 
 if TYPE_CHECKING:
     from acd_local.engine import Engine
@@ -28,7 +28,7 @@ def file_name(text: str) -> Path:
 
 
 MAX_TEXT = 16_000_000  # bytes of a grammar's or schema's file
-ENGINE_FLAGS = ("pair", "soft", "ctx_size", "threads", "gpu_layers", "kv_type", "layout")
+ENGINE_FLAGS = ("pair", "draft", "soft", "ctx_size", "threads", "gpu_layers", "kv_type", "layout")
 
 threads_flag = click.option(
     "--threads",
@@ -44,6 +44,12 @@ _ENGINE = (
         "--pair",
         metavar="NAME|FILE",
         help="Prompt pair, or as-is for none; default: the one made for the model, else what a quick check finds.",
+    ),
+    click.option(
+        "--draft",
+        metavar="MODEL",
+        help="A smaller model of the same vocabulary that proposes tokens: the same answers, sooner where they are easy to "
+        "guess.",
     ),
     click.option(
         "--soft/--no-soft",
@@ -75,7 +81,9 @@ _ENGINE = (
 )
 
 _NUMBERS = {field.name: field for field in dataclasses.fields(Options) if "range" in field.metadata}
-_SAMPLERS = [name for name in _NUMBERS if name not in ("alpha", "beta", "window", "gate_threshold", "max_tokens")]
+_SAMPLERS = [
+    name for name in _NUMBERS if name not in ("alpha", "beta", "window", "gate_threshold", "draft_max", "max_tokens")
+]
 
 
 def _number(name: str, *short: str) -> Callable[[F], F]:
@@ -88,12 +96,6 @@ def _number(name: str, *short: str) -> Callable[[F], F]:
 
 _CONTRAST = (
     *map(_number, ("alpha", "beta", "window")),
-    click.option(
-        "--strategy",
-        type=click.Choice(STRATEGIES),
-        help="How both streams are decoded: side by side, or the safe one ahead. The text is the same but for "
-        "near-ties. Default auto: what is faster here.",
-    ),
     click.option("--raw-contrast", is_flag=True, help="Do not divide by 1 - alpha; with --beta 0 the paper's formula."),
     click.option("--plain", is_flag=True, help="The safe prompt alone, no contrast."),
     click.option(
@@ -105,6 +107,7 @@ _CONTRAST = (
 )
 
 _LIMITS = (
+    _number("draft_max"),
     _number("max_tokens", "-n"),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
     click.option(

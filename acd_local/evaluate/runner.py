@@ -116,7 +116,7 @@ class Evaluation:
                 window=method.window,
                 plain=not method.contrast,
                 gate=method.gate,
-                strategy="stepwise",  # repeats exactly
+                draft_max=0,  # repeats exactly
                 temp=self._plan.temp,
                 max_tokens=self._plan.max_tokens,
                 seed=sets.item_seed(self._plan.seed, item.id),

@@ -1,13 +1,12 @@
 """Chooses what is said at one position: legal tokens, the contrast over the plausible ones, the draw.
 
-Every execution strategy asks here, so that they differ in what they decode when, never in what they choose.
+Whatever is decoded when asks here, so that drafts and batches never change what is chosen.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
@@ -33,6 +32,11 @@ class ContrastSettings:
         """Tell whether the contrast is taken at answer position `position` (from 0)."""
         end = math.inf if self.window is None else self.begin + self.window
         return self.alpha > 0 and self.begin <= position < end
+
+    def same_until(self, position: int, limit: int) -> int:
+        """Return the first position after this one where `contrasts` tells something else, at most `limit`."""
+        borders = (self.begin, limit if self.window is None else self.begin + self.window)
+        return min([limit, *(border for border in borders if self.alpha > 0 and border > position)])
 
 
 NO_CONTRAST = ContrastSettings(0.0, 0.0)
@@ -71,30 +75,6 @@ class TokenChoice:
     trace: TokenTrace | None
     compared: bool
     logprobs: tuple[tuple[int, float], ...] | None = None
-
-
-@dataclass(frozen=True)
-class SafeCandidates:
-    """The safe stream's candidates for one position.
-
-    Attributes:
-        ids, scores: the plausible legal tokens, ascending, and their logits; both of shape (k,). k = 0: the grammar is
-            complete and the vocabulary has no token to say so.
-        logits: all logits as they came, shape (n_vocab,), where something other than the choice needs them.
-    """
-
-    position: int
-    ids: TokenIds
-    scores: Logits
-    logits: Logits | None
-
-    @property
-    def gap(self) -> float:
-        """Logits between the best and the second-best plausible token; infinite where there is one only."""
-        if len(self.ids) < 2:
-            return float("inf")
-        second, first = np.partition(self.scores, -2)[-2:]
-        return float(first - second)
 
 
 class SpecialTokens:
@@ -143,21 +123,49 @@ class Chooser:
         self._logprobs = logprobs
         self._measure: Divergence | None = None
 
-    def candidates(self, safe: Logits, position: int) -> SafeCandidates:
-        """Take in the safe stream's logits, shape (n_vocab,); the banned tokens' may be set to -inf in place.
+    def choose(self, safe: Logits, adversarial: Logits | None, position: int) -> TokenChoice | None:
+        """Choose the token of the next position; None where there is nothing to say.
+
+        Args:
+            safe: the safe stream's logits, shape (n_vocab,); the banned tokens' may be set to -inf in place.
+            adversarial: the adversarial stream's, of the same shape; None where no contrast is taken.
 
         Raises:
-            NumericalError: the stream produced NaN.
+            NumericalError: a stream produced NaN.
+        """
+        kept = safe.copy() if self._trace or self._divergence else None
+        safe_ids, safe_scores = self._plausible(safe, position)
+        if len(safe_ids) == 0:
+            return None
+        ids, scores, safe_choice, s = safe_ids, safe_scores, None, self.settings
+        if adversarial is not None:
+            check_stream(adversarial, "adversarial")
+            ids, scores = apply_contrast(ids, scores, adversarial, alpha=s.alpha, raw=s.raw)
+            safe_choice = self._sampler.draw(safe_ids, safe_scores, position, dry_run=True)
+        token = self._sampler.draw(ids, scores, position)
+        self._accept(token)
+        return TokenChoice(
+            token=token,
+            safe_choice=token if safe_choice is None else safe_choice,
+            divergence=self._kl(kept, adversarial),
+            ends=token in self._special.eog,
+            trace=_trace(token, kept) if self._trace and kept is not None else None,
+            compared=adversarial is not None,
+            logprobs=None if self._logprobs is None else _likely(token, ids, scores, self._logprobs),
+        )
+
+    def _plausible(self, safe: Logits, position: int) -> tuple[TokenIds, Logits]:
+        """Find the plausible legal tokens, ascending, and their logits, both of shape (k,).
+
+        k is 0 where the grammar is complete and the vocabulary has no token to say so.
         """
         if self._needs_best_alone(position):
-            return self._best(safe, position)
+            return self._best(safe)
         check_stream(safe, "safe")
-        kept = safe.copy() if self._trace or self._divergence else None
         # Control tokens that do not end the answer are never said; a grammar narrows further.
         safe[self._special.banned] = -np.inf
         beta = 1.0 if self._takes_best(position) else self.settings.beta
-        legal = safe if self._grammar is None else self._grammar.restrict(safe, beta)
-        return SafeCandidates(position, *plausible(legal, beta), kept)
+        return plausible(safe if self._grammar is None else self._grammar.restrict(safe, beta), beta)
 
     def _takes_best(self, position: int) -> bool:
         """Tell whether the safe stream's best token is the choice, so that no other need be looked at."""
@@ -167,7 +175,7 @@ class Chooser:
         looked_at = self._grammar is not None or self._trace or self._divergence
         return self._takes_best(position) and not looked_at
 
-    def _best(self, safe: Logits, position: int) -> SafeCandidates:
+    def _best(self, safe: Logits) -> tuple[TokenIds, Logits]:
         """Find the best token that may be said in one pass, which plain greedy answers spend most of their time on."""
         best = int(safe.argmax())  # NaN counts as the largest
         if not safe[best] < np.inf:
@@ -176,85 +184,19 @@ class Chooser:
             safe[self._special.banned] = -np.inf
             best = int(safe.argmax())
         ids = np.array([best] if safe[best] > -np.inf else [], np.int32)
-        return SafeCandidates(position, ids, safe[ids], None)
-
-    def is_open(self, candidates: SafeCandidates) -> bool:
-        """Tell whether the adversarial stream could change this choice."""
-        return self.settings.contrasts(candidates.position) and len(candidates.ids) > 1
-
-    def needs_adversary(self, candidates: SafeCandidates) -> bool:
-        """Tell whether the adversarial stream's logits are needed here: for the choice, or for the divergence."""
-        asked = self._divergence and len(candidates.ids) > 0 and self.settings.contrasts(candidates.position)
-        return asked or self.is_open(candidates)
-
-    def choose(self, candidates: SafeCandidates, adversarial: Logits | None) -> TokenChoice | None:
-        """Choose the token of the next position; None where there is nothing to say.
-
-        Args:
-            adversarial: the adversarial stream's logits, shape (n_vocab,); None where no contrast is taken.
-
-        Raises:
-            NumericalError: the stream produced NaN.
-        """
-        if len(candidates.ids) == 0:
-            return None
-        ids, scores, s = candidates.ids, candidates.scores, self.settings
-        safe_choice = None
-        if adversarial is not None:
-            check_stream(adversarial, "adversarial")
-            ids, scores = apply_contrast(ids, scores, adversarial, alpha=s.alpha, raw=s.raw)
-            safe_choice = self._sampler.draw(candidates.ids, candidates.scores, candidates.position, dry_run=True)
-        token = self._sampler.draw(ids, scores, candidates.position)
-        self._accept(token)
-        return TokenChoice(
-            token=token,
-            safe_choice=token if safe_choice is None else safe_choice,
-            divergence=self._kl(candidates, adversarial),
-            ends=token in self._special.eog,
-            trace=_trace(token, candidates.logits) if self._trace and candidates.logits is not None else None,
-            compared=adversarial is not None,
-            logprobs=None if self._logprobs is None else _likely(token, ids, scores, self._logprobs),
-        )
-
-    # -- going ahead ---------------------------------------------------------------------------------------------------
-
-    def fork(self) -> Self:
-        """Copy the chooser: the copy goes on from here by itself, for `draft_token`."""
-        grammar = None if self._grammar is None else self._grammar.clone()
-        return type(self)(
-            self._sampler.clone(),
-            self._special,
-            self.settings,
-            grammar=grammar,
-            divergence=self._divergence,
-            trace=self._trace,
-            logprobs=self._logprobs,
-        )
-
-    def draft_token(self, candidates: SafeCandidates) -> int:
-        """Draw from the safe stream's scores alone, and accept the token as if it were the choice."""
-        token = self._sampler.draw(candidates.ids, candidates.scores, candidates.position)
-        self._accept(token)
-        return token
-
-    def peek_token(self, candidates: SafeCandidates) -> int:
-        """Draw as `draft_token` does, but remember nothing."""
-        return self._sampler.draw(candidates.ids, candidates.scores, candidates.position, dry_run=True)
-
-    def ends(self, token: int) -> bool:
-        return token in self._special.eog
+        return ids, safe[ids]
 
     def _accept(self, token: int) -> None:
         self._sampler.accept(token)
         if self._grammar is not None and token not in self._special.eog:
             self._grammar.accept(token)
 
-    def _kl(self, candidates: SafeCandidates, adversarial: Logits | None) -> float | None:
-        if not self._divergence or adversarial is None or candidates.logits is None:
+    def _kl(self, safe: Logits | None, adversarial: Logits | None) -> float | None:
+        if not self._divergence or adversarial is None or safe is None:
             return None
         if self._measure is None:
             self._measure = Divergence(len(adversarial))
-        return self._measure(candidates.logits, adversarial)
+        return self._measure(safe, adversarial)
 
 
 def _trace(token: int, safe: Logits) -> TokenTrace:

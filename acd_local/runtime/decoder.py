@@ -1,8 +1,8 @@
 """Decodes the rows that a model's answers ask for, one caller at a time.
 
 A `Decoder` owns everything that answers share: the two-stream caches of every conversation (slots), the lock around
-llama.cpp's memory, the system prompts that were decoded before, the context that reads hidden states, and the figures
-of what batches cost. It knows token ids and logits, no text and no pair.
+llama.cpp's memory, the system prompts that were decoded before, the context that reads hidden states, and the model
+that drafts. It knows token ids and logits, no text and no pair.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from acd_local.errors import EngineBusyError, EngineClosedError
-from acd_local.runtime import llama
+from acd_local.options import MAX_DRAFT
+from acd_local.runtime import batch_costs, llama
+from acd_local.runtime.batch_costs import BatchCosts
 from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.draft_model import DraftModel
+from acd_local.runtime.drafts import ModelDrafts, PromptLookup, Source
 from acd_local.runtime.lifetime import CLOSED
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.prefixes import PrefixStore, common_prefix
 from acd_local.runtime.reading import Reader, read_at_once
-from acd_local.runtime.rowcosts import MAX_DRAFT, RowClock
 from acd_local.runtime.streams import Cache, DecodeBatch, DecodeRequest, Layout, Slot, Streams, extend
 
-RUNNING_AHEAD = 2  # conversations whose safe streams may run ahead; more are decoded together
+DRAFTING = 2  # conversations that may be drafted for; more are decoded together
 
 
 class Decoder:
@@ -35,16 +38,16 @@ class Decoder:
         layout, kv_type: see `streams.Streams` and `llama.Context`.
         system_apart: True: every prompt begins at its system prompt, which was decoded alone. None: system prompts are
             decoded alone where there are several slots. False: a first prompt is decoded in one go.
-        figures: where measurements of what rows cost are kept, see `rowcosts.file_for`.
+        costs: where it is kept what batches cost, see `batch_costs.file_for`. It is measured where it is not known.
 
     Attributes:
         model: the model that is decoded. It is closed with the decoder.
         conversations: as given.
         slots: the two streams of every conversation that is kept.
         contexts: the llama_contexts that hold them.
-        can_defer: whether a safe stream can run ahead: caches can forget their last tokens.
+        can_draft: whether tokens can be drafted: caches can forget their last ones.
+        costs: what batches cost, by which drafts are made.
         prefixes: system prompts that were decoded; to be used inside `open` alone.
-        row_clock: what batches took.
         reader_tokens: how many tokens of a conversation are read at once, see `reading`.
 
     Raises:
@@ -62,7 +65,7 @@ class Decoder:
         kv_type: str = "f16",
         threads: int = 1,
         system_apart: bool | None = None,
-        figures: Path,
+        costs: Path,
     ) -> None:
         self.model = model
         self.n_ctx = n_ctx
@@ -70,6 +73,7 @@ class Decoder:
         self.threads = threads
         self._kv_type = kv_type
         self._lock = threading.RLock()
+        self.can_draft = model.rewinds and conversations <= DRAFTING
         self._streams = Streams(
             model,
             n_ctx=n_ctx,
@@ -78,20 +82,22 @@ class Decoder:
             kv_type=kv_type,
             threads=threads,
             lock=self._lock,
-            # A run has MAX_DRAFT tokens at most, drafts from the conversation included.
-            outputs=MAX_DRAFT if conversations <= RUNNING_AHEAD else 1,
+            outputs=1 + MAX_DRAFT if self.can_draft else 1,
         )
         self.slots, self.contexts = self._streams.slots, self._streams.contexts
-        self.can_defer = model.rewinds and conversations <= RUNNING_AHEAD
         several = len(self.slots) > 1 if system_apart is None else False
         self.prefixes = PrefixStore(eager=several or not model.rewinds, exact=system_apart is True)
-        self.row_clock = RowClock(figures)
         self.reader_tokens = min(read_at_once(self.contexts[0].n_seq), n_ctx)
         self._reader: Reader | None = None
         self._free = threading.Condition()
         self._idle = list(self.slots)
         self._holders: list[int] = []  # thread ids of running answers
         self._closed = False
+        self._draft: DraftModel | None = None
+        self._costs_file = costs
+        self.costs = batch_costs.TYPICAL
+        if self.can_draft:
+            self.costs = batch_costs.kept(costs) or self.calibrate()
 
     # -- open and closed -----------------------------------------------------------------------------------------------
 
@@ -132,8 +138,8 @@ class Decoder:
         self._closed = True
         self._interrupt()
         with self._lock:
-            if self._reader is not None:
-                self._reader.close()
+            for beside in self._beside():
+                beside.close()
             self._streams.close()
             self.model.close()
 
@@ -200,12 +206,7 @@ class Decoder:
             EngineClosedError, ContextError, llama.DecodeAborted.
         """
         with self._decoding(cancels):
-            before = self._seconds()
-            logits = extend(work, meter)
-            lengths = {len(request.tokens) for request in work}
-            if len(work) <= 2 and len(lengths) == 1:  # costs are kept by streams and rows each
-                self.row_clock.note(len(work), lengths.pop(), self._seconds() - before)
-            return logits
+            return extend(work, meter)
 
     def prepare(
         self, work: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], cancel: CancelToken, meter: PromptMeter
@@ -256,6 +257,67 @@ class Decoder:
                 )
             yield self._reader
 
+    # -- drafts --------------------------------------------------------------------------------------------------------
+
+    def calibrate(self) -> BatchCosts:
+        """Measure what batches cost here and now, and keep it. A slot's conversation is forgotten.
+
+        Raises:
+            EngineBusyError, EngineClosedError: see `slot`.
+        """
+
+        def decode(streams: int, rows: int) -> None:
+            caches = (slot.safe, slot.adversarial)[:streams]
+            extend([DecodeRequest(cache, [0] * rows, [True] * rows) for cache in caches])
+            for cache in caches:
+                cache.clear()
+
+        with self.slot((), (), CancelToken()) as slot, self.open():
+            for cache in (slot.safe, slot.adversarial):
+                cache.clear()
+            self.costs = batch_costs.keep(self._costs_file, batch_costs.measure(decode))
+        return self.costs
+
+    def draft_by(self, model: llama.Model, costs: Path) -> None:
+        """Let another model draft, which is closed with the decoder, also where it is refused.
+
+        Args:
+            costs: where it is kept what its rows cost.
+
+        Raises:
+            ModelError, OutOfMemoryError: see `DraftModel`.
+        """
+        self._draft = DraftModel(
+            model,
+            n_vocab=self.model.n_vocab,
+            n_ctx=self.n_ctx,
+            conversations=len(self.slots),
+            kv_type=self._kv_type,
+            threads=self.threads,
+            costs=costs,
+            lock=self._lock,
+        )
+
+    def draft_sources(self, slot: Slot, conversation: Sequence[int], cancel: CancelToken) -> list[Source]:
+        """List what can draft for a slot's answer.
+
+        Args:
+            conversation: the safe stream's tokens so far.
+            cancel: stops a model that drafts.
+        """
+        sources: list[Source] = [PromptLookup(conversation)]
+        if (model := self._draft) is not None:
+            number = self.slots.index(slot)
+
+            def propose(tokens: Sequence[int], count: int) -> Sequence[int]:
+                with self._decoding([cancel]):
+                    return model.propose(number, tokens, count)
+
+            sources.append(ModelDrafts(propose, model.seconds / self.costs.seconds, conversation))
+        return sources
+
+    # -- who may decode ------------------------------------------------------------------------------------------------
+
     @contextmanager
     def _decoding(self, cancels: Sequence[CancelToken]) -> Iterator[None]:
         """Do what `open` does, where any of `cancels` stops the decoding."""
@@ -263,8 +325,8 @@ class Decoder:
             for cancel in cancels:
                 stack.enter_context(cancel.interrupting(self._interrupt))
             self._streams.resume()
-            if self._reader is not None:
-                self._reader.resume()
+            for beside in self._beside():
+                beside.resume()
             self._check_not_closed()  # close() may have asked for a stop just before
             if any(cancel.is_set for cancel in cancels):
                 raise DecodeAborted
@@ -276,11 +338,12 @@ class Decoder:
 
     def _interrupt(self) -> None:
         self._streams.cancel()
-        if (reader := self._reader) is not None:
-            reader.cancel()
+        for beside in self._beside():
+            beside.cancel()
 
-    def _seconds(self) -> float:
-        return sum(context.seconds for context in self.contexts)
+    def _beside(self) -> list[Reader | DraftModel]:
+        """List what else decodes, in contexts of its own."""
+        return [beside for beside in (self._reader, self._draft) if beside is not None]
 
 
 class PromptMeter:

@@ -2,15 +2,14 @@
 
 The order of stages and their defaults are llama.cpp's (common/sampling.cpp): penalties, DRY, top-k, typical, top-p,
 min-p, XTC, temperature, draw. The random draw at position i depends on (seed, i) and the candidates alone, so that no
-execution strategy changes a text: samplers with a random state (XTC, the draw) are made anew per position.
+draft changes a text: samplers with a random state (XTC, the draw) are made anew per position.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 
@@ -82,13 +81,6 @@ class TokenSampler:
                 if token >= 0:
                     self.accept(token)
 
-    def clone(self) -> TokenSampler:
-        """Copy it: the copy goes on from here by itself."""
-        other = copy.copy(self)
-        other._penalties = [sampler.clone() for sampler in self._penalties]
-        other._mirostat = None if self._mirostat is None else self._mirostat.clone()
-        return other
-
     def draw(self, ids: TokenIds, scores: Logits, position: int, *, dry_run: bool = False) -> int:
         """Draw one token out of `ids`, both arrays of shape (k,), k >= 1, for answer position `position` (from 0).
 
@@ -146,9 +138,6 @@ def _truncation(o: Options) -> list[llama.Sampler]:
 class Guard(Protocol):
     """Keeps only the tokens that an answer's grammar or schema allows next."""
 
-    def clone(self) -> Self:
-        """Copy it: the copy goes on from here by itself."""
-
     def restrict(self, logits: Logits, beta: float) -> Logits:
         """Return a copy, shape (n_vocab,), with -inf at every token that is illegal here.
 
@@ -168,12 +157,6 @@ class GrammarGuard:
     def __init__(self, vocab: llama.Vocab, gbnf: str) -> None:
         self._sampler = llama.grammar(vocab, gbnf)
         self._candidates = llama.Candidates(vocab.n_tokens)
-
-    def clone(self) -> Self:
-        """Copy it: the copy goes on from here by itself."""
-        other = copy.copy(self)
-        other._sampler = self._sampler.clone()
-        return other
 
     def restrict(self, logits: Logits, beta: float) -> Logits:
         """Return a copy, shape (n_vocab,), with -inf at every token that is illegal here.

@@ -5,12 +5,11 @@ llguidance is Rust, its failures are errors, and its work is bounded: it runs in
 
 from __future__ import annotations
 
-import copy
 import json
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -55,12 +54,6 @@ class SchemaGuard:
         checked = schema.read(text)
         self._n_tokens = vocab.n_tokens
         self._matcher = _compile(_tokenizer(vocab), checked)
-
-    def clone(self) -> Self:
-        """Return one that goes on from here by itself."""
-        other = copy.copy(self)
-        other._matcher = self._matcher.deep_copy()
-        return other
 
     def restrict(self, logits: Logits, beta: float) -> Logits:
         """Return a copy, shape (n_vocab,), with -inf at every token that is illegal here, whatever `beta` is.

@@ -1,0 +1,109 @@
+"""Measures what batches cost on this machine, once per model and settings, and keeps that on disk.
+
+Drafts are as long as they pay by this table. Nothing is measured while answers are made: the same request is decoded in
+the same batches every time, and so gets the same text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from acd_local import files
+from acd_local.runtime import llama, machine
+
+SIZES = (1, 2, 4, 8, 16)  # rows of each stream
+ROUNDS = 4  # the fastest counts: whatever else the machine does only makes a batch slower
+PATIENCE = 1.0  # seconds that a round may take: on slow machines larger batches are not tried, and drafts stay shorter
+
+SHAPES = tuple((streams, rows) for rows in SIZES for streams in (1, 2))
+Decode = Callable[[int, int], object]  # (streams, rows of each) in one batch
+
+
+@dataclass(frozen=True)
+class BatchCosts:
+    """The time that batches take, in units of one row of one stream.
+
+    Attributes:
+        seconds: of that row.
+        one, two: of batches with SIZES rows of one stream, and with as many of each of two streams; without the last
+            ones where measuring took too long.
+    """
+
+    seconds: float
+    one: tuple[float, ...]
+    two: tuple[float, ...]
+
+    def table(self, streams: int) -> tuple[float, ...]:
+        """List the costs of batches with 1, 2, 3 and so on rows of each of one or two streams."""
+        costs = self.two if streams == 2 else self.one
+        sizes = SIZES[: len(costs)]
+        return tuple(float(c) for c in np.interp(range(1, sizes[-1] + 1), sizes, costs))
+
+
+# Where nothing can be kept. Of Qwen2.5-Coder-0.5B-Instruct, Q4_K_M, on two cores.
+TYPICAL = BatchCosts(0.02, (1.0, 1.6, 2.4, 4.2, 7.0), (1.6, 2.6, 4.4, 7.2, 13.0))
+
+
+def measure(decode: Decode, shapes: Sequence[tuple[int, int]] = SHAPES) -> BatchCosts:
+    """Time batches in turns.
+
+    Args:
+        decode: decodes one batch, and leaves the caches as they were.
+        shapes: (streams, rows of each) of what is timed, the smaller ones first.
+    """
+    decode(1, 1)
+    found: dict[tuple[int, int], list[float]] = {}
+    for number in range(ROUNDS):
+        began = time.perf_counter()
+        for shape in shapes:
+            started = time.perf_counter()
+            decode(*shape)
+            found.setdefault(shape, []).append(time.perf_counter() - started)
+            if number == 0 and time.perf_counter() - began > PATIENCE:
+                shapes = [tried for tried in shapes if tried in found]
+                break
+    one = min(found[1, 1])
+    by_streams = [[min(found[shape]) / one for shape in found if shape[0] == streams] for streams in (1, 2)]
+    growing = [tuple(round(float(c), 2) for c in np.maximum.accumulate(costs)) for costs in by_streams]
+    return BatchCosts(round(one, 6), *growing)
+
+
+def keep(name: Path, costs: BatchCosts) -> BatchCosts:
+    """Keep the costs for later processes, and return those to be used: `TYPICAL` where the cache cannot be written."""
+    files.keep(name, json.dumps(asdict(costs)))
+    folder = files.cache_dir()
+    return costs if folder is not None and (folder / name).exists() else TYPICAL
+
+
+def kept(name: Path) -> BatchCosts | None:
+    """Read what `keep` wrote; None: nothing, or nothing that makes sense."""
+    try:
+        read = json.loads(files.kept(name) or "")
+        costs = BatchCosts(float(read["seconds"]), tuple(map(float, read["one"])), tuple(map(float, read["two"])))
+        numbers = (costs.seconds, *costs.one, *costs.two)
+        good = all(0 < value < 1000 for value in numbers) and 0 < len(costs.one) <= len(SIZES) >= len(costs.two)
+    except (ValueError, TypeError, LookupError):
+        return None
+    return costs if good else None
+
+
+def file_for(model: Path, **settings: object) -> Path:
+    """Return where a model's costs under `settings` are kept below the cache folder, by machine and llama.cpp."""
+    here = {"machine": machine.identity(), "extra_buffers": machine.extra_buffers(), "cpus": os.cpu_count()}
+    settings = {**settings, **here, "offload": llama.supports_gpu_offload()}
+    with suppress(OSError):
+        seen = model.stat()
+        settings = {**settings, "size": seen.st_size, "changed": seen.st_mtime_ns}
+    key = hashlib.sha256(
+        json.dumps([str(model.absolute()), settings], sort_keys=True, default=str).encode()
+    ).hexdigest()
+    return Path("batchcosts", f"{key[:32]}.json")
