@@ -23,7 +23,7 @@ ANSWER = """
 import sys
 import acd_local
 engine = acd_local.load("demo", ctx_size=512, threads=int(sys.argv[1]), pair="default")
-options = acd_local.Options(max_tokens=int(sys.argv[2]), temp=0, strategy="stepwise")
+options = acd_local.Options(max_tokens=int(sys.argv[2]), temp=0, draft_max=0)
 engine.generate("Tell me about the sea.", options).run()
 print("ready", flush=True)
 for _ in sys.stdin:

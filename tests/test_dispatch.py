@@ -194,7 +194,7 @@ def test_a_title_request_leaves_the_chats_cache_alone(tiny: Callable[..., Path])
     for slots in (1, 2):
         with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=1024, threads=1, slots=slots) as engine:
             assert len(engine.decoder.slots) == slots
-            assert engine.can_defer
+            assert engine.decoder.can_draft
             rows.append(talk(engine, chats)[2])
     assert rows[0] > 300 > 100 > rows[1]
 

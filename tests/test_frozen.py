@@ -43,7 +43,7 @@ import acd_local
 
 try:
     with acd_local.load(sys.argv[1], ctx_size=512, threads=1) as engine:
-        answer = engine.chat().ask(sys.argv[2], max_tokens=12, temp=0.0, strategy="stepwise")
+        answer = engine.chat().ask(sys.argv[2], max_tokens=12, temp=0.0, draft_max=0)
         print(engine.pair.name, answer.text, sep="\\n")
 except acd_local.AcdError as error:
     print(type(error).__name__, error, sep="\\n")
@@ -88,7 +88,7 @@ def run(program: Path, tmp_path: Path) -> Callable[..., Done]:
 def test_it_answers(run: Callable[..., Done], demo: Path) -> None:
     question = "What is red wine?"
     with acd_local.load(demo, ctx_size=512, threads=1) as engine:
-        answer = engine.chat().ask(question, max_tokens=12, temp=0.0, strategy="stepwise")
+        answer = engine.chat().ask(question, max_tokens=12, temp=0.0, draft_max=0)
         expected = f"{engine.pair.name}\n{answer.text}\n"
     assert run(demo, question) == (0, expected, ["application", "child acd_local.runtime.probe"])
     assert run(demo, question) == (0, expected, ["application"]), "the file was not remembered"

@@ -44,11 +44,11 @@ def test_they_are_those_of_the_contrasted_distribution(engine: Engine) -> None:
     assert [one.logprob for one in top] == sorted((one.logprob for one in top), reverse=True)
 
 
-@pytest.mark.parametrize("strategy", ["stepwise", "deferred"])
+@pytest.mark.parametrize("draft_max", [0, None])
 @pytest.mark.parametrize("options", [{"temp": 0.0}, {"temp": 1.0}, {"plain": True, "temp": 0.0}], ids=str)
-def test_probabilities_add_up_to_one_at_most(engine: Engine, options: dict[str, object], strategy: str) -> None:
+def test_probabilities_add_up_to_one_at_most(engine: Engine, options: dict[str, object], draft_max: int | None) -> None:
     """And to one where the plausible tokens are all told; the same text comes out as without them."""
-    answer = ask(engine, MAX_LOGPROBS, strategy=strategy, **options)
+    answer = ask(engine, MAX_LOGPROBS, draft_max=draft_max, **options)
     assert answer.text == engine.generate(QUESTION, Options(max_tokens=8, seed=3).replace(options)).run().text
     whole = 0
     for record in answer.tokens:

@@ -48,8 +48,8 @@ _ENGINE = (
     click.option(
         "--draft",
         metavar="MODEL",
-        help="A smaller model of the same vocabulary that proposes tokens: the same answers, sooner where they are easy to "
-        "guess.",
+        help="A smaller model of the same vocabulary that proposes tokens: the same answers, sooner where they are "
+        "easy to guess.",
     ),
     click.option(
         "--soft/--no-soft",

@@ -159,7 +159,7 @@ def test_an_answer_does_not_depend_on_those_before(request: pytest.FixtureReques
             known = builtin(engine.pair)
             tasks = [(name, text) for name in ("base", "acd") for text in texts]
             random.Random(order).shuffle(tasks)
-            options = Options(max_tokens=2, temp=0, strategy="stepwise")
+            options = Options(max_tokens=2, temp=0, draft_max=0)
             for name, text in tasks:
                 turns = [Message("user", text)]
                 prompt_setup = known[name].prompt_setup()

@@ -163,10 +163,10 @@ def test_changed_tokens_are_underlined(qt: Any, demo: Path, tmp_path: Path) -> N
     """Each says on hover what the safe stream alone would have said."""
     pair, question = tmp_path / "short.toml", "What makes a good friend?"
     pair.write_text(PAIR.format("short", "kind") + made_for(demo))
-    options = Options(max_tokens=30, seed=3, alpha=1.0, strategy="stepwise")
+    options = Options(max_tokens=30, seed=3, alpha=1.0, draft_max=0)
     with Engine(demo, pair=str(pair), ctx_size=512) as engine:
         tokens = engine.generate(question, options).run().tokens
-    flags = ["-c", "512", "-n", "30", "--seed", "3", "--alpha", "1", "--strategy", "stepwise"]
+    flags = ["-c", "512", "-n", "30", "--seed", "3", "--alpha", "1", "--draft-max", "0"]
     window = ready(qt.worker(["demo", "--pair", str(pair), *flags]))
     answer = ask(window, question)
     finish(window)

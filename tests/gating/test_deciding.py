@@ -25,7 +25,7 @@ from acd_local.runtime.template import Message
 # --- Deciding ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [GREEDY, SEEDED, SEEDED.replace({"strategy": "stepwise"})])
+@pytest.mark.parametrize("options", [GREEDY, SEEDED, SEEDED.replace({"draft_max": 0})])
 def test_below_the_threshold_the_model_answers_as_it_is(engine: Engine, options: Options) -> None:
     answer = engine.generate(HARMLESS, options).run()
     own = engine.generate(HARMLESS, options.replace(PLAIN), prompt_setup=AS_IS).run()
@@ -160,7 +160,7 @@ def test_a_batch_decides_for_every_answer(tmp_path: Path, model: Path) -> None:
         while len(batch):
             found |= {event.key: event.what for event in batch.step() if isinstance(event.what, Answer)}
         for key, text in asked.items():
-            alone = engine.generate(text, SEEDED.replace({"strategy": "stepwise"})).run()
+            alone = engine.generate(text, SEEDED.replace({"draft_max": 0})).run()
             assert tokens(found[key]) == tokens(alone)
             mine, its = found[key].gate, alone.gate
             assert mine is not None and its is not None
@@ -183,7 +183,7 @@ def test_looks_of_answers_that_take_turns(tmp_path: Path, model: Path) -> None:
         while len(batch):
             found |= {event.key: event.what for event in batch.step() if isinstance(event.what, Answer)}
         for text in texts:
-            alone = engine.generate(text, SEEDED.replace({"strategy": "stepwise"})).run()
+            alone = engine.generate(text, SEEDED.replace({"draft_max": 0})).run()
             assert tokens(alone) == tokens(found[text])
             looks = [found[text].gate.looks, alone.gate.looks]  # type: ignore[union-attr]
             assert [at for at, _ in looks[0]] == [at for at, _ in looks[1]] == [4, 8]

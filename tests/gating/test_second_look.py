@@ -21,13 +21,15 @@ from acd_local.runtime.streams import DecodeRequest, extend
 from acd_local.runtime.template import Message
 
 
-@pytest.mark.parametrize("strategy", ["stepwise", "deferred"])
+@pytest.mark.parametrize("draft_max", [0, None])
 @pytest.mark.parametrize("options", [GREEDY, SEEDED, SEEDED.replace({"repeat_penalty": 1.3, "dry_multiplier": 0.5})])
-def test_an_answer_that_turns_goes_on_contrasted(tmp_path: Path, model: Path, options: Options, strategy: str) -> None:
+def test_an_answer_that_turns_goes_on_contrasted(
+    tmp_path: Path, model: Path, options: Options, draft_max: int | None
+) -> None:
     pair = turning(tmp_path, model)
     with Engine(model, pair=pair, ctx_size=512, threads=1) as engine:
         events: list[Any] = []
-        answer = engine.generate(HARMLESS, options.replace({"strategy": strategy}), on_event=events.append).run()
+        answer = engine.generate(HARMLESS, options.replace({"draft_max": draft_max}), on_event=events.append).run()
         assert answer.gate is not None
         assert (answer.gate.decision, answer.gate.contrast_from) == ("as-is", 4)
         assert answer.gate.looks == ((4, pytest.approx(0.95, abs=1e-4)),)
@@ -55,7 +57,7 @@ def by_hand(engine: Engine, pair: PromptPair, options: Options, turn: int) -> li
         for cache, _ in streams if position in (0, turn) else ():
             cache.clear()
         logits = extend([DecodeRequest(cache, [*prompt, *said][len(cache.tokens) :]) for cache, prompt in streams])
-        step = chooser.choose(chooser.candidates(logits[0][0], position), logits[1][0] if len(logits) > 1 else None)
+        step = chooser.choose(logits[0][0], logits[1][0] if len(logits) > 1 else None, position)
         assert step is not None
         said.append(step.token)
     return said
@@ -63,8 +65,8 @@ def by_hand(engine: Engine, pair: PromptPair, options: Options, turn: int) -> li
 
 def test_a_window_counts_from_where_the_contrast_begins(tmp_path: Path, model: Path) -> None:
     with Engine(model, pair=turning(tmp_path, model), ctx_size=512, threads=1) as engine:
-        whole = engine.generate(HARMLESS, SEEDED.replace({"strategy": "stepwise"}), divergence=True).run()
-        answer = engine.generate(HARMLESS, SEEDED.replace({"window": 3, "strategy": "stepwise"}), divergence=True).run()
+        whole = engine.generate(HARMLESS, SEEDED.replace({"draft_max": 0}), divergence=True).run()
+        answer = engine.generate(HARMLESS, SEEDED.replace({"window": 3, "draft_max": 0}), divergence=True).run()
     assert whole.contrast.compared == 8
     assert answer.contrast.compared == 3
     assert tokens(answer)[:7] == tokens(whole)[:7]

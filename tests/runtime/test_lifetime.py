@@ -19,7 +19,7 @@ from acd_local import EngineClosedError, Options, pairs
 
 MODEL = sys.argv[1]
 GREEDY = Options(temp=0, seed=1, max_tokens=4)
-ENDLESS = Options(temp=1.0, strategy="stepwise", max_tokens=None)
+ENDLESS = Options(temp=1.0, draft_max=0, max_tokens=None)
 
 def load(**given):
     return acd_local.load(MODEL, **{"ctx_size": 2048, "threads": 2, "pair": pairs.find("default")} | given)

@@ -57,19 +57,16 @@ def test_the_same_request_gives_the_same_answer(worker: Client) -> None:
     assert [d["seed"] for d in drawn] == [5, 5, 6]
 
 
-def test_a_single_answer_is_deferred_and_the_divergence_is_asked_for(worker: Client) -> None:
-    """Side by side every position is compared, deferred only those that the adversarial stream can change."""
+def test_drafts_change_no_text_and_the_divergence_is_asked_for(worker: Client) -> None:
     given = {"prompt": "What is red?", "max_tokens": 40, "beta": 0.5}
-    beside, ahead, measured = (
-        worker.ask(**given, **how)
-        for how in ({"strategy": "stepwise"}, {"strategy": "deferred"}, {"strategy": "deferred", "divergence": True})
+    stepwise, drafted, measured = (
+        worker.ask(**given, **how) for how in ({"draft_max": 0}, {"draft_max": 15}, {"divergence": True})
     )
-    assert beside["text"] == ahead["text"] == measured["text"]
-    assert ahead["contrast"]["compared"] < beside["contrast"]["compared"] == beside["contrast"]["positions"]
-    assert measured["contrast"]["compared"] == measured["contrast"]["positions"]
-    assert beside["contrast"]["mean_divergence"] is None is ahead["contrast"]["mean_divergence"]
+    assert stepwise["text"] == drafted["text"] == measured["text"]
+    assert stepwise["contrast"]["mean_divergence"] is None is drafted["contrast"]["mean_divergence"]
     assert measured["contrast"]["mean_divergence"] > 0
     assert worker.ask(prompt="hi", divergence=1)["message"] == "divergence must be true or false"
+    assert worker.ask(prompt="hi", draft_max=16)["message"] == "draft_max must be in [0, 15], not 16"
 
 
 def test_messages_and_system(worker: Client) -> None:

@@ -1,4 +1,4 @@
-"""What strategies are asked, and how long they answer."""
+"""What is asked where drafts are tested, and how long the answers are."""
 
 from __future__ import annotations
 

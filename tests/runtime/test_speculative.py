@@ -19,7 +19,7 @@ from acd_local.options import Options
 from acd_local.runtime import llama
 from acd_local.runtime.choice import Chooser, ContrastSettings, SpecialTokens
 from acd_local.runtime.sampling import GrammarGuard, TokenSampler, position_seed
-from acd_local.runtime.strategy import advance, stepwise
+from acd_local.runtime.speculative import advance, choose_tokens
 from acd_local.runtime.template import Message
 
 QUESTION = "How do I get red wine out of a carpet?"
@@ -150,13 +150,13 @@ def loop(
         ContrastSettings(settings.get("alpha", 0.5), settings.get("beta", 0.1)),
         grammar=None if gbnf is None else GrammarGuard(vocab, gbnf),
     )
-    strategy = stepwise(rows[0], chooser, limit=len(rows))
-    tokens, item = [], next(strategy, None)
+    choices = choose_tokens(rows[0], chooser, limit=len(rows))
+    tokens, item = [], next(choices, None)
     for logits in [*rows[1:], None]:
         if item is not None:
             tokens.append(item.token)
-            if next(strategy, None) is not None:
-                item = advance(strategy, [row[None] for row in logits if row is not None])
+            if next(choices, None) is not None:
+                item = advance(choices, [row[None] for row in logits if row is not None])
             else:
                 item = None
     return tokens
@@ -181,8 +181,15 @@ def test_an_implausible_token_never_wins(vocab: llama.Vocab) -> None:
     assert loop(vocab, [(safe, adversarial)], beta=0.0) == [41]
 
 
-def test_candidates_are_gathered_only_where_they_can_be_drawn(vocab: llama.Vocab) -> None:
+def test_candidates_are_gathered_only_where_they_can_be_drawn(
+    vocab: llama.Vocab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Gathering a whole vocabulary (beta 0) is dear: with the best token always drawn there is no need to."""
+    drawn: list[int] = []
+    draw = TokenSampler.draw
+    monkeypatch.setattr(
+        TokenSampler, "draw", lambda self, ids, *a, **k: (drawn.append(len(ids)), draw(self, ids, *a, **k))[1]
+    )
     for contrast, options, many in (
         (ContrastSettings(0.0, 0.0), Options(temp=0.0), False),
         (ContrastSettings(0.0, 0.0), Options(temp=0.8), True),
@@ -191,9 +198,26 @@ def test_candidates_are_gathered_only_where_they_can_be_drawn(vocab: llama.Vocab
         (ContrastSettings(0.5, 0.0, window=4), Options(temp=0.0), True),
     ):
         chooser = Chooser(TokenSampler(vocab, options, 1), SpecialTokens(vocab, llama.ATTR_CONTROL), contrast)
-        candidates = chooser.candidates(row(vocab, t40=2.0, t41=1.9), 3)
-        assert (len(candidates.ids) > 2) is many
-        assert candidates.ids[candidates.scores.argmax()] == 40
+        adversarial = row(vocab) if contrast.contrasts(3) else None
+        choice = chooser.choose(row(vocab, t40=9.0, t41=-9.0), adversarial, 3)
+        assert choice is not None and choice.token == 40
+        assert (drawn[-1] > 2) is many
+
+
+@pytest.mark.parametrize(
+    ("settings", "position", "until"),
+    [
+        (ContrastSettings(0.5, 0.1), 3, 20),
+        (ContrastSettings(0.0, 0.1), 3, 20),
+        (ContrastSettings(0.5, 0.1, window=7), 3, 7),
+        (ContrastSettings(0.5, 0.1, window=7), 7, 20),
+        (ContrastSettings(0.5, 0.1, window=7, begin=2), 3, 9),
+        (ContrastSettings(0.5, 0.1, window=70), 3, 20),
+    ],
+)
+def test_where_a_contrast_ends(settings: ContrastSettings, position: int, until: int) -> None:
+    assert settings.same_until(position, 20) == until
+    assert len({settings.contrasts(i) for i in range(position, until)}) == 1
 
 
 def test_a_window_contrasts_only_its_first_tokens(tiny: Callable[..., Path]) -> None:
