@@ -136,11 +136,14 @@ class Timings:
         prompt_seconds: from the call to the first logits, tokenization included.
         answer_seconds: from there to the last token.
         tokens_per_second: answer tokens over answer_seconds; 0.0 for answers of at most one token.
+        drafted, accepted: tokens that were drafted, and how many of them the answer took.
     """
 
     prompt_seconds: float = 0.0
     answer_seconds: float = 0.0
     tokens_per_second: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from acd_local.runtime.lifetime import Closing
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.prompts import Prompt, PromptBuilder, PromptSetup
 from acd_local.runtime.sampling import Guard, TokenSampler
-from acd_local.runtime.speculative import Choices, StreamLogits, StreamRequest, advance, choose_tokens
+from acd_local.runtime.speculative import Choices, Rows, StreamLogits, advance, choose_tokens
 from acd_local.runtime.streams import DecodeBatch, DecodeRequest, Slot
 from acd_local.runtime.template import Message
 from acd_local.runtime.text import TextStream
@@ -222,6 +222,7 @@ class Generation:
         self._shown: list[str] = []
         self._divergences: list[float] = []
         self._compared = 0
+        self._drafters: list[Drafter] = []
 
     @property
     def cancel(self) -> CancelToken:
@@ -316,7 +317,7 @@ class Generation:
                 choices = self._choices(chooser, prompt, first, slot, alone=beside is None)
                 event = next(choices, None)
             else:
-                event = advance(choices, (yield [_placed(rows, slot, prompt) for rows in event]))
+                event = advance(choices, (yield _placed(event, slot, prompt)))
         return "length" if len(self._records) >= prompt.room else "stop"  # the grammar is complete
 
     def skip(self) -> Answer:
@@ -468,15 +469,15 @@ class Generation:
             alone: its rows are not decoded together with others': they may hold drafts.
         """
         said = self._tokens
-        drafter = self._drafter(slot, [*prompt.safe, *said]) if alone else None
-        return choose_tokens(first, chooser, limit=prompt.room, said=said, drafter=drafter)
+        self._drafters.append(self._drafter(slot, [*prompt.safe, *said], alone=alone))
+        return choose_tokens(first, chooser, self._drafters[-1], limit=prompt.room, said=said)
 
-    def _drafter(self, slot: Slot, conversation: Sequence[int]) -> Drafter | None:
-        most = self.request.options.draft_max
-        if not self.decoder.can_draft or most == 0:
-            return None
-        sources = self.decoder.draft_sources(slot, conversation, self.cancel)
-        return Drafter(sources, self.decoder.costs, MAX_DRAFT if most is None else most)
+    def _drafter(self, slot: Slot, conversation: Sequence[int], *, alone: bool) -> Drafter:
+        decoder, most = self.decoder, self.request.options.draft_max
+        if not alone or not decoder.can_draft or most == 0:
+            return Drafter((), decoder.costs, 0)
+        sources = decoder.draft_sources(slot, conversation, self.cancel)
+        return Drafter(sources, decoder.costs, MAX_DRAFT if most is None else most)
 
     def _record(self, choice: TokenChoice) -> bytes:
         vocab = self.decoder.model.vocab
@@ -542,6 +543,8 @@ class Generation:
                 prompt_seconds=(self._first_logits if records else ended) - self._started,
                 answer_seconds=seconds,
                 tokens_per_second=len(records) / seconds if len(records) > 1 and seconds > 0 else 0.0,
+                drafted=sum(drafter.drafted for drafter in self._drafters),
+                accepted=sum(drafter.accepted for drafter in self._drafters),
             ),
             context_used=self._used(prompt) if prompt and (records or reason != "cancelled") else (0, 0),
             gate=self._decided,
@@ -550,10 +553,14 @@ class Generation:
         )
 
 
-def _placed(rows: StreamRequest, slot: Slot, prompt: Prompt) -> DecodeRequest:
-    """Place the rows of an answer's stream behind the prompt in that stream's cache."""
-    cache, ids = (slot.safe, prompt.safe) if rows.stream == "safe" else (slot.adversarial, prompt.adversarial or ())
-    return DecodeRequest(cache, rows.tokens, rows.wanted, len(ids) + rows.start)
+def _placed(rows: Rows, slot: Slot, prompt: Prompt) -> DecodeBatch:
+    """Place an answer's rows behind the prompt in the streams' caches."""
+    streams = ((slot.safe, prompt.safe), (slot.adversarial, prompt.adversarial or ()))
+    wanted = [True] * len(rows.tokens) if len(rows.tokens) > 1 else None
+    return [
+        DecodeRequest(cache, rows.tokens, wanted, len(ids) + rows.start)
+        for cache, ids in streams[: 2 if rows.contrasts else 1]
+    ]
 
 
 def abort(steps: Steps, aborted: DecodeAborted) -> StepEvent | None:

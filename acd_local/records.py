@@ -57,6 +57,8 @@ def answer_record(answer: Answer) -> dict[str, Any]:
             "prompt_seconds": round(answer.timings.prompt_seconds, 6),
             "answer_seconds": round(answer.timings.answer_seconds, 6),
             "tokens_per_second": round(answer.timings.tokens_per_second, 3),
+            "drafted": answer.timings.drafted,
+            "accepted": answer.timings.accepted,
         },
         "seed": answer.seed,
         "contrast": contrast_record(answer),

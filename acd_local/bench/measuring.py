@@ -92,24 +92,21 @@ def decode_rows(context: llama.Context, tokens: Sequence[int], start: int) -> ll
 
 def measure(engine: Engine, stream: AnswerStream) -> Measured:
     """Time one answer, text and statistics included."""
-    contexts, seen = engine.decoder.contexts, (0.0, 0)
-
-    def spent() -> tuple[float, int]:
-        return sum(context.seconds for context in contexts), sum(context.batches for context in contexts)
-
-    started = time.perf_counter()
+    contexts = engine.decoder.contexts
+    started, inside = time.perf_counter(), 0.0
     for _ in stream:
-        seen = seen if seen[1] else spent()  # once the prompt is decoded
+        inside = inside or sum(context.seconds for context in contexts)  # once the prompt is decoded
     seconds = time.perf_counter() - started
-    inside, batches = (now - before for now, before in zip(spent(), seen, strict=True))
+    inside = sum(context.seconds for context in contexts) - inside
     answer = stream.answer
     seconds -= answer.timings.prompt_seconds
+    steps = max(0, len(answer.tokens) - 1)
     return Measured(
-        steps=max(0, len(answer.tokens) - 1),
+        steps=steps,
         seconds=seconds,
         outside=seconds - inside,
         first=answer.timings.prompt_seconds,
-        batches=int(batches) // len(contexts),
+        batches=steps - answer.timings.accepted,
     )
 
 

@@ -34,6 +34,7 @@ def stats_lines(answer: Answer) -> list[str]:
     kl = "" if c.mean_divergence is None else f", mean KL(S||A) {c.mean_divergence:.3f} nats"
     what = "plain (no contrast)" if c.alpha == 0 else f"alpha {c.alpha:g}, beta {c.beta:g}{', raw' if c.raw else ''}"
     safe, adversarial = answer.context_used
+    drafts = f", {t.accepted} of {t.drafted} drafted tokens accepted" if t.drafted else ""
     gate = [] if answer.gate is None else [f"gate       {_gate_text(answer.gate)}"]
     return [
         f"finish     {answer.finish_reason}, seed {answer.seed}",
@@ -42,7 +43,7 @@ def stats_lines(answer: Answer) -> list[str]:
         f"contrast   {what}: {c.changed_tokens} of {c.positions} tokens changed{seen}{kl}",
         *gate,
         f"time       {t.prompt_seconds:.2f} s to the first token ({answer.prompt_decoded} rows decoded), "
-        f"{t.answer_seconds:.2f} s answer, {t.tokens_per_second:.1f} tokens/s",
+        f"{t.answer_seconds:.2f} s answer, {t.tokens_per_second:.1f} tokens/s{drafts}",
     ]
 
 

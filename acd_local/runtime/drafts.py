@@ -148,11 +148,15 @@ class Drafter:
     Args:
         sources: of equals the first is taken.
         most: tokens per draft at most.
+
+    Attributes:
+        drafted, accepted: tokens so far, and how many of them were right, as whoever checks them says.
     """
 
     def __init__(self, sources: Sequence[Source], costs: BatchCosts, most: int) -> None:
         self._sources = sources
         self._tables = {streams: costs.table(streams)[: most + 1] for streams in (1, 2)}
+        self.drafted = self.accepted = 0
 
     def add(self, tokens: Sequence[int]) -> None:
         """Take in how the answer went on."""
@@ -172,4 +176,6 @@ class Drafter:
                 promise = expected / (costs[k] + k * source.cost)
                 if promise > best:
                     best, chosen, length = promise, source, k
-        return () if chosen is None else chosen.propose(length)
+        found = () if chosen is None else chosen.propose(length)
+        self.drafted += len(found)
+        return found

@@ -445,8 +445,7 @@ class Context(Closing):
         self._rows = _BatchRows(self.n_batch, model.embeddings, model.row_positions)
         self._view = LogitsView(np.empty((0, 0), np.float32))
         self._view_of = (0, 0)
-        # For the benchmark: time inside llama.cpp by decode() and logits(), and decoded batches.
-        self.seconds, self.batches = 0.0, 0
+        self.seconds = 0.0  # spent inside llama.cpp by decode() and logits(), for the benchmark
 
     def decode(self, tokens: Row, seqs: Row, positions: Row, outputs: Row, *, captured_alone: bool = False) -> None:
         """Run one batch of rows, all arguments of shape (rows,), rows <= n_batch (llama_decode).
@@ -472,7 +471,6 @@ class Context(Closing):
             started = time.perf_counter()
             result = int(C.llama_decode(pointer, batch))
             self.seconds += time.perf_counter() - started
-            self.batches += 1
         if self._capture is not None:
             self._capture.check()
         if result == 0:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import batches
 import pytest
 
-from acd_local.bench import measuring, questions
+from acd_local.bench import questions
 from acd_local.cli.main import command
 from acd_local.cli.shell import run_cli
 
@@ -17,8 +16,6 @@ from acd_local.cli.shell import run_cli
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny vocabulary takes many tokens for a text."""
     monkeypatch.setitem(questions.TEXTS, "repeats", [text[:300] for text in questions.TEXTS["repeats"]])
-    monkeypatch.setattr(batches, "REPEATED", 2)
-    monkeypatch.setattr(measuring, "WARM_UPS", 2)
 
 
 @pytest.fixture

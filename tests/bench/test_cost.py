@@ -8,10 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import curves
 import peers
 import pytest
-import replay
 import tiny_gguf
 
 from acd_local.bench import cost, measuring, memory, questions
@@ -24,31 +22,34 @@ Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--tokens", "8", "--rounds", "1", "-t", "1")
 
 
-def test_every_strategy_is_measured(tiny: Callable[..., Path]) -> None:
+ORDINARY = ["plain llama.cpp", "acd --plain", "contrast", "contrast, no drafts", "contrast, sampled"]
+
+
+def test_every_case_is_measured(tiny: Callable[..., Path]) -> None:
     lines: list[str] = []
     settings: dict[str, Any] = {"tokens": 12, "rounds": 2, "threads": 1, "ctx_size": 1024}
-    report = cost.run(str(tiny("chatml")), memory_too=False, progress=lines.append, **settings)
+    model = str(tiny("chatml"))
+    report = cost.run(model, draft=model, memory_too=False, progress=lines.append, **settings)
     assert lines[:3] == ["warming up", "round 1 of 2", "round 2 of 2"]
-    assert [case.name for case in report.cases] == [
-        "plain llama.cpp",
-        "acd --plain",
-        "contrast, shared",
-        "contrast, split",
-    ]
-    assert (report.pair, report.alpha, report.beta) == ("default", 0.5, 0.1)
-    assert list(report.groups) == ["strategies", "sampled", "repeat"]
+    assert (report.pair, report.alpha, report.beta, report.draft) == ("default", 0.5, 0.1, model)
+    assert {group: list(cases) for group, cases in report.groups.items()} == {
+        "questions": [*ORDINARY, "contrast, --layout split", "contrast, --draft"],
+        "repeats": [*ORDINARY, "contrast, --draft"],
+        "code": [*ORDINARY[:4], "contrast, --draft"],
+    }
     for cases in report.groups.values():
-        assert list(cases) == [case.name for case in cases.values()] == ["stepwise", "deferred", "auto", "window 16"]
-        for case in cases.values():
+        assert cases["plain llama.cpp"].ratio == [1.0, 1.0]
+        assert set(cases["contrast, no drafts"].each("per_batch")) == {1.0}
+        for name, case in cases.items():
+            assert case.name == name
             assert len(case.ratio) == len(case.tokens_per_second) == len(case.each("first")) == 2
-            assert all(0 < share <= 1 for share in case.each("compared") + case.each("accepted"))
-            assert all(rows > 0 for rows in case.each("rows"))
-        stepwise = cases["stepwise"]  # every position, nothing lost
-        assert set(stepwise.each("compared")) == set(stepwise.each("accepted")) == {1.0}
-        assert set(stepwise.each("rows")) == {2.0}
-    assert report.cases[2].ratio == report.groups["strategies"]["auto"].ratio
-    assert report.cases[0].ratio == [1.0, 1.0]
-    assert all(case.cold_s for case in report.cases)
+    assert report.costs is not None and report.memory == []
+
+
+def test_a_gate_is_measured_where_there_is_one(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "GROUPS", {"questions": cost.GROUPS["questions"]})
+    report = cost.run(str(demo), memory_too=False, tokens=4, rounds=1)
+    assert list(report.groups["questions"])[:3] == ["plain llama.cpp", "acd --plain", "behind the gate"]
 
 
 def test_memory_over_plain_and_a_cache(tiny: Callable[..., Path]) -> None:
@@ -58,11 +59,11 @@ def test_memory_over_plain_and_a_cache(tiny: Callable[..., Path]) -> None:
                 measuring.decode_rows(context, list(range(5, 45)), 0)
                 values = 2 * 2 * 2 * 16  # two layers, keys and values, two heads of 16
                 assert memory.kv_mb(context, n_ctx) == pytest.approx(cells * values * 2 / 1e6, rel=0.2)
-    cases = [Case("plain llama.cpp", peak_mb=100.0), Case("contrast, shared", peak_mb=140.0)]
+    cases = [Case("plain llama.cpp", peak_mb=100.0), Case("contrast", peak_mb=140.0)]
     first = FirstTokens(512, {})
-    report = cost.Report("m", "p", 0.5, 0.1, 9, 1, 8, 1, cases, {}, first, kv_mb=25.0, costs=None)
+    report = cost.Report("m", "p", 0.5, 0.1, None, 9, 1, 8, 1, {}, cases, first, kv_mb=25.0, costs=None)
     assert report.extra_mb == 15.0
-    assert replace(report, cases=cases[:1]).extra_mb is None
+    assert replace(report, memory=cases[:1]).extra_mb is None
 
 
 def test_memory_is_measured_with_the_pair_that_was_asked_for(tiny: Callable[..., Path]) -> None:
@@ -70,18 +71,19 @@ def test_memory_is_measured_with_the_pair_that_was_asked_for(tiny: Callable[...,
         memory.peak_mb(measuring.SHARED, str(tiny("chatml")), pair="no-such-pair", threads=1, ctx_size=512)
 
 
-def test_models_that_cannot_run_ahead_are_measured_too(tiny: Callable[..., Path]) -> None:
+def test_models_that_cannot_be_drafted_for_are_measured_too(tiny: Callable[..., Path]) -> None:
     path = tiny("chatml", writer=tiny_gguf.write_mamba)
     report = cost.run(str(path), memory_too=False, tokens=6, rounds=1, threads=1, ctx_size=1024)
-    strategies = report.groups["strategies"].values()
-    assert all(case.ratio for case in strategies)
-    assert all(set(case.each("accepted")) == {1.0} for case in strategies)
+    ours = [case for cases in report.groups.values() for name, case in cases.items() if name != "plain llama.cpp"]
+    assert all(case.ratio and set(case.each("per_batch")) == {1.0} for case in ours)
     assert report.costs is None
+    with pytest.raises(UsageError, match="nothing can be drafted"):
+        cost.calibrate(str(path), threads=1)
 
 
 @pytest.mark.parametrize(("tokens", "rounds"), [(1, 1), (2, 0)])
 def test_too_little_to_measure_is_refused(tokens: int, rounds: int) -> None:
-    for measurement in (cost.run, replay.measure, curves.run, peers.run):
+    for measurement in (cost.run, peers.run):
         with pytest.raises(UsageError, match="at least 2 tokens"):
             measurement("demo", tokens=tokens, rounds=rounds)
 
@@ -94,16 +96,17 @@ def test_the_table_has_all_groups(acd: Run, tiny: Callable[..., Path]) -> None:
     assert code == 0
     lines = out.splitlines()
     assert "round 1 of 1" in err
-    assert lines[3].startswith("plain llama.cpp")
-    for line in lines[3:7]:  # peak memory, 10^6 bytes
-        assert line.endswith(" MB") and float(line.split()[-2]) > 10
-    assert lines[7].startswith("peak over plain + one KV cache of ")
-    for name in measuring.STRATEGIES:
-        assert sum(line.startswith(name + " ") for line in lines) >= 3
-    assert "pair default, alpha 0.5, beta 0.1" in lines[0]
-    assert sum(line.startswith("sampled, temperature 0.8") for line in lines) == 1
-    assert sum("times what the better" in line for line in lines) == 3
+    assert "pair default, alpha 0.5, beta 0.1, vocabulary" in lines[0]
+    for title in ("ordinary questions", "texts that repeat a text", "code"):
+        assert sum(line.startswith(f"{title} ") for line in lines) == 1
+    for name in ORDINARY[:4]:
+        assert sum(line.startswith(name + "  ") for line in lines) == 3
+    assert not any("--draft" in line for line in lines)
     assert sum("first token of a question of" in line for line in lines) == 1
+    (peaks,) = (line for line in lines if line.startswith("peak memory: plain llama.cpp "))
+    assert peaks.count(" MB") == len(peaks.split(", contrast")) + 1
+    assert lines[-2].startswith("contrast over plain + one KV cache of ")
+    assert lines[-1].startswith("batches in rows of ") and "of one stream 1: 1, 2: " in lines[-1]
 
 
 def test_json_holds_all_groups(acd: Run, tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -114,15 +117,25 @@ def test_json_holds_all_groups(acd: Run, tiny: Callable[..., Path], tmp_path: Pa
     assert code == 0
     assert "q8_0" in err
     found = json.loads(out)
-    assert found["cases"][0]["case"] == "plain llama.cpp"
-    assert set(found["cases"][0]) >= {"case", "ratio_to_plain"}
-    assert (found["pair"], found["alpha"], found["beta"]) == ("calm", 0.0, 0.2)
-    for group in ("strategies", "sampled", "repeat"):
-        assert [case["case"] for case in found[group]] == list(measuring.STRATEGIES)
-        assert all(case["ratio_to_plain"] > 0 for case in found[group])
-        assert found[group][0]["compared_share"] == 0  # alpha 0: nothing is contrasted
-        assert found["auto_against_best"][group] > 0
+    assert (found["pair"], found["alpha"], found["beta"], found["draft"]) == ("calm", 0.0, 0.2, None)
+    assert list(found["groups"]) == ["questions", "repeats", "code"]
+    for cases in found["groups"].values():
+        assert cases[0]["case"] == "plain llama.cpp"
+        assert all(case["ratio_to_plain"] > 0 for case in cases)
     assert found["first_token"]["ways"]["plain llama.cpp"]["ratio_to_plain"] == 1
+    assert found["batch_costs"]["one"][0] == 1
+
+
+def test_calibrating_measures_anew_and_keeps_it(
+    acd: Run, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path))
+    code, out, _ = acd("bench", str(tiny("chatml")), "--calibrate", "-t", "1")
+    assert code == 0 and out.startswith("batches in rows of ") and out.count("\n") == 1
+    (kept,) = (tmp_path / "batchcosts").iterdir()
+    kept.write_text("{}")
+    code, out, _ = acd("bench", str(tiny("chatml")), "--calibrate", "-t", "1", "--json")
+    assert code == 0 and json.loads(out) == json.loads(kept.read_text())
 
 
 @pytest.mark.parametrize("mode", [(), ("--parallel", "2")])

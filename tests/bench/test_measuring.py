@@ -4,39 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from manual import DEFAULT
 
 from acd_local.bench import first_token, measuring
 from acd_local.bench.questions import long_question
-from acd_local.bench.rounds import ADVERSARIAL
 from acd_local.engine import Engine
 from acd_local.errors import ModelError, UsageError
 from acd_local.options import Options
 from acd_local.runtime import llama, probe
+from acd_local.runtime.batch_costs import BatchCosts
 
 
-def test_a_window_leaves_rows_out(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(measuring.STRATEGIES, "window 16", {"strategy": "stepwise", "window": 4})  # type: ignore[index]
-    found = measuring.by_strategy(engine, "window 16", "Why is the sky blue?", 12)
-    plain = measuring.by_strategy(engine, "stepwise", "Why is the sky blue?", 12)
-    assert found.steps == plain.steps == 11
-    assert sum(b.rows(ADVERSARIAL) for b in found.batches) == 3
-    assert found.compared == pytest.approx(4 / 12)
-    assert plain.rows == 2.0
+@pytest.mark.parametrize("options", [{}, {"plain": True}, {"temp": 1.0}])
+def test_an_answers_steps_and_batches(engine: Engine, options: dict[str, Any]) -> None:
+    found = measuring.ask(engine, "Why is the sky blue?", 12, draft_max=0, **options)
+    assert found.steps == 11
+    assert found.seconds > found.outside > 0 and found.first > 0  # type: ignore[operator]
+    assert found.per_batch == 1.0
 
 
-def test_a_recorder_leaves_the_context_as_it_was(engine: Engine) -> None:
-    (context,) = measuring.contexts_of(engine)
-    with measuring.Recorder(context) as recorder:
-        answer = engine.generate("What is red?", Options(temp=0.0, max_tokens=5, strategy="stepwise")).run()
-    engine.generate("What is blue?", Options(temp=0.0, max_tokens=5)).run()
-    assert "decode" not in vars(context)
-    after = recorder.after(answer.prompt_tokens)
-    assert after == recorder.batches[-4:]
-    assert [b.start(0) for b in after] == [answer.prompt_tokens + i for i in range(4)]
-    assert {(b.rows(0), b.rows(1), sum(b.wanted)) for b in after} == {(1, 1, 2)}
+def test_accepted_drafts_are_several_tokens_of_a_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.decoder, "costs", BatchCosts(0.01, (1.0,) * 5, (1.0,) * 5))
+    grammar = 'root ::= "' + "red green blue " * 20 + '"'
+    found = measuring.ask(engine, "Colours?", 120, grammar=grammar)
+    assert found.per_batch > 1.5
 
 
 def test_first_tokens_of_long_questions(engine: Engine, tiny: Callable[..., Path]) -> None:

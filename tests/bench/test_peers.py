@@ -7,10 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import curves
 import peers
 import pytest
-import replay
 from reference import TOLERANCE, fresh_logits
 
 from acd_local.bench.questions import text_of
@@ -33,7 +31,7 @@ def test_two_llamas_see_what_the_streams_see(
     monkeypatch.setattr(peers, "contrast", noting)
     monkeypatch.setattr(peers, "_transformers", _missing)
     report = peers.run(str(tiny("chatml")), tokens=8, rounds=1, threads=1, ctx_size=512)
-    assert [case.name for case in report.cases] == ["acd, auto", "two llama_cpp.Llama"]
+    assert [case.name for case in report.cases] == ["acd", "two llama_cpp.Llama"]
     assert report.cases[0].ratio == pytest.approx([1.0])
     assert report.cases[1].ratio[0] > 0
     assert report.left_out == {"transformers, bf16": "not installed"}
@@ -70,12 +68,9 @@ def test_transformers_answer_too(script: Run, tiny: Callable[..., Path]) -> None
     assert all(case["ratio_to_acd"] > 0 for case in found["cases"])
 
 
-@pytest.mark.parametrize("module", [peers, replay, curves])
-def test_what_is_missing_is_one_line(script: Run, tiny: Callable[..., Path], module: Any) -> None:
-    code, out, err = script(module.main, "/no/such.gguf")
+def test_what_is_missing_is_one_line(script: Run, tiny: Callable[..., Path]) -> None:
+    code, out, err = script(peers.main, "/no/such.gguf")
     assert (code, out, err.count("\n")) == (3, "", 1)
-    model = tiny("chatml")
-    source = ("--source", model) if module is replay else ()
-    code, out, err = script(module.main, model, *source, "--pair", "no-such-pair")
+    code, out, err = script(peers.main, tiny("chatml"), "--pair", "no-such-pair")
     assert (code, out) == (5, "")
     assert "no-such-pair" in err.splitlines()[-1]

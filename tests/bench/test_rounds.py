@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from acd_local.bench.rounds import BatchShape, Case, Measured, auto_against_best, in_turns
+from acd_local.bench.rounds import Case, Measured, in_turns
 
 
 def test_ratios_are_to_as_many_plain_tokens() -> None:
@@ -24,17 +24,19 @@ def test_ratios_are_to_as_many_plain_tokens() -> None:
     assert Measured(4, 2.0).seconds_of(3) == pytest.approx(1.5)
 
 
-def test_rows_of_an_answer() -> None:
-    def batch(*rows: tuple[int, int, int]) -> BatchShape:
-        """Of (sequence, position, wanted)."""
-        return BatchShape(*zip(*rows, strict=True))
-
-    batches = [batch((0, 5, 1), (1, 7, 1)), batch((0, 6, 1), (0, 7, 1)), batch((1, 8, 0), (1, 9, 1))]
-    found = Measured(2, 1.0, batches=batches)
-    assert found.accepted == pytest.approx(2 / 3)
-    assert found.rows == pytest.approx(3.0)
-    assert Measured(2, 1.0).accepted is None
-    assert Measured(2, 1.0).rows is None
+def test_tokens_of_a_batch() -> None:
+    assert Measured(6, 1.0, batches=4).per_batch == 1.5
+    assert Measured(6, 1.0).per_batch is None
+    case = Case("x", [Measured(6, 1.0, batches=4), Measured(6, 1.0, batches=6)], [Measured(6, 0.5)] * 2, peak_mb=9.87)
+    assert case.summary() == {
+        "case": "x",
+        "tokens_per_second": 6.0,
+        "ratio_to_plain": 2.0,
+        "tokens_per_batch": 1.25,
+        "outside_decode_ms": None,
+        "first_token_s": None,
+        "peak_mb": 9.9,
+    }
 
 
 def test_rounds_go_forwards_and_backwards() -> None:
@@ -49,11 +51,3 @@ def test_rounds_go_forwards_and_backwards() -> None:
     lines: list[str] = []
     assert in_turns(ways, 1, lines.append, warm_up=True)["a"] == ["a1"]
     assert lines == ["warming up", "round 1 of 1"] and len(order) == 12
-
-
-def test_auto_is_compared_with_the_better_one() -> None:
-    plain = [Measured(1, 1.0)]
-    ratios = {"stepwise": 2.0, "deferred": 1.5, "auto": 1.8}
-    cases = {name: Case(name, [Measured(1, ratio)], plain) for name, ratio in ratios.items()}
-    assert auto_against_best(cases) == pytest.approx(1.2)
-    assert auto_against_best({name: cases[name] for name in ("stepwise", "deferred")}) is None

@@ -73,10 +73,12 @@ def test_costs_are_kept() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"seconds": 1, "one": [1, 2]}', '{"seconds": 0, "one": [1], "two": [1]}']
-    + ['{"seconds": 1, "one": [], "two": []}', '{"seconds": 1, "one": [1, -2], "two": [1]}']
-    + ['{"seconds": 1, "one": [1, "x"], "two": [1]}', '{"seconds": 1, "one": [1, 1, 1, 1, 1, 1], "two": [1]}']
-    + ['{"seconds": 1, "one": [1, NaN], "two": [1]}'],
+    [
+        *("", "{", "[]", "{}", '{"seconds": 1, "one": [1, 2]}', '{"seconds": 0, "one": [1], "two": [1]}'),
+        *('{"seconds": 1, "one": [], "two": []}', '{"seconds": 1, "one": [1, -2], "two": [1]}'),
+        *('{"seconds": 1, "one": [1, "x"], "two": [1]}', '{"seconds": 1, "one": [1, 1, 1, 1, 1, 1], "two": [1]}'),
+        '{"seconds": 1, "one": [1, NaN], "two": [1]}',
+    ],
 )
 def test_what_makes_no_sense_is_not_taken(text: str) -> None:
     files.keep(NAME, text)

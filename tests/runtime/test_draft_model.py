@@ -65,7 +65,7 @@ def test_another_vocabulary_is_refused_in_one_line(tiny: Callable[..., Path]) ->
 def test_a_model_that_cannot_forget_does_not_draft(tiny: Callable[..., Path], writer: Callable[..., Path]) -> None:
     with pytest.raises(ModelError, match="cannot draft: its memory cannot forget single tokens"):
         load(tiny("chatml"), tiny("chatml", writer=writer))
-    with pytest.raises(UsageError, match="nothing can be drafted for .*forget single tokens; leave --draft out"):
+    with pytest.raises(UsageError, match=r"nothing can be drafted for .*forget single tokens; leave --draft out"):
         load(tiny("chatml", writer=writer), tiny("chatml"))
 
 

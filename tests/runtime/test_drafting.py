@@ -340,6 +340,9 @@ def test_repetitions_are_drafted(engine: Engine, options: dict[str, Any], monkey
     drafts = [batch for batch in recorded.batches[len(one.tokens) + 1 :] if batch[0] > 1]
     assert all(batch[1] == (batch[0] if contrasts else 0) and batch[2] == sum(batch[:2]) for batch in drafts)
     assert max(batch[0] for batch in drafts) == 1 + MAX_DRAFT
+    assert one.timings.drafted == one.timings.accepted == 0
+    assert other.timings.drafted == sum(batch[0] - 1 for batch in drafts)
+    assert other.timings.accepted == len(tokens(other)) - (len(recorded.batches) - len(one.tokens))
 
 
 @pytest.mark.parametrize("most", [0, 1, 3])

@@ -56,23 +56,6 @@ def test_legal_logits_stay_as_they_are(vocab: llama.Vocab) -> None:
     assert (restricted[kept] == logits[kept]).all()
 
 
-def test_clones_go_on_by_themselves(vocab: llama.Vocab) -> None:
-    flat = np.zeros(vocab.n_tokens, np.float32)
-    guard = SchemaGuard(vocab, '{"enum": ["abc", "xyz"]}')
-    start = guard.restrict(flat, 0.0)
-    clones = {text: guard.clone() for text in ('"abc"', '"xyz"')}
-    tokens = {text: vocab.tokenize(text, parse_special=False) for text in clones}
-    for position in range(max(map(len, tokens.values()))):
-        for text, clone in clones.items():
-            if position < len(tokens[text]):
-                assert clone.restrict(flat, 0.0)[tokens[text][position]] == 0
-                clone.accept(tokens[text][position])
-                assert (guard.restrict(flat, 0.0) == start).all()
-    eog = sorted(vocab.eog_tokens())
-    for clone in clones.values():
-        assert set(np.flatnonzero(clone.restrict(flat, 0.0) > -np.inf)) == set(eog)
-
-
 def test_the_vocabulary_is_read_once_and_forgotten_with_it(tiny: Callable[..., Path]) -> None:
     with llama.Model(tiny("chatml")) as model:
         assert _tokenizer(model.vocab) is _tokenizer(model.vocab)

@@ -17,7 +17,9 @@ from acd_local.engine import Engine
 from acd_local.errors import NumericalError
 from acd_local.options import Options
 from acd_local.runtime import llama
+from acd_local.runtime.batch_costs import TYPICAL
 from acd_local.runtime.choice import Chooser, ContrastSettings, SpecialTokens
+from acd_local.runtime.drafts import Drafter
 from acd_local.runtime.sampling import GrammarGuard, TokenSampler, position_seed
 from acd_local.runtime.speculative import advance, choose_tokens
 from acd_local.runtime.template import Message
@@ -150,7 +152,7 @@ def loop(
         ContrastSettings(settings.get("alpha", 0.5), settings.get("beta", 0.1)),
         grammar=None if gbnf is None else GrammarGuard(vocab, gbnf),
     )
-    choices = choose_tokens(rows[0], chooser, limit=len(rows))
+    choices = choose_tokens(rows[0], chooser, Drafter((), TYPICAL, 0), limit=len(rows))
     tokens, item = [], next(choices, None)
     for logits in [*rows[1:], None]:
         if item is not None:

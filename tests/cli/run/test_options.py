@@ -81,6 +81,7 @@ def test_engine_flags_reach_the_engine(
     assert given[0] == {
         "model": base[0],
         "pair": base[-1],
+        "draft": None,
         "soft": None,
         "ctx_size": 300,
         "threads": 1,

@@ -28,7 +28,7 @@ def test_json_record(cli: Callable[..., Done], base: tuple[str, ...]) -> None:
     assert 0 < record["usage"]["completion_tokens"] <= 12
     assert set(record["usage"]) == {"prompt_tokens", "prompt_decoded", "completion_tokens"}
     assert record["usage"]["prompt_decoded"] > record["usage"]["prompt_tokens"]
-    assert set(record["timings"]) == {"prompt_seconds", "answer_seconds", "tokens_per_second"}
+    assert set(record["timings"]) == {"prompt_seconds", "answer_seconds", "tokens_per_second", "drafted", "accepted"}
     contrast = record["contrast"]
     assert set(contrast) == {"alpha", "beta", "raw", "positions", "compared", "changed_tokens", "mean_divergence"}
     assert 0 <= contrast["changed_tokens"] <= contrast["positions"]

@@ -26,7 +26,7 @@ def test_events_of_an_answer(worker: Client) -> None:
     assert (done["event"], done["final"]) == ("done", True)
     assert done["finish_reason"] in ("length", "stop")
     assert set(done["usage"]) == {"prompt_tokens", "prompt_decoded", "completion_tokens"}
-    assert set(done["timings"]) == {"prompt_seconds", "answer_seconds", "tokens_per_second"}
+    assert set(done["timings"]) == {"prompt_seconds", "answer_seconds", "tokens_per_second", "drafted", "accepted"}
     assert set(done["contrast"]) == {
         *("alpha", "beta", "raw", "positions", "compared", "changed_tokens", "mean_divergence")
     }
