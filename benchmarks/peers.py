@@ -22,11 +22,11 @@ import llama_cpp
 import numpy as np
 import script
 
-from acd_local.bench.measuring import ask
+from acd_local.bench.measuring import ask, contrasted_pair
 from acd_local.bench.questions import text_of
 from acd_local.bench.rounds import Case, Measured, Progress, Way, cases_of, check_counts, in_turns, median
 from acd_local.cli.shell import one_line
-from acd_local.engine import Engine, pair_to_measure
+from acd_local.engine import Engine
 from acd_local.errors import AcdError, InternalError
 from acd_local.generation import resolve_contrast
 from acd_local.options import Options
@@ -94,9 +94,7 @@ def run(
     """Answer questions greedily by each, with the engine's own prompts, alpha and beta."""
     check_counts(tokens, rounds)
     with ExitStack() as stack:
-        engine = stack.enter_context(
-            Engine(model, threads=threads, ctx_size=ctx_size, pair=pair_to_measure(model, pair))
-        )
+        engine = stack.enter_context(Engine(model, threads=threads, ctx_size=ctx_size, pair=contrasted_pair(pair)))
         settings = resolve_contrast(Options(), engine.pair)
         peers: dict[str, Peer] = {}
         left_out: dict[str, str] = {}

@@ -29,7 +29,11 @@ TITLES = {"questions": "ordinary questions", "repeats": "texts that repeat a tex
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How often each case is measured.")
 @flags.threads_flag
 @click.option("--ctx-size", "-c", type=click.IntRange(512), default=2048, show_default=True, help="Tokens per stream.")
-@click.option("--pair", metavar="NAME|FILE", help="Prompt pair; default: the model's own, or `default`.")
+@click.option(
+    "--pair",
+    metavar="NAME|FILE",
+    help="Prompt pair whose contrast is measured; default: `default`, since fitted ones refuse what they contrast.",
+)
 @click.option("--draft", metavar="MODEL", help="Measure with a smaller model that drafts, too.")
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory (one process per case).")
 @click.option(
