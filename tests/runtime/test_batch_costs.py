@@ -55,14 +55,16 @@ def test_the_fastest_of_several_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_slow_model_is_measured_with_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
+    clock, calls = [0.0], list[int]()
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def decode(streams: int, rows: int) -> None:
-        clock[0] += 0.2 * rows
+        calls.append(rows)
+        clock[0] += 0.3 * rows
 
     found = batch_costs.measure(decode)
-    assert (found.one, found.two) == ((1.0, 2.0), (1.0, 2.0))
+    assert (found.one, found.two) == ((1.0, 2.0, 4.0), (1.0, 2.0, 4.0))
+    assert calls == [1, 1, 1, 2, 2, 4, 4], "one round"
 
 
 def test_costs_are_kept() -> None:
