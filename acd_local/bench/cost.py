@@ -126,7 +126,7 @@ def run(
         memory_too: also start one process per case for its peak memory.
     """
     check_counts(tokens, rounds)
-    settings: dict[str, Any] = {"threads": threads or default_threads(), "ctx_size": ctx_size}
+    settings: dict[str, Any] = {"threads": threads or default_threads(), "ctx_size": ctx_size, "cache": False}
     used = pair_to_measure(model, pair)
     with ExitStack() as stack:
         engines = {
