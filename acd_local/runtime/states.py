@@ -92,7 +92,10 @@ class StateStore:
             most: tokens that a conversation may have.
             whole: nothing can be forgotten: the prompt has to go on behind all of it.
         """
-        wanted, best, found = self._portable(prompt), beyond + LEAST - 1, None
+        best, found = beyond + LEAST - 1, None
+        if len(prompt) <= best:
+            return None
+        wanted = self._portable(prompt)
         for path, ids in self._conversations():
             common = _common(wanted, ids)
             if best < common <= len(ids) <= most and not (whole and not common == len(ids) < len(wanted)):
@@ -108,7 +111,7 @@ class StateStore:
         self._write(self._path("system", ids), ids, snapshot.state)
 
     def keep_conversation(self, snapshot: Snapshot, *, whole: bool) -> None:
-        """Keep a conversation's state, in place of those of its beginnings.
+        """Keep a conversation's state, in place of those that would spare fewer than LEAST tokens more.
 
         Args:
             whole: as in `find_conversation`; otherwise one that a longer one begins with is not kept.
@@ -121,7 +124,7 @@ class StateStore:
             return
         if self._write(self._path("chat", ids), ids, snapshot.state):
             for path, held, common in others:
-                if common == len(held) < len(ids):
+                if common < len(ids) and len(held) - common < LEAST:
                     _delete(path)
 
     # -- what is in a file ---------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_conversations_go_on_as_without_a_gate(
 ) -> None:
     model = four_layers(tiny, writer)
     pair = constant(tmp_path, model, 0.1, LOOKING, 0.2)
-    given = {"pair": pair, "ctx_size": 512, "threads": 1, **how}
+    given = {"pair": pair, "ctx_size": 512, "threads": 1, "cache": False, **how}
     with Engine(model, **given) as gated, Engine(model, **given) as other:
         talk = [Message("user", HARMLESS)]
         for text in ("And then?", "More."):
