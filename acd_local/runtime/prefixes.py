@@ -57,8 +57,8 @@ class PrefixStore:
                 key = ()  # the user's text merged into the scaffold's last token
             common = 0 if self.exact else common_prefix(cache.tokens, prompt)
             kept = cache.rewind(min(common, len(prompt) - 1))
-            if self.keeps_conversations and self._resume(cache, prompt, max(kept, len(key))):
-                continue
+            if self.keeps_conversations:
+                self._resume(cache, prompt, max(kept, len(key)))
             if not self._eager or len(cache.tokens) >= len(key) or self._restore(cache, self._find(key)):
                 continue
             cache.rewind(0)
@@ -87,14 +87,15 @@ class PrefixStore:
                 except (AcdError, MemoryError) as error:
                     logger.info(f"a conversation is not kept: {error}")
 
-    def _resume(self, cache: Cache, prompt: Sequence[int], beyond: int) -> bool:
-        """Restore what a kept conversation has in common with a prompt, where it is more than `beyond` tokens."""
+    def _resume(self, cache: Cache, prompt: Sequence[int], beyond: int) -> None:
+        """Restore what a kept conversation has in common with a prompt, where it is more than `beyond` tokens.
+
+        A sliding window that cannot go back that far is found out then: the cache is empty.
+        """
         assert self._disk is not None
-        whole = not cache.context.model.rewinds
-        found = self._disk.find_conversation(prompt, beyond, cache.n_ctx, whole=whole)
-        if found is None or not self._restore(cache, found):
-            return False
-        return cache.rewind(min(common_prefix(found.tokens, prompt), len(prompt) - 1)) > 0
+        found = self._disk.find_conversation(prompt, beyond, cache.n_ctx, whole=cache.context.model.keeps_state)
+        if found is not None and self._restore(cache, found):
+            cache.rewind(min(common_prefix(found.tokens, prompt), len(prompt) - 1))
 
     # -- system prompts ------------------------------------------------------------------------------------------------
 
