@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from acd_local.errors import EngineBusyError, EngineClosedError
@@ -200,12 +200,13 @@ class Decoder:
 
     def _keep_all(self) -> None:
         """Keep what is held of conversations, and new system prompts, beyond this process."""
+        self.prefixes.flush()
         if self.prefixes.keeps_conversations:
             self.prefixes.keep(cache for slot in self.slots for cache in (slot.safe, slot.adversarial))
             if self._reader is not None:
-                self._reader.forget_parts()
-                self.prefixes.keep([self._reader.cache])
-        self.prefixes.flush()
+                with suppress(EngineClosedError):  # the process is ending
+                    self._reader.forget_parts()
+                    self.prefixes.keep([self._reader.cache])
 
     # -- decoding ------------------------------------------------------------------------------------------------------
 

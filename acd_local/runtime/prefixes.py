@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 from acd_local.errors import AcdError, InternalError
-from acd_local.runtime.states import StateStore
+from acd_local.runtime.states import StateStore, logger
 from acd_local.runtime.streams import Cache, DecodeBatch, DecodeRequest, Snapshot
 
 # A state takes what its tokens take in the cache (23 kB per token for a 135M model, 128 kB for an 8B one), so only the
 # latest few are kept in memory.
 CAPACITY = 8
+# System prompts that one process puts on disk at most: an application that makes up a new one for each request would
+# wear it for nothing.
+NEW = 16
 
 Key = tuple[int, ...]
 Extend = Callable[[DecodeBatch], object]
-
-logger = logging.getLogger("acd_local.states")
 
 
 class PrefixStore:
@@ -40,6 +40,7 @@ class PrefixStore:
         self._disk = disk
         self._snapshots: OrderedDict[Key, Snapshot] = OrderedDict()
         self._unsaved: list[Snapshot] = []
+        self._new = 0 if disk is not None else NEW
 
     def prepare(self, work: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], extend: Extend) -> None:
         """Bring caches as far as can be had without decoding the new part of a prompt.
@@ -121,7 +122,8 @@ class PrefixStore:
 
     def _save(self, snapshot: Snapshot) -> None:
         self._remember(snapshot)
-        if self._disk is not None:
+        if self._new < NEW:
+            self._new += 1
             self._unsaved.append(snapshot)
 
     def _remember(self, snapshot: Snapshot) -> None:

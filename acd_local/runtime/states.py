@@ -32,6 +32,7 @@ from acd_local.runtime.streams import Snapshot
 
 FOLDER = "states"  # below files.cache_dir()
 LIMIT = 1 << 30  # bytes of all files together
+SHARE = 16  # a system prompt takes one part in so many of LIMIT at most
 LEAST = 64  # tokens that a kept conversation must spare: fewer are decoded as soon
 
 _MAGIC = b"acd-kv 1"  # the number is the format's
@@ -106,9 +107,10 @@ class StateStore:
         return self._load(path, ids, [*prompt[:best], *ids[best:].tolist()])
 
     def keep(self, snapshot: Snapshot) -> None:
-        """Keep the state behind a system prompt."""
-        ids = self._portable(snapshot.tokens)
-        self._write(self._path("system", ids), ids, snapshot.state)
+        """Keep the state behind a system prompt, unless it is too large for that."""
+        if len(snapshot.state) <= LIMIT // SHARE:
+            ids = self._portable(snapshot.tokens)
+            self._write(self._path("system", ids), ids, snapshot.state)
 
     def keep_conversation(self, snapshot: Snapshot, *, whole: bool) -> None:
         """Keep a conversation's state, in place of those that would spare fewer than LEAST tokens more.
@@ -161,32 +163,35 @@ class StateStore:
             logger.info(f"{path.name} is damaged, or not ours: it is deleted")
             _delete(path)
             return None
-        return Snapshot(tuple(tokens), bytes(body[len(head) :]))
+        return Snapshot(tuple(tokens), body[len(head) :])
 
     def _head(self, ids: Ids) -> bytes:
         return self._around + len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes()
 
-    def _write(self, path: Path | None, ids: Ids, state: bytes) -> bool:
+    def _write(self, path: Path | None, ids: Ids, state: bytes | memoryview) -> bool:
         """Write a file, unless it is there, and tell whether it is there now."""
         if path is None or self._folder is None:
             return False
         try:
             files.own_folder(self._folder)
             if not path.exists():
-                body = self._head(ids) + state
-                content = b"".join((_MAGIC, _checksum(body), body))
+                head = self._head(ids)
+                content = b"".join((_MAGIC, _checksum(head, state), head, state))
                 if len(content) > LIMIT:
                     return False
                 _make_room(self._folder, len(content))
                 files.replace_file(path, content, mode=files.PRIVATE)
             return True
-        except (OSError, ValueError, AcdError) as error:
+        except (OSError, ValueError, AcdError, MemoryError) as error:
             logger.info(f"a decoded prompt is not kept: {error}")
             return False
 
 
-def _checksum(data: bytes | memoryview) -> bytes:
-    return hashlib.sha256(data).digest()
+def _checksum(*parts: bytes | memoryview) -> bytes:
+    seen = hashlib.sha256()
+    for part in parts:
+        seen.update(part)
+    return seen.digest()
 
 
 def _common(a: Ids, b: Ids) -> int:

@@ -168,6 +168,19 @@ def test_a_batch_decides_for_every_answer(tmp_path: Path, model: Path) -> None:
         assert {key: answer.gate.contrast_from for key, answer in found.items()} == {"a": 4, "b": 0, "c": 4}  # type: ignore[union-attr]
 
 
+def test_a_contrasted_conversation_is_found_in_its_slot(tmp_path: Path, model: Path) -> None:
+    """The slot holds the pair's prompts there, not the one that is read."""
+    pair = constant(tmp_path, model, 0.95, GateSettings(0.5))
+    with Engine(model, pair=pair, ctx_size=512, threads=1, slots=2) as engine:
+        one, other = ([Message("user", f"{text} {HARMLESS * 3}")] for text in ("Red?", "Old kind water?"))
+        engine.generate(one, GREEDY).run()
+        answer = engine.generate(other, GREEDY).run()
+        held = [slot.safe.tokens[:] for slot in engine.decoder.slots]
+        other += [Message("assistant", answer.text), Message("user", "And then?")]
+        engine.generate(other, GREEDY).run()
+        assert [slot.safe.tokens == before for slot, before in zip(engine.decoder.slots, held, strict=True)] == [1, 0]
+
+
 def test_looks_of_answers_that_take_turns(tmp_path: Path, model: Path) -> None:
     """The reader holds one of them at a time; a look reads what it would read of an answer alone."""
     rng = np.random.default_rng(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -24,7 +25,7 @@ from acd_local import Engine, Options
 from acd_local.answers import Answer
 from acd_local.errors import UsageError
 from acd_local.pairs import GateSettings
-from acd_local.runtime import llama, machine, probe, states
+from acd_local.runtime import llama, machine, prefixes, probe, states
 from acd_local.runtime.prompts import PromptSetup
 from acd_local.runtime.template import Message
 
@@ -273,6 +274,7 @@ def test_the_longest_unused_goes_first(
     files = {system: new(system).pop() for system in systems[:2]}
     size = max(path.stat().st_size for path in folder.iterdir())
     monkeypatch.setattr(states, "LIMIT", 2 * size + size // 2)
+    monkeypatch.setattr(states, "SHARE", 1)
     for age, system in enumerate(systems[:2]):
         os.utime(folder / files[system], (1000 + age, 1000 + age))
     ask(model, options=plain, system=systems[0])  # now the other one is the longest unused
@@ -281,6 +283,21 @@ def test_the_longest_unused_goes_first(
     monkeypatch.setattr(states, "LIMIT", size // 2)
     assert new(systems[3]) == set(), "what is larger than the bound is not kept, and nothing goes for it"
     assert len(names(folder)) == 2
+
+
+def test_system_prompts_that_are_made_up_for_each_request_do_not_fill_the_disk(
+    folder: Path, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefixes, "NEW", 3)
+    options = GREEDY.replace({"plain": True, "max_tokens": 1})
+    with Engine(tiny("chatml"), pair=DEFAULT, ctx_size=512, threads=1) as engine:
+        for i in range(5):
+            engine.generate(TEXT, options, system=f"Today is day {i}.").run()
+        assert len(names(folder)) == 3, "written when an answer has ended"
+    size = max(path.stat().st_size for path in folder.iterdir())
+    monkeypatch.setattr(states, "LIMIT", 8 * size)
+    ask(tiny("chatml"), options=options, system="A long one.")
+    assert len(names(folder)) == 3, "nor does a large one"
 
 
 def test_states_are_for_the_users_eyes_alone(folder: Path, tiny: Callable[..., Path]) -> None:
@@ -465,6 +482,19 @@ def test_a_harmed_conversation_is_decoded_anew(folder: Path, tiny: Callable[...,
 
 
 # --- Commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_begins_with_the_same_text(folder: Path, tiny: Callable[..., Path]) -> None:
+    model = tiny("chatml")
+    code = "from acd_local.cli.run import main; main()"
+    start = [sys.executable, "-c", code, str(model), "--pair", "as-is", "-t", "1", "-n", "2", "--json", "--cache"]
+    rows = []
+    for question in ("What is red?", "And what is blue?"):
+        done = subprocess.run(
+            [*start, question], input=LONG.encode(), capture_output=True, env=child_env(), timeout=120
+        )
+        rows.append(json.loads(done.stdout)["usage"]["prompt_decoded"])
+    assert rows[0] > 200 > 50 > rows[1]
 
 
 @pytest.mark.parametrize(("flag", "kinds"), [("--cache", {".system", ".chat"}), ("--no-cache", set())])
