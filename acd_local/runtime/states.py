@@ -99,7 +99,7 @@ class StateStore:
         wanted = self._portable(prompt)
         for path, ids in self._conversations():
             common = _common(wanted, ids)
-            if best < common <= len(ids) <= most and not (whole and not common == len(ids) < len(wanted)):
+            if best < common and len(ids) <= most and (not whole or common == len(ids) < len(wanted)):
                 best, found = common, (path, ids)
         if found is None:
             return None

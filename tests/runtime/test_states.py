@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gates
@@ -250,7 +251,7 @@ def test_a_state_that_llama_cpp_refuses_is_decoded_anew(
     """Should the circumstances ever say too little."""
     model = tiny("chatml", n_embd=128)
     with monkeypatch.context() as patch:
-        patch.setattr(states.json, "dumps", lambda *_, **__: "all the same")
+        patch.setattr(states, "json", SimpleNamespace(dumps=lambda *_, **__: "all the same"))
         first = ask(model, kv_type="q8_0", pair=DEFAULT)
         again = ask(model)
     assert again.prompt_decoded == first.prompt_decoded
