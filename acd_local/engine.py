@@ -19,7 +19,7 @@ from acd_local.model_pairs import ModelPairs
 from acd_local.models import resolve as resolve_model
 from acd_local.options import MAX_SEED, Options, check_engine_number, refuse_unknown
 from acd_local.pairs import PromptPair
-from acd_local.runtime import batch_costs, llama, probe
+from acd_local.runtime import batch_costs, llama, probe, states
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import SpecialTokens
 from acd_local.runtime.decoder import DRAFTING, Decoder
@@ -27,6 +27,7 @@ from acd_local.runtime.draft_model import check_vocabulary
 from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.lifetime import Closing
 from acd_local.runtime.prompts import PromptBuilder, PromptSetup
+from acd_local.runtime.states import StateStore
 from acd_local.runtime.streams import Layout
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.runtime.threads import default_threads
@@ -56,11 +57,13 @@ class Engine(Closing):
         kv_type: "f16" or "q8_0".
         threads: CPU threads; None means $ACD_THREADS, or the physical cores.
         gpu_layers: None offloads everything where the build can, nothing elsewhere.
-        system_apart: True: every answer begins at its system prompt, which was decoded alone, so that it does not
-            depend on those before it (nor beside it, but for near-ties); a conversation's earlier turns are decoded
-            anew each time. False decodes a first prompt in one go, as llama.cpp does, and keeps what a prompt has in
-            common with the last one. None: as False; where there are several conversations, system prompts are decoded
-            alone.
+        system_apart: None: a system prompt is decoded alone, once, and an answer keeps what its prompt has in common
+            with the last one. True: every answer begins at its system prompt, so that it does not depend on those
+            before it (nor beside it, but for near-ties); a conversation's earlier turns are decoded anew each time.
+            False decodes a first prompt in one go, as llama.cpp does.
+        cache: what is kept on disk, and taken from there. None: decoded system prompts. True: conversations too, when
+            another takes their place and when the engine is closed. False: nothing; so it is where `system_apart` is
+            given.
         draft: a smaller model of the same vocabulary that proposes tokens, which the model checks several at a time:
             the same answers, sooner where they are easy to guess. Its weights and a stream of KV memory for each slot
             come on top. Not for more than two conversations at once.
@@ -102,6 +105,7 @@ class Engine(Closing):
         threads: int | None = None,
         gpu_layers: int | None = None,
         system_apart: bool | None = None,
+        cache: bool | None = None,
         draft: str | Path | None = None,
         soft: bool | None = None,
         on_progress: Callable[[float], object] | None = None,
@@ -118,6 +122,8 @@ class Engine(Closing):
             check_engine_number(name, value)
         if slots is not None and slots < conversations:
             raise UsageError(f"slots must be at least the {conversations} conversations at once, not {slots}")
+        if cache and system_apart is not None:
+            raise UsageError("conversations are kept (cache=True) where system_apart is left to None alone")
         self.threads = threads or default_threads()
         path = resolve_model(str(model))
         if on_progress is not None:
@@ -127,10 +133,11 @@ class Engine(Closing):
         self.soft = soft
         self._pairs = ModelPairs(self.info, soft)
         costs_file = partial(batch_costs.file_for, threads=self.threads, kv=kv_type, gpu=gpu_layers)
-        load = partial(type(self), self.info.path, threads=threads, gpu_layers=gpu_layers)
+        load = partial(type(self), self.info.path, threads=threads, gpu_layers=gpu_layers, cache=False)
         # Before the model is loaded: a bad pair is refused at once, and the copy that the check loads is free by then.
         self.pair, self._pair_note = self._pairs.choose(pair, load, on_check)
         self.fitted = self.pair is not None and pairs.fitted(self.pair, self.info)
+        seen = None if cache is False or system_apart is not None else states.look_at(self.info.parts)
         loaded = llama.Model(self.info.path, gpu_layers=gpu_layers, on_progress=on_progress)
         try:
             self.n_params = loaded.n_params
@@ -142,6 +149,19 @@ class Engine(Closing):
             self.prompts = PromptBuilder(self.template, self.n_ctx, loaded.embeddings)
             if self.pair is not None and self.takes_soft(self.pair):
                 self.prompts.keep_negative(self._pairs.soft_pair(self.pair).adversarial)
+            disk = None
+            if seen is not None:
+                disk = StateStore(
+                    seen,
+                    loaded.embeddings,
+                    conversations=bool(cache),
+                    n_ctx=self.n_ctx,
+                    slots=slots or conversations,
+                    layout=layout,
+                    kv_type=kv_type,
+                    threads=self.threads,
+                    gpu_layers=gpu_layers,
+                )
             self.decoder = Decoder(
                 loaded,
                 n_ctx=self.n_ctx,
@@ -151,6 +171,7 @@ class Engine(Closing):
                 kv_type=kv_type,
                 threads=self.threads,
                 system_apart=system_apart,
+                states=disk,
                 costs=costs_file(self.info.path, layout=layout),
             )
         except BaseException:

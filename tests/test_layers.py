@@ -44,7 +44,7 @@ LAYERS = (
     },
     {"runtime/schema"},
     {"runtime/probe", "runtime/sampling", "runtime/streams", "runtime/guard", "runtime/schema_guard"},
-    {"runtime/grammar"},
+    {"runtime/grammar", "runtime/states"},
     {"runtime/prefixes"},
     {"runtime/reading", "runtime/template", "runtime/choice", "runtime/batch_costs"},
     {"runtime/drafts", "runtime/draft_model"},

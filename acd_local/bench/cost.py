@@ -124,7 +124,7 @@ def run(
         memory_too: also start one process per case for its peak memory.
     """
     check_counts(tokens, rounds)
-    settings: dict[str, Any] = {"threads": threads or default_threads(), "ctx_size": ctx_size}
+    settings: dict[str, Any] = {"threads": threads or default_threads(), "ctx_size": ctx_size, "cache": False}
     used = contrasted_pair(pair)
     with ExitStack() as stack:
 

@@ -61,7 +61,7 @@ def _answer(case: str, model: str, threads: int, ctx_size: int, pair: str | None
             decode_plain(context, loaded.vocab.tokenize(question * 12, parse_special=False), TOKENS + 1)
         return
     used = contrasted_pair(pair)
-    with Engine(model, threads=threads, ctx_size=ctx_size, pair=used, **ENGINES[case]) as engine:
+    with Engine(model, threads=threads, ctx_size=ctx_size, pair=used, cache=False, **ENGINES[case]) as engine:
         plain = case == ENGINE_PLAIN
         options = Options(gate=False, temp=0.0, max_tokens=TOKENS, plain=plain)
         engine.generate(question, options).run()

@@ -60,7 +60,8 @@ def run(
 ) -> Throughput:
     """Answer 48 prompts, new ones in every round, greedily, with one conversation and with `parallel`."""
     options = Options(gate=False, temp=0.0, max_tokens=tokens)
-    settings: dict[str, Any] = {"ctx_size": ctx_size, "threads": threads, "pair": contrasted_pair(pair)}
+    used = contrasted_pair(pair)
+    settings: dict[str, Any] = {"ctx_size": ctx_size, "threads": threads, "pair": used, "cache": False}
 
     def answer(engine: Engine, n: int, number: int) -> tuple[float, list[str]]:
         prompts = many_prompts(number) if number else many_prompts(0)[:n]  # these decode the system prompts

@@ -51,10 +51,11 @@ def command(model: str | None, **given: Any) -> int:
         if not _is_terminal(sys.stdin):
             from acd_local.cli.chat_signals import PipeSignals
 
-            return _converse(engine, options, given, PipeSignals(interrupts))
+            with engine:
+                return _converse(engine, options, given, PipeSignals(interrupts))
     from acd_local.cli.chat_signals import TerminalSignals
 
-    with TerminalSignals() as signals:
+    with TerminalSignals() as signals, engine:
         return _converse(engine, options, given, signals)
 
 

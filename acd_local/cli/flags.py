@@ -28,7 +28,7 @@ def file_name(text: str) -> Path:
 
 
 MAX_TEXT = 16_000_000  # bytes of a grammar's or schema's file
-ENGINE_FLAGS = ("pair", "draft", "soft", "ctx_size", "threads", "gpu_layers", "kv_type", "layout")
+ENGINE_FLAGS = ("pair", "draft", "soft", "ctx_size", "threads", "gpu_layers", "kv_type", "layout", "cache")
 
 threads_flag = click.option(
     "--threads",
@@ -77,6 +77,11 @@ _ENGINE = (
         type=click.Choice(["shared", "split"]),
         default="shared",
         help="Both streams in one llama_context, or one each; default shared.",
+    ),
+    click.option(
+        "--cache/--no-cache",
+        default=None,
+        help="Keep what conversations decoded on disk for later starts, or nothing; default: system prompts.",
     ),
 )
 

@@ -537,7 +537,7 @@ class Context(Closing):
             raise InternalError("llama.cpp could not save a sequence")
         return bytes(memoryview(buffer)[:written])
 
-    def load_sequence(self, seq: int, state: bytes) -> None:
+    def load_sequence(self, seq: int, state: bytes | memoryview) -> None:
         """Replace a sequence by a saved one (llama_state_seq_set_data)."""
         source = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         with self.owned as pointer:

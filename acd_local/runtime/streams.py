@@ -26,7 +26,7 @@ class Snapshot:
     """A sequence's state after `tokens`, restorable into any cache of the same model, KV type and context size."""
 
     tokens: tuple[int, ...]
-    state: bytes
+    state: bytes | memoryview
 
 
 class Cache:

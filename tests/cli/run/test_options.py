@@ -88,6 +88,7 @@ def test_engine_flags_reach_the_engine(
         "gpu_layers": 0,
         "kv_type": "q8_0",
         "layout": "split",
+        "cache": None,
         "conversations": 1,
         "slots": None,
     }
