@@ -141,7 +141,7 @@ class BatchRunner:
                 break
             decoded += rows
             self._try_round([member], events, part)
-        # An answer whose prompt is there takes part at once: llama.cpp cuts batches of sequences whose numbers have gaps.
+        # An answer whose prompt is there takes part at once: without it the others' batch would be cut, see `streams`.
         self._try_round([member for member in members if member in self._members and not member.long], events)
         return events
 

@@ -171,7 +171,10 @@ def _lengths(engine: Engine, tokens: int, rounds: int, progress: Progress) -> li
             text = story(engine, max(0, room))
             prompt = plain_prompt(engine, text)
             held = common_prefix(before, prompt)
-            grown = {PLAIN: go_on_plain(bare, prompt, 1, held), CONTRAST: measure(engine, _ask(engine, text, 1, CONTRAST))}
+            grown = {
+                PLAIN: go_on_plain(bare, prompt, 1, held),
+                CONTRAST: measure(engine, _ask(engine, text, 1, CONTRAST)),
+            }
             ways = {PLAIN: partial(_behind, bare, prompt, tokens)}
             ways |= {way: partial(_answer, engine, text, tokens, way) for way in WAYS}
             answers = in_turns(ways, rounds)

@@ -189,19 +189,25 @@ class Decoder:
         return len(self.contexts) == 1 and not self.model.keeps_state
 
     def extend(
-        self, work: DecodeBatch, cancels: Sequence[CancelToken], meter: PromptMeter | None = None
+        self,
+        work: DecodeBatch,
+        cancels: Sequence[CancelToken],
+        meter: PromptMeter | None = None,
+        *,
+        views: bool = False,
     ) -> list[Logits]:
         """Decode rows, stopped by any of `cancels`; see `streams.extend`.
 
         Args:
             meter: counts the rows.
+            views: see `streams.extend`.
 
         Raises:
             EngineClosedError, ContextError, llama.DecodeAborted.
         """
         with self._decoding(cancels):
             before = self._seconds()
-            logits = extend(work, meter)
+            logits = extend(work, meter, views=views)
             lengths = {len(request.tokens) for request in work}
             if len(work) <= 2 and len(lengths) == 1:  # costs are kept by streams and rows each
                 self.row_clock.note(len(work), lengths.pop(), self._seconds() - before)

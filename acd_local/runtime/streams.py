@@ -177,12 +177,13 @@ class Streams:
             context.close()
 
 
-def extend(work: DecodeBatch, on_batch: Callable[[int], None] | None = None) -> list[Logits]:
+def extend(work: DecodeBatch, on_batch: Callable[[int], None] | None = None, *, views: bool = False) -> list[Logits]:
     """Decode further tokens of several caches, one llama_decode per context and batch.
 
     Args:
         work: with at least one token each, every cache at most once.
         on_batch: told before every batch how many rows of `work` are decoded.
+        views: return llama.cpp's own memory, which the next decode overwrites, instead of copies.
 
     Returns:
         For each request the logits that it wants, shape (rows, n_vocab), one row unless it says otherwise.
@@ -210,7 +211,8 @@ def extend(work: DecodeBatch, on_batch: Callable[[int], None] | None = None) -> 
         group = sorted((one for one in work if one.cache.context is context), key=lambda one: one.cache.seq)
         rows, at = _extend_context(context, group, begin_batch), 0
         for request in group:
-            logits[request.cache] = rows[at : at + request.outputs].copy()
+            found = rows[at : at + request.outputs]
+            logits[request.cache] = found if views else found.copy()
             at += request.outputs
     return [logits[request.cache] for request in work]
 
