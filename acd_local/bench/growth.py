@@ -53,8 +53,12 @@ class Point:
     model: str = ""
 
     def milliseconds(self, way: str) -> float | None:
-        """Return the median cost of a token."""
+        """Return the median cost of a token, milliseconds; None: no answer had a second one."""
         return median([a.seconds / a.steps * 1e3 for a in self.answers[way] if a.steps])
+
+    def outside(self, way: str) -> float | None:
+        """Return the median of what a token cost outside llama_decode, milliseconds; None: not measured."""
+        return median([a.outside / a.steps * 1e3 for a in self.answers[way] if a.steps and a.outside is not None])
 
     def ratio(self, way: str) -> float | None:
         """Return the median over the rounds of the cost of a token, over plain llama.cpp's in the same round."""
@@ -64,7 +68,6 @@ class Point:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Give the medians of each way, JSON types."""
         for way, answers in self.answers.items():
-            outside = median([a.outside / a.steps * 1e3 for a in answers if a.steps and a.outside is not None])
             first = median([a.first for a in answers if a.first is not None])
             yield {
                 "at": self.at,
@@ -72,7 +75,7 @@ class Point:
                 "case": way,
                 "ms_per_token": self.milliseconds(way),
                 "ratio_to_plain": self.ratio(way),
-                "outside_decode_ms": outside,
+                "outside_decode_ms": self.outside(way),
                 "first_token_ms": None if first is None else round(first * 1e3, 4),
                 "prompt_ms_per_token": round(self.prompt[way] * 1e3, 4) if way in self.prompt else None,
             }
