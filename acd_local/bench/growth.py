@@ -22,7 +22,6 @@ from acd_local.bench.measuring import (
 from acd_local.bench.questions import story, text_of
 from acd_local.bench.rounds import Measured, Progress, check_counts, in_turns, median
 from acd_local.engine import Engine, pair_to_measure
-from acd_local.errors import UsageError
 from acd_local.generation import AnswerStream
 from acd_local.options import Options
 from acd_local.runtime import llama
@@ -34,6 +33,7 @@ WAYS = (ENGINE_PLAIN, CONTRAST)  # of the engine
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 CONVERSATIONS = (1, 2, 4, 8, 16)
 SHORT = 512  # tokens per stream where the context's length is not what is measured
+ROOM = 256  # for the answer, and for what the adversarial prompt is longer than the safe one
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def run(
     rounds: int = 3,
     pair: str | None = None,
     threads: int | None = None,
-    ctx_size: int = max(LENGTHS) + SHORT,
+    ctx_size: int = max(LENGTHS) + ROOM,
     progress: Progress = lambda line: None,
 ) -> Growth:
     """Measure plain llama.cpp, the engine without a contrast and with it at every step, in turns at every point.
@@ -122,8 +122,6 @@ def run(
         ctx_size: tokens per stream; bounds the lengths of contexts.
     """
     check_counts(tokens, rounds)
-    if ctx_size < LENGTHS[0] + tokens:
-        raise UsageError(f"a context of {ctx_size} tokens is too short for the shortest to be measured, {LENGTHS[0]}")
     settings: dict[str, Any] = {"threads": threads or default_threads(), "pair": pair_to_measure(model, pair)}
     vocabularies = []
     for file in [model, *also]:
@@ -167,7 +165,7 @@ def _lengths(engine: Engine, tokens: int, rounds: int, progress: Progress) -> li
         measure(engine, _ask(engine, "Hello.", 2, CONTRAST))
         bare.truncate(0, 0)
         for length in LENGTHS:
-            if length + tokens > engine.n_ctx:
+            if length + ROOM > engine.n_ctx:
                 break
             progress(f"context: {length}")
             room = length - len(plain_prompt(engine, story(engine, 0)))
