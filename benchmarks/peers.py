@@ -226,12 +226,15 @@ def _transformers(stack: ExitStack, engine: Engine, settings: ContrastSettings, 
 
 
 def _load_bf16(path: Path) -> Any:
-    """The file's weights as transformers loads them by itself."""
+    """The file's weights as transformers loads them by itself, but none left in GGUF blocks, which takes longer."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    how: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.bfloat16}
+    if hasattr(transformers, "GgufConfig"):  # where there is none, weights are always unpacked
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.bfloat16)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), **how)
         return model.eval()
     except (ValueError, NotImplementedError, KeyError, OSError) as error:
         raise ImportError(f"transformers cannot load this file: {' '.join(str(error).split())[:200]}") from None

@@ -123,7 +123,8 @@ LAYERS = (
     {"bench/__init__", "bench/questions", "bench/rounds"},
     {"bench/measuring", "bench/throughput"},
     {"bench/first_token", "bench/memory"},
-    {"bench/cost"},
+    {"bench/cost", "bench/growth"},
+    {"bench/plot"},
     {  # for PyInstaller, and run by it
         "__pyinstaller/__init__",
         "__pyinstaller/hook-acd_local",

@@ -51,9 +51,9 @@ def contrasted_pair(name: str | None = None) -> PromptPair:
     return pairs.find(name or pairs.DEFAULT)
 
 
-def bare_context(engine: Engine) -> llama.Context:
-    """Open a context of one sequence on an engine's model, with its size and threads, for `decode_plain`."""
-    return llama.Context(engine.decoder.model, n_ctx=engine.n_ctx, n_seq=1, threads=engine.threads)
+def bare_context(engine: Engine, *, n_seq: int = 1) -> llama.Context:
+    """Open a context on an engine's model, with its size and threads, for `decode_plain`."""
+    return llama.Context(engine.decoder.model, n_ctx=engine.n_ctx, n_seq=n_seq, threads=engine.threads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,6 +74,14 @@ def decode_plain(context: llama.Context, prompt: Sequence[int], tokens: int, *, 
     """
     context.truncate(0, 0)
     if held:
+        decode_rows(context, prompt[:held], 0)
+    return go_on_plain(context, prompt, tokens, held)
+
+
+def go_on_plain(context: llama.Context, prompt: Sequence[int], tokens: int, held: int) -> Measured:
+    """Do what `decode_plain` does, in a context that holds so many tokens of the prompt, whatever follows them."""
+    if not context.truncate(0, held):  # this memory cannot forget its last tokens alone
+        context.truncate(0, 0)
         decode_rows(context, prompt[:held], 0)
     started = time.perf_counter()
     token = int(decode_rows(context, prompt[held:], held).argmax())

@@ -222,18 +222,24 @@ class Decoder:
         return len(self.contexts) == 1 and not self.model.keeps_state
 
     def extend(
-        self, work: DecodeBatch, cancels: Sequence[CancelToken], meter: PromptMeter | None = None
+        self,
+        work: DecodeBatch,
+        cancels: Sequence[CancelToken],
+        meter: PromptMeter | None = None,
+        *,
+        views: bool = False,
     ) -> list[Logits]:
         """Decode rows, stopped by any of `cancels`; see `streams.extend`.
 
         Args:
             meter: counts the rows.
+            views: see `streams.extend`.
 
         Raises:
             EngineClosedError, ContextError, llama.DecodeAborted.
         """
         with self._decoding(cancels):
-            return extend(work, meter)
+            return extend(work, meter, views=views)
 
     def prepare(
         self, work: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], cancel: CancelToken, meter: PromptMeter

@@ -38,7 +38,8 @@ with openmp_settings():
 
 Logits = NDArray[np.float32]
 # Logits in llama.cpp's own memory: the context's next decode overwrites them, and closing it frees them. Whoever calls
-# `Context.logits` copies what it keeps or hands on; all other logits are `Logits`, which belong to whoever has them.
+# `Context.logits` copies what it keeps or hands on; all other logits are `Logits`, which belong to whoever has them,
+# save for the views that `streams.extend` gives where it is asked to.
 LogitsView = NewType("LogitsView", np.ndarray[Any, np.dtype[np.float32]])
 TokenIds = NDArray[np.int32]
 States = NDArray[np.float32]
