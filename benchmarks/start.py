@@ -1,0 +1,158 @@
+"""Measure how long acd-run takes for a short answer, over a bare llama.cpp program that loads the same file.
+
+    python benchmarks/start.py MODEL [--rounds 9] [--tokens 1] [--threads N] [--json]
+
+Every start is a new process, of a file that was checked before and lies in the page cache. The bare program (bare.c,
+or bare.py where there is no C compiler or no header) reads the same chat prompt with the same parameters, and says as
+many tokens. acd-run answers under the model's own pair, with its gate, and under none. They are started in turns;
+ratios are taken round by round. Where acd-run's time goes is told by one more start of each kind, see start_trace.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import script
+
+from acd_local.bench.rounds import Progress, in_turns
+from acd_local.cli.shell import one_line
+from acd_local.engine import Engine
+from acd_local.errors import InternalError, UsageError
+from acd_local.runtime import llama, machine
+from acd_local.runtime.template import Message
+
+HERE = Path(__file__).resolve().parent
+TEXT = "hi"
+BARE, OWN_PAIR, AS_IS = "bare llama.cpp", "acd-run", "acd-run --pair as-is"
+ACD_RUN = "import sys; from acd_local.cli.run import main; sys.exit(main())"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished comparison.
+
+    Attributes:
+        seconds: of every start, by case. parts: seconds of the parts of one start, by case.
+        bare: what the bare program is.
+    """
+
+    model: str
+    threads: int
+    tokens: int
+    bare: str
+    seconds: Mapping[str, Sequence[float]]
+    parts: Mapping[str, Mapping[str, float]]
+
+    def ratios(self, name: str) -> list[float]:
+        return [a / b for a, b in zip(self.seconds[name], self.seconds[BARE], strict=True)]
+
+    def summary(self) -> dict[str, Any]:
+        """Medians, JSON types."""
+        rows = {
+            name: {
+                "seconds": round(statistics.median(self.seconds[name]), 4),
+                "ratio_to_bare": round(statistics.median(self.ratios(name)), 4),
+                "parts": {part: round(seconds, 4) for part, seconds in self.parts[name].items()},
+            }
+            for name in self.seconds
+        }
+        head = {name: getattr(self, name) for name in ("model", "threads", "tokens", "bare")}
+        return head | {"rounds": len(self.seconds[BARE]), "cases": rows}
+
+    def lines(self) -> Iterator[str]:
+        found = self.summary()
+        work = f"{self.threads} threads, {self.tokens} tokens, {found['rounds']} rounds, medians"
+        yield f"{one_line(self.model)}: {work}; bare: {self.bare}"
+        yield f"{'':<24}{'seconds':>9}{'over bare':>11}"
+        for name, row in found["cases"].items():
+            yield f"{name:<24}{row['seconds']:>9.3f}{row['ratio_to_bare']:>11.3f}"
+        for name, row in found["cases"].items():
+            parts = ", ".join(f"{part} {1e3 * seconds:.0f}" for part, seconds in row["parts"].items())
+            yield f"{name}, ms of one start: {parts}"
+
+
+def run(
+    model: str,
+    *,
+    tokens: int = 1,
+    rounds: int = 9,
+    threads: int | None = None,
+    ctx_size: int = 4096,
+    pair: str | None = None,
+    progress: Progress = lambda line: None,
+) -> Report:
+    """Start each program in turns."""
+    if tokens < 1 or rounds < 1:
+        raise UsageError(f"a start is measured with at least 1 token and 1 round, not {tokens} and {rounds}")
+    with Engine(model, pair="as-is", ctx_size=ctx_size, threads=threads) as engine:
+        path, n, name = engine.info.path, engine.threads, engine.info.name or engine.info.path.name
+        ids = engine.template.encode([Message("user", TEXT)])
+    with tempfile.TemporaryDirectory(prefix="acd-start-") as folder:
+        program, what = bare_program(Path(folder))
+        layers, extra = -1 if llama.supports_gpu_offload() else 0, int(machine.extra_buffers())
+        bare = [*program, path, ctx_size, n, layers, extra, tokens, *ids]
+        given = [str(path), TEXT, "--no-stdin", "-c", str(ctx_size), "-t", str(n), "-n", str(tokens), "--temp", "0"]
+        own = [*given, *(["--pair", pair] if pair else [])]
+        as_is = [*given, "--pair", "as-is"]
+        python, trace = [sys.executable, "-c", ACD_RUN], [sys.executable, HERE / "start_trace.py"]
+        commands = {BARE: bare, OWN_PAIR: [*python, *own], AS_IS: [*python, *as_is]}
+        ways = {name: partial(seconds_of, command) for name, command in commands.items()}
+        seconds = in_turns(ways, rounds, progress, warm_up=True)
+        traced = {BARE: bare, OWN_PAIR: [*trace, *own], AS_IS: [*trace, *as_is]}
+        parts = {name: json.loads(start(command).stderr.splitlines()[-1]) for name, command in traced.items()}
+    return Report(name, n, tokens, what, seconds, parts)
+
+
+def bare_program(folder: Path) -> tuple[list[object], str]:
+    """Compile bare.c against the installed llama.cpp, or take bare.py; say which."""
+    package = Path(llama_cpp.__file__).parent
+    include = next((at for at in (package / "include", package.parent / "include") if (at / "llama.h").exists()), None)
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+    python = [sys.executable, HERE / "bare.py"]
+    if compiler is None or include is None:
+        return python, f"bare.py, for want of {'a C compiler' if compiler is None else 'llama.h'}"
+    libraries, program = package / "lib", folder / "bare"
+    flags = ["-O2", f"-I{include}", f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
+    done = subprocess.run([compiler, HERE / "bare.c", *flags, "-lllama", "-o", program], capture_output=True, text=True)
+    if done.returncode:
+        return python, f"bare.py, since {compiler} failed: {done.stderr.strip().splitlines()[-1]}"
+    return [program], "bare.c"
+
+
+def seconds_of(command: Sequence[object], _number: int) -> float:
+    started = time.perf_counter()
+    start(command)
+    return time.perf_counter() - started
+
+
+def start(command: Sequence[object]) -> subprocess.CompletedProcess[str]:
+    # With Python's caches of compiled modules, as an installed program has them.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    env["PYTHONPATH"] = str(HERE.parent)
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise InternalError(f"{command[0]} failed: {done.stderr.strip() or done.returncode}")
+    return done
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = script.arguments(__doc__)
+    parser.set_defaults(tokens=1, rounds=9, ctx_size=4096)
+    return script.run(run, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
