@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import secrets
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -123,7 +123,7 @@ class Engine(Closing):
         # Before the model is loaded: a bad pair is refused at once, and the copy that the check loads is free by then.
         self.pair, self._pair_note = self._pairs.choose(pair, load, on_check)
         self.fitted = self.pair is not None and pairs.fitted(self.pair, self.info)
-        loaded = llama.Model(self.info.path, gpu_layers=gpu_layers, on_progress=on_progress)
+        loaded = llama.Model(self.info.path, gpu_layers=gpu_layers, special=self.info.special, on_progress=on_progress)
         try:
             self.n_params = loaded.n_params
             limit = loaded.n_ctx_train
@@ -218,7 +218,7 @@ class Engine(Closing):
             options=options,
             prompt_setup=prompt_setup,
             contrast=resolve_contrast(options, chosen, soft=soft),
-            seed=secrets.randbelow(MAX_SEED + 1) if options.seed is None else options.seed,
+            seed=_random_seed() if options.seed is None else options.seed,
             pair=chosen,
             soft=soft,
             gating=gating,
@@ -330,6 +330,10 @@ def check_messages(messages: Any) -> None:
         UsageError: it cannot.
     """
     _turns(messages)
+
+
+def _random_seed() -> int:
+    return int.from_bytes(os.urandom(8)) % (MAX_SEED + 1)
 
 
 def _turns(messages: Sequence[Message | Mapping[str, str]] | str) -> tuple[list[Message], str | None]:

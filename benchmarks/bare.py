@@ -1,6 +1,6 @@
 """Do what bare.c does through llama-cpp-python's declarations alone, for machines without a C compiler.
 
-    python bare.py MODEL N_CTX N_THREADS GPU_LAYERS EXTRA_BUFFERS N_TOKENS ID...
+python bare.py MODEL N_CTX N_THREADS GPU_LAYERS EXTRA_BUFFERS N_TOKENS ID...
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run acd-run, and tell at the end of stderr how many seconds its parts took, as a line of JSON.
 
-    python benchmarks/start_trace.py ARGUMENTS OF acd-run
+python benchmarks/start_trace.py ARGUMENTS OF acd-run
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 from acd_local import files
 from acd_local.errors import AcdError, InternalError, ModelError, OutOfMemoryError, shown, tells_of_memory
 from acd_local.runtime import child, gguf_header, machine
-from acd_local.runtime.gguf_header import GGUFInfo
+from acd_local.runtime.gguf_header import GGUFInfo, SpecialToken
 from acd_local.runtime.threads import physical_cores
 
 if TYPE_CHECKING:
     from acd_local.runtime.llama import Context
 
-_FORMAT = 2  # of a verdict file
+_FORMAT = 3  # of a verdict file
 _REFUSED = 4  # the child's exit code when llama.cpp refused the file and lived
 _SAMPLE = Path(__file__).with_name("sample.gguf")  # 4- and 8-bit weights, written by tests/helpers/tiny_gguf.py
 _CRASHES = ("SIGSEGV", "SIGABRT", "SIGILL", "SIGBUS", "SIGFPE", "SIGTRAP", "SIGSYS")
@@ -66,7 +65,7 @@ def verify(path: Path, *, timeout: float = 120.0, force: bool = False) -> GGUFIn
     if len(info.parts) > 1:
         parts = signature(info.parts)
     if child.can_start():
-        _try(path, timeout + info.size / _SLOW_DISK)
+        info = replace(info, special=_try(path, timeout + info.size / _SLOW_DISK))
         _remember(path, parts, info)
     return info
 
@@ -139,8 +138,11 @@ class _Ending:
         return -self.code in [getattr(signal, name, None) for name in _CRASHES]
 
 
-def _try(path: Path, timeout: float) -> None:
+def _try(path: Path, timeout: float) -> tuple[SpecialToken, ...] | None:
     """Let children load `path` and decode with it, until it is clear whether this process may, and how.
+
+    Returns:
+        The vocabulary's special tokens.
 
     Raises: see `verify`.
     """
@@ -158,6 +160,8 @@ def _try(path: Path, timeout: float) -> None:
         )
     if ending.code != 0:
         raise _error(path, ending)
+    said = ending.said.get("special")
+    return None if said is None else gguf_header.special_tokens(said)
 
 
 def _slowdown(with_extra: _Ending, without: _Ending) -> float | None:
@@ -187,7 +191,7 @@ def _run(path: Path, timeout: float, extra_buffers: bool) -> _Ending:
     given = [str(path.absolute()), *([] if extra_buffers else [_WITHOUT])]
     try:
         done = child.run_module("acd_local.runtime.probe", *given, timeout=timeout)
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         raise ModelError(f"{shown(path)}: llama.cpp did not finish loading it within {timeout:.0f} s") from None
     except OSError as error:
         raise InternalError(f"cannot start {shown(sys.executable)} to check the model: {error.strerror}") from None
@@ -256,6 +260,7 @@ def _child(path: Path, extra_buffers: bool) -> int:
     doing = "load"
     try:
         with llama.Model(path, gpu_layers=0, extra_buffers=extra_buffers) as model:
+            print(json.dumps({"special": [*model.vocab.special.values()]}), flush=True)
             doing = "create a context for"
             with llama.Context(model, n_ctx=256, n_seq=2, threads=physical_cores()) as context:
                 doing = "run"
