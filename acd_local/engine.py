@@ -20,6 +20,7 @@ from acd_local.models import resolve as resolve_model
 from acd_local.options import MAX_SEED, Options, check_engine_number, refuse_unknown
 from acd_local.pairs import PromptPair
 from acd_local.runtime import llama, probe, rowcosts
+from acd_local.runtime.binding import Opening
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import SpecialTokens
 from acd_local.runtime.decoder import Decoder
@@ -41,7 +42,7 @@ class Engine(Closing):
     """A model, loaded once, that answers by contrasting two streams. Safe to use from several threads.
 
     Args:
-        model: path of a GGUF file, "demo", or "hf:owner/repo/file.gguf".
+        model: path of a GGUF file, "demo", or "hf:owner/repo/file.gguf"; or a file that is being loaded already.
         pair: a prompt pair or its name or path; "as-is": none, the model answers under its template's own system
             prompt. None takes a pair that is fitted to this model; where there is none, a check of some seconds, once
             per model, decides between the pair `default` and none. The check is made too, for a warning, where a pair
@@ -86,7 +87,7 @@ class Engine(Closing):
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | Opening,
         *,
         pair: PromptPair | str | None = None,
         ctx_size: int | None = None,
@@ -113,17 +114,21 @@ class Engine(Closing):
         if slots is not None and slots < conversations:
             raise UsageError(f"slots must be at least the {conversations} conversations at once, not {slots}")
         self.threads = threads or default_threads()
-        path = resolve_model(str(model))
-        if on_progress is not None:
-            on_progress(0.0)
-        self.info = probe.verify(path)
+        if isinstance(model, Opening):
+            self.info = model.info
+        else:
+            path = resolve_model(str(model))
+            if on_progress is not None:
+                on_progress(0.0)
+            self.info = probe.verify(path)
         self.soft = soft
         self._pairs = ModelPairs(self.info, soft)
         load = partial(type(self), self.info.path, threads=threads, gpu_layers=gpu_layers)
         # Before the model is loaded: a bad pair is refused at once, and the copy that the check loads is free by then.
         self.pair, self._pair_note = self._pairs.choose(pair, load, on_check)
         self.fitted = self.pair is not None and pairs.fitted(self.pair, self.info)
-        loaded = llama.Model(self.info.path, gpu_layers=gpu_layers, special=self.info.special, on_progress=on_progress)
+        file = model if isinstance(model, Opening) else self.info.path
+        loaded = llama.Model(file, gpu_layers=gpu_layers, special=self.info.special, on_progress=on_progress)
         try:
             self.n_params = loaded.n_params
             limit = loaded.n_ctx_train

@@ -4,8 +4,9 @@
 
 Every start is a new process, of a file that was checked before and lies in the page cache. The bare program (bare.c,
 or bare.py where there is no C compiler or no header) reads the same chat prompt with the same parameters, and says as
-many tokens. acd-run answers under the model's own pair, with its gate, and under none. They are started in turns;
-ratios are taken round by round. Where acd-run's time goes is told by one more start of each kind, see start_trace.py.
+many tokens. acd-run answers under the model's own pair, with its gate, and under none: "hi" is a harmless request, so
+that the former prompt is the gate's. They are started in turns; ratios are taken round by round. Where acd-run's time
+goes is told by one more start of each kind, see start_trace.py. Run it where nothing else runs.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ from acd_local.bench.rounds import Progress, in_turns
 from acd_local.cli.shell import one_line
 from acd_local.engine import Engine
 from acd_local.errors import InternalError, UsageError
+from acd_local.options import Options
 from acd_local.runtime import llama, machine
+from acd_local.runtime.prompts import PromptSetup
 from acd_local.runtime.template import Message
 
 HERE = Path(__file__).resolve().parent
 TEXT = "hi"
-BARE, OWN_PAIR, AS_IS = "bare llama.cpp", "acd-run", "acd-run --pair as-is"
+OWN_PAIR, AS_IS = "acd-run", "acd-run --pair as-is"
+BARE = "bare, the same prompt"
 ACD_RUN = "import sys; from acd_local.cli.run import main; sys.exit(main())"
 
 
@@ -45,43 +49,46 @@ class Report:
     """A finished comparison.
 
     Attributes:
-        seconds: of every start, by case. parts: seconds of the parts of one start, by case.
-        bare: what the bare program is.
+        seconds: of every start of acd-run, and of the bare program with the same prompt, by pair. parts: seconds of the
+            parts of one start. bare: what the bare program is.
     """
 
     model: str
     threads: int
     tokens: int
     bare: str
-    seconds: Mapping[str, Sequence[float]]
-    parts: Mapping[str, Mapping[str, float]]
-
-    def ratios(self, name: str) -> list[float]:
-        return [a / b for a, b in zip(self.seconds[name], self.seconds[BARE], strict=True)]
+    seconds: Mapping[str, Mapping[str, Sequence[float]]]
+    parts: Mapping[str, Mapping[str, Mapping[str, float]]]
 
     def summary(self) -> dict[str, Any]:
         """Medians, JSON types."""
-        rows = {
-            name: {
-                "seconds": round(statistics.median(self.seconds[name]), 4),
-                "ratio_to_bare": round(statistics.median(self.ratios(name)), 4),
-                "parts": {part: round(seconds, 4) for part, seconds in self.parts[name].items()},
-            }
-            for name in self.seconds
-        }
         head = {name: getattr(self, name) for name in ("model", "threads", "tokens", "bare")}
-        return head | {"rounds": len(self.seconds[BARE]), "cases": rows}
+        return head | {"cases": {name: self._case(name) for name in self.seconds}}
+
+    def _case(self, name: str) -> dict[str, Any]:
+        ours, bare = self.seconds[name].values()
+        return {
+            "seconds": round(statistics.median(ours), 4),
+            "bare_seconds": round(statistics.median(bare), 4),
+            "ratio": round(statistics.median(a / b for a, b in zip(ours, bare, strict=True)), 4),
+            "parts": {
+                program: {part: round(seconds, 4) for part, seconds in parts.items()}
+                for program, parts in self.parts[name].items()
+            },
+        }
 
     def lines(self) -> Iterator[str]:
         found = self.summary()
-        work = f"{self.threads} threads, {self.tokens} tokens, {found['rounds']} rounds, medians"
+        rounds = len(next(iter(self.seconds[AS_IS].values())))
+        work = f"{self.threads} threads, {self.tokens} tokens, {rounds} rounds, medians"
         yield f"{one_line(self.model)}: {work}; bare: {self.bare}"
-        yield f"{'':<24}{'seconds':>9}{'over bare':>11}"
+        yield f"{'':<24}{'seconds':>9}{'bare':>9}{'ratio':>9}"
         for name, row in found["cases"].items():
-            yield f"{name:<24}{row['seconds']:>9.3f}{row['ratio_to_bare']:>11.3f}"
+            yield f"{name:<24}{row['seconds']:>9.3f}{row['bare_seconds']:>9.3f}{row['ratio']:>9.3f}"
         for name, row in found["cases"].items():
-            parts = ", ".join(f"{part} {1e3 * seconds:.0f}" for part, seconds in row["parts"].items())
-            yield f"{name}, ms of one start: {parts}"
+            for program, times in row["parts"].items():
+                parts = ", ".join(f"{part} {1e3 * seconds:.0f}" for part, seconds in times.items())
+                yield f"{name}, ms of one start of {program}: {parts}"
 
 
 def run(
@@ -97,23 +104,38 @@ def run(
     """Start each program in turns."""
     if tokens < 1 or rounds < 1:
         raise UsageError(f"a start is measured with at least 1 token and 1 round, not {tokens} and {rounds}")
-    with Engine(model, pair="as-is", ctx_size=ctx_size, threads=threads) as engine:
+    with Engine(model, pair=pair, ctx_size=ctx_size, threads=threads) as engine:
         path, n, name = engine.info.path, engine.threads, engine.info.name or engine.info.path.name
-        ids = engine.template.encode([Message("user", TEXT)])
+        gating = engine.gating(engine.pair, Options())
+        own = PromptSetup.of(engine.pair) if gating is None else gating.base
+        prompts = {OWN_PAIR: prompt_of(engine, own), AS_IS: prompt_of(engine, PromptSetup())}
     with tempfile.TemporaryDirectory(prefix="acd-start-") as folder:
         program, what = bare_program(Path(folder))
         layers, extra = -1 if llama.supports_gpu_offload() else 0, int(machine.extra_buffers())
-        bare = [*program, path, ctx_size, n, layers, extra, tokens, *ids]
-        given = [str(path), TEXT, "--no-stdin", "-c", str(ctx_size), "-t", str(n), "-n", str(tokens), "--temp", "0"]
-        own = [*given, *(["--pair", pair] if pair else [])]
-        as_is = [*given, "--pair", "as-is"]
-        python, trace = [sys.executable, "-c", ACD_RUN], [sys.executable, HERE / "start_trace.py"]
-        commands = {BARE: bare, OWN_PAIR: [*python, *own], AS_IS: [*python, *as_is]}
-        ways = {name: partial(seconds_of, command) for name, command in commands.items()}
-        seconds = in_turns(ways, rounds, progress, warm_up=True)
-        traced = {BARE: bare, OWN_PAIR: [*trace, *own], AS_IS: [*trace, *as_is]}
-        parts = {name: json.loads(start(command).stderr.splitlines()[-1]) for name, command in traced.items()}
+        given = [path, TEXT, "--no-stdin", "-c", ctx_size, "-t", n, "-n", tokens, "--temp", 0]
+        pairs = {OWN_PAIR: ["--pair", pair] if pair else [], AS_IS: ["--pair", "as-is"]}
+        ours = {case: [*given, *pairs[case]] for case in prompts}
+        bare = {case: [*program, path, ctx_size, n, layers, extra, tokens, *prompts[case]] for case in prompts}
+        ways = {
+            (case, "acd-run"): partial(seconds_of, [sys.executable, "-c", ACD_RUN, *ours[case]]) for case in prompts
+        }
+        ways |= {(case, BARE): partial(seconds_of, bare[case]) for case in prompts}
+        found = in_turns(ways, rounds, progress, warm_up=True)
+        traced = {
+            case: {"acd-run": [sys.executable, HERE / "start_trace.py", *ours[case]], BARE: bare[case]}
+            for case in prompts
+        }
+        parts = {
+            case: {program: json.loads(start(command).stderr.splitlines()[-1]) for program, command in commands.items()}
+            for case, commands in traced.items()
+        }
+    seconds = {case: {program: found[case, program] for program in ("acd-run", BARE)} for case in prompts}
     return Report(name, n, tokens, what, seconds, parts)
+
+
+def prompt_of(engine: Engine, prompt_setup: PromptSetup) -> list[int]:
+    turns = [Message("user", TEXT)]
+    return engine.prompts.build(prompt_setup, None, turns, contrast=False, max_tokens=1, overflow="error").safe
 
 
 def bare_program(folder: Path) -> tuple[list[object], str]:

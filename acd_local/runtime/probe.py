@@ -57,7 +57,7 @@ def verify(path: Path, *, timeout: float = 120.0, force: bool = False) -> GGUFIn
         OutOfMemoryError: there is not enough memory to load it.
         InternalError: the child could not be run at all, or llama.cpp crashes on every model here.
     """
-    info = None if force else _remembered(path)
+    info = None if force else remembered(path)
     if info is not None:
         return info
     parts = signature((path,))  # taken before the check: a file that changes meanwhile is checked again next time
@@ -86,7 +86,8 @@ def signature(parts: tuple[Path, ...]) -> list[list[object]] | None:
     return [[str(p), s.st_size, s.st_mtime_ns] for p, s in stats]
 
 
-def _remembered(path: Path) -> GGUFInfo | None:
+def remembered(path: Path) -> GGUFInfo | None:
+    """Return what `verify` would, where the file is known to be good; else None."""
     try:
         verdict = json.loads(files.kept(_verdict_name(path)) or "")
         info = gguf_header.from_json(verdict["info"])
