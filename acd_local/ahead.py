@@ -4,32 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from acd_local import models, pairs
+from acd_local import models
 from acd_local.runtime import probe
 from acd_local.runtime.binding import Opening
 
 
 def open_ahead(
-    model: str,
-    pair: str | None,
-    *,
-    gpu_layers: int | None = None,
-    on_progress: Callable[[float], object] | None = None,
+    model: str, *, gpu_layers: int | None = None, on_progress: Callable[[float], object] | None = None
 ) -> Opening | None:
-    """Begin to load a model's file where that is next; None: the file, or what the pair does to it, is to be checked.
-
-    Args: as of `engine.Engine`, which takes what is returned as its model.
+    """Begin to load a model's file, which `Engine` then takes as its model; None: the file is to be checked first.
 
     Raises:
-        ModelError, PairError: as there.
+        ModelError: there is no such file.
     """
     info = probe.remembered(models.resolve(model))
     if info is None:
         return None
-    if pair != pairs.AS_IS:
-        chosen = pairs.best_for(info) if pair is None else pairs.find(pair)
-        if chosen is None or not pairs.fitted(chosen, info):
-            return None
     if on_progress is not None:
         on_progress(0.0)
     return Opening(info, gpu_layers=gpu_layers, on_progress=on_progress)

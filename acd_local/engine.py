@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -123,7 +122,12 @@ class Engine(Closing):
             self.info = probe.verify(path)
         self.soft = soft
         self._pairs = ModelPairs(self.info, soft)
-        load = partial(type(self), self.info.path, threads=threads, gpu_layers=gpu_layers)
+
+        def load(**settings: Any) -> Self:
+            if isinstance(model, Opening):
+                model.close()  # one copy at a time
+            return type(self)(self.info.path, threads=threads, gpu_layers=gpu_layers, **settings)
+
         # Before the model is loaded: a bad pair is refused at once, and the copy that the check loads is free by then.
         self.pair, self._pair_note = self._pairs.choose(pair, load, on_check)
         self.fitted = self.pair is not None and pairs.fitted(self.pair, self.info)

@@ -245,7 +245,7 @@ def load_engine(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from acd_local.ahead import open_ahead
 
-    ahead = open_ahead(model, flags["pair"], gpu_layers=flags["gpu_layers"], on_progress=on_progress)
+    ahead = open_ahead(model, gpu_layers=flags["gpu_layers"], on_progress=on_progress)
     given = {name: flags[name] for name in ENGINE_FLAGS}
     given |= {"conversations": conversations, "slots": slots, "on_progress": on_progress, "on_check": on_check}
     with ahead or nullcontext():

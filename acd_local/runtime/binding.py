@@ -56,10 +56,10 @@ def _postpone(name: str, afterwards: Callable[[], object]) -> None:
 # The package's own code imports chat formats, caches and server types, which take as long as all of this package.
 _postpone("llama_cpp", lambda: C.llama_log_set(_log_callback, None))
 with openmp_settings():
-    import llama_cpp._ggml
-    import llama_cpp.llama_cpp as C
+    import llama_cpp._ggml as _ggml
+    import llama_cpp.llama_cpp as C  # not `from llama_cpp`: that asks the package
 
-GGML = llama_cpp._ggml.libggml
+GGML = _ggml.libggml
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,11 +212,12 @@ class Opening(Closing):
         return self._owned
 
     def close(self) -> None:
-        """Stop loading, and free what nobody has taken."""
+        """Stop loading, and free what nobody has taken: nothing can be taken any more."""
         if not self._left:
             self._left = True
             self._wait()
             self._owned.close()
+            self._loaded, self._raised = False, None
 
     def _load(self) -> None:
         try:

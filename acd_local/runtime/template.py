@@ -16,7 +16,6 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 import jinja2
 import jinja2.ext
-import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
@@ -279,11 +278,11 @@ class _Renderer:
         with _one_line_errors():
             env = _environment(datetime.now(), undefined)
             tree = env.parse(source)
-            self._template = env.from_string(source)
             constants = {str(c.value) for c in tree.find_all(jinja2.nodes.Const) if isinstance(c.value, str)}
             written = [t.data for t in tree.find_all(jinja2.nodes.TemplateData)]
-            asked_for = jinja2.meta.find_undeclared_variables(tree)
+            asked_for = {name.name for name in tree.find_all(jinja2.nodes.Name) if name.ctx == "load"}
             self.compared_texts = _compared_texts(tree)
+            self._template = env.from_string(tree)  # last: it changes the tree
         self._variables: dict[str, object] = {
             "bos_token": vocab.literal(vocab.bos) if vocab.bos >= 0 else "",
             "eos_token": vocab.literal(vocab.eos) if vocab.eos >= 0 else "",
