@@ -26,7 +26,7 @@ from acd_local.runtime.decoder import Decoder
 from acd_local.runtime.lifetime import Closing
 from acd_local.runtime.prompts import PromptBuilder, PromptSetup
 from acd_local.runtime.streams import Layout
-from acd_local.runtime.template import ChatTemplate, Message
+from acd_local.runtime.template import ChatTemplate, Message, prepare
 from acd_local.runtime.threads import default_threads
 from acd_local.softpair import SoftPair
 
@@ -123,7 +123,7 @@ class Engine(Closing):
         self.soft = soft
         self._pairs = ModelPairs(self.info, soft)
 
-        def load(**settings: Any) -> Self:
+        def load(**settings: Any) -> Engine:
             if isinstance(model, Opening):
                 model.close()  # one copy at a time
             return type(self)(self.info.path, threads=threads, gpu_layers=gpu_layers, **settings)
@@ -132,6 +132,7 @@ class Engine(Closing):
         self.pair, self._pair_note = self._pairs.choose(pair, load, on_check)
         self.fitted = self.pair is not None and pairs.fitted(self.pair, self.info)
         file = model if isinstance(model, Opening) else self.info.path
+        prepare(self.info.chat_template)  # where the file is being loaded, this thread has the time
         loaded = llama.Model(file, gpu_layers=gpu_layers, special=self.info.special, on_progress=on_progress)
         try:
             self.n_params = loaded.n_params

@@ -53,13 +53,18 @@ def _postpone(name: str, afterwards: Callable[[], object]) -> None:
     sys.modules[name] = package
 
 
+def _listen() -> None:
+    """Take llama.cpp's log, which the package's own code would write to stderr."""
+    C.llama_log_set(_log_callback, None)
+
+
 # The package's own code imports chat formats, caches and server types, which take as long as all of this package.
-_postpone("llama_cpp", lambda: C.llama_log_set(_log_callback, None))
+_postpone("llama_cpp", _listen)
 with openmp_settings():
     import llama_cpp._ggml as _ggml
-    import llama_cpp.llama_cpp as C  # not `from llama_cpp`: that asks the package
+    import llama_cpp.llama_cpp as _declared  # not `from llama_cpp`: that asks the package
 
-GGML = _ggml.libggml
+C, GGML = _declared, _ggml.libggml
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +112,7 @@ _log_nothing = ctypes.cast(LIBC.abs, C.llama_log_callback)
 logging.getLogger("acd_local").addHandler(logging.NullHandler())  # a library's default: say nothing unless asked
 LOG = LogSink()
 _log_callback = C.llama_log_callback(LOG)
-C.llama_log_set(_log_callback, None)
+_listen()
 C.llama_backend_init()
 
 
@@ -233,4 +238,4 @@ class Opening(Closing):
 
     def _wait(self) -> None:
         self._thread.join()
-        C.llama_log_set(_log_callback, None)
+        _listen()

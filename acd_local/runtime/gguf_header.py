@@ -108,7 +108,9 @@ class GGUFInfo:
     tokenizer: str
     """Tokenizer fingerprint: hex SHA-256 over tokenizer.ggml.model, pre, tokens, token_type and merges as stored."""
     special: tuple[SpecialToken, ...] | None = field(default=None, compare=False)
-    """What llama.cpp, when it tried the file, said of the tokens that are more than text; None: it did not."""
+    """What llama.cpp said, when it tried the file, of the tokens that are more than text; None: it was not asked."""
+    chat_template: str = field(default="", compare=False)
+    """What it said of the chat template; "" if there is none, or it was not asked."""
 
 
 def to_json(info: GGUFInfo) -> dict[str, object]:
@@ -130,6 +132,7 @@ def from_json(data: dict[str, object]) -> GGUFInfo:
     values["parts"] = tuple(Path(str(p)) for p in parts) if isinstance(parts, list) else ()
     if (special := data.get("special")) is not None:
         values["special"] = special_tokens(special)
+    values["chat_template"] = str(data["chat_template"])
     return GGUFInfo(**values)  # type: ignore[arg-type]
 
 

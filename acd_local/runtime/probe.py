@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from acd_local import files
 from acd_local.errors import AcdError, InternalError, ModelError, OutOfMemoryError, shown, tells_of_memory
 from acd_local.runtime import child, gguf_header, machine
-from acd_local.runtime.gguf_header import GGUFInfo, SpecialToken
+from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.threads import physical_cores
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def verify(path: Path, *, timeout: float = 120.0, force: bool = False) -> GGUFIn
     if len(info.parts) > 1:
         parts = signature(info.parts)
     if child.can_start():
-        info = replace(info, special=_try(path, timeout + info.size / _SLOW_DISK))
+        said = _try(path, timeout + info.size / _SLOW_DISK)
+        info = gguf_header.from_json(gguf_header.to_json(info) | said)
         _remember(path, parts, info)
     return info
 
@@ -139,11 +140,11 @@ class _Ending:
         return -self.code in [getattr(signal, name, None) for name in _CRASHES]
 
 
-def _try(path: Path, timeout: float) -> tuple[SpecialToken, ...] | None:
+def _try(path: Path, timeout: float) -> dict[str, Any]:
     """Let children load `path` and decode with it, until it is clear whether this process may, and how.
 
     Returns:
-        The vocabulary's special tokens.
+        What llama.cpp says of the model, for `gguf_header.from_json`.
 
     Raises: see `verify`.
     """
@@ -161,8 +162,7 @@ def _try(path: Path, timeout: float) -> tuple[SpecialToken, ...] | None:
         )
     if ending.code != 0:
         raise _error(path, ending)
-    said = ending.said.get("special")
-    return None if said is None else gguf_header.special_tokens(said)
+    return {name: ending.said[name] for name in ("special", "chat_template") if name in ending.said}
 
 
 def _slowdown(with_extra: _Ending, without: _Ending) -> float | None:
@@ -261,7 +261,8 @@ def _child(path: Path, extra_buffers: bool) -> int:
     doing = "load"
     try:
         with llama.Model(path, gpu_layers=0, extra_buffers=extra_buffers) as model:
-            print(json.dumps({"special": [*model.vocab.special.values()]}), flush=True)
+            special, template = [*model.vocab.special.values()], model.chat_template()
+            print(json.dumps({"special": special, "chat_template": template or ""}), flush=True)
             doing = "create a context for"
             with llama.Context(model, n_ctx=256, n_seq=2, threads=physical_cores()) as context:
                 doing = "run"
