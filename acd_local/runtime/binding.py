@@ -211,6 +211,7 @@ class Opening(Closing):
         if self._raised is not None:
             raise self._raised
         if not self._loaded:
+            self._owned.close()
             return None
         self._left = True
         self._owned.belong_to(owner)
