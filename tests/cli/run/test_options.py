@@ -78,8 +78,8 @@ def test_engine_flags_reach_the_engine(
     flags = ("-ngl", "0", "--kv-type", "q8_0", "--layout", "split", "-c", "300", "-n", "1")
     one_line_error(cli(*base, "hi", *flags), 2, "q8_0", "--kv-type f16")  # heads of 16 cannot be quantized
     assert callable(given[0].pop("on_progress")) and callable(given[0].pop("on_check"))
+    assert str(given[0].pop("model").info.path) == base[0]  # it is being loaded already
     assert given[0] == {
-        "model": base[0],
         "pair": base[-1],
         "draft": None,
         "soft": None,
