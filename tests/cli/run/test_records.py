@@ -164,7 +164,7 @@ def test_an_answer_outlives_a_trace_that_cannot_be_written(
     cli: Callable[..., Done], base: tuple[str, ...], more: tuple[str, ...]
 ) -> None:
     """--json prints one object: the answer, with the error beside it."""
-    asked = (*base, "hi", "-n", "4", "--seed", "1", "--strategy", "stepwise", *more)
+    asked = (*base, "hi", "-n", "4", "--seed", "1", "--strategy", "stepwise", "--no-cache", *more)
     good = cli(*asked, "--json")
     done = cli(*asked, "--trace", "/dev/full", "--json")
     record, whole = json.loads(done.out), json.loads(good.out)
