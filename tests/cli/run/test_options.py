@@ -75,7 +75,7 @@ def test_engine_flags_reach_the_engine(
         create(self, model, **kw)
 
     monkeypatch.setattr(Engine, "__init__", spy)
-    flags = ("-ngl", "0", "--kv-type", "q8_0", "--layout", "split", "-c", "300", "-n", "1", "--cache")
+    flags = ("-ngl", "0", "--kv-type", "q8_0", "--layout", "split", "-c", "300", "-n", "1")
     one_line_error(cli(*base, "hi", *flags), 2, "q8_0", "--kv-type f16")  # heads of 16 cannot be quantized
     assert callable(given[0].pop("on_progress")) and callable(given[0].pop("on_check"))
     assert given[0] == {
@@ -87,7 +87,6 @@ def test_engine_flags_reach_the_engine(
         "gpu_layers": 0,
         "kv_type": "q8_0",
         "layout": "split",
-        "cache": True,
         "conversations": 1,
         "slots": None,
     }
