@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from acd_local.errors import EngineBusyError, EngineClosedError
 from acd_local.options import MAX_DRAFT
 from acd_local.runtime import batch_costs, llama
 from acd_local.runtime.batch_costs import BatchCosts
-from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.cancel import CancelToken, Interrupting
 from acd_local.runtime.draft_model import DraftModel
 from acd_local.runtime.drafts import ModelDrafts, PromptLookup, Source
 from acd_local.runtime.lifetime import CLOSED
@@ -122,18 +122,13 @@ class Decoder:
         if self._closed:
             raise EngineClosedError(CLOSED)
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
+    def open(self) -> AbstractContextManager[None]:
         """Keep others from decoding and from closing: whatever touches llama.cpp's memory runs inside.
 
         Raises:
-            EngineClosedError: see `check_open`.
+            EngineClosedError: on entry, see `check_open`.
         """
-        if self.model.owned.foreign:
-            self.check_open()  # instead of waiting for a lock that nobody releases here
-        with self._lock:
-            self._check_not_closed()
-            yield
+        return _Open(self)
 
     def close(self) -> None:
         """Free caches and model, conversations kept on disk where they are to be; nothing in a forked child.
@@ -354,9 +349,7 @@ class Decoder:
     @contextmanager
     def _decoding(self, cancels: Sequence[CancelToken]) -> Iterator[None]:
         """Do what `open` does, where any of `cancels` stops the decoding."""
-        with self.open(), ExitStack() as stack:
-            for cancel in cancels:
-                stack.enter_context(cancel.interrupting(self._interrupt))
+        with self.open(), Interrupting(cancels, self._interrupt):
             self._streams.resume()
             for beside in self._beside():
                 beside.resume()
@@ -377,6 +370,25 @@ class Decoder:
     def _beside(self) -> list[Reader | DraftModel]:
         """List what else decodes, in contexts of its own."""
         return [beside for beside in (self._reader, self._draft) if beside is not None]
+
+
+class _Open:
+    """Holds a decoder open. A generator would take some ten times as long to enter and leave, at every token."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def __enter__(self) -> None:
+        decoder = self._decoder
+        if decoder.model.owned.foreign:
+            decoder.check_open()  # instead of waiting for a lock that nobody releases here
+        decoder._lock.acquire()
+        if decoder._closed:
+            decoder._lock.release()
+            raise EngineClosedError(CLOSED)
+
+    def __exit__(self, *_: object) -> None:
+        self._decoder._lock.release()
 
 
 class PromptMeter:

@@ -297,7 +297,9 @@ def _fillers(context: llama.Context, work: DecodeBatch) -> list[tuple[int, int]]
     llama.cpp decodes rows together as long as the numbers of their sequences follow each other: a gap among many
     conversations' single rows costs about as much as a row alone, a row whose logits nobody wants a fifth of that.
     """
-    if not context.model.rewinds or any(len(request.tokens) != 1 or request.tokens[0] < 0 for request in work):
+    if work[-1].cache.seq - work[0].cache.seq < len(work) or not context.model.rewinds:
+        return []
+    if any(len(request.tokens) != 1 or request.tokens[0] < 0 for request in work):
         return []
     most = min(work[0].cache.n_ctx - 1, 256 + max(len(request.cache.tokens) for request in work))
     found: list[tuple[int, int]] = []
