@@ -124,12 +124,12 @@ def run(
         memory_too: also start one process per case for its peak memory.
     """
     check_counts(tokens, rounds)
-    settings: dict[str, Any] = {"threads": threads or default_threads(), "ctx_size": ctx_size, "cache": False}
+    settings: dict[str, Any] = {"threads": threads or default_threads(), "ctx_size": ctx_size}
     used = contrasted_pair(pair)
     with ExitStack() as stack:
 
         def load(**differing: Any) -> Engine:
-            return stack.enter_context(Engine(model, pair=used, **settings, **differing))
+            return stack.enter_context(Engine(model, pair=used, cache=False, **settings, **differing))
 
         engine = load()
         engines = dict.fromkeys(ASKED, engine) | {SPLIT: load(**ENGINES[SPLIT])}

@@ -85,7 +85,10 @@ def keep(name: Path, costs: BatchCosts) -> BatchCosts:
     """Keep the costs for later processes, and return those to be used: `TYPICAL` where the cache cannot be written."""
     files.keep(name, json.dumps(asdict(costs)))
     folder = files.cache_dir()
-    return costs if folder is not None and (folder / name).exists() else TYPICAL
+    if folder is not None and (folder / name).exists():
+        return costs
+    files.keep(name, json.dumps(asdict(TYPICAL)))  # in this process alone
+    return TYPICAL
 
 
 def kept(name: Path) -> BatchCosts | None:

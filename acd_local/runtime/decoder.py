@@ -7,6 +7,7 @@ that drafts. It knows token ids and logits, no text and no pair.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -193,7 +194,8 @@ class Decoder:
                     self._idle.append(slot)
                     self._holders.remove(me)
                     self._free.notify()
-                self.prefixes.flush()
+                if not sys.is_finalizing():  # where nothing can be imported any more
+                    self.prefixes.flush()
 
     def _spared(self, slot: Slot, tokens: Sequence[int], prefix: Sequence[int]) -> int:
         """Count the tokens that a slot spares a prompt; where a gate decides, it may hold an answer to another one."""

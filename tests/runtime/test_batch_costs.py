@@ -92,7 +92,8 @@ def test_where_nothing_can_be_kept_every_process_drafts_by_the_same_table(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "file"))
-    assert batch_costs.keep(NAME, COSTS) == TYPICAL
+    name = Path("batchcosts", "nowhere.json")
+    assert batch_costs.keep(name, COSTS) == batch_costs.kept(name) == TYPICAL
 
 
 def test_an_engine_measures_once(tiny: Callable[..., Path], tmp_path: Path) -> None:

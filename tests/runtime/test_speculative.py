@@ -104,9 +104,9 @@ def test_alpha_zero_and_greedy_is_llama_cpps_greedy_text(demo: Path, how: dict[s
     from llama_cpp import Llama
 
     n = 48
-    with Engine(demo, pair=DEFAULT, ctx_size=1024, threads=1) as engine:
+    with Engine(demo, pair=DEFAULT, ctx_size=1024, threads=1, system_apart=False) as engine:
         prompt = prompts_of(engine)[0]
-        answer = engine.generate(QUESTION, Options(temp=0.0, max_tokens=n, **how), divergence=True).run()  # type: ignore[arg-type]
+        answer = engine.generate(QUESTION, Options(temp=0.0, max_tokens=n, draft_max=0, **how), divergence=True).run()  # type: ignore[arg-type]
         eog = engine.vocab.eog_tokens()
     reference = Llama(
         str(demo), n_ctx=1024, n_batch=llama.BATCH_ROWS, n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False
