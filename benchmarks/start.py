@@ -158,7 +158,8 @@ def start(command: Sequence[object]) -> subprocess.CompletedProcess[str]:
     # With Python's caches of compiled modules, as an installed program has them.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     env["PYTHONPATH"] = str(HERE.parent)
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    how: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "stdin": subprocess.DEVNULL}
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, **how)
     if done.returncode:
         raise InternalError(f"{command[0]} failed: {done.stderr.strip() or done.returncode}")
     return done
