@@ -142,8 +142,9 @@ class Chooser:
         ids, scores, safe_choice, s = safe_ids, safe_scores, None, self.settings
         if adversarial is not None:
             check_stream(adversarial, "adversarial")
-            ids, scores = apply_contrast(ids, scores, adversarial, alpha=s.alpha, raw=s.raw)
-            safe_choice = self._sampler.draw(safe_ids, safe_scores, position, dry_run=True)
+            if len(ids) > 1 or adversarial[ids[0]] == -np.inf:  # the only one is the choice, whatever its score
+                ids, scores = apply_contrast(ids, scores, adversarial, alpha=s.alpha, raw=s.raw)
+                safe_choice = self._sampler.draw(safe_ids, safe_scores, position, dry_run=True)
         token = self._sampler.draw(ids, scores, position)
         self._accept(token)
         return TokenChoice(

@@ -348,21 +348,9 @@ class Decoder:
 
     # -- who may decode ------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _decoding(self, cancels: Sequence[CancelToken]) -> Iterator[None]:
+    def _decoding(self, cancels: Sequence[CancelToken]) -> AbstractContextManager[None]:
         """Do what `open` does, where any of `cancels` stops the decoding."""
-        with self.open(), Interrupting(cancels, self._interrupt):
-            self._streams.resume()
-            for beside in self._beside():
-                beside.resume()
-            self._check_not_closed()  # close() may have asked for a stop just before
-            if any(cancel.is_set for cancel in cancels):
-                raise DecodeAborted
-            try:
-                yield
-            except DecodeAborted:
-                self._check_not_closed()
-                raise
+        return _Decoding(self, cancels)
 
     def _interrupt(self) -> None:
         self._streams.cancel()
@@ -374,7 +362,7 @@ class Decoder:
         return [beside for beside in (self._reader, self._draft) if beside is not None]
 
 
-class _Open:
+class _Open(AbstractContextManager[None]):
     """Holds a decoder open. A generator would take some ten times as long to enter and leave, at every token."""
 
     def __init__(self, decoder: Decoder) -> None:
@@ -391,6 +379,38 @@ class _Open:
 
     def __exit__(self, *_: object) -> None:
         self._decoder._lock.release()
+
+
+class _Decoding(_Open):
+    """Holds a decoder open, and lets any of some tokens stop what it decodes."""
+
+    def __init__(self, decoder: Decoder, cancels: Sequence[CancelToken]) -> None:
+        super().__init__(decoder)
+        self._cancels, self._interrupting = cancels, Interrupting(cancels, decoder._interrupt)
+
+    def __enter__(self) -> None:
+        decoder = self._decoder
+        super().__enter__()
+        try:
+            self._interrupting.__enter__()
+            decoder._streams.resume()
+            for beside in decoder._beside():
+                beside.resume()
+            decoder._check_not_closed()  # close() may have asked for a stop just before
+            if any(cancel.is_set for cancel in self._cancels):
+                raise DecodeAborted
+        except BaseException:
+            self._leave()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._leave()
+        if kind is not None and issubclass(kind, DecodeAborted):
+            self._decoder._check_not_closed()
+
+    def _leave(self) -> None:
+        self._interrupting.__exit__()
+        super().__exit__()
 
 
 class PromptMeter:
