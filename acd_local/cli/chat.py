@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from acd_local import __version__
 from acd_local.cli import flags
@@ -69,7 +70,8 @@ def _converse(engine: Engine, options: Options, given: dict[str, Any], signals: 
     if _is_terminal(sys.stdin):
         app.view.notice(f"{app.model_name} · pair {app.pair_label} · /help lists commands, Ctrl-D leaves")
     if given["load"] is not None:
-        load_chat(app, given["load"], keep_pair=given["pair"] is not None, system=given["system"])
+        typed = click.get_current_context().get_parameter_source("pair") is ParameterSource.COMMANDLINE
+        load_chat(app, given["load"], keep_pair=typed, system=given["system"])
     if sys.stdin is not None:
         with _source(app, given) as source:
             run(app, source)

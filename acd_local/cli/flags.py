@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from acd_local import files
-from acd_local.errors import ModelError, UsageError, shown
+from acd_local import files, settings
+from acd_local.errors import ModelError, PairError, UsageError, shown
 from acd_local.options import ENGINE_RANGES, OVERFLOWS, Options, check_engine_number
 
 if TYPE_CHECKING:
@@ -30,10 +30,40 @@ def file_name(text: str) -> Path:
 MAX_TEXT = 16_000_000  # bytes of a grammar's or schema's file
 ENGINE_FLAGS = ("pair", "draft", "soft", "ctx_size", "threads", "gpu_layers", "kv_type", "layout")
 
+
+# Defaults from the user's settings, which are read only where an option is not given.
+
+
+def _default_threads() -> int | None:
+    return None if os.environ.get("ACD_THREADS", "").strip() else settings.read().threads
+
+
+def _default_ctx_size() -> int | None:
+    return settings.read().ctx_size
+
+
+def _default_gate() -> str | None:
+    return "off" if settings.read().gate is False else None  # true: on where the pair has one, which is the default
+
+
+def _default_pair() -> str | None:
+    """Return the settings' pair; where it cannot be used, the error names the settings too."""
+    from acd_local import pairs
+
+    found = settings.read()
+    try:
+        if found.pair not in (None, pairs.AS_IS):
+            pairs.find(found.pair)
+    except PairError as error:
+        raise PairError(f"{found.place('pair')}: pair: {error}") from None
+    return found.pair
+
+
 threads_flag = click.option(
     "--threads",
     "-t",
     type=click.IntRange(*ENGINE_RANGES["threads"]),
+    default=_default_threads,
     metavar="N",
     help="CPU threads; default: $ACD_THREADS or the cores.",
 )
@@ -42,6 +72,7 @@ threads_flag = click.option(
 _ENGINE = (
     click.option(
         "--pair",
+        default=_default_pair,
         metavar="NAME|FILE",
         help="Prompt pair, or as-is for none; default: the one made for the model, else what a quick check finds.",
     ),
@@ -60,6 +91,7 @@ _ENGINE = (
         "--ctx-size",
         "-c",
         type=int,
+        default=_default_ctx_size,
         metavar="N",
         help="Tokens that each stream holds; default 4096 or the model's limit.",
     ),
@@ -101,6 +133,7 @@ _CONTRAST = (
     click.option(
         "--gate",
         type=click.Choice(["on", "off"]),
+        default=_default_gate,
         help="Contrast only what the pair's gate finds harmful, or every answer; default: on where the pair has one.",
     ),
     _number("gate_threshold"),
@@ -170,35 +203,57 @@ def _apply(section: str, decorators: tuple[Callable[[Any], Any], ...], function:
 
 
 def resolve_model(model: str | None, *, instead: str = "leave it out to use that") -> str:
-    """Return the MODEL argument, or ACD_MODEL where no argument is given at all.
+    """Return the MODEL argument, or the model of ACD_MODEL or the settings where no argument is given at all.
 
     Args:
-        instead: what to write where the argument was meant for ACD_MODEL's model; "" if it cannot have been.
+        instead: what to write where the argument was meant for that model, {model}; "" if it cannot have been.
 
     Raises:
-        ModelError: ACD_MODEL is set, and the argument is no model.
+        ModelError: there is such a model, and the argument is none.
+        UsageError: there is none, or the settings are broken.
     """
-    chosen = os.environ.get("ACD_MODEL")
     if model is None:
-        model = chosen
-    elif chosen and instead and model:
+        model = _default_model()
+    elif instead and model:
         _check_is_model(model, instead)
     if not model:
-        raise UsageError("no model: give a GGUF file, 'demo' or 'hf:owner/repo/file.gguf', or set ACD_MODEL")
+        raise UsageError(
+            "no model: give a GGUF file, 'demo', 'hf:owner/repo/file.gguf' or an alias, set ACD_MODEL, or a model of "
+            "your own by `acd config set model MODEL`"
+        )
     return model
 
 
+def _default_model() -> str | None:
+    """Return the model that is set; where the settings' cannot be found, the error names them too."""
+    from acd_local import models
+
+    default = settings.default_model()
+    if default is None or os.environ.get("ACD_MODEL"):
+        return default and default[0]
+    try:
+        if not default[0].startswith("hf:"):  # which would be downloaded
+            models.resolve(default[0])
+    except ModelError as error:
+        raise ModelError(f"{settings.read().place('model')}: model: {error}") from None
+    return default[0]
+
+
 def _check_is_model(argument: str, instead: str) -> None:
-    if argument == "demo" or argument.startswith("hf:") or argument.endswith(".gguf"):
+    if argument == "demo" or argument.startswith("hf:") or argument.endswith(".gguf") or settings.alias(argument):
+        return
+    if (default := settings.default_model()) is None:
         return
     try:
         there = Path(argument).exists() or files.expand(argument).exists()
     except (OSError, ValueError):  # too long for a name, as prompts are
         there = False
     if not there:
+        model, why = default
+        name = '"$ACD_MODEL"' if os.environ.get("ACD_MODEL") else shown(model)
         raise ModelError(
-            f"no such file: {shown(argument, 80)} (ACD_MODEL is set, but the first argument is always the MODEL: "
-            f"{instead})"
+            f"no such file: {shown(argument, 80)} ({why}, but the first argument is always the MODEL: "
+            f"{instead.format(model=name)})"
         )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from acd_local import __version__
-from acd_local.cli import bench, evaluate, fit, optimize
+from acd_local.cli import bench, config, evaluate, fit, optimize
 from acd_local.cli.shell import EXIT_CODES, Outcome, one_line, run_cli, say
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ def check_pair(file: str) -> None:
 
 
 command.add_command(bench.command)
+command.add_command(config.command)
 command.add_command(evaluate.command)
 command.add_command(fit.command)
 command.add_command(optimize.command)

@@ -57,7 +57,7 @@ def command(model: str | None, prompt: str | None, **given: Any) -> int | Outcom
     MODEL is a GGUF file, 'demo' or hf:owner/repo/file.gguf; ACD_MODEL is used where no argument is given. Piped stdin
     comes first, then a blank line, then PROMPT. Only the answer goes to stdout.
     """
-    instead = 'acd-run "$ACD_MODEL" "my prompt", or pipe the prompt' if prompt is None else ""
+    instead = 'acd-run {model} "my prompt", or pipe the prompt' if prompt is None else ""
     model = flags.resolve_model(model, instead=instead)
     options = flags.make_options(given)
     flags.check_engine_flags(given)
