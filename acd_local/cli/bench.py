@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from acd_local.cli import flags
-from acd_local.cli.shell import EXIT_CODES, Outcome, one_line, say
+from acd_local.cli import flags, help
+from acd_local.cli.shell import Outcome, one_line, say
 
 PROGRAM = "acd bench"
 # The columns of figures: two lines of heading, format, width.
@@ -23,14 +23,32 @@ COLUMNS = {
 TITLES = {"questions": "ordinary questions", "repeats": "texts that repeat a text", "code": "code"}
 
 
-@click.command("bench", epilog=EXIT_CODES, context_settings={"max_content_width": 100})
-@click.argument("model", required=False)
-@click.option("--tokens", type=click.IntRange(4), default=64, show_default=True, help="Answer tokens per measurement.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How often each case is measured.")
+@click.command(
+    "bench",
+    cls=help.Command,
+    short_help="Measure what answers cost.",
+    epilog=help.foot("acd bench model.gguf", "acd bench model.gguf --parallel 4 --json"),
+)
+@click.argument("model", required=False, type=flags.MODEL)
+@click.option(
+    "--tokens", type=click.IntRange(4), default=64, metavar="N", help="Answer tokens per measurement; default 64."
+)
+@click.option(
+    "--rounds", type=click.IntRange(1), default=5, metavar="N", help="How often each case is measured; default 5."
+)
 @flags.threads_flag
-@click.option("--ctx-size", "-c", type=click.IntRange(512), default=2048, show_default=True, help="Tokens per stream.")
-@click.option("--pair", metavar="NAME|FILE", help="Prompt pair; default: the model's own, or `default`.")
-@click.option("--draft", metavar="MODEL", help="Measure with a smaller model that drafts, too.")
+@click.option(
+    "--ctx-size",
+    "-c",
+    type=click.IntRange(512),
+    default=2048,
+    metavar="N",
+    help="Tokens that each stream holds, 512 or more; default 2048.",
+)
+@click.option(
+    "--pair", type=flags.PAIR, metavar="NAME|FILE", help="Prompt pair; default: the model's own, or `default`."
+)
+@click.option("--draft", type=flags.MODEL, metavar="MODEL", help="Measure with a smaller model that drafts, too.")
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory (one process per case).")
 @click.option(
     "--quantize",

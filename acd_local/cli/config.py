@@ -6,12 +6,19 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+from click.types import StringParamType
 
 from acd_local import settings
-from acd_local.cli.shell import EXIT_CODES, one_line
+from acd_local.cli import completion, help
+from acd_local.cli.shell import one_line
+from acd_local.errors import AcdError
 from acd_local.options import refuse_unknown
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 # What holds where neither the settings nor the environment say anything.
 DEFAULTS = {
@@ -24,12 +31,27 @@ DEFAULTS = {
 VARIABLES = {"model": "ACD_MODEL", "threads": "ACD_THREADS"}
 
 
+class KeyType(StringParamType):
+    """A setting's key, for completion."""
+
+    name = "key"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        try:
+            aliases = settings.read().models
+        except AcdError:
+            aliases = {}
+        return completion.items((*settings.KEYS, *(f"{settings.ALIASES}.{name}" for name in aliases)), incomplete)
+
+
 @click.group(
     "config",
+    cls=help.Group,
     invoke_without_command=True,
     no_args_is_help=False,
+    short_help="Show and change your settings.",
     epilog=f"""\b
-Settings:
+Keys:
   model        MODEL where a command names none
   pair         --pair of acd-run, acd-chat and acd-serve; as-is for none
   threads      --threads of every command
@@ -38,14 +60,20 @@ Settings:
   models.NAME  what NAME stands for where MODEL is taken: a file, demo or
                hf:owner/repo/file.gguf
 
-An option wins over an environment variable (ACD_MODEL, ACD_THREADS), and that
-over the settings.
+An option wins over an environment variable (ACD_MODEL, ACD_THREADS), and that over the settings.
 
-{EXIT_CODES}""",
+{
+        help.foot(
+            "acd config set models.coder ~/models/coder.gguf", "acd config set model coder", "acd config unset model"
+        )
+    }""",
 )
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Show your settings, where they are, and what is in force and why; set and unset change them."""
+    """Show your settings: where they are, and what is in force and why; set and unset change them.
+
+    They are a TOML file, whose comments stay when it is changed.
+    """
     if ctx.invoked_subcommand is None:
         for line in _lines():
             print(line)
@@ -76,8 +104,8 @@ def _line(found: settings.Settings, key: str) -> str:
     return f"line {found.line(key)}"
 
 
-@command.command("set")
-@click.argument("key")
+@command.command("set", short_help="Set a value.")
+@click.argument("key", type=KeyType())
 @click.argument("value")
 def set_value(key: str, value: str) -> None:
     """Set KEY to VALUE: acd config set threads 4, acd config set models.coder ~/models/coder.gguf.
@@ -87,8 +115,8 @@ def set_value(key: str, value: str) -> None:
     print(f"{one_line(key)} set in {one_line(str(settings.set_value(key, _read(key, value))))}")
 
 
-@command.command("unset")
-@click.argument("key")
+@command.command("unset", short_help="Remove a value.")
+@click.argument("key", type=KeyType())
 def unset(key: str) -> None:
     """Remove KEY from the settings, so that the default holds again."""
     print(f"{one_line(key)} removed from {one_line(str(settings.unset(key)))}")
