@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 from acd_local import files
 from acd_local.errors import UsageError, shown
 from acd_local.options import check_engine_number, refuse_unknown
-from acd_local.pairs import line_of, syntax_message, toml_kind
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
@@ -60,7 +58,7 @@ class Settings:
 
     def line(self, key: str) -> int | None:
         """Return the line where a setting stands, "models.coder" for an alias; None: nowhere."""
-        return line_of(self.source, key)
+        return _line(self.source, key)
 
     def place(self, key: str) -> str:
         """Name the place of a setting, in front of what is wrong with it."""
@@ -201,9 +199,13 @@ def _source() -> str:
 
 
 def _parsed(where: Path | None, source: str) -> dict[str, Any]:
+    import tomllib  # slow to import, and mostly there is no file
+
     try:
         return tomllib.loads(source)
     except (ValueError, RecursionError) as error:
+        from acd_local.pairs import syntax_message
+
         raise UsageError(syntax_message(Path(str(where)), source, error)) from None
 
 
@@ -254,9 +256,17 @@ def _check_alias(name: str, target: object) -> None:
 
 
 def _said(value: object) -> str:
+    from acd_local.pairs import toml_kind
+
     return shown(repr(value), 80) if isinstance(value, str) else toml_kind(value)
 
 
+def _line(source: str, key: str) -> int | None:
+    from acd_local.pairs import line_of
+
+    return line_of(source, key)
+
+
 def _place(where: Path | None, source: str, key: str) -> str:
-    line = line_of(source, key)
+    line = _line(source, key)
     return shown(where) + (f": line {line}" if line else "")
