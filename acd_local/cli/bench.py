@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -82,6 +83,9 @@ def command(
     Medians over the rounds; ratios are taken within a round.
     """
     chosen = flags.resolve_model(model)
+    if sys.platform == "win32" and not no_memory and not calibrate and parallel is None:
+        say(f"{PROGRAM}: peak memory is not measured on Windows")
+        no_memory = True
     from acd_local.bench import cost, throughput
     from acd_local.bench.measuring import quantized
 

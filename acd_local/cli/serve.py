@@ -146,7 +146,9 @@ def _listen(host: str, port: int) -> socket.socket:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind)
         try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # On Windows SO_REUSEADDR would let another program take the port over.
+            mine = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+            listening.setsockopt(socket.SOL_SOCKET, mine, 1)
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
             listening.bind(address)
             listening.listen(128)
@@ -187,7 +189,10 @@ class _Run:
         self._loop = asyncio.get_running_loop()
         self._server = _server(self._service, self._access)
         for signum in (signal.SIGINT, signal.SIGTERM):
-            self._loop.add_signal_handler(signum, self._on_signal, signum)
+            try:
+                self._loop.add_signal_handler(signum, self._on_signal, signum)
+            except NotImplementedError:  # on Windows
+                signal.signal(signum, lambda number, _: self._loop.call_soon_threadsafe(self._on_signal, number))
         tell()
         if self._exit_with_stdin:
             threading.Thread(target=self._watch_stdin, daemon=True).start()
