@@ -1,4 +1,4 @@
-"""README and docs/ name what there is: links resolve, modules and options are explained, examples run, the site is built."""
+"""README and docs/ name what there is: links, modules and options; their examples run, and the site is built."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def python_blocks() -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", python_blocks())
+@pytest.mark.parametrize("block", [*python_blocks()])
 def test_python_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
     if "await" in block:
         lines = "\n".join(f"    {line}" for line in block.replace("from acd_local import aio\n", "").splitlines())
@@ -161,7 +161,7 @@ def test_every_page_is_in_the_site_once() -> None:
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    """Strictly: a link to a page or a heading that the site has not is an error. And nothing is fetched from elsewhere."""
+    """Strictly: a link to what the site has not is an error. And nothing is fetched from elsewhere."""
     if importlib.util.find_spec("material") is None:
         pytest.skip("needs the extra docs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
