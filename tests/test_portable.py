@@ -94,6 +94,7 @@ serve.main()
 GUARDED = {
     ("files", "os.getuid"): "hasattr",
     ("files", "os.chown"): "hasattr",
+    ("runtime/states", "os.getuid"): "hasattr",
     ("runtime/threads", "os.sched_getaffinity"): "sys.platform",
     ("tuning/memory", "os.sysconf"): "hasattr",
 }
