@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from acd_local.cli import flags, help
+from acd_local.cli import bench_growth, flags, help
 from acd_local.cli.shell import Outcome, one_line, say
+from acd_local.errors import UsageError
 
 PROGRAM = "acd bench"
 # The columns of figures: two lines of heading, format, width.
@@ -28,7 +29,9 @@ TITLES = {"questions": "ordinary questions", "repeats": "texts that repeat a tex
     "bench",
     cls=help.Command,
     short_help="Measure what answers cost.",
-    epilog=help.foot("acd bench model.gguf", "acd bench model.gguf --parallel 4 --json"),
+    epilog=help.foot(
+        "acd bench model.gguf", "acd bench model.gguf --parallel 4 --json", "acd bench model.gguf --plot growth.svg"
+    ),
 )
 @click.argument("model", required=False, type=flags.MODEL)
 @click.option(
@@ -47,7 +50,10 @@ TITLES = {"questions": "ordinary questions", "repeats": "texts that repeat a tex
     help="Tokens that each stream holds, 512 or more; default 2048.",
 )
 @click.option(
-    "--pair", type=flags.PAIR, metavar="NAME|FILE", help="Prompt pair; default: the model's own, or `default`."
+    "--pair",
+    type=flags.PAIR,
+    metavar="NAME|FILE",
+    help="Prompt pair whose contrast is measured; default: `default`, since fitted ones refuse what they contrast.",
 )
 @click.option("--draft", type=flags.MODEL, metavar="MODEL", help="Measure with a smaller model that drafts, too.")
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory (one process per case).")
@@ -55,6 +61,20 @@ TITLES = {"questions": "ordinary questions", "repeats": "texts that repeat a tex
     "--quantize",
     type=click.Choice(["q4_0", "q4_k_m", "q8_0"]),
     help="Measure a temporary copy of MODEL with these weight types.",
+)
+@click.option(
+    "--plot",
+    type=flags.FILE,
+    metavar="FILE.svg",
+    help="Measure instead how the cost of a token grows with the context (up to 8192 tokens unless --ctx-size says "
+    "less), with conversations and with the vocabulary, and draw that; by default 16 tokens and 3 rounds.",
+)
+@click.option(
+    "--also",
+    multiple=True,
+    type=flags.MODEL,
+    metavar="MODEL",
+    help="Another model for the --plot against the vocabulary.",
 )
 @click.option(
     "--parallel",
@@ -83,6 +103,9 @@ def command(
     Medians over the rounds; ratios are taken within a round.
     """
     chosen = flags.resolve_model(model)
+    plot, also = measuring.pop("plot"), measuring.pop("also")
+    if also and plot is None:
+        raise UsageError("--also names models for --plot, which is not given")
     if sys.platform == "win32" and not no_memory and not calibrate and parallel is None:
         say(f"{PROGRAM}: peak memory is not measured on Windows")
         no_memory = True
@@ -96,6 +119,9 @@ def command(
         if calibrate:
             found = dataclasses.asdict(cost.calibrate(file, threads=measuring["threads"]))
             lines = iter([_batch_costs(found)])
+        elif plot is not None:
+            found = bench_growth.run(file, also, plot, progress, measuring)
+            lines = bench_growth.lines(found)
         elif parallel is None:
             found = cost.run(file, draft=draft, memory_too=not no_memory, progress=progress, **measuring).summary()
             lines = _cost_lines(found)

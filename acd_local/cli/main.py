@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import click
 
 from acd_local import __version__
 from acd_local.cli import bench, completion, config, evaluate, fit, flags, help, optimize
-from acd_local.cli.shell import Outcome, one_line, run_cli, say
+from acd_local.cli.shell import Outcome, leave, one_line, run_cli, say
 
 if TYPE_CHECKING:
     from acd_local.pairs import PromptPair
@@ -173,4 +172,4 @@ command.add_command(optimize.command)
 
 
 def main() -> None:
-    sys.exit(run_cli(command, PROGRAM))
+    leave(run_cli(command, PROGRAM))

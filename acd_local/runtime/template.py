@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, NoReturn, TypeAlias
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 import jinja2
 import jinja2.ext
-import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
@@ -260,6 +260,42 @@ def _environment(now: datetime, undefined: type[jinja2.Undefined]) -> _Sandbox:
     return env
 
 
+class _Compiled(NamedTuple):
+    """A template, and what stands in it.
+
+    Attributes:
+        constants, written: its strings inside and outside of expressions. compared_texts: see `_compared_texts`.
+        asked_for: names of variables that it reads.
+    """
+
+    template: jinja2.Template
+    constants: frozenset[str]
+    written: tuple[str, ...]
+    compared_texts: frozenset[str]
+    asked_for: frozenset[str]
+
+
+@lru_cache(maxsize=16)
+def _compile(source: str, *, blanks: bool) -> _Compiled:
+    nodes = jinja2.nodes
+    with _one_line_errors():
+        env = _environment(datetime.now(), _Blank if blanks else jinja2.Undefined)
+        tree = env.parse(source)
+        return _Compiled(
+            constants=frozenset(c.value for c in tree.find_all(nodes.Const) if isinstance(c.value, str)),
+            written=tuple(t.data for t in tree.find_all(nodes.TemplateData)),
+            compared_texts=_compared_texts(tree),
+            asked_for=frozenset(name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"),
+            template=env.from_string(tree),  # last: it changes the tree
+        )
+
+
+def prepare(source: str) -> None:
+    """Compile a template that will be wanted, which takes some 10 ms."""
+    with suppress(_Unusable):
+        _compile(source, blanks=False)
+
+
 class _Renderer:
     """A compiled template that is known to render at least one user message.
 
@@ -269,33 +305,27 @@ class _Renderer:
         compared_texts: string constants that the template looks for in other texts.
 
     Args:
-        undefined: what stands for variables that nobody set, such as `tools`.
+        blanks: variables that nobody set, such as `tools`, join texts as empty ones.
 
     Raises:
         _Unusable: the template cannot be compiled, or cannot render one user message.
     """
 
-    def __init__(self, source: str, vocab: llama.Vocab, undefined: type[jinja2.Undefined] = jinja2.Undefined) -> None:
-        with _one_line_errors():
-            env = _environment(datetime.now(), undefined)
-            tree = env.parse(source)
-            self._template = env.from_string(source)
-            constants = {str(c.value) for c in tree.find_all(jinja2.nodes.Const) if isinstance(c.value, str)}
-            written = [t.data for t in tree.find_all(jinja2.nodes.TemplateData)]
-            asked_for = jinja2.meta.find_undeclared_variables(tree)
-            self.compared_texts = _compared_texts(tree)
+    def __init__(self, source: str, vocab: llama.Vocab, *, blanks: bool = False) -> None:
+        compiled = _compile(source, blanks=blanks)
+        self._template, self.compared_texts = compiled.template, compiled.compared_texts
         self._variables: dict[str, object] = {
             "bos_token": vocab.literal(vocab.bos) if vocab.bos >= 0 else "",
             "eos_token": vocab.literal(vocab.eos) if vocab.eos >= 0 else "",
             "add_generation_prompt": True,
         }
         for name, values in THINKING_OFF.items():
-            fitting = [v for v in values if not isinstance(v, str) or v in constants]
-            if name in asked_for and fitting:
+            fitting = [v for v in values if not isinstance(v, str) or v in compiled.constants]
+            if name in compiled.asked_for and fitting:
                 self._variables[name] = fitting[0]
         self._as_parts = False
         probes = self._probe()
-        self.scaffold = "\0".join([*constants, *written, *probes])
+        self.scaffold = "\0".join([*compiled.constants, *compiled.written, *probes])
 
     def render(self, messages: Sequence[Message], check: Callable[[], None] = no_check) -> str:
         """Render the prompt as text.
@@ -361,7 +391,7 @@ def _usable_renderer(source: str, vocab: llama.Vocab) -> _Renderer:
         return _Renderer(source, vocab)
     except _Unusable as error:
         with suppress(_Unusable):
-            return _Renderer(source, vocab, _Blank)
+            return _Renderer(source, vocab, blanks=True)
         raise error
 
 
