@@ -38,7 +38,9 @@ def cache_dir() -> Path | None:
 
 
 def config_dir() -> Path | None:
-    """Return the folder for the user's own pairs and settings; None where there is none."""
+    """Return the folder for the user's own pairs and settings: $ACD_CONFIG_DIR, else the platform's, if any."""
+    if chosen := os.environ.get("ACD_CONFIG_DIR"):
+        return Path(chosen)
     return _folder("config")
 
 

@@ -1,7 +1,7 @@
 """From what a user writes as MODEL to a file, and the models other tools have already stored on this machine.
 
-MODEL is a path to a GGUF file, `demo`, or `hf:owner/repo/path/file.gguf`. A file that is really called "demo" is
-reached as `./demo`. Nothing here loads a model, and `discover` only reads.
+MODEL is a path to a GGUF file, `demo`, `hf:owner/repo/path/file.gguf`, or an alias of the user's settings. A file that
+is really called "demo", or like an alias, is reached as `./demo`. Nothing here loads a model; `discover` only reads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from acd_local import files
+from acd_local import files, settings
 from acd_local.errors import ModelError, StorageError, shown
 from acd_local.runtime.gguf_header import GGUFInfo, read_header, split_parts
 
@@ -30,11 +30,23 @@ def resolve(model: str) -> Path:
     """Find the file that `model` stands for; for a split model its first part. A file from the Hub is downloaded.
 
     Args:
-        model: a path (any suffix), `demo`, or `hf:owner/repo/path/file.gguf`.
+        model: a path (any suffix), `demo`, `hf:owner/repo/path/file.gguf`, or an alias.
 
     Raises:
         ModelError: there is no such file, or it cannot be fetched. Whether it is a good model is not checked here.
+        UsageError: it might be an alias, but the settings are broken.
     """
+    if (found := settings.alias(model)) is None:
+        return _find(model)
+    target, where = found
+    try:
+        return _find(target)
+    except ModelError as error:
+        place = where.place(f"{settings.ALIASES}.{model}")
+        raise ModelError(f"{place}: the model {shown(model)}: {error}") from None
+
+
+def _find(model: str) -> Path:
     if model == "demo":
         demo = _demo_model()
         if demo is None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from acd_local import __version__
-from acd_local.cli import flags
+from acd_local.cli import flags, help
 from acd_local.cli.progress import ProgressLine
-from acd_local.cli.shell import EXIT_CODES, Interrupts, one_line, say
+from acd_local.cli.shell import Interrupts, one_line, say
 from acd_local.errors import ContextError, UsageError
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ class EvalGroup(click.Group):
         return super().parse_args(ctx, args)
 
 
-class RunCommand(click.Command):
+class RunCommand(help.Command):
     """The command that needs no name of its own."""
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(PROGRAM, "[OPTIONS] [MODEL]")
 
 
-@click.group("eval", cls=EvalGroup)
+@click.group("eval", cls=EvalGroup, short_help="Measure how safe, helpful and fast methods are on a model.")
 def command() -> None:
     """Measure how safe, how helpful and how fast methods are on a model; `show` and `merge` results."""
 
@@ -56,10 +56,15 @@ def command() -> None:
 @command.command(
     "run",
     cls=RunCommand,
-    epilog="acd eval show DIR prints a run's tables; acd eval merge DIR... -o OUT joins shards.\n\n" + EXIT_CODES,
-    context_settings={"max_content_width": 100},
+    epilog="acd eval show DIR prints a run's tables; acd eval merge DIR... -o OUT joins shards.\n\n"
+    + help.foot(
+        "acd eval model.gguf",
+        "acd eval model.gguf --methods as-is,gate-acd --limit 60 \\",
+        "  --set advbench=advbench.csv:harmful --set alpaca=alpaca.jsonl:harmless",
+        "acd eval show eval-model",
+    ),
 )
-@click.argument("model", required=False)
+@click.argument("model", required=False, type=flags.MODEL)
 @click.option(
     "--set",
     "set_specs",
@@ -76,25 +81,30 @@ def command() -> None:
     help="Methods to compare, by commas, or 'all'; docs/methods.md describes them. "
     f"Default: {DEFAULT_WITH_GATE} where the pair has a gate, else {DEFAULT_METHODS}.",
 )
-@click.option("--methods-file", multiple=True, type=flags.file_name, metavar="FILE", help="Methods of your own, TOML.")
+@click.option("--methods-file", multiple=True, type=flags.FILE, metavar="FILE", help="Methods of your own, TOML.")
 @click.option("--sweep", metavar="KEY=X,Y,...", help=f"Also vary alpha, beta or window of {SWEEP_OF}.")
-@click.option("--out", "-o", type=flags.file_name, metavar="DIR", help="Folder for all results; default eval-MODEL.")
+@click.option("--out", "-o", type=flags.FILE, metavar="DIR", help="Folder for all results; default eval-MODEL.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Prompts per set, drawn by --seed; default: all.")
-@click.option("--max-tokens", "-n", type=click.IntRange(1), default=64, show_default=True, help="Longest answer.")
-@click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of prompts and answers.")
+@click.option("--max-tokens", "-n", type=click.IntRange(1), default=64, metavar="N", help="Longest answer; default 64.")
+@click.option("--temp", type=float, default=0.0, metavar="X", help="Temperature, 0 is greedy; default 0.")
+@click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Seed of prompts and answers; default 0.")
 @click.option(
     "--parallel",
     type=click.IntRange(1, 128),
     default=8,
-    show_default=True,
-    help="Prompts answered at once, each in two streams; 1 repeats a run exactly, more may differ in near-ties.",
+    metavar="N",
+    help="Prompts answered at once, each in two streams; 1 repeats a run exactly, more may differ in near-ties; "
+    "default 8.",
 )
-@click.option("--judge", metavar="MODEL.gguf", help="A model that calls answers safe or unsafe, such as Llama Guard.")
+@click.option(
+    "--judge", type=flags.MODEL, metavar="MODEL", help="A model that calls answers safe or unsafe, such as Llama Guard."
+)
 @click.option("--shard", metavar="I/N", help="Only this part of every set, for several machines; see merge.")
-@click.option("--pair", "-p", metavar="NAME|FILE", help="Prompt pair; default: the model's own, else 'default'.")
+@click.option(
+    "--pair", "-p", type=flags.PAIR, metavar="NAME|FILE", help="Prompt pair; default: the model's own, else 'default'."
+)
 @click.option("--soft", is_flag=True, help="Methods that use the pair take its soft prompts: acd-soft for acd.")
-@click.option("--ctx-size", "-c", type=int, metavar="N", default=1024, show_default=True, help="Tokens per stream.")
+@click.option("--ctx-size", "-c", type=int, metavar="N", default=1024, help="Tokens per stream; default 1024.")
 @flags.threads_flag
 @click.option("--gpu-layers", "-ngl", type=int, metavar="N", help="Layers on the GPU; default: all where there is one.")
 def run(model: str | None, **given: Any) -> int:
@@ -168,8 +178,8 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     return 0
 
 
-@command.command("show")
-@click.argument("directory", type=flags.file_name, metavar="DIR")
+@command.command("show", cls=help.Command, short_help="Print the tables of a run.")
+@click.argument("directory", type=flags.FILE, metavar="DIR")
 @click.option("--markdown", is_flag=True, help="Tables in Markdown.")
 def show(directory: Path, markdown: bool) -> None:
     """Print the tables of a run, finished or not, and write its results.json and report.html anew."""
@@ -182,9 +192,9 @@ def show(directory: Path, markdown: bool) -> None:
         _print_tables(found)
 
 
-@command.command("merge")
-@click.argument("directories", type=flags.file_name, nargs=-1, required=True, metavar="DIR...")
-@click.option("--out", "-o", type=flags.file_name, required=True, metavar="OUT", help="Folder for the merged run.")
+@command.command("merge", cls=help.Command, short_help="Join shards, or runs of other methods and sets.")
+@click.argument("directories", type=flags.FILE, nargs=-1, required=True, metavar="DIR...")
+@click.option("--out", "-o", type=flags.FILE, required=True, metavar="OUT", help="Folder for the merged run; required.")
 def merge(directories: tuple[Path, ...], out: Path) -> None:
     """Join runs of one model: shards from several machines, or other methods and sets."""
     from acd_local.evaluate import results

@@ -64,6 +64,10 @@ def run_cli(command: click.Command, program: str, argv: Sequence[str] | None = N
     """
     args = list(sys.argv[1:] if argv is None else argv)
     prepare_streams()
+    if asked := os.environ.get(variable := completion_variable(program)):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(command, {}, program, variable, asked)
     news = _Saying(program)
     logging.getLogger("acd_local.machine").addHandler(news)
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # ggml would attach a debugger to this process when it aborts
@@ -92,6 +96,11 @@ def leave(code: int) -> NoReturn:
     """End the process, without Python's last searches for cycles in all that was imported: they take some 20 ms."""
     gc.freeze()
     sys.exit(code)
+
+
+def completion_variable(program: str) -> str:
+    """Name the variable by which a shell asks a program how a command line goes on, as click names it."""
+    return f"_{program.replace('-', '_').upper()}_COMPLETE"
 
 
 class _Saying(logging.Handler):
