@@ -104,6 +104,17 @@ def _place(error: BaseException) -> str:
 # --- Models: a process of their own each, which stands for the user's -------------------------------------------------
 
 
+def prepare_forks() -> None:
+    """Do once what every fork would do anew."""
+    import gc
+
+    import acd_local.quickcheck
+    from acd_local.runtime import machine
+
+    machine.extra_buffers()
+    gc.freeze()  # so that a fork's collections do not copy what it shares
+
+
 def open_model(path: Path) -> Outcome:
     """Load a model and let it answer, in a fork of this process; where that dies, it would have been the user's.
 

@@ -168,8 +168,11 @@ def work(folder: Path, todo: Sequence[str]) -> Iterator[dict[str, Any]]:
     import tiny_gguf
 
     model = tiny_gguf.write_family(folder / "good.gguf", "chatml")
-    documents = None if todo[0].split(":")[0] in MODELS else doors.Documents(model)
-    if documents is not None:
+    if todo[0].split(":")[0] in MODELS:
+        documents = None
+        doors.prepare_forks()
+    else:
+        documents = doors.Documents(model)
         doors.limit_memory(4 * doors.MEMORY)
     for name in todo:
         place = folder / "case"

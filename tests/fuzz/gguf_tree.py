@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +39,9 @@ class Tensor:
     kind: int
     data: bytes
 
+    def copy(self) -> Tensor:
+        return Tensor(self.name, list(self.shape), self.kind, self.data)
+
     def fit(self) -> None:
         """Make the data as long as shape and type say, as far as that is small."""
         block, size = BLOCKS.get(self.kind, (1, 4))
@@ -64,7 +66,8 @@ class Gguf:
     tensors: list[Tensor] = field(default_factory=list)
 
     def copy(self) -> Gguf:
-        return Gguf([Entry(e.key, e.kind, list(e.items), e.array) for e in self.entries], [*map(copy, self.tensors)])
+        entries = [Entry(e.key, e.kind, list(e.items), e.array) for e in self.entries]
+        return Gguf(entries, [tensor.copy() for tensor in self.tensors])
 
     def find(self, key: str) -> Entry | None:
         return next((e for e in self.entries if e.key == key.encode()), None)

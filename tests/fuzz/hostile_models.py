@@ -148,14 +148,14 @@ def _change_tensor(rng: random.Random, model: Gguf) -> None:
     if way == 0:
         del model.tensors[at]
     elif way == 1:
-        model.tensors.insert(rng.randrange(len(model.tensors)), gguf_tree.copy(tensor))
+        model.tensors.insert(rng.randrange(len(model.tensors)), tensor.copy())
     elif way == 2:
         tensor.name = rng.choice(_tensor_names()).encode()
     elif way == 3:
         other = rng.choice(model.tensors)
         tensor.name, other.name = other.name, tensor.name
     elif way == 4:
-        extra = gguf_tree.copy(tensor)
+        extra = tensor.copy()
         extra.name = rng.choice(_tensor_names()).encode()
         model.tensors.append(extra)
     elif way < 7:
@@ -212,7 +212,7 @@ def metadata(rng: random.Random, folder: Path) -> Path:
 
 def _change_entry(rng: random.Random, model: Gguf, arch: str) -> None:
     short = [e for e in model.entries if not e.key.startswith(b"tokenizer.ggml.") or rng.random() < 0.1]
-    entry, way = rng.choice(short), rng.randrange(11)
+    entry, way = rng.choice(short), rng.randrange(12)
     if way < 3:
         _change_value(rng, entry)
     elif way < 6:
@@ -226,9 +226,9 @@ def _change_entry(rng: random.Random, model: Gguf, arch: str) -> None:
             entry.items = entry.items[:1] or [_item(rng, entry.kind)]
     elif way == 7:
         model.entries.remove(entry)
-    elif way == 8:
+    elif way == 8 and rng.random() < 0.3:
         model.entries.append(Entry(entry.key, entry.kind, entry.items, entry.array))
-    elif way == 9:
+    elif 8 <= way < 11:
         _other_architecture(rng, model, arch)
     else:
         model.put("tokenizer.chat_template", STRING, template_text(rng).encode("utf-8", "surrogatepass"))
@@ -368,7 +368,7 @@ def split(rng: random.Random, folder: Path) -> Path:
     elif way == 2:
         _change_entry(rng, parts[0], arch)
     elif way == 3:
-        parts[victim].tensors.append(gguf_tree.copy(rng.choice(model.tensors)))
+        parts[victim].tensors.append(rng.choice(model.tensors).copy())
     elif way == 4:
         parts[1], parts[-1] = parts[-1], parts[1]
         parts[1].put("general.architecture", STRING, garble.text(rng, arch).encode("utf-8", "surrogatepass"))
