@@ -609,7 +609,9 @@ class _Checker:
         if model == "llama":  # llama_vocab::byte_to_token
             for byte in _UTF8_BYTES:
                 if b"<0x%02X>" % byte not in known and bytes([byte]) not in known:
-                    raise _Broken(f"tokenizer.ggml.tokens has no token <0x{byte:02X}>: texts that need it cannot be read")
+                    raise _Broken(
+                        f"tokenizer.ggml.tokens has no token <0x{byte:02X}>: texts that need it cannot be read"
+                    )
         if model == "t5" and "tokenizer.ggml.precompiled_charsmap" in self.values:
             raise _Broken("tokenizer.ggml.precompiled_charsmap: no model that generates text has this table")
 

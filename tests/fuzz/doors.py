@@ -294,7 +294,9 @@ class Documents:
         with Journal(folder, asked) as journal:
             journal.has_answer("x", "advbench", "y")
             journal.answers()
-            journal.add_answer({"setup": "x", "set": "advbench", "item": "y", "prompt": "p", "answer": "a", "label": "answer"})
+            journal.add_answer(
+                {"setup": "x", "set": "advbench", "item": "y", "prompt": "p", "answer": "a", "label": "answer"}
+            )
         results.write(folder)
 
     @staticmethod

@@ -11,7 +11,22 @@ INTEGERS = (
     *(0, 1, 2, 3, 7, 8, 31, 32, 33, 63, 64, 127, 128, 255, 256, 257, 511, 512, 1023, 1024, 4095, 4096, 65535, 65536),
     *(2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -1, -2, -(2**31)),
 )
-FLOATS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-30, 1e-45, 1e30, 3.4e38, float("inf"), float("-inf"), float("nan"), 1e-5, 10000.0)
+FLOATS = (
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    0.5,
+    1e-30,
+    1e-45,
+    1e30,
+    3.4e38,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+    1e-5,
+    10000.0,
+)
 TEXTS = (
     "", " ", "\n", "\0", "a\0b", "a", "x" * 300, "x" * 70_000, "\u202e", "é", "\U0001f642", "\ufffd", "￿", "ﬁ", "\x1b[31m",
     "%s%n", "{0}", "../../etc/passwd", "<|im_start|>", "</s>", "▁", "Ġ", "<0x00>", "<0xZZ>", "none", "null", "true", "0",
@@ -136,7 +151,9 @@ def tree(rng: random.Random, data: Any) -> Any:
 
 def dumped(rng: random.Random, data: Any) -> bytes:
     """A JSON text, now and then with something that is none: NaN, a key twice, depth, a byte order mark."""
-    said = json.dumps(data, ensure_ascii=rng.random() < 0.5, indent=rng.choice((None, 1))).encode("utf-8", "surrogatepass")
+    said = json.dumps(data, ensure_ascii=rng.random() < 0.5, indent=rng.choice((None, 1))).encode(
+        "utf-8", "surrogatepass"
+    )
     way = rng.randrange(24)
     if way == 0:
         return b"\xef\xbb\xbf" + said

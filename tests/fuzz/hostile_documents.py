@@ -85,7 +85,9 @@ def _changed_vectors(rng: random.Random, data: bytes) -> bytes:
     if way == 1:
         return garble.packed(rng, "<Q", data[:8]) + data[8:]
     if way == 2:
-        number = struct.pack("<e" if rng.random() < 0.5 else "<f", rng.choice(garble.FLOATS[-5:]) if rng.random() < 0.8 else 0)
+        number = struct.pack(
+            "<e" if rng.random() < 0.5 else "<f", rng.choice(garble.FLOATS[-5:]) if rng.random() < 0.8 else 0
+        )
         at = rng.randrange(len(body))
         body = body[:at] + number + body[at + len(number) :]
     elif way == 3:
@@ -131,7 +133,9 @@ def pair(rng: random.Random, folder: Path, model: Path) -> Path:
         elif way == 4:
             lines.insert(rng.randrange(len(lines)), lines[at])
         elif way == 5:
-            lines.insert(at, rng.choice(("[x]", "[[shots]]", "x = 1", "[gate]", "[soft.x]", "a.b.c = 1", "[models]", "'' = 1")))
+            lines.insert(
+                at, rng.choice(("[x]", "[[shots]]", "x = 1", "[gate]", "[soft.x]", "a.b.c = 1", "[models]", "'' = 1"))
+            )
         elif way == 6:
             lines[at] = garble.text(rng, lines[at])
         elif way == 7:
@@ -150,7 +154,10 @@ def pair(rng: random.Random, folder: Path, model: Path) -> Path:
 
 def chat(rng: random.Random, folder: Path, model: Path) -> Path:
     """Saved chats."""
-    turns = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i} </s><|im_end|>"} for i in range(2 * rng.randrange(4))]
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": f"turn {i} </s><|im_end|>"}
+        for i in range(2 * rng.randrange(4))
+    ]
     record: Any = {
         "format": 1,
         "model": {"name": "tiny", "tokenizer": "00"},
@@ -215,7 +222,9 @@ def sets(rng: random.Random, folder: Path, model: Path) -> Path:
         head = list(listed[0]) if listed else []
         quote = rng.choice(('"', ""))
         table = [head, *([row.get(key, "") for key in head] for row in listed)]
-        data = "\n".join(mark.join(f"{quote}{cell}{quote}" for cell in row) for row in table).encode("utf-8", "surrogatepass")
+        data = "\n".join(mark.join(f"{quote}{cell}{quote}" for cell in row) for row in table).encode(
+            "utf-8", "surrogatepass"
+        )
     path = folder / f"set.{kind}"
     path.write_bytes(garble.raw(rng, data) if rng.random() < 0.4 else data)
     return path

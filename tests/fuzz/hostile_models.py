@@ -39,14 +39,48 @@ _ID_KEYS = ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask
             "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle", "cls")  # fmt: skip
 _FLAGS = ("add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces",
           "escape_whitespaces", "treat_whitespace_as_suffix", "normalizer.lowercase")  # fmt: skip
-_VOCABULARIES = ("gpt2", "llama", "bert", "t5", "rwkv", "plamo2", "gemma4", "none", "no_vocab", "replit", "", "hybriddna")
+_VOCABULARIES = (
+    "gpt2",
+    "llama",
+    "bert",
+    "t5",
+    "rwkv",
+    "plamo2",
+    "gemma4",
+    "none",
+    "no_vocab",
+    "replit",
+    "",
+    "hybriddna",
+)
 _PRES = (
     *("default", "llama-bpe", "llama3", "deepseek-llm", "deepseek-coder", "deepseek-v3", "falcon", "falcon3", "mpt"),
     *("starcoder", "gpt-2", "refact", "command-r", "qwen2", "qwen35", "stablelm2", "olmo", "dbrx", "smaug-bpe", "poro"),
     *("chatglm-bpe", "chatglm4", "viking", "jais", "jais-2", "tekken", "smollm", "codeshell", "bloom", "gpt3-finnish"),
-    *("exaone", "exaone4", "exaone-moe", "chameleon", "minerva-7b", "megrez", "gpt-4o", "superbpe", "trillion", "llama4"),
+    *(
+        "exaone",
+        "exaone4",
+        "exaone-moe",
+        "chameleon",
+        "minerva-7b",
+        "megrez",
+        "gpt-4o",
+        "superbpe",
+        "trillion",
+        "llama4",
+    ),
     *("bailingmoe", "bailingmoe2", "seed-coder", "a.x-4.0", "midm-2.0", "lfm2", "hunyuan", "hunyuan-dense", "kimi-k2"),
-    *("grok-2", "youtu", "afmoe", "minimax-m2", "mellum", "modern-bert", "jina-v2-code", "roberta-bpe", "granite-docling"),
+    *(
+        "grok-2",
+        "youtu",
+        "afmoe",
+        "minimax-m2",
+        "mellum",
+        "modern-bert",
+        "jina-v2-code",
+        "roberta-bpe",
+        "granite-docling",
+    ),
     *("tiny_aya", "joyai-llm", "solar-open", "nothing known", ""),
 )
 
@@ -175,7 +209,9 @@ def _change_tensor(rng: random.Random, model: Gguf) -> None:
         rng.shuffle(shuffled)
         model.tensors = shuffled
     else:
-        number = rng.choice((b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\xff" * 4, b"\0" * 4, b"\xff\xff\x7f\x7f"))
+        number = rng.choice(
+            (b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\xff" * 4, b"\0" * 4, b"\xff\xff\x7f\x7f")
+        )
         if way == 10:
             tensor.data = number * (len(tensor.data) // 4)
         else:
@@ -316,7 +352,18 @@ def _change_vocabulary(rng: random.Random, model: Gguf) -> None:
         share = rng.choice((0.01, 0.5, 1.0))
         kinds.items = [kind if rng.random() < share else item for item in kinds.items]
     elif way == 10 and (merges := lists["merges"]) is not None:
-        odd = (b"", b" ", b"a", b"a  b", b" a", b"a ", b"\xff \xff", b"a b c", "\u0120 \u0120".encode(), b"x" * 3000 + b" y")
+        odd = (
+            b"",
+            b" ",
+            b"a",
+            b"a  b",
+            b" a",
+            b"a ",
+            b"\xff \xff",
+            b"a b c",
+            "\u0120 \u0120".encode(),
+            b"x" * 3000 + b" y",
+        )
         merges.items = [rng.choice(odd) if rng.random() < 0.1 else m for m in merges.items] * rng.choice((1, 1, 3))
     elif way == 11:
         numbers = [struct.pack("<i", garble.integer(rng) % 2**31) for _ in range(rng.choice((0, 1, 5)))]
@@ -332,7 +379,9 @@ def _change_tokens(rng: random.Random, tokens: Entry) -> None:
     if way == 0:  # the bytes
         tokens.items = [b"(%d)" % i if t.startswith(b"<0x") or len(t) == 1 else t for i, t in enumerate(items)]
     elif way == 1:  # every one
-        tokens.items = [rng.choice((b"%d", b"\xff%d", b" %d", b"<|%d|>", b"\xe2\x96\x81%d")) % i for i in range(len(items))]
+        tokens.items = [
+            rng.choice((b"%d", b"\xff%d", b" %d", b"<|%d|>", b"\xe2\x96\x81%d")) % i for i in range(len(items))
+        ]
     elif way == 2:
         rng.shuffle(items)
     elif way == 3:

@@ -9,9 +9,39 @@ import garble
 from tiny_families import FAMILIES
 
 _FILTERS = (
-    *("abs", "attr('x')", "batch(3)", "batch(99999999, 'x')", "capitalize", "center(99999999)", "default('x')", "dictsort"),
-    *("escape", "filesizeformat", "first", "float", "forceescape", "format(1)", "groupby(0)", "indent(99999999)", "int"),
-    *("int(0, 16)", "items", "join", "join('x' * 99999)", "last", "length", "list", "list|list", "lower", "map('upper')"),
+    *(
+        "abs",
+        "attr('x')",
+        "batch(3)",
+        "batch(99999999, 'x')",
+        "capitalize",
+        "center(99999999)",
+        "default('x')",
+        "dictsort",
+    ),
+    *(
+        "escape",
+        "filesizeformat",
+        "first",
+        "float",
+        "forceescape",
+        "format(1)",
+        "groupby(0)",
+        "indent(99999999)",
+        "int",
+    ),
+    *(
+        "int(0, 16)",
+        "items",
+        "join",
+        "join('x' * 99999)",
+        "last",
+        "length",
+        "list",
+        "list|list",
+        "lower",
+        "map('upper')",
+    ),
     *("map('list')", "max", "min", "pprint", "random", "reject", "replace('a', 'b' * 99999)", "replace('', 'xx')"),
     *("reverse", "round(9999)", "safe", "select", "slice(99999999)|list", "sort", "string", "striptags", "sum"),
     *("sum(start=[])", "title", "tojson", "tojson(indent=99999999)", "trim", "truncate(9)", "unique|list", "upper"),
@@ -54,7 +84,9 @@ def _expression(rng: random.Random, depth: int = 0) -> str:
     if way == 4:
         return f"({inner}).{rng.choice(_METHODS)}"
     if way == 5:
-        return rng.choice(("[{0}, {0}]", "{{'k': {0}}}", "({0}, {0})", "[{0}] * 9", "{0}[0]", "{0}[::-1]")).format(inner)
+        return rng.choice(("[{0}, {0}]", "{{'k': {0}}}", "({0}, {0})", "[{0}] * 9", "{0}[0]", "{0}[::-1]")).format(
+            inner
+        )
     operator = rng.choice(_OPERATORS)
     if operator == "is":
         return f"({inner} is {rng.choice(_TESTS)})"
@@ -72,10 +104,22 @@ def _statement(rng: random.Random, depth: int = 0) -> str:
     if way == 2:
         return "{% set x = " + _expression(rng) + " %}"
     if way == 3:
-        return rng.choice(("{{ m(x) }}", "{{ x }}", "{{ ns.x|tojson }}", "{{ ns.x == y }}", "{{ ns.x }}", "text", "{{ caller() }}"))
+        return rng.choice(
+            ("{{ m(x) }}", "{{ x }}", "{{ ns.x|tojson }}", "{{ ns.x == y }}", "{{ ns.x }}", "text", "{{ caller() }}")
+        )
     body = "".join(_statement(rng, depth + 1) for _ in range(rng.choice((1, 2, 3))))
     if way < 8:
-        several = ("range(9999)", "range(60)", "messages", "x", "'a' * 99999", "['a'] * 99999", "ns.x", "x|list", "y.items()")
+        several = (
+            "range(9999)",
+            "range(60)",
+            "messages",
+            "x",
+            "'a' * 99999",
+            "['a'] * 99999",
+            "ns.x",
+            "x|list",
+            "y.items()",
+        )
         recursive = rng.choice(("", "", "", " recursive", " if x"))
         return "{% for x in " + rng.choice(several) + recursive + " %}" + body + "{% endfor %}"
     if way == 8:
