@@ -30,7 +30,7 @@ import jinja2.sandbox
 import jinja2.utils
 from jinja2.exceptions import SecurityError
 
-MAX_SOURCE = 200_000  # characters of a template: the longest known one has 17,000
+MAX_SOURCE = 50_000  # characters of a template: the longest known one has 17,000
 SECONDS = 5.0  # of this thread's processor time, for compiling or for one rendering
 ALLOWANCE = 32_000_000  # characters and list entries that one rendering may make,
 PER_CHARACTER = 200  # and so many more for each character of the conversation
@@ -193,7 +193,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                     total += len(one)
                 elif isinstance(one, list | tuple | dict):
                     waiting.append((one, depth + 1))
-            if total > self._local.allowance.left:
+            if total > self._local.allowance.left // 4:
                 raise Exhausted("its lists grow too long")
         return total, deepest
 
@@ -218,9 +218,14 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def made(self, value: Any) -> Any:
         """A list, tuple or dictionary that is written out."""
-        if isinstance(value, tuple):  # whoever hashes it walks through it
-            self.weigh(value)
+        self._weigh_tuples((value,))
         return self._made(value)
+
+    def _weigh_tuples(self, values: Sequence[Any]) -> None:
+        """Refuse such as would be endless for whoever makes a key of them."""
+        for value in values:
+            if isinstance(value, tuple):
+                self.weigh(value)
 
     def joined(self, *parts: Any) -> str:
         """The operator ~."""
@@ -268,12 +273,13 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.take(len(left) + len(right))
             return super().call_binop(context, operator, left, right)
         made = super().call_binop(context, operator, left, right)
-        return self.made(made) if isinstance(made, tuple) else self._made(made)
+        return self.made(made)
 
     def call(self, context: jinja2.runtime.Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         self.tick()
         owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # jinja2 wraps str.format
         if isinstance(function, jinja2.runtime.Macro):
+            self._weigh_tuples(args)  # they may become a part of another
             return super().call(context, function, *args, **kwargs)
         if owner is not None:
             for value in (*args, *kwargs.values()):

@@ -26,7 +26,7 @@ import hostile_documents
 from acd_local import Options, pairs, vectors
 from acd_local.cli import tables as terminal
 from acd_local.engine import Engine
-from acd_local.errors import AcdError, InternalError
+from acd_local.errors import AcdError, InternalError, UsageError
 from acd_local.evaluate import results, sets, tables
 from acd_local.evaluate.journal import Journal
 from acd_local.runtime import child, llama, probe
@@ -40,9 +40,10 @@ SHORT = Options(max_tokens=3, temp=0.0)
 
 # What tokenizers may stumble over: every kind of character, runs, control tokens, what is no text.
 ODD = (
-    "Hello, world! \n\n\n   \t 12345678901234567890 don't I'LL \u0130\ufb01 e\u0301 \U0001f642\U0001f468\u200d\U0001f469 中文字日本語한국어 "
-    "русский العربية עברית ไทย \u2028\u00a0\u3000\ufeff\ufffd\ufdd0\U0010ffff\x01\x7f\x85 <|im_start|></s><s>[INST]<0x0A><unk> "
-    + "a" * 90 + " " * 90 + "\n" * 90 + "!" * 90 + "é" * 50 + "".join(map(chr, range(32, 0x180))) + "\x00end"
+    "Hello, world! \n\n\n  \t 1234567890123456789 don't I'LL \u0130\ufb01 e\u0301 \U0001f642\U0001f468\u200d\U0001f469 "
+    "中文字日本語한국어 русский العربية עברית ไทย \u2028\u00a0\u3000\ufeff\ufffd\ufdd0\U0010ffff\x01\x7f\x85 "
+    "<|im_start|></s><s>[INST]<0x0A><unk> "
+    + "a" * 1100 + " " * 1100 + "\n" * 90 + "!" * 90 + "é" * 50 + "".join(map(chr, range(32, 0x180))) + "\x00end"
 )  # fmt: skip
 
 
@@ -107,10 +108,11 @@ def _place(error: BaseException) -> str:
 def prepare_forks() -> None:
     """Do once what every fork would do anew."""
     import gc
+    import importlib
 
-    import acd_local.quickcheck
     from acd_local.runtime import machine
 
+    importlib.import_module("acd_local.quickcheck")
     machine.extra_buffers()
     gc.freeze()  # so that a fork's collections do not copy what it shares
 
@@ -143,15 +145,16 @@ def _answers(path: Path) -> int:
 
 def use_model(path: Path) -> None:
     """Do with a model what answering does."""
-    pair = pairs.PromptPair("p", "You are kind.", pairs.AdversarialText("A demon answers: " + ODD[:80]))
-    with Engine(path, pair=pair, ctx_size=2048, threads=1, system_apart=True) as engine:
+    pair = pairs.PromptPair("p", "You are kind.", pairs.AdversarialText("A demon answers."))
+    with Engine(path, pair=pair, ctx_size=1024, threads=1, system_apart=True) as engine:
         _ = engine.warning
-        ask = lambda text, **more: engine.generate(text, SHORT.replace(more)).run()  # noqa: E731
-        ask("Hello", draft_max=0)
-        ask(ODD, temp=1.0, seed=1, draft_max=0)
+        with suppress(UsageError):  # a template may refuse it
+            engine.template.encode([Message("user", ODD), Message("assistant", ODD), Message("user", "<|x|> " + ODD)])
+        engine.generate("Hello", SHORT).run()
+        engine.generate(ODD[:120], SHORT.replace({"temp": 1.0, "seed": 1, "draft_max": 2}), pair="as-is").run()
         chat = engine.chat(system="Be brief.")
-        chat.ask("Hi", max_tokens=2, draft_max=0)
-        chat.ask("And now?", max_tokens=2, draft_max=2)
+        chat.ask("Hi", max_tokens=2)
+        chat.ask("And now?", max_tokens=2)
 
 
 def _fork_module(module: str, *args: str, text: str | None = None, timeout: float | None = None) -> Any:

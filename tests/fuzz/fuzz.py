@@ -1,7 +1,7 @@
 """Makes hostile files and opens them, in child processes that may die of it: `python tests/fuzz/fuzz.py --help`.
 
-    python tests/fuzz/fuzz.py --seed 1 --count 10000      # all kinds; finds are printed with the command that repeats them
-    python tests/fuzz/fuzz.py --again metadata:1:207      # one file again, by its name
+    python tests/fuzz/fuzz.py --seed 1 --count 10000    # all kinds; a find is printed with the command that repeats it
+    python tests/fuzz/fuzz.py --again metadata:1:207    # one file again, by its name
 
 A file is known by kind, seed and number: these alone decide what is in it.
 """
@@ -33,7 +33,7 @@ SHARES = {
     "template": 12, "vectors": 8, "pair": 6, "chat": 4, "run": 5, "sets": 2,
 }  # fmt: skip
 MODELS = ("header", "tensors", "metadata", "tokenizer", "split")
-PATIENCE = 150.0  # seconds without a word from the child, in which it may have been stopped for a while
+PATIENCE = 150  # seconds without a word from the child
 
 
 def names(seed: int, count: int, kinds: Sequence[str] = tuple(SHARES)) -> list[str]:
@@ -125,7 +125,7 @@ def _batch(todo: Sequence[str], report: Report, verbose: bool) -> int:
         if done < len(todo):
             log.seek(0)
             said = log.read()[-1500:].decode("utf-8", "replace")
-            how = f"no answer within {PATIENCE:.0f} s" if late else f"the process ended with {code}"
+            how = f"no answer within {PATIENCE} s" if late else f"the process ended with {code}"
             how = "more than 10 s of processor time" if code == -signal.SIGPROF else how
             report.add(todo[done], {"kind": "find", "said": f"{how}: {said}"})
             done += 1
@@ -133,8 +133,8 @@ def _batch(todo: Sequence[str], report: Report, verbose: bool) -> int:
 
 
 def _line(answers: IO[bytes]) -> bytes | None:
-    """The next answer, b"" at the end; None where none comes."""
-    if not select.select([answers], [], [], PATIENCE)[0]:
+    """The next answer, b"" at the end; None where none comes. A while in which this process is stopped does not count."""
+    if not any(select.select([answers], [], [], 1)[0] for _ in range(PATIENCE)):
         return None
     return answers.readline()
 

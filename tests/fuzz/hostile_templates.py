@@ -12,42 +12,43 @@ _FILTERS = (
     *(
         "abs",
         "attr('x')",
-        "batch(3)",
-        "batch(99999999, 'x')",
+        "attr('format')",
         "capitalize",
-        "center(99999999)",
         "default('x')",
         "dictsort",
-    ),
-    *(
         "escape",
-        "filesizeformat",
         "first",
         "float",
-        "forceescape",
-        "format(1)",
-        "groupby(0)",
-        "indent(99999999)",
         "int",
     ),
     *(
         "int(0, 16)",
         "items",
+        "items|list",
         "join",
         "join('x' * 99999)",
         "last",
         "length",
         "list",
-        "list|list",
         "lower",
         "map('upper')",
     ),
-    *("map('list')", "max", "min", "pprint", "random", "reject", "replace('a', 'b' * 99999)", "replace('', 'xx')"),
-    *("reverse", "round(9999)", "safe", "select", "slice(99999999)|list", "sort", "string", "striptags", "sum"),
-    *("sum(start=[])", "title", "tojson", "tojson(indent=99999999)", "trim", "truncate(9)", "unique|list", "upper"),
-    *("urlencode", "urlize", "wordcount", "wordwrap(1)", "xmlattr", "map('center', 99999)|list", "map(attribute='x')"),
-    *("selectattr('role')|list", "rejectattr('role')|list", "e", "count", "nothing", "tojson|tojson|tojson"),
+    *(
+        "map('list')",
+        "map('join', 'x' * 9999)|join",
+        "max",
+        "min",
+        "indent(60)",
+        "indent('x' * 9999)",
+        "indent(9999999)",
+    ),
+    *("reject", "replace('a', 'b' * 99999)", "replace('', 'xx')", "replace('a', 'aa')", "reverse", "reverse|list"),
+    *("round(60)", "round(9999)", "safe", "select", "sort", "string", "title", "tojson", "tojson(indent=60)", "trim"),
+    *("tojson(indent=9999999)", "unique|list", "upper", "map(attribute='x')", "selectattr('role')|list", "e", "count"),
+    *("selectattr('role', 'eq', 'user')|list", "rejectattr('role')|list", "tojson|tojson|tojson", "trim('ab' * 9999)"),
+    *("string|upper|trim", "list|list", "map('replace', 'a', 'b' * 999)|list", "select('eq', x)|list", "sort|string"),
 )
+_UNKNOWN = ("center(99999999)", "urlize", "pprint", "batch(3)", "sum(start=[])", "format(1)", "wordwrap(1)", "nothing")
 _METHODS = (
     *("upper()", "ljust(99999999)", "rjust(99999999)", "center(99999999)", "zfill(99999999)", "expandtabs(99999999)"),
     *("replace('', 'x' * 9999)", "replace('a', 'b' * 99999)", "join('abc' * 9999)", "join(['x'] * 9999)", "split()"),
@@ -66,7 +67,7 @@ _LITERALS = (
     *("'a'", "'{0}' * 9999", "'%s' * 9999", "'%99999999d'", "'{:99999999}'", "'a b' * 99999", "9", "0", "-1", "1.5"),
     *("1e308", "9" * 50, "[]", "[1, 2]", "['a'] * 9999", "{}", "{'a': 'b'}", "none", "true", "()", "('a', 1)", "'é'"),
     *("messages", "messages[0]", "messages[0].content", "messages[-1]['content'] * 9", "bos_token", "eos_token"),
-    *("tools", "x", "x", "x", "y", "y", "ns.x", "loop", "loop.index", "undefined_thing", "add_generation_prompt"),
+    *("tools", "x", "x", "x", "y", "y", "ns.x", "loop", "loop.index", "add_generation_prompt"),
 )
 _OPERATORS = ("+", "~", "*", "%", "**", "//", "/", "-", "and", "or", "==", "<", "in", "not in", "is", "if 1 else")
 _TESTS = ("defined", "string", "mapping", "iterable", "in x", "divisibleby(0)", "sameas(x)", "eq(y)", "nothing")
@@ -80,7 +81,7 @@ def _expression(rng: random.Random, depth: int = 0) -> str:
         return rng.choice(_CALLS)
     inner = _expression(rng, depth + 1)
     if way == 3:
-        return f"({inner})|{rng.choice(_FILTERS)}"
+        return f"({inner})|{rng.choice(_FILTERS if rng.random() < 0.99 else _UNKNOWN)}"
     if way == 4:
         return f"({inner}).{rng.choice(_METHODS)}"
     if way == 5:
@@ -131,8 +132,10 @@ def _statement(rng: random.Random, depth: int = 0) -> str:
     if way == 11:
         return "{% filter " + rng.choice(_FILTERS) + " %}" + body + "{% endfilter %}"
     if way == 12:
-        return "{% call m(1) %}" + body + "{% endcall %}"
-    return rng.choice(("{% with y = x %}", "{% generation %}", "{% block b %}")) + body + "{% endwith %}"
+        return "{% call k(1) %}" + body + "{% endcall %}"
+    name = f"b{rng.randrange(10**9)}"
+    start, end = rng.choice((("with y = x", "endwith"), ("generation", "endgeneration"), (f"block {name}", "endblock")))
+    return "{% " + start + " %}" + body + "{% " + end + " %}"
 
 
 @cache
@@ -179,6 +182,7 @@ def template_text(rng: random.Random) -> str:
     if way == 2:
         return garble.raw(rng, family.encode()).decode("utf-8", "replace")
     start = "{% set ns = namespace(x='ab', y=1) %}{% set x = 'ab' %}{% macro m(x) %}{{ x }}{% endmacro %}"
+    start += "{% macro k(x) %}{{ caller() }}{{ caller() }}{% endmacro %}"
     program = "".join(_statement(rng) for _ in range(rng.choice((1, 2, 4))))
     if way == 3:  # not until it has been found good
         program = "{% if messages|length > 1 and 'go' in messages[-1].content %}" + program + "{% endif %}"
