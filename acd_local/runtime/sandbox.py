@@ -163,16 +163,19 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise Exhausted("its texts, lists or loops grow too long")
 
     def tick(self, _: object = None) -> bool:
-        """Count a turn of a loop or a call, and look at the clock now and then, which takes longer. Returns False."""
+        """Count a turn of a loop or a call. Returns False."""
+        self.take(_STEP)
+        self._look()
+        return False
+
+    def _look(self) -> None:
+        """Look at the clock; not every time, as that takes a while."""
         allowance = self._local.allowance
         allowance.ticks += 1
-        allowance.left -= _STEP
-        if allowance.left < 0 or allowance.ticks % _TICKS == 0:
-            self.take(0)
+        if allowance.ticks % _TICKS == 0:
             allowance.check()
             if time.thread_time() > allowance.until:
                 raise Exhausted(f"it takes more than {SECONDS:g} s")
-        return False
 
     def weigh(self, value: object) -> tuple[int, int]:
         """Return how many characters and entries a value has, all that it holds included, and how deep it is.
@@ -186,6 +189,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         total, deepest, waiting = 0, 0, [(value, 1)]
         while waiting:
             held, depth = waiting.pop()
+            self._look()
             deepest = max(deepest, depth)
             total += _ENTRY * len(held)
             for one in (*held.keys(), *held.values()) if isinstance(held, dict) else held:

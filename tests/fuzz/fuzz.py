@@ -133,7 +133,7 @@ def _batch(todo: Sequence[str], report: Report, verbose: bool) -> int:
 
 
 def _line(answers: IO[bytes]) -> bytes | None:
-    """The next answer, b"" at the end; None where none comes. A while in which this process is stopped does not count."""
+    """The next answer, b"" at the end; None where none comes. While this process is stopped no time passes."""
     if not any(select.select([answers], [], [], 1)[0] for _ in range(PATIENCE)):
         return None
     return answers.readline()
