@@ -39,6 +39,8 @@ _CRASHES = ("SIGSEGV", "SIGABRT", "SIGILL", "SIGBUS", "SIGFPE", "SIGTRAP", "SIGS
 _ABORTED, _STOPPED = 3, 0xC000013A  # Windows: the exit codes of abort() and of Ctrl-C
 _WITHOUT = "--no-extra-buffers"  # what the child is told
 _BATCHES = (8, 40)  # rows of one sequence
+# Something of every script and of every length in UTF-8: vocabularies may lack what their tokenizer counts on.
+_TEXT = "".join(map(chr, (*range(1, 0x300), *range(0x300, 0xD800, 64), *range(0xE000, 0x110000, 4096))))
 _SLOW_DISK = 50e6  # bytes per second that the child may take for large files
 
 
@@ -245,7 +247,7 @@ def _end_with_parent() -> None:
 
 
 def _child(path: Path, extra_buffers: bool) -> int:
-    """Load the model and decode with it: 0 when llama.cpp lives through it, else a JSON line says why not."""
+    """Load the model, tokenize and decode with it: 0 when llama.cpp lives through it, else a JSON line says why not."""
     import logging
 
     from acd_local.runtime import llama
@@ -256,6 +258,9 @@ def _child(path: Path, extra_buffers: bool) -> int:
     doing = "load"
     try:
         with llama.Model(path, gpu_layers=0, extra_buffers=extra_buffers) as model:
+            doing = "read a text with"
+            for special in (False, True):
+                model.vocab.tokenize(_TEXT, parse_special=special)
             doing = "create a context for"
             with llama.Context(model, n_ctx=256, n_seq=2, threads=physical_cores()) as context:
                 doing = "run"
