@@ -132,16 +132,16 @@ class BatchRunner:
         if events:
             return events  # a gate's reading may have decoded a prompt: its first word does not wait for the next ones
         members = [member for member in self._members if member.key not in resting]
-        prompts = [member for member in members if member.long]
         decoded = 0
-        for member in prompts:
+        for member in [member for member in members if member.long]:
             part = first_part(member.rows) if len(members) > 1 else None
             rows = sum(len(request.tokens) for request in part or member.rows)
             if decoded and decoded + rows > BATCH_ROWS:
                 break
             decoded += rows
             self._try_round([member], events, part)
-        self._try_round([member for member in members if member not in prompts], events)
+        # An answer whose prompt is there takes part at once: without it the others' batch would be cut, see `streams`.
+        self._try_round([member for member in members if member in self._members and not member.long], events)
         return events
 
     def close(self) -> None:

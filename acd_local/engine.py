@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import secrets
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,8 @@ from acd_local.model_pairs import ModelPairs
 from acd_local.models import resolve as resolve_model
 from acd_local.options import MAX_SEED, Options, check_engine_number, refuse_unknown
 from acd_local.pairs import PromptPair
-from acd_local.runtime import batch_costs, llama, probe
+from acd_local.runtime import batch_costs, llama, probe, states
+from acd_local.runtime.binding import Opening
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import SpecialTokens
 from acd_local.runtime.decoder import DRAFTING, Decoder
@@ -27,8 +28,9 @@ from acd_local.runtime.draft_model import check_vocabulary
 from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.lifetime import Closing
 from acd_local.runtime.prompts import PromptBuilder, PromptSetup
+from acd_local.runtime.states import StateStore
 from acd_local.runtime.streams import Layout
-from acd_local.runtime.template import ChatTemplate, Message
+from acd_local.runtime.template import ChatTemplate, Message, prepare
 from acd_local.runtime.threads import default_threads
 from acd_local.softpair import SoftPair
 
@@ -43,7 +45,7 @@ class Engine(Closing):
     """A model, loaded once, that answers by contrasting two streams. Safe to use from several threads.
 
     Args:
-        model: path of a GGUF file, "demo", or "hf:owner/repo/file.gguf".
+        model: path of a GGUF file, "demo", or "hf:owner/repo/file.gguf"; or a file that is being loaded already.
         pair: a prompt pair or its name or path; "as-is": none, the model answers under its template's own system
             prompt. None takes a pair that is fitted to this model; where there is none, a check of some seconds, once
             per model, decides between the pair `default` and none. The check is made too, for a warning, where a pair
@@ -56,11 +58,13 @@ class Engine(Closing):
         kv_type: "f16" or "q8_0".
         threads: CPU threads; None means $ACD_THREADS, or the physical cores.
         gpu_layers: None offloads everything where the build can, nothing elsewhere.
-        system_apart: True: every answer begins at its system prompt, which was decoded alone, so that it does not
-            depend on those before it (nor beside it, but for near-ties); a conversation's earlier turns are decoded
-            anew each time. False decodes a first prompt in one go, as llama.cpp does, and keeps what a prompt has in
-            common with the last one. None: as False; where there are several conversations, system prompts are decoded
-            alone.
+        system_apart: None: a system prompt is decoded alone, once, and an answer keeps what its prompt has in common
+            with the last one. True: every answer begins at its system prompt, so that it does not depend on those
+            before it (nor beside it, but for near-ties); a conversation's earlier turns are decoded anew each time.
+            False decodes a first prompt in one go, as llama.cpp does.
+        cache: what is kept on disk, and taken from there. None: decoded system prompts. True: conversations too, when
+            another takes their place and when the engine is closed. False: nothing; so it is where `system_apart` is
+            given.
         draft: a smaller model of the same vocabulary that proposes tokens, which the model checks several at a time:
             the same answers, sooner where they are easy to guess. Its weights and a stream of KV memory for each slot
             come on top. Not for more than two conversations at once.
@@ -91,7 +95,7 @@ class Engine(Closing):
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | Opening,
         *,
         pair: PromptPair | str | None = None,
         ctx_size: int | None = None,
@@ -102,56 +106,50 @@ class Engine(Closing):
         threads: int | None = None,
         gpu_layers: int | None = None,
         system_apart: bool | None = None,
+        cache: bool | None = None,
         draft: str | Path | None = None,
         soft: bool | None = None,
         on_progress: Callable[[float], object] | None = None,
         on_check: Callable[[float], object] | None = None,
     ) -> None:
-        numbers = {
-            "ctx_size": ctx_size,
-            "conversations": conversations,
-            "slots": slots,
-            "threads": threads,
-            "gpu_layers": gpu_layers,
-        }
-        for name, value in numbers.items():
-            check_engine_number(name, value)
-        if slots is not None and slots < conversations:
-            raise UsageError(f"slots must be at least the {conversations} conversations at once, not {slots}")
+        _check_numbers(
+            ctx_size=ctx_size, conversations=conversations, slots=slots, threads=threads, gpu_layers=gpu_layers
+        )
+        if cache and system_apart is not None:
+            raise UsageError("conversations are kept (cache=True) where system_apart is left to None alone")
         self.threads = threads or default_threads()
-        path = resolve_model(str(model))
-        if on_progress is not None:
-            on_progress(0.0)
-        self.info = probe.verify(path)
-        drafting = None if draft is None else probe.verify(resolve_model(str(draft)))
+        self.info = model.info if isinstance(model, Opening) else _verified(model, on_progress)
+        drafting = None if draft is None else _verified(draft)
         self.soft = soft
         self._pairs = ModelPairs(self.info, soft)
         costs_file = partial(batch_costs.file_for, threads=self.threads, kv=kv_type, gpu=gpu_layers)
-        load = partial(type(self), self.info.path, threads=threads, gpu_layers=gpu_layers)
+
+        def load(**settings: Any) -> Engine:
+            if isinstance(model, Opening):
+                model.close()  # one copy at a time
+            return type(self)(self.info.path, threads=threads, gpu_layers=gpu_layers, cache=False, **settings)
+
         # Before the model is loaded: a bad pair is refused at once, and the copy that the check loads is free by then.
         self.pair, self._pair_note = self._pairs.choose(pair, load, on_check)
         self.fitted = self.pair is not None and pairs.fitted(self.pair, self.info)
-        loaded = llama.Model(self.info.path, gpu_layers=gpu_layers, on_progress=on_progress)
+        seen = None if cache is False or system_apart is not None else states.look_at(self.info.parts)
+        file = model if isinstance(model, Opening) else self.info.path
+        prepare(self.info.chat_template)  # where the file is being loaded, this thread has the time
+        loaded = llama.Model(file, gpu_layers=gpu_layers, special=self.info.special, on_progress=on_progress)
         try:
-            self.n_params = loaded.n_params
-            limit = loaded.n_ctx_train
-            self.n_ctx = ctx_size or (min(DEFAULT_CTX_SIZE, limit) if limit > 0 else DEFAULT_CTX_SIZE)
-            self.template = ChatTemplate(loaded)
-            self.vocab = loaded.vocab
-            self.special_tokens = SpecialTokens(self.vocab, _NOT_TEXT)
-            self.prompts = PromptBuilder(self.template, self.n_ctx, loaded.embeddings)
-            if self.pair is not None and self.takes_soft(self.pair):
-                self.prompts.keep_negative(self._pairs.soft_pair(self.pair).adversarial)
+            self._read(loaded, ctx_size)
+            kind: dict[str, Any] = {"layout": layout, "kv_type": kv_type, "threads": self.threads}
+            kept = {"n_ctx": self.n_ctx, "slots": slots or conversations, "gpu_layers": gpu_layers, **kind}
+            disk = None if seen is None else StateStore(seen, loaded.embeddings, conversations=bool(cache), **kept)
             self.decoder = Decoder(
                 loaded,
                 n_ctx=self.n_ctx,
                 conversations=conversations,
                 slots=slots,
-                layout=layout,
-                kv_type=kv_type,
-                threads=self.threads,
                 system_apart=system_apart,
+                states=disk,
                 costs=costs_file(self.info.path, layout=layout),
+                **kind,
             )
         except BaseException:
             loaded.close()
@@ -163,6 +161,18 @@ class Engine(Closing):
                 self.decoder.close()
                 raise
 
+    def _read(self, loaded: llama.Model, ctx_size: int | None) -> None:
+        """Take from a loaded model what prompts and choices are made with."""
+        self.n_params = loaded.n_params
+        limit = loaded.n_ctx_train
+        self.n_ctx = ctx_size or (min(DEFAULT_CTX_SIZE, limit) if limit > 0 else DEFAULT_CTX_SIZE)
+        self.template = ChatTemplate(loaded)
+        self.vocab = loaded.vocab
+        self.special_tokens = SpecialTokens(self.vocab, _NOT_TEXT)
+        self.prompts = PromptBuilder(self.template, self.n_ctx, loaded.embeddings)
+        if self.pair is not None and self.takes_soft(self.pair):
+            self.prompts.keep_negative(self._pairs.soft_pair(self.pair).adversarial)
+
     def _draft_by(self, info: GGUFInfo, gpu_layers: int | None, costs: Path) -> None:
         """Let another model draft.
 
@@ -170,13 +180,11 @@ class Engine(Closing):
             ModelError, UsageError, OutOfMemoryError: it cannot.
         """
         if not self.decoder.can_draft:
-            why = (
-                "its memory cannot forget single tokens"
-                if self.decoder.conversations <= DRAFTING
-                else (f"drafts are for {DRAFTING} conversations at once, not {self.decoder.conversations}")
-            )
+            why = "its memory cannot forget single tokens"
+            if self.decoder.conversations > DRAFTING:
+                why = f"drafts are for {DRAFTING} conversations at once, not {self.decoder.conversations}"
             raise UsageError(f"nothing can be drafted for {shown(self.info.path)}: {why}; leave --draft out")
-        model = llama.Model(info.path, gpu_layers=gpu_layers)
+        model = llama.Model(info.path, gpu_layers=gpu_layers, special=info.special)
         if info.tokenizer != self.info.tokenizer:
             check_vocabulary(model, self.decoder.model)
         self.decoder.draft_by(model, costs)
@@ -248,7 +256,7 @@ class Engine(Closing):
             options=options,
             prompt_setup=prompt_setup,
             contrast=resolve_contrast(options, chosen, soft=soft),
-            seed=secrets.randbelow(MAX_SEED + 1) if options.seed is None else options.seed,
+            seed=_random_seed() if options.seed is None else options.seed,
             pair=chosen,
             soft=soft,
             gating=gating,
@@ -337,6 +345,26 @@ class Engine(Closing):
         raise UsageError("an engine cannot be copied or sent to another process: load it where it is used")
 
 
+def _check_numbers(*, conversations: int, slots: int | None, **others: int | None) -> None:
+    """Refuse numbers that no engine may be made with.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for name, value in ({"conversations": conversations, "slots": slots} | others).items():
+        check_engine_number(name, value)
+    if slots is not None and slots < conversations:
+        raise UsageError(f"slots must be at least the {conversations} conversations at once, not {slots}")
+
+
+def _verified(model: str | Path, on_progress: Callable[[float], object] | None = None) -> GGUFInfo:
+    """Find a model's file and check it, which may take long where it is new: told before by a progress of 0."""
+    path = resolve_model(str(model))
+    if on_progress is not None:
+        on_progress(0.0)
+    return probe.verify(path)
+
+
 def pair_to_measure(model: str | Path, name: str | None = None) -> PromptPair:
     """Find the pair that a measurement takes: the named one, else the fitted one, else `default`, whatever it does.
 
@@ -355,6 +383,10 @@ def check_messages(messages: Any) -> None:
         UsageError: it cannot.
     """
     _turns(messages)
+
+
+def _random_seed() -> int:
+    return int.from_bytes(os.urandom(8)) % (MAX_SEED + 1)
 
 
 def _turns(messages: Sequence[Message | Mapping[str, str]] | str) -> tuple[list[Message], str | None]:

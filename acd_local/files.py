@@ -62,7 +62,7 @@ def work_dir() -> Path:
         if found is not None and (os.environ.get("ACD_CACHE_DIR") or _can_make(found)):
             found.mkdir(parents=True, exist_ok=True)
             return found
-        return _own_folder(Path(tempfile.gettempdir()) / f"{_APP}-{getattr(os, 'getuid', int)()}")
+        return own_folder(Path(tempfile.gettempdir()) / f"{_APP}-{getattr(os, 'getuid', int)()}")
     except (OSError, ValueError) as error:
         kind = StorageError if is_storage_fault(error) else UsageError
         raise kind(f"no folder to work in ({reason(error)}): set ACD_CACHE_DIR to one") from None
@@ -92,10 +92,15 @@ def _folder(kind: Literal["cache", "config", "data"]) -> Path | None:
     return found if found.is_absolute() else None
 
 
-def _own_folder(path: Path) -> Path:
-    """Make the folder; anybody could have put one, or a link to one of theirs, at a name in the temporary folder."""
+def own_folder(path: Path) -> Path:
+    """Make a folder that this user alone can read and write; return it.
+
+    Raises:
+        OSError: it cannot be made, or what is there is another user's, or open to others: in the temporary folder
+            anybody could have put one, or a link to one of theirs.
+    """
     with suppress(FileExistsError):
-        path.mkdir(mode=0o700)
+        path.mkdir(mode=0o700, parents=True)
     found = path.lstat()
     ours = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o077)
     if not stat.S_ISDIR(found.st_mode) or not ours:

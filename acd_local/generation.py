@@ -254,7 +254,9 @@ class Generation:
     def _decode(self, steps: Steps, rows: DecodeBatch) -> StepEvent | None:
         try:
             with self.decoder.open():  # samplers read the vocabulary: nobody may free it meanwhile
-                return advance(steps, self.decoder.extend(rows, [self.cancel], self.meter))
+                # A single row is chosen from at once; of several, other answers may be read in between.
+                views = all(request.outputs == 1 for request in rows)
+                return advance(steps, self.decoder.extend(rows, [self.cancel], self.meter, views=views))
         except DecodeAborted as aborted:
             return abort(steps, aborted)
 

@@ -59,14 +59,13 @@ class ModelPairs:
         Raises:
             ModelError, PairError, OutOfMemoryError.
         """
-        from acd_local import quickcheck  # its regular expressions need not be compiled by whoever names a pair
-
         pair = self._first(asked)
-        if asked == pairs.AS_IS or isinstance(asked, PromptPair):
+        known = asked == pairs.AS_IS or isinstance(asked, PromptPair)
+        if known or (pair is not None and pairs.fitted(pair, self._info)):
             return pair, None
+        from acd_local import quickcheck  # its regular expressions take 20 ms to compile
+
         if pair is not None:
-            if pairs.fitted(pair, self._info):
-                return pair, None
             verdict = quickcheck.check(self._info, pair, load, soft=self.soft, on_check=on_check)
             harm = f"the pair {pair.name!r} does harm to this model ({verdict})"
             return pair, harm if verdict.harms else None

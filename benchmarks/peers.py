@@ -22,11 +22,11 @@ import llama_cpp
 import numpy as np
 import script
 
-from acd_local.bench.measuring import ask
+from acd_local.bench.measuring import ask, contrasted_pair
 from acd_local.bench.questions import text_of
 from acd_local.bench.rounds import Case, Measured, Progress, Way, cases_of, check_counts, in_turns, median
 from acd_local.cli.shell import one_line
-from acd_local.engine import Engine, pair_to_measure
+from acd_local.engine import Engine
 from acd_local.errors import AcdError, InternalError
 from acd_local.generation import resolve_contrast
 from acd_local.options import Options
@@ -94,9 +94,7 @@ def run(
     """Answer questions greedily by each, with the engine's own prompts, alpha and beta."""
     check_counts(tokens, rounds)
     with ExitStack() as stack:
-        engine = stack.enter_context(
-            Engine(model, threads=threads, ctx_size=ctx_size, pair=pair_to_measure(model, pair))
-        )
+        engine = stack.enter_context(Engine(model, threads=threads, ctx_size=ctx_size, pair=contrasted_pair(pair)))
         settings = resolve_contrast(Options(), engine.pair)
         peers: dict[str, Peer] = {}
         left_out: dict[str, str] = {}
@@ -228,12 +226,15 @@ def _transformers(stack: ExitStack, engine: Engine, settings: ContrastSettings, 
 
 
 def _load_bf16(path: Path) -> Any:
-    """The file's weights as transformers loads them by itself."""
+    """The file's weights as transformers loads them by itself, but none left in GGUF blocks, which takes longer."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    how: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.bfloat16}
+    if hasattr(transformers, "GgufConfig"):  # where there is none, weights are always unpacked
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.bfloat16)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), **how)
         return model.eval()
     except (ValueError, NotImplementedError, KeyError, OSError) as error:
         raise ImportError(f"transformers cannot load this file: {' '.join(str(error).split())[:200]}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from manual import DEFAULT
 from acd_local import models
 from acd_local.engine import Engine
 from acd_local.evaluate import page
+from acd_local.runtime import states
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,6 +32,12 @@ def _private_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def _no_states_of_other_tests() -> None:
+    """What a prompt costs must not depend on the tests before."""
+    shutil.rmtree(Path(os.environ["ACD_CACHE_DIR"]) / states.FOLDER, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from acd_local.answers import Answer, AnswerEvent
 from acd_local.batch import BatchRunner, answer_all
 from acd_local.errors import ContextError, EngineBusyError, EngineClosedError, UsageError
 from acd_local.generation import AnswerStream
+from acd_local.runtime import llama
 from acd_local.runtime.prompts import PromptSetup
 from acd_local.runtime.streams import Layout
 
@@ -69,6 +70,22 @@ def test_the_same_answers_as_one_by_one(engine: Engine) -> None:
             answer.contrast,
             answer.context_used,
         )
+
+
+def test_an_answer_whose_prompt_is_there_joins_the_others_at_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so their batch has no gap where it is missing."""
+    batches: list[list[int]] = []
+    decode = llama.Context.decode
+    monkeypatch.setattr(llama.Context, "decode", lambda *a: (batches.append(list(a[2])), decode(*a))[1])
+    with BatchRunner(engine) as batch:
+        for i in range(2):
+            batch.add(i, engine.generate(QUESTIONS[i], SHORT))
+        batch.step()
+        batch.add(2, engine.generate(QUESTIONS[2], SHORT))
+        batch.step()
+        assert batches[-1] == [0, 1, 2, 3, 4, 5]
 
 
 def test_an_ended_answer_makes_room_at_once(engine: Engine) -> None:

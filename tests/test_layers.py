@@ -29,7 +29,7 @@ LAYERS = (
         "runtime/__init__",
     },
     {"runtime/machine", "evaluate/__init__", "evaluate/degenerate", "evaluate/refusal"},  # text alone; see quickcheck
-    {"progress", "runtime/embeddings"},
+    {"progress", "runtime/embeddings", "runtime/binding"},
     {
         "pairs",
         "softpair",
@@ -45,7 +45,7 @@ LAYERS = (
     },
     {"runtime/schema"},
     {"runtime/probe", "runtime/sampling", "runtime/streams", "runtime/guard", "runtime/schema_guard"},
-    {"runtime/grammar"},
+    {"runtime/grammar", "runtime/states", "ahead"},
     {"runtime/prefixes"},
     {"runtime/reading", "runtime/template", "runtime/choice", "runtime/batch_costs"},
     {"runtime/drafts", "runtime/draft_model"},
@@ -124,7 +124,8 @@ LAYERS = (
     {"bench/__init__", "bench/questions", "bench/rounds"},
     {"bench/measuring", "bench/throughput"},
     {"bench/first_token", "bench/memory"},
-    {"bench/cost"},
+    {"bench/cost", "bench/growth"},
+    {"bench/plot"},
     {  # for PyInstaller, and run by it
         "__pyinstaller/__init__",
         "__pyinstaller/hook-acd_local",
@@ -202,7 +203,15 @@ def test_underscore_names_stay_in_their_module(module: str) -> None:
 
 
 def test_one_module_alone_imports_llama_cpp() -> None:
-    assert [m for m in MODULES if "llama_cpp" in imports(m)] == ["runtime/llama"]
+    assert [m for m in MODULES if "llama_cpp" in imports(m)] == ["runtime/binding"]
+    assert [m for m in MODULES if "runtime/binding" in imports(m)] == ["ahead", "engine", "runtime/llama"]
+
+
+def test_a_file_can_be_loaded_before_what_is_slow_to_import() -> None:
+    slow = "'numpy', 'jinja2', 'acd_local.engine', 'llama_cpp.llama', 'subprocess', 'importlib.metadata'"
+    code = f"import sys, acd_local.cli.run, acd_local.ahead; print([m for m in ({slow}) if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_one_module_alone_imports_llguidance_and_not_at_the_start() -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from acd_local import pairs
 from acd_local.bench import first_token, memory
 from acd_local.bench.first_token import FirstTokens
 from acd_local.bench.measuring import (
@@ -19,15 +20,17 @@ from acd_local.bench.measuring import (
     SPLIT,
     ask,
     bare_context,
+    contrasted_pair,
     decode_plain,
     plain_prompt,
 )
 from acd_local.bench.questions import text_of
 from acd_local.bench.rounds import Case, Measured, Progress, Way, cases_of, check_counts, in_turns
-from acd_local.engine import Engine, pair_to_measure
+from acd_local.engine import Engine
 from acd_local.errors import UsageError
 from acd_local.generation import resolve_contrast
 from acd_local.options import Options
+from acd_local.pairs import PromptPair
 from acd_local.runtime import llama
 from acd_local.runtime.batch_costs import BatchCosts
 from acd_local.runtime.threads import default_threads
@@ -56,7 +59,8 @@ class Report:
     """A finished benchmark.
 
     Attributes:
-        pair, alpha, beta: what is contrasted. draft: the model that drafted in the cases DRAFTED; None: none.
+        pair, alpha, beta: what is contrasted; behind the gate it is the pair that is fitted to the model.
+        draft: the model that drafted in the cases DRAFTED; None: none.
         groups: the cases of every kind of text by name, the first of them plain llama.cpp.
         memory: cases whose peak memory was measured.
         first: seconds to the first token of long questions.
@@ -121,20 +125,23 @@ def run(
     """
     check_counts(tokens, rounds)
     settings: dict[str, Any] = {"threads": threads or default_threads(), "ctx_size": ctx_size}
-    used = pair_to_measure(model, pair)
+    used = contrasted_pair(pair)
     with ExitStack() as stack:
 
         def load(**differing: Any) -> Engine:
-            return stack.enter_context(Engine(model, pair=used, **settings, **differing))
+            return stack.enter_context(Engine(model, pair=used, cache=False, **settings, **differing))
 
         engine = load()
         engines = dict.fromkeys(ASKED, engine) | {SPLIT: load(**ENGINES[SPLIT])}
         if draft is not None:
             engines[DRAFTED] = load(draft=draft)
         bare = stack.enter_context(bare_context(engine))
-        left_out = {name for name, out in ((GATED, used.gate is None), (DRAFTED, draft is None)) if out}
+        gated = used if pair is not None else pairs.best_for(engine.info)
+        left_out = {DRAFTED} if draft is None else set()
+        if gated is None or gated.gate is None:
+            left_out.add(GATED)
         progress("warming up")
-        ways = _ways(bare, engines, tokens, left_out)
+        ways = _ways(bare, engines, gated, tokens, left_out)
         for way in ways.values():
             way(0)
         groups = cases_of(in_turns(ways, rounds, progress), PLAIN)
@@ -182,7 +189,7 @@ def _peaks(
 
 
 def _ways(
-    bare: llama.Context, engines: Mapping[str, Engine], tokens: int, left_out: set[str]
+    bare: llama.Context, engines: Mapping[str, Engine], gated: PromptPair | None, tokens: int, left_out: set[str]
 ) -> dict[tuple[str, str], Way]:
     """List the ways of answering a round's text, by group and name."""
 
@@ -190,7 +197,8 @@ def _ways(
         return decode_plain(bare, plain_prompt(engines[SHARED], text_of(kind, number)), tokens)
 
     def ours(name: str, kind: str, number: int) -> Measured:
-        return ask(engines[name], text_of(kind, number), tokens, **ASKED[name])
+        pair = gated if name == GATED else None
+        return ask(engines[name], text_of(kind, number), tokens, pair=pair, **ASKED[name])
 
     ways: dict[tuple[str, str], Way] = {}
     for group, names in GROUPS.items():

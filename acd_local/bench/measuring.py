@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from acd_local import pairs
 from acd_local.bench.rounds import Measured, Progress
 from acd_local.engine import Engine
 from acd_local.generation import AnswerStream
 from acd_local.models import resolve
 from acd_local.options import Options
+from acd_local.pairs import PromptPair
 from acd_local.runtime import llama, probe
 from acd_local.runtime.template import Message
 from acd_local.runtime.threads import default_threads
@@ -35,12 +37,23 @@ ENGINES: Mapping[str, Mapping[str, Any]] = {  # how they differ, apart from `pla
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What measurements use of an engine's inside
+# What is measured
 
 
-def bare_context(engine: Engine) -> llama.Context:
-    """Open a context of one sequence on an engine's model, with its size and threads, for `decode_plain`."""
-    return llama.Context(engine.decoder.model, n_ctx=engine.n_ctx, n_seq=1, threads=engine.threads)
+def contrasted_pair(name: str | None = None) -> PromptPair:
+    """Find the pair whose contrast is measured: the named one, else `default`, whatever it does to the model.
+
+    A fitted pair will not do: it refuses what it contrasts, in a few words that stand in its prompts.
+
+    Raises:
+        PairError: there is no such pair.
+    """
+    return pairs.find(name or pairs.DEFAULT)
+
+
+def bare_context(engine: Engine, *, n_seq: int = 1) -> llama.Context:
+    """Open a context on an engine's model, with its size and threads, for `decode_plain`."""
+    return llama.Context(engine.decoder.model, n_ctx=engine.n_ctx, n_seq=n_seq, threads=engine.threads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,6 +74,14 @@ def decode_plain(context: llama.Context, prompt: Sequence[int], tokens: int, *, 
     """
     context.truncate(0, 0)
     if held:
+        decode_rows(context, prompt[:held], 0)
+    return go_on_plain(context, prompt, tokens, held)
+
+
+def go_on_plain(context: llama.Context, prompt: Sequence[int], tokens: int, held: int) -> Measured:
+    """Do what `decode_plain` does, in a context that holds so many tokens of the prompt, whatever follows them."""
+    if not context.truncate(0, held):  # this memory cannot forget its last tokens alone
+        context.truncate(0, 0)
         decode_rows(context, prompt[:held], 0)
     started = time.perf_counter()
     token = int(decode_rows(context, prompt[held:], held).argmax())
@@ -110,14 +131,14 @@ def measure(engine: Engine, stream: AnswerStream) -> Measured:
     )
 
 
-def ask(engine: Engine, text: str, tokens: int, **options: Any) -> Measured:
+def ask(engine: Engine, text: str, tokens: int, *, pair: PromptPair | None = None, **options: Any) -> Measured:
     """Time a new conversation's answer, greedy and with no gate unless `options` say otherwise.
 
     The caches hold nothing of it but the system prompts.
     """
     chosen = Options(**{"gate": False, "temp": 0.0, "seed": 1, "max_tokens": tokens, **options})
-    engine.generate("Hello.", chosen.replace({"max_tokens": 1})).run()
-    return measure(engine, engine.generate(text, chosen))
+    engine.generate("Hello.", chosen.replace({"max_tokens": 1}), pair=pair).run()
+    return measure(engine, engine.generate(text, chosen, pair=pair))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from acd_local.bench.measuring import ENGINE_PLAIN, ENGINES, PLAIN, decode_plain
+from acd_local.bench.measuring import ENGINE_PLAIN, ENGINES, PLAIN, contrasted_pair, decode_plain
 from acd_local.bench.questions import text_of
-from acd_local.engine import Engine, pair_to_measure
+from acd_local.engine import Engine
 from acd_local.errors import InternalError, UsageError
 from acd_local.models import resolve
 from acd_local.options import Options
@@ -21,7 +21,7 @@ def peak_mb(case: str, model: str, *, pair: str | None, threads: int, ctx_size: 
 
     Args:
         case: PLAIN or one of ENGINES.
-        pair: as `pair_to_measure` takes it.
+        pair: as `contrasted_pair` takes it.
 
     Raises:
         InternalError: the process failed.
@@ -60,8 +60,8 @@ def _answer(case: str, model: str, threads: int, ctx_size: int, pair: str | None
         ):
             decode_plain(context, loaded.vocab.tokenize(question * 12, parse_special=False), TOKENS + 1)
         return
-    used = pair_to_measure(model, pair)
-    with Engine(model, threads=threads, ctx_size=ctx_size, pair=used, **ENGINES[case]) as engine:
+    used = contrasted_pair(pair)
+    with Engine(model, threads=threads, ctx_size=ctx_size, pair=used, cache=False, **ENGINES[case]) as engine:
         plain = case == ENGINE_PLAIN
         options = Options(gate=False, temp=0.0, max_tokens=TOKENS, plain=plain)
         engine.generate(question, options).run()

@@ -27,3 +27,12 @@ def long_question(engine: Engine, number: int, length: int) -> str:
     text = " ".join([f"{number}:", *(words[start:] + words[:start]) * 3])
     tokens = engine.vocab.tokenize(text, parse_special=False)[:length]
     return b"".join(map(engine.vocab.piece, tokens)).decode("utf-8", "replace")
+
+
+def story(engine: Engine, length: int) -> str:
+    """Return a request to continue a text of about `length` tokens; longer ones begin like shorter ones."""
+    words = " ".join(TEXTS["repeats"]).split()
+    text = " ".join(words * (1 + length // len(words)))
+    tokens = engine.vocab.tokenize(text, parse_special=False)[:length]
+    begun = b"".join(map(engine.vocab.piece, tokens)).decode("utf-8", "replace")
+    return f"{begun}\n\nContinue this text with a long story."

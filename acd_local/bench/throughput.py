@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any
 
 from acd_local.batch import answer_all
+from acd_local.bench.measuring import contrasted_pair
 from acd_local.bench.questions import many_prompts
 from acd_local.bench.rounds import Progress, in_turns
-from acd_local.engine import Engine, pair_to_measure
+from acd_local.engine import Engine
 from acd_local.options import Options
 
 
@@ -59,7 +60,8 @@ def run(
 ) -> Throughput:
     """Answer 48 prompts, new ones in every round, greedily, with one conversation and with `parallel`."""
     options = Options(gate=False, temp=0.0, max_tokens=tokens)
-    settings: dict[str, Any] = {"ctx_size": ctx_size, "threads": threads, "pair": pair_to_measure(model, pair)}
+    used = contrasted_pair(pair)
+    settings: dict[str, Any] = {"ctx_size": ctx_size, "threads": threads, "pair": used, "cache": False}
 
     def answer(engine: Engine, n: int, number: int) -> tuple[float, list[str]]:
         prompts = many_prompts(number) if number else many_prompts(0)[:n]  # these decode the system prompts

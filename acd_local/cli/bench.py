@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from acd_local.cli import flags
+from acd_local.cli import bench_growth, flags
 from acd_local.cli.shell import EXIT_CODES, Outcome, one_line, say
+from acd_local.errors import UsageError
 
 PROGRAM = "acd bench"
 # The columns of figures: two lines of heading, format, width.
@@ -29,7 +30,11 @@ TITLES = {"questions": "ordinary questions", "repeats": "texts that repeat a tex
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How often each case is measured.")
 @flags.threads_flag
 @click.option("--ctx-size", "-c", type=click.IntRange(512), default=2048, show_default=True, help="Tokens per stream.")
-@click.option("--pair", metavar="NAME|FILE", help="Prompt pair; default: the model's own, or `default`.")
+@click.option(
+    "--pair",
+    metavar="NAME|FILE",
+    help="Prompt pair whose contrast is measured; default: `default`, since fitted ones refuse what they contrast.",
+)
 @click.option("--draft", metavar="MODEL", help="Measure with a smaller model that drafts, too.")
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory (one process per case).")
 @click.option(
@@ -37,6 +42,14 @@ TITLES = {"questions": "ordinary questions", "repeats": "texts that repeat a tex
     type=click.Choice(["q4_0", "q4_k_m", "q8_0"]),
     help="Measure a temporary copy of MODEL with these weight types.",
 )
+@click.option(
+    "--plot",
+    type=flags.file_name,
+    metavar="FILE.svg",
+    help="Measure instead how the cost of a token grows with the context (up to 8192 tokens unless --ctx-size says "
+    "less), with conversations and with the vocabulary, and draw that; by default 16 tokens and 3 rounds.",
+)
+@click.option("--also", multiple=True, metavar="MODEL", help="Another model for the --plot against the vocabulary.")
 @click.option(
     "--parallel",
     type=click.IntRange(2, 128),
@@ -64,6 +77,9 @@ def command(
     Medians over the rounds; ratios are taken within a round.
     """
     chosen = flags.resolve_model(model)
+    plot, also = measuring.pop("plot"), measuring.pop("also")
+    if also and plot is None:
+        raise UsageError("--also names models for --plot, which is not given")
     from acd_local.bench import cost, throughput
     from acd_local.bench.measuring import quantized
 
@@ -74,6 +90,9 @@ def command(
         if calibrate:
             found = dataclasses.asdict(cost.calibrate(file, threads=measuring["threads"]))
             lines = iter([_batch_costs(found)])
+        elif plot is not None:
+            found = bench_growth.run(file, also, plot, progress, measuring)
+            lines = bench_growth.lines(found)
         elif parallel is None:
             found = cost.run(file, draft=draft, memory_too=not no_memory, progress=progress, **measuring).summary()
             lines = _cost_lines(found)

@@ -13,7 +13,7 @@ import click
 from acd_local import __version__
 from acd_local.cli import flags
 from acd_local.cli.progress import load_with_status
-from acd_local.cli.shell import EXIT_CODES, Interrupts, run_cli, say
+from acd_local.cli.shell import EXIT_CODES, Interrupts, leave, run_cli, say
 
 if TYPE_CHECKING:
     from acd_local.cli.chat_app import ChatApp
@@ -51,10 +51,11 @@ def command(model: str | None, **given: Any) -> int:
         if not _is_terminal(sys.stdin):
             from acd_local.cli.chat_signals import PipeSignals
 
-            return _converse(engine, options, given, PipeSignals(interrupts))
+            with engine:
+                return _converse(engine, options, given, PipeSignals(interrupts))
     from acd_local.cli.chat_signals import TerminalSignals
 
-    with TerminalSignals() as signals:
+    with TerminalSignals() as signals, engine:
         return _converse(engine, options, given, signals)
 
 
@@ -111,4 +112,4 @@ def _is_dumb() -> bool:
 
 
 def main() -> None:
-    sys.exit(run_cli(command, PROGRAM))
+    leave(run_cli(command, PROGRAM))

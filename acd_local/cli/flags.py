@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,7 +29,7 @@ def file_name(text: str) -> Path:
 
 
 MAX_TEXT = 16_000_000  # bytes of a grammar's or schema's file
-ENGINE_FLAGS = ("pair", "draft", "soft", "ctx_size", "threads", "gpu_layers", "kv_type", "layout")
+ENGINE_FLAGS = ("pair", "draft", "soft", "ctx_size", "threads", "gpu_layers", "kv_type", "layout", "cache")
 
 threads_flag = click.option(
     "--threads",
@@ -77,6 +78,11 @@ _ENGINE = (
         type=click.Choice(["shared", "split"]),
         default="shared",
         help="Both streams in one llama_context, or one each; default shared.",
+    ),
+    click.option(
+        "--cache/--no-cache",
+        default=None,
+        help="Keep what conversations decoded on disk for later starts, or nothing; default: system prompts.",
     ),
 )
 
@@ -245,7 +251,12 @@ def load_engine(
     check_engine_flags(flags)
     # numpy's own threads are of no use here, take 40 MB of addresses each, and their failure raises SIGINT.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from acd_local.engine import Engine
+    from acd_local.ahead import open_ahead
 
+    ahead = open_ahead(model, gpu_layers=flags["gpu_layers"], on_progress=on_progress)
     given = {name: flags[name] for name in ENGINE_FLAGS}
-    return Engine(model, **given, conversations=conversations, slots=slots, on_progress=on_progress, on_check=on_check)
+    given |= {"conversations": conversations, "slots": slots, "on_progress": on_progress, "on_check": on_check}
+    with ahead or nullcontext():
+        from acd_local.engine import Engine  # takes some 0.1 s, while the file is loaded
+
+        return Engine(ahead or model, **given)

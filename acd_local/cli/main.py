@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from acd_local import __version__
 from acd_local.cli import bench, evaluate, fit, optimize
-from acd_local.cli.shell import EXIT_CODES, Outcome, one_line, run_cli, say
+from acd_local.cli.shell import EXIT_CODES, Outcome, leave, one_line, run_cli, say
 
 if TYPE_CHECKING:
     from acd_local.pairs import PromptPair
@@ -160,4 +159,4 @@ command.add_command(optimize.command)
 
 
 def main() -> None:
-    sys.exit(run_cli(command, PROGRAM))
+    leave(run_cli(command, PROGRAM))

@@ -13,7 +13,17 @@ import click
 from acd_local import __version__, files
 from acd_local.cli import flags
 from acd_local.cli.progress import StatusLine, load_with_status
-from acd_local.cli.shell import EXIT_CODES, AnswerWriter, Interrupts, Outcome, error_record, one_line, run_cli, say
+from acd_local.cli.shell import (
+    EXIT_CODES,
+    AnswerWriter,
+    Interrupts,
+    Outcome,
+    error_record,
+    leave,
+    one_line,
+    run_cli,
+    say,
+)
 from acd_local.errors import AcdError, UsageError
 
 if TYPE_CHECKING:
@@ -194,4 +204,4 @@ def _write_trace(path: Path, answer: Answer) -> AcdError | None:
 
 
 def main() -> None:
-    sys.exit(run_cli(command, PROGRAM))
+    leave(run_cli(command, PROGRAM))

@@ -20,7 +20,7 @@ import click
 
 from acd_local import __version__
 from acd_local.cli import flags
-from acd_local.cli.shell import EXIT_CODES, Interrupts, one_line, run_cli, say
+from acd_local.cli.shell import EXIT_CODES, Interrupts, leave, one_line, run_cli, say
 from acd_local.errors import EngineClosedError, UsageError
 from acd_local.options import ENGINE_RANGES
 
@@ -256,4 +256,4 @@ def _server(service: Service, access: Access) -> uvicorn.Server:
 
 
 def main() -> None:
-    sys.exit(run_cli(command, PROGRAM))
+    leave(run_cli(command, PROGRAM))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
@@ -85,6 +86,12 @@ def run_cli(command: click.Command, program: str, argv: Sequence[str] | None = N
     finally:
         logging.getLogger("acd_local.machine").removeHandler(news)
     return _end(program, args, outcome)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process, without Python's last searches for cycles in all that was imported: they take some 20 ms."""
+    gc.freeze()
+    sys.exit(code)
 
 
 class _Saying(logging.Handler):

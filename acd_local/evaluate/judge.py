@@ -78,7 +78,7 @@ class Judge(Closing):
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
         check_engine_number("threads", threads)
         self.info = probe.verify(resolve(str(path)))
-        self._model = llama.Model(self.info.path)
+        self._model = llama.Model(self.info.path, special=self.info.special)
         try:
             self._template = ChatTemplate(self._model)
             own = self._template.warning is None and _GUARD.search(self._model.chat_template() or "")

@@ -22,7 +22,9 @@ from acd_local.runtime import llama, machine
 
 SIZES = (1, 2, 4, 8, 16)  # rows of each stream
 ROUNDS = 4  # the fastest counts: whatever else the machine does only makes a batch slower
-PATIENCE = 1.0  # seconds that a round may take: on slow machines larger batches are not tried, and drafts stay shorter
+PATIENCE = (
+    3.0  # seconds: then no larger batch is tried, and no further round begun; drafts are shorter on slow machines
+)
 
 SHAPES = tuple((streams, rows) for rows in SIZES for streams in (1, 2))
 Decode = Callable[[int, int], object]  # (streams, rows of each) in one batch
@@ -62,15 +64,17 @@ def measure(decode: Decode, shapes: Sequence[tuple[int, int]] = SHAPES) -> Batch
     """
     decode(1, 1)
     found: dict[tuple[int, int], list[float]] = {}
+    began = time.perf_counter()
     for number in range(ROUNDS):
-        began = time.perf_counter()
         for shape in shapes:
+            if number == 0 and found and time.perf_counter() - began > PATIENCE:
+                break
             started = time.perf_counter()
             decode(*shape)
             found.setdefault(shape, []).append(time.perf_counter() - started)
-            if number == 0 and time.perf_counter() - began > PATIENCE:
-                shapes = [tried for tried in shapes if tried in found]
-                break
+        shapes = list(found)
+        if time.perf_counter() - began > PATIENCE:
+            break
     one = min(found[1, 1])
     by_streams = [[min(found[shape]) / one for shape in found if shape[0] == streams] for streams in (1, 2)]
     growing = [tuple(round(float(c), 2) for c in np.maximum.accumulate(costs)) for costs in by_streams]
@@ -81,7 +85,10 @@ def keep(name: Path, costs: BatchCosts) -> BatchCosts:
     """Keep the costs for later processes, and return those to be used: `TYPICAL` where the cache cannot be written."""
     files.keep(name, json.dumps(asdict(costs)))
     folder = files.cache_dir()
-    return costs if folder is not None and (folder / name).exists() else TYPICAL
+    if folder is not None and (folder / name).exists():
+        return costs
+    files.keep(name, json.dumps(asdict(TYPICAL)))  # in this process alone
+    return TYPICAL
 
 
 def kept(name: Path) -> BatchCosts | None:

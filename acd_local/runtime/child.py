@@ -8,13 +8,14 @@ start that it is there. Any other program would start itself all over again, and
 from __future__ import annotations
 
 import os
-import runpy
-import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from acd_local.errors import InternalError
+
+if TYPE_CHECKING:
+    import subprocess
 
 REENTER = "--acd-local-child"  # a frozen application's first argument where it is to be a child of ours
 ANNOUNCED = "_acd_local_reenters"  # what the hook sets on `sys`
@@ -46,10 +47,12 @@ def run_module(
 
     Raises:
         InternalError: no child can be started here.
-        subprocess.TimeoutExpired, OSError.
+        TimeoutError, OSError.
     """
     if not can_start():
         raise InternalError("no child process can be started here")
+    import subprocess  # slow to import
+
     watched, held = os.pipe()
     try:
         return subprocess.run(
@@ -62,6 +65,8 @@ def run_module(
             stdin=watched if text is None else None,
             input=None if text is None else text.encode(),
         )
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"{module} did not end within {timeout:g} s") from None
     finally:
         os.close(watched)
         os.close(held)
@@ -71,6 +76,8 @@ def reenter(module: str = "", *args: str) -> NoReturn:
     """Be a child of ours in a frozen application, as `python -m module args` would, and end the process."""
     if module not in REENTERED:
         sys.exit(f"{module} is no child of acd_local")
+    import runpy  # slow to import
+
     sys.argv[1:] = args
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     sys.exit(0)

@@ -85,7 +85,7 @@ class SpecialTokens:
 
     def __init__(self, vocab: Vocab, control_mask: int) -> None:
         self.eog = vocab.eog_tokens()
-        control = {i for i, attr in enumerate(vocab.attrs()) if attr & control_mask and i not in self.eog}
+        control = {token.id for token in vocab.special.values() if token.attr & control_mask and not token.ends}
         self._banned = frozenset(control | vocab.suppressed_tokens())
         self.banned = np.array(sorted(self._banned), np.int32)
 

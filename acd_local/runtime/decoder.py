@@ -7,9 +7,10 @@ that drafts. It knows token ids and logits, no text and no pair.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from acd_local.errors import EngineBusyError, EngineClosedError
@@ -23,6 +24,7 @@ from acd_local.runtime.lifetime import CLOSED
 from acd_local.runtime.llama import DecodeAborted, Logits
 from acd_local.runtime.prefixes import PrefixStore, common_prefix
 from acd_local.runtime.reading import Reader, read_at_once
+from acd_local.runtime.states import StateStore
 from acd_local.runtime.streams import Cache, DecodeBatch, DecodeRequest, Layout, Slot, Streams, extend
 
 DRAFTING = 2  # conversations that may be drafted for; more are decoded together
@@ -36,8 +38,9 @@ class Decoder:
         conversations: how many answers can be made at once.
         slots: conversations whose caches are kept, two streams of KV memory each; None: as many as answers.
         layout, kv_type: see `streams.Streams` and `llama.Context`.
-        system_apart: True: every prompt begins at its system prompt, which was decoded alone. None: system prompts are
-            decoded alone where there are several slots. False: a first prompt is decoded in one go.
+        system_apart: None: system prompts are decoded alone, once. True: and every prompt begins there. False: a first
+            prompt is decoded in one go.
+        states: where states are kept beyond this process; only where `system_apart` is None.
         costs: where it is kept what batches cost, see `batch_costs.file_for`. It is measured where it is not known.
 
     Attributes:
@@ -65,6 +68,7 @@ class Decoder:
         kv_type: str = "f16",
         threads: int = 1,
         system_apart: bool | None = None,
+        states: StateStore | None = None,
         costs: Path,
     ) -> None:
         self.model = model
@@ -85,12 +89,13 @@ class Decoder:
             outputs=1 + MAX_DRAFT if self.can_draft else 1,
         )
         self.slots, self.contexts = self._streams.slots, self._streams.contexts
-        several = len(self.slots) > 1 if system_apart is None else False
-        self.prefixes = PrefixStore(eager=several or not model.rewinds, exact=system_apart is True)
+        eager = system_apart is not False or not model.rewinds
+        self.prefixes = PrefixStore(eager=eager, exact=system_apart is True, disk=states)
         self.reader_tokens = min(read_at_once(self.contexts[0].n_seq), n_ctx)
         self._reader: Reader | None = None
         self._free = threading.Condition()
         self._idle = list(self.slots)
+        self._asked: dict[Slot, Sequence[int]] = {}  # the prompt that a slot was taken for last
         self._holders: list[int] = []  # thread ids of running answers
         self._closed = False
         self._draft: DraftModel | None = None
@@ -132,12 +137,16 @@ class Decoder:
             yield
 
     def close(self) -> None:
-        """Free caches and model. Answers that are being made end with EngineClosedError. Nothing in a forked child."""
+        """Free caches and model, conversations kept on disk where they are to be; nothing in a forked child.
+
+        Answers that are being made end with EngineClosedError.
+        """
         if self._closed or self.model.owned.foreign:
             return
         self._closed = True
         self._interrupt()
         with self._lock:
+            self._keep_all()
             for beside in self._beside():
                 beside.close()
             self._streams.close()
@@ -175,10 +184,14 @@ class Decoder:
                     )
                 self._free.wait(0.05)  # then look again: a cancel that is set notifies nobody
             # Of equals the longest unused.
-            slot = max(self._idle, key=lambda idle: _kept(idle.safe.tokens, tokens, prefix))
+            slot = max(self._idle, key=lambda idle: self._spared(idle, tokens, prefix))
             self._idle.remove(slot)
             self._holders.append(me)
         try:
+            if self.prefixes.keeps_conversations and not self._spared(slot, tokens, prefix):
+                with self.open():
+                    self.prefixes.keep((slot.safe, slot.adversarial))
+            self._asked[slot] = tokens
             yield slot
         finally:
             if not self.model.owned.foreign:  # there the lock may be held by a thread that did not come along
@@ -186,6 +199,22 @@ class Decoder:
                     self._idle.append(slot)
                     self._holders.remove(me)
                     self._free.notify()
+                if not sys.is_finalizing():  # where nothing can be imported any more
+                    self.prefixes.flush()
+
+    def _spared(self, slot: Slot, tokens: Sequence[int], prefix: Sequence[int]) -> int:
+        """Count the tokens that a slot spares a prompt; where a gate decides, it may hold an answer to another one."""
+        return max(_kept(held, tokens, prefix) for held in (slot.safe.tokens, self._asked.get(slot, ())))
+
+    def _keep_all(self) -> None:
+        """Keep what is held of conversations, and new system prompts, beyond this process."""
+        self.prefixes.flush()
+        if self.prefixes.keeps_conversations:
+            self.prefixes.keep(cache for slot in self.slots for cache in (slot.safe, slot.adversarial))
+            if self._reader is not None:
+                with suppress(EngineClosedError):  # the process is ending
+                    self._reader.forget_parts()
+                    self.prefixes.keep([self._reader.cache])
 
     # -- decoding ------------------------------------------------------------------------------------------------------
 
@@ -195,18 +224,24 @@ class Decoder:
         return len(self.contexts) == 1 and not self.model.keeps_state
 
     def extend(
-        self, work: DecodeBatch, cancels: Sequence[CancelToken], meter: PromptMeter | None = None
+        self,
+        work: DecodeBatch,
+        cancels: Sequence[CancelToken],
+        meter: PromptMeter | None = None,
+        *,
+        views: bool = False,
     ) -> list[Logits]:
         """Decode rows, stopped by any of `cancels`; see `streams.extend`.
 
         Args:
             meter: counts the rows.
+            views: see `streams.extend`.
 
         Raises:
             EngineClosedError, ContextError, llama.DecodeAborted.
         """
         with self._decoding(cancels):
-            return extend(work, meter)
+            return extend(work, meter, views=views)
 
     def prepare(
         self, work: Sequence[tuple[Cache, Sequence[int], Sequence[int]]], cancel: CancelToken, meter: PromptMeter

@@ -6,6 +6,7 @@ comparing sequences of ids compares the rows too: caches, snapshots and prefixes
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 from collections.abc import Sequence
@@ -92,3 +93,11 @@ class EmbeddingTable:
         if len(index) and index.min() < 0:
             raise IndexError("a token's id stands among the rows")
         return self._rows[index]
+
+    def portable(self, ids: Sequence[int]) -> NDArray[np.int64]:
+        """Return ids that mean the same in every process: a row's is made of what it holds, a token's stays."""
+        found = np.array(ids, np.int64)
+        for at in np.flatnonzero(found < 0):
+            row = self.take([int(found[at])]).tobytes()
+            found[at] = -1 - int.from_bytes(hashlib.sha256(row).digest()[:7], "little")
+        return found

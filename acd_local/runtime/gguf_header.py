@@ -16,7 +16,7 @@ import math
 import mmap
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,6 +75,18 @@ _RECURRENT = {"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"}
 _ROPE_SCALINGS = {b"none", b"linear", b"yarn", b"longrope"}  # llama.cpp asserts on any other
 
 
+class SpecialToken(NamedTuple):
+    """A token that is more than a piece of text, as llama.cpp sees it.
+
+    Attributes:
+        attr: bits of enum llama_token_attr. ends: it ends an answer.
+    """
+
+    id: int
+    attr: int
+    ends: bool
+
+
 @dataclass(frozen=True)
 class GGUFInfo:
     """A model file's header, as far as the package wants to know it before loading."""
@@ -97,6 +109,10 @@ class GGUFInfo:
     n_vocab: int
     tokenizer: str
     """Tokenizer fingerprint: hex SHA-256 over tokenizer.ggml.model, pre, tokens, token_type and merges as stored."""
+    special: tuple[SpecialToken, ...] | None = field(default=None, compare=False)
+    """What llama.cpp said, when it tried the file, of the tokens that are more than text; None: it was not asked."""
+    chat_template: str = field(default="", compare=False)
+    """What it said of the chat template; "" if there is none, or it was not asked."""
 
 
 def to_json(info: GGUFInfo) -> dict[str, object]:
@@ -116,7 +132,20 @@ def from_json(data: dict[str, object]) -> GGUFInfo:
     values["path"] = Path(str(data["path"]))
     parts = data["parts"]
     values["parts"] = tuple(Path(str(p)) for p in parts) if isinstance(parts, list) else ()
+    if (special := data.get("special")) is not None:
+        values["special"] = special_tokens(special)
+    values["chat_template"] = str(data["chat_template"])
     return GGUFInfo(**values)  # type: ignore[arg-type]
+
+
+def special_tokens(rows: object) -> tuple[SpecialToken, ...]:
+    """Read what JSON made of special tokens. Raises TypeError or ValueError when `rows` is something else."""
+    if not isinstance(rows, list):
+        raise TypeError("special is not a list")
+    tokens = tuple(SpecialToken(*row) for row in rows)
+    if not all(type(t.id) is type(t.attr) is int and t.id >= 0 and type(t.ends) is bool for t in tokens):
+        raise TypeError("special holds something else than special tokens")
+    return tokens
 
 
 def split_parts(path: Path, count: int | None = None) -> tuple[Path, ...]:

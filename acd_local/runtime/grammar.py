@@ -7,7 +7,6 @@ a few faults abort the process or never return; an application that embeds this 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +16,6 @@ from acd_local.options import Options
 from acd_local.runtime import child
 from acd_local.runtime.llama import Vocab
 from acd_local.runtime.sampling import GrammarGuard, Guard
-from acd_local.runtime.schema_guard import SchemaGuard
 
 TIMEOUT = 10.0  # seconds
 
@@ -29,6 +27,8 @@ def from_options(options: Options, vocab: Vocab, model_path: Path) -> Guard | No
         UsageError: the grammar or the schema is bad; one line.
     """
     if options.json_schema is not None:
+        from acd_local.runtime.schema_guard import SchemaGuard  # slow to import
+
         return SchemaGuard(vocab, options.json_schema)
     if options.grammar is None:
         return None
@@ -53,7 +53,7 @@ def check(gbnf: str, model_path: Path) -> None:
         return
     try:
         done = child.run_module("acd_local.runtime.grammar", str(model_path.absolute()), text=gbnf, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         raise UsageError(f"bad grammar: llama.cpp did not finish it within {TIMEOUT:g} s") from None
     if done.returncode != 0:
         said, log = (stream.decode("utf-8", "replace") for stream in (done.stdout, done.stderr))

@@ -253,16 +253,15 @@ class ControlTokens:
 
 def _guarded_tokens(vocab: llama.Vocab, scaffold: str) -> dict[str, int]:
     """Map the text of every guarded token to its id."""
-    ends = vocab.eog_tokens()
     always = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN
     guarded: dict[str, int] = {}
-    for token, attr in enumerate(vocab.attrs()):
-        if not (attr & (always | llama.ATTR_USER_DEFINED) or token in ends):
+    for token, attr, ends in vocab.special.values():
+        if not (attr & (always | llama.ATTR_USER_DEFINED) or ends):
             continue
         text = vocab.text(token)
         if attr & always:
             wanted = bool(text)
-        elif token in ends:
+        elif ends:
             wanted = bool(text.strip("▁ĠĊ" + _SPACE))  # RWKV ends answers with "\n\n": ordinary text all the same
         else:
             named = len(text) > 1 and not text.isspace() and not text.isalnum() and text in scaffold

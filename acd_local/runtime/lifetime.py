@@ -69,7 +69,11 @@ class Owned:
         self._lock: Any = lock or threading.RLock()
         self._pid = os.getpid()
         if owner is not None:
-            weakref.finalize(owner, self.close).atexit = False  # at exit, `end` alone decides
+            self.belong_to(owner)
+
+    def belong_to(self, owner: object) -> None:
+        """Free it when `owner` is garbage, at the latest."""
+        weakref.finalize(owner, self.close).atexit = False  # at exit, `end` alone decides
 
     def make(self, make: Callable[[], Any]) -> Any:
         """Call `make` for the pointer and return it, None for a null pointer; the end of the process waits for this.

@@ -1,26 +1,19 @@
-"""Talks to llama.cpp, as no other module does, through llama-cpp-python's low-level C API.
+"""Talks to llama.cpp, as no other module but `binding` does, through llama-cpp-python's low-level C API.
 
 It offers rows in and logits out, operations on KV sequences, text to tokens and back, and samplers; failures come out
-as this package's errors. If the binding changes, this file changes and no other.
-
-llama.cpp writes its log through one process-wide callback. It is pointed at the logging module (logger
-`acd_local.llama`) on import, so that file descriptors 1 and 2 are never written to.
+as this package's errors. If the binding changes, these two files change and no other.
 """
 
 from __future__ import annotations
 
-import atexit
 import ctypes
-import logging
 import os
 import re
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any, NewType, TypeAlias
 
@@ -28,30 +21,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acd_local.errors import InternalError, ModelError, NumericalError, OutOfMemoryError, UsageError
-from acd_local.runtime import lifetime, machine
+from acd_local.runtime import lifetime
+from acd_local.runtime.binding import GGML, LIBC, LOG, C, Opening, load
+from acd_local.runtime.binding import supports_gpu_offload as supports_gpu_offload
 from acd_local.runtime.embeddings import EmbeddingTable
+from acd_local.runtime.gguf_header import SpecialToken
 from acd_local.runtime.lifetime import Closing, Owned
 from acd_local.runtime.lifetime import DecodeAborted as DecodeAborted
-from acd_local.runtime.threads import on_large_stack, openmp_settings
-
-with openmp_settings():
-    import llama_cpp._ggml
-    from llama_cpp import llama_cpp as C
+from acd_local.runtime.threads import on_large_stack
 
 Logits = NDArray[np.float32]
 # Logits in llama.cpp's own memory: the context's next decode overwrites them, and closing it frees them. Whoever calls
-# `Context.logits` copies what it keeps or hands on; all other logits are `Logits`, which belong to whoever has them.
+# `Context.logits` copies what it keeps or hands on; all other logits are `Logits`, which belong to whoever has them,
+# save for the views that `streams.extend` gives where it is asked to.
 LogitsView = NewType("LogitsView", np.ndarray[Any, np.dtype[np.float32]])
 TokenIds = NDArray[np.int32]
 States = NDArray[np.float32]
 Row: TypeAlias = Sequence[int] | NDArray[Any]
 
+ATTR_NORMAL = C.LLAMA_TOKEN_ATTR_NORMAL
 ATTR_UNKNOWN = C.LLAMA_TOKEN_ATTR_UNKNOWN
 ATTR_UNUSED = C.LLAMA_TOKEN_ATTR_UNUSED
 ATTR_CONTROL = C.LLAMA_TOKEN_ATTR_CONTROL
 ATTR_USER_DEFINED = C.LLAMA_TOKEN_ATTR_USER_DEFINED
 ATTR_LSTRIP = C.LLAMA_TOKEN_ATTR_LSTRIP
 ATTR_RSTRIP = C.LLAMA_TOKEN_ATTR_RSTRIP
+
+_TEXT = (ATTR_NORMAL, False)  # attribute bits, and whether it ends an answer, of a token that is text and no more
 
 KV_TYPES = {"f16": C.GGML_TYPE_F16, "q8_0": C.GGML_TYPE_Q8_0}
 QUANTIZATIONS = {
@@ -64,13 +60,12 @@ QUANTIZATIONS = {
 _SEVERAL_POSITIONS = (8, 40)
 
 # What the binding does not declare, from the library that it loaded.
-_ggml = llama_cpp._ggml.libggml
-_ggml.ggml_get_name.argtypes = [ctypes.c_void_p]
-_ggml.ggml_get_name.restype = ctypes.c_char_p
-_ggml.ggml_nbytes.argtypes = [ctypes.c_void_p]
-_ggml.ggml_nbytes.restype = ctypes.c_size_t
-_ggml.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
-_ggml.ggml_backend_tensor_get.restype = None
+GGML.ggml_get_name.argtypes = [ctypes.c_void_p]
+GGML.ggml_get_name.restype = ctypes.c_char_p
+GGML.ggml_nbytes.argtypes = [ctypes.c_void_p]
+GGML.ggml_nbytes.restype = ctypes.c_size_t
+GGML.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+GGML.ggml_backend_tensor_get.restype = None
 
 # Rows per llama_decode call. Also the granularity of cancellation on backends without an abort callback.
 BATCH_ROWS = 512
@@ -85,69 +80,9 @@ _STACK_PER_CHARACTER = 640  # bytes: 324 were measured with libstdc++
 TRIAL_STEPS = 32
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Log: llama.cpp -> logging
-
-
-# enum ggml_log_level (1 debug, 2 info, 3 warn, 4 error) -> logging, one step quieter: its INFO is 100 lines per load.
-_LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.WARNING}
-
-
-class _LogSink:
-    """Joins llama.cpp's log fragments into lines, hands them to logging and remembers the last problems."""
-
-    def __init__(self) -> None:
-        self.logger = logging.getLogger("acd_local.llama")
-        self.problems: deque[str] = deque(maxlen=16)
-        self._begun = threading.local()  # no lock: a fork could leave it held
-
-    def __call__(self, level: int, text: bytes | None, _user_data: object) -> None:
-        if sys.is_finalizing():
-            return
-        begun = self._begun.__dict__
-        if level != 5:  # 5 continues the line before
-            begun["level"] = _LOG_LEVELS.get(level, logging.DEBUG)
-        level = begun.get("level", logging.DEBUG)
-        *lines, begun["line"] = (begun.get("line", "") + (text or b"").decode("utf-8", "replace")).split("\n")
-        for line in filter(None, map(str.strip, lines)):
-            if level >= logging.INFO:
-                self.problems.append(line)
-            if self.logger.isEnabledFor(level):
-                self.logger.log(level, line)
-
-    def last_problem(self, default: str) -> str:
-        """Return the most telling recent line, without llama.cpp's function-name prefix."""
-        lines = [line.split(": ", 1)[-1] for line in self.problems]
-        vague = ("failed to load model", "failed to initialize the context", "failed to create context")
-        telling = [line for line in lines if not any(line.startswith(v) and line.endswith(v) for v in vague)]
-        return telling[-1] if telling else (lines[-1] if lines else default)
-
-
-logging.getLogger("acd_local").addHandler(logging.NullHandler())  # a library's default: say nothing unless asked
-_log_sink = _LogSink()
-_log_callback = C.llama_log_callback(_log_sink)
-C.llama_log_set(_log_callback, ctypes.c_void_p(0))
-C.llama_backend_init()
-
-
-_libc = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
 # libc's strlen as an abort callback: true when the byte it is pointed at is not NUL. ggml calls the abort callback once
 # per graph node: a Python function would take the interpreter lock each time.
-_abort_if_flag_set = ctypes.cast(_libc.strlen, C.ggml_abort_callback)
-# libc's abs as a log callback that does nothing: no thread may enter an interpreter that has ended.
-_log_nothing = ctypes.cast(_libc.abs, C.llama_log_callback)
-
-
-@atexit.register
-def _end() -> None:
-    """Leave llama.cpp before its static data is destroyed; Metal aborts the process where anything is not freed."""
-    C.llama_log_set(_log_nothing, ctypes.c_void_p(0))
-    lifetime.end(free=supports_gpu_offload())
-
-
-def supports_gpu_offload() -> bool:
-    """Tell whether this build of llama.cpp can put layers on a GPU (llama_supports_gpu_offload)."""
-    return bool(C.llama_supports_gpu_offload())
+_abort_if_flag_set = ctypes.cast(LIBC.strlen, C.ggml_abort_callback)
 
 
 def quantize(source: Path, target: Path, kind: str, *, threads: int = 1) -> None:
@@ -168,9 +103,9 @@ def quantize(source: Path, target: Path, kind: str, *, threads: int = 1) -> None
     params.ftype = QUANTIZATIONS[kind]
     params.nthread = threads
     params.allow_requantize = True
-    _log_sink.problems.clear()
+    LOG.problems.clear()
     if int(C.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))) != 0:
-        cause = _log_sink.last_problem("llama.cpp gave no reason")
+        cause = LOG.last_problem("llama.cpp gave no reason")
         raise ModelError(f"llama.cpp cannot write {source} as {kind}: {cause}")
 
 
@@ -183,9 +118,10 @@ class Model(Closing):
 
     Args:
         path: the file; for a split model its first part. Check it with `probe.verify` first: llama.cpp can abort the
-            process on a damaged file.
+            process on a damaged file. Or a file that is being loaded already, with its own `gpu_layers`.
         gpu_layers: layers to offload; None means all where the build supports it and none elsewhere.
         extra_buffers: keep weights as some CPU kernels like them best; None means unless that was found to crash here.
+        special: what is known of the vocabulary's special tokens; None: llama.cpp is asked of every token.
         on_progress: told how much of the file is loaded, from 0 to 1. What it raises ends the loading.
 
     Attributes:
@@ -203,41 +139,39 @@ class Model(Closing):
 
     def __init__(
         self,
-        path: Path | str,
+        path: Path | str | Opening,
         *,
         gpu_layers: int | None = None,
         extra_buffers: bool | None = None,
+        special: Sequence[SpecialToken] | None = None,
         on_progress: Callable[[float], object] | None = None,
     ) -> None:
-        self.path = Path(path)
-        params = C.llama_model_default_params()
-        params.use_extra_bufts = machine.extra_buffers() if extra_buffers is None else extra_buffers
-        params.n_gpu_layers = (-1 if supports_gpu_offload() else 0) if gpu_layers is None else gpu_layers
-        watch = _LoadWatch(on_progress)
-        params.progress_callback = watch.callback
-        _log_sink.problems.clear()
-        self.owned = Owned(self, C.llama_model_free)
-        pointer = self.owned.make(lambda: C.llama_model_load_from_file(os.fsencode(self.path), params))
-        if watch.raised is not None:
-            self.owned.close()
-            raise watch.raised
-        if not pointer:
-            cause = _log_sink.last_problem("llama.cpp gave no reason")
-            if "alloc" in cause:
-                raise OutOfMemoryError(f"not enough memory to load {self.path}: {cause}")
-            raise ModelError(f"llama.cpp cannot load {self.path}: {cause}")
-        self.vocab = Vocab(self.owned)
+        self.path = path.info.path if isinstance(path, Opening) else Path(path)
+        opened = path.take(self) if isinstance(path, Opening) else None
+        self.owned = opened or Owned(self, C.llama_model_free)
+        if opened is None:
+            LOG.problems.clear()
+            if not load(
+                self.owned, self.path, gpu_layers=gpu_layers, extra_buffers=extra_buffers, on_progress=on_progress
+            ):
+                cause = LOG.last_problem("llama.cpp gave no reason")
+                if "alloc" in cause:
+                    raise OutOfMemoryError(f"not enough memory to load {self.path}: {cause}")
+                raise ModelError(f"llama.cpp cannot load {self.path}: {cause}")
+        self.vocab = Vocab(self.owned, special)
         self.n_vocab = self.vocab.n_tokens
-        self.n_embd = int(C.llama_model_n_embd(pointer))
-        self.n_params = int(C.llama_model_n_params(pointer))
-        self.n_ctx_train = int(C.llama_model_n_ctx_train(pointer))
-        self.n_swa = int(C.llama_model_n_swa(pointer))
-        self.keeps_state = bool(C.llama_model_is_recurrent(pointer) or C.llama_model_is_hybrid(pointer))
+        with self.owned as pointer:
+            self.n_embd = int(C.llama_model_n_embd(pointer))
+            self.n_params = int(C.llama_model_n_params(pointer))
+            self.n_ctx_train = int(C.llama_model_n_ctx_train(pointer))
+            self.n_swa = int(C.llama_model_n_swa(pointer))
+            self.keeps_state = bool(C.llama_model_is_recurrent(pointer) or C.llama_model_is_hybrid(pointer))
+            input_width, rope_type = int(C.llama_model_n_embd_inp(pointer)), int(C.llama_model_rope_type(pointer))
         self.rewinds = not self.keeps_state and self.n_swa == 0
-        input_width, architecture = int(C.llama_model_n_embd_inp(pointer)), self.metadata("general.architecture") or ""
+        architecture = self.metadata("general.architecture") or ""
         self.rope_by_n_ctx = bool(self.metadata(f"{architecture}.rope.scaling.original_context_length"))
         self.embeddings = EmbeddingTable(self.n_embd, input_width, architecture)
-        self.row_positions = 4 if int(C.llama_model_rope_type(pointer)) in _SEVERAL_POSITIONS else 1
+        self.row_positions = 4 if rope_type in _SEVERAL_POSITIONS else 1
 
     def metadata(self, key: str) -> str | None:
         """Read a scalar GGUF metadata value as text, None if absent (llama_model_meta_val_str)."""
@@ -262,61 +196,55 @@ class Model(Closing):
         self.owned.close()
 
 
-class _LoadWatch:
-    """llama.cpp's progress callback: loading stops as the process ends, or where it raises, which C cannot pass on."""
-
-    def __init__(self, on_progress: Callable[[float], object] | None) -> None:
-        self._on_progress = on_progress
-        self.raised: BaseException | None = None
-        self.callback = C.llama_progress_callback(self._goes_on)
-
-    def _goes_on(self, fraction: float, _user_data: object) -> bool:
-        try:
-            if self._on_progress is not None:
-                self._on_progress(fraction)
-        except BaseException as error:
-            self.raised = error
-        return self.raised is None and not lifetime.ending()
-
-
 class Vocab:
     """Text to token ids and back, and what each token is (llama_vocab_*). Reading is thread-safe.
+
+    Args:
+        special: as this method would find them, which takes 0.2 s at 152k tokens; None: find them when they are needed.
 
     Attributes:
         model: what the vocabulary is a part of. pointer: to be used inside `with vocab.model:` alone.
     """
 
-    def __init__(self, model: Owned) -> None:
+    def __init__(self, model: Owned, special: Sequence[SpecialToken] | None = None) -> None:
         self.model = model
         with model as pointer:
             vocab = self.pointer = C.llama_model_get_vocab(pointer)
             self.n_tokens = int(C.llama_vocab_n_tokens(vocab))
-            self._attrs = [int(C.llama_vocab_get_attr(vocab, i)) for i in range(self.n_tokens)]
+        if special is not None and all(token.id < self.n_tokens for token in special):
+            self.special = {token.id: token for token in special}
         self.bos = int(C.llama_vocab_bos(vocab))
         self.eos = int(C.llama_vocab_eos(vocab))
         self.add_bos = bool(C.llama_vocab_get_add_bos(vocab))
         self._by_patterns = int(C.llama_vocab_type(vocab)) == C.LLAMA_VOCAB_TYPE_BPE
-        self._eog: frozenset[int] | None = None
         self._pieces: dict[int, bytes] = {}
+
+    @cached_property
+    def special(self) -> Mapping[int, SpecialToken]:
+        """The tokens that are more than plain text, by id, ascending."""
+        with self.model:
+            attrs = map(C.llama_vocab_get_attr, repeat(self.pointer), range(self.n_tokens))
+            ends = map(C.llama_vocab_is_eog, repeat(self.pointer), range(self.n_tokens))
+            found = [
+                SpecialToken(*row) for row in zip(range(self.n_tokens), attrs, ends, strict=True) if row[1:] != _TEXT
+            ]
+        return {token.id: token for token in found}
 
     def attr(self, token: int) -> int:
         """Return the attribute bits of a token, see the ATTR_ constants."""
-        return self._attrs[token]
-
-    def attrs(self) -> Sequence[int]:
-        """Return the attribute bits of all tokens, by id; shape (n_vocab,)."""
-        return self._attrs
+        return self.special[token].attr if token in self.special else ATTR_NORMAL
 
     def is_eog(self, token: int) -> bool:
         """Tell whether the token ends an answer (EOS, EOT, ...)."""
-        return token in self.eog_tokens()
+        return token in self._eog
 
     def eog_tokens(self) -> frozenset[int]:
         """List all tokens that end an answer."""
-        if self._eog is None:
-            with self.model:
-                self._eog = frozenset(i for i in range(self.n_tokens) if C.llama_vocab_is_eog(self.pointer, i))
         return self._eog
+
+    @cached_property
+    def _eog(self) -> frozenset[int]:
+        return frozenset(token.id for token in self.special.values() if token.ends)
 
     def suppressed_tokens(self) -> frozenset[int]:
         """List tokens that the model file says are never to be sampled (tokenizer.ggml.suppress_tokens)."""
@@ -449,11 +377,11 @@ class Context(Closing):
             params.cb_eval = self._capture.callback
         self._flag = flag = ctypes.create_string_buffer(2)
         self.owned = Owned(self, partial(_free_context, model), lock=lock, stop=partial(_raise_flag, flag))
-        _log_sink.problems.clear()
+        LOG.problems.clear()
         with model.owned as of:
             pointer = self.owned.make(lambda: C.llama_init_from_model(of, params))
         if not pointer:
-            cause = _log_sink.last_problem("llama.cpp gave no reason")
+            cause = LOG.last_problem("llama.cpp gave no reason")
             if "cache type" in cause:
                 raise UsageError(f"KV type {kv_type} does not fit this model, use --kv-type f16 ({cause})")
             raise OutOfMemoryError(
@@ -503,7 +431,7 @@ class Context(Closing):
             raise DecodeAborted
         if result == -2:
             raise OutOfMemoryError("llama.cpp ran out of memory while decoding, try a smaller --ctx-size")
-        raise InternalError(f"llama_decode failed with {result}: {_log_sink.last_problem('no message')}")
+        raise InternalError(f"llama_decode failed with {result}: {LOG.last_problem('no message')}")
 
     def _check_outputs(self, seqs: Row, outputs: Row) -> None:
         """Refuse rows that are too many: llama.cpp aborts the process where its buffer is too small."""
@@ -561,13 +489,13 @@ class Context(Closing):
             raise InternalError("llama.cpp could not save a sequence")
         return bytes(memoryview(buffer)[:written])
 
-    def load_sequence(self, seq: int, state: bytes) -> None:
+    def load_sequence(self, seq: int, state: bytes | memoryview) -> None:
         """Replace a sequence by a saved one (llama_state_seq_set_data)."""
         source = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         with self.owned as pointer:
             read = int(C.llama_state_seq_set_data(pointer, source, len(state), seq))
         if read == 0:
-            raise InternalError(f"llama.cpp could not restore a sequence: {_log_sink.last_problem('no message')}")
+            raise InternalError(f"llama.cpp could not restore a sequence: {LOG.last_problem('no message')}")
 
     def cancel(self) -> None:
         """Stop a running decode within one graph node (CPU), and refuse new ones. Safe from any thread."""
@@ -628,12 +556,12 @@ class _Capture:
 
     def _visit(self, tensor: int, ask: bool, _user_data: object) -> bool:
         try:
-            name = bytes(_ggml.ggml_get_name(tensor))
+            name = bytes(GGML.ggml_get_name(tensor))
             if name not in self._wanted:
                 return False
             if not ask:
-                values = np.empty(_ggml.ggml_nbytes(tensor) // 4, np.float32)
-                _ggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
+                values = np.empty(GGML.ggml_nbytes(tensor) // 4, np.float32)
+                GGML.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
                 self._found.setdefault(name, []).append(values.reshape(-1, self._n_embd))
                 return not (self._stop and name == self._last)
         except BaseException as error:
@@ -846,11 +774,11 @@ def try_grammar(model_path: Path, gbnf: str) -> None:
     if not owned.make(lambda: C.llama_model_load_from_file(os.fsencode(model_path), params)):
         raise ModelError(f"llama.cpp cannot load the vocabulary of {model_path}")
     vocab = Vocab(owned)
-    _log_sink.problems.clear()
+    LOG.problems.clear()
     try:
         sampler = grammar(vocab, gbnf)
     except UsageError:
-        raise UsageError(_log_sink.last_problem("llama.cpp refuses the grammar")) from None
+        raise UsageError(LOG.last_problem("llama.cpp refuses the grammar")) from None
     everything, flat = np.arange(vocab.n_tokens, dtype=np.int32), np.zeros(vocab.n_tokens, np.float32)
     candidates, rng = Candidates(vocab.n_tokens), np.random.default_rng(0)
     for _ in range(TRIAL_STEPS):

@@ -15,7 +15,6 @@ import os
 import platform
 from contextlib import suppress
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 
 from acd_local import files
@@ -28,22 +27,10 @@ _LIBRARIES = ("*ggml-cpu*", "*ggml-base*", "*llama*")
 logger = logging.getLogger("acd_local.machine")  # the commands show what comes here
 
 
-def _llama_version() -> str:
-    """Return the installed llama-cpp-python's version, "" where nothing says it."""
-    try:
-        return metadata.version("llama-cpp-python")
-    except metadata.PackageNotFoundError:
-        return ""
-
-
 @lru_cache(maxsize=1)
 def identity() -> str:
     """Return a name for this processor together with the llama.cpp installed here: 32 hexadecimal digits."""
-    seen = hashlib.blake2b(json.dumps([_llama_version(), *_processor()]).encode(), digest_size=16)
-    for library in _libraries():  # their times say nothing: a one-file application unpacks them at each start
-        with suppress(OSError):
-            seen.update(library.read_bytes())
-    return seen.hexdigest()
+    return hashlib.blake2b(json.dumps([_code(), *_processor()]).encode(), digest_size=16).hexdigest()
 
 
 def _processor() -> list[str]:
@@ -54,6 +41,24 @@ def _processor() -> list[str]:
         if kept := [f"{name.strip()}:{value.strip()}" for name, _, value in fields if name.strip() in _X86 + _ARM]:
             return kept
     return [platform.machine(), platform.version(), os.environ.get("PROCESSOR_IDENTIFIER", "")]
+
+
+def _code() -> str:
+    """Digest the code of llama.cpp's libraries; the digest is kept until a path, a size or a time changes.
+
+    These have no part in it: a one-file application unpacks its libraries anew at each start.
+    """
+    libraries = _libraries()
+    stats = [[str(path), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in libraries]
+    with suppress(ValueError, LookupError, TypeError):
+        kept = json.loads(files.kept("libraries.json") or "")
+        if kept["of"] == stats:
+            return str(kept["code"])
+    seen = hashlib.blake2b(digest_size=16)
+    for library in libraries:
+        seen.update(library.read_bytes())
+    files.keep("libraries.json", json.dumps({"of": stats, "code": seen.hexdigest()}))
+    return seen.hexdigest()
 
 
 def _libraries() -> list[Path]:

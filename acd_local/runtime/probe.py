@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -32,7 +31,7 @@ from acd_local.runtime.threads import physical_cores
 if TYPE_CHECKING:
     from acd_local.runtime.llama import Context
 
-_FORMAT = 2  # of a verdict file
+_FORMAT = 3  # of a verdict file
 _REFUSED = 4  # the child's exit code when llama.cpp refused the file and lived
 _SAMPLE = Path(__file__).with_name("sample.gguf")  # 4- and 8-bit weights, written by tests/helpers/tiny_gguf.py
 _CRASHES = ("SIGSEGV", "SIGABRT", "SIGILL", "SIGBUS", "SIGFPE", "SIGTRAP", "SIGSYS")
@@ -60,7 +59,7 @@ def verify(path: Path, *, timeout: float = 120.0, force: bool = False) -> GGUFIn
         OutOfMemoryError: there is not enough memory to load it.
         InternalError: the child could not be run at all, or llama.cpp crashes on every model here.
     """
-    info = None if force else _remembered(path)
+    info = None if force else remembered(path)
     if info is not None:
         return info
     parts = signature((path,))  # taken before the check: a file that changes meanwhile is checked again next time
@@ -68,7 +67,8 @@ def verify(path: Path, *, timeout: float = 120.0, force: bool = False) -> GGUFIn
     if len(info.parts) > 1:
         parts = signature(info.parts)
     if child.can_start():
-        _try(path, timeout + info.size / _SLOW_DISK)
+        said = _try(path, timeout + info.size / _SLOW_DISK)
+        info = gguf_header.from_json(gguf_header.to_json(info) | said)
         _remember(path, parts, info)
     return info
 
@@ -89,7 +89,8 @@ def signature(parts: tuple[Path, ...]) -> list[list[object]] | None:
     return [[str(p), s.st_size, s.st_mtime_ns] for p, s in stats]
 
 
-def _remembered(path: Path) -> GGUFInfo | None:
+def remembered(path: Path) -> GGUFInfo | None:
+    """Return what `verify` would, where the file is known to be good; else None."""
     try:
         verdict = json.loads(files.kept(_verdict_name(path)) or "")
         info = gguf_header.from_json(verdict["info"])
@@ -141,8 +142,11 @@ class _Ending:
         return -self.code in [getattr(signal, name, None) for name in _CRASHES]
 
 
-def _try(path: Path, timeout: float) -> None:
+def _try(path: Path, timeout: float) -> dict[str, Any]:
     """Let children load `path` and decode with it, until it is clear whether this process may, and how.
+
+    Returns:
+        What llama.cpp says of the model, for `gguf_header.from_json`.
 
     Raises: see `verify`.
     """
@@ -160,6 +164,7 @@ def _try(path: Path, timeout: float) -> None:
         )
     if ending.code != 0:
         raise _error(path, ending)
+    return {name: ending.said[name] for name in ("special", "chat_template") if name in ending.said}
 
 
 def _slowdown(with_extra: _Ending, without: _Ending) -> float | None:
@@ -189,7 +194,7 @@ def _run(path: Path, timeout: float, extra_buffers: bool) -> _Ending:
     given = [str(path.absolute()), *([] if extra_buffers else [_WITHOUT])]
     try:
         done = child.run_module("acd_local.runtime.probe", *given, timeout=timeout)
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         raise ModelError(f"{shown(path)}: llama.cpp did not finish loading it within {timeout:.0f} s") from None
     except OSError as error:
         raise InternalError(f"cannot start {shown(sys.executable)} to check the model: {error.strerror}") from None
@@ -258,9 +263,11 @@ def _child(path: Path, extra_buffers: bool) -> int:
     doing = "load"
     try:
         with llama.Model(path, gpu_layers=0, extra_buffers=extra_buffers) as model:
+            special, template = [*model.vocab.special.values()], model.chat_template()
+            print(json.dumps({"special": special, "chat_template": template or ""}), flush=True)
             doing = "read a text with"
-            for special in (False, True):
-                model.vocab.tokenize(_TEXT, parse_special=special)
+            for parse_special in (False, True):
+                model.vocab.tokenize(_TEXT, parse_special=parse_special)
             doing = "create a context for"
             with llama.Context(model, n_ctx=256, n_seq=2, threads=physical_cores()) as context:
                 doing = "run"

@@ -90,7 +90,7 @@ class _Words:
         eog = vocab.eog_tokens()
         self.eos_token_id = min(eog, default=None)
         # What ends an answer, and control tokens, are no text even where they have one.
-        self.special_token_ids = [i for i, attr in enumerate(vocab.attrs()) if attr & ATTR_CONTROL or i in eog]
+        self.special_token_ids = [t.id for t in vocab.special.values() if t.attr & ATTR_CONTROL or t.ends]
         self.tokens = [vocab.piece(i) for i in range(vocab.n_tokens)]
         for i in self.special_token_ids:
             self.tokens[i] = f"<|acd {i}|>".encode()

@@ -6,9 +6,10 @@ given by context, so that the shared layout decodes both streams in one llama_de
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from acd_local.runtime.llama import Logits, LogitsView
 
 Layout = Literal["shared", "split"]
 LAYOUTS: tuple[Layout, ...] = ("shared", "split")
+MOST_FILLED = 4  # sequences between two rows that are filled, see `_fillers`
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Snapshot:
     """A sequence's state after `tokens`, restorable into any cache of the same model, KV type and context size."""
 
     tokens: tuple[int, ...]
-    state: bytes
+    state: bytes | memoryview
 
 
 class Cache:
@@ -175,12 +177,13 @@ class Streams:
             context.close()
 
 
-def extend(work: DecodeBatch, on_batch: Callable[[int], None] | None = None) -> list[Logits]:
+def extend(work: DecodeBatch, on_batch: Callable[[int], None] | None = None, *, views: bool = False) -> list[Logits]:
     """Decode further tokens of several caches, one llama_decode per context and batch.
 
     Args:
         work: with at least one token each, every cache at most once.
         on_batch: told before every batch how many rows of `work` are decoded.
+        views: return llama.cpp's own memory, which the next decode overwrites, instead of copies.
 
     Returns:
         For each request the logits that it wants, shape (rows, n_vocab), one row unless it says otherwise.
@@ -208,7 +211,8 @@ def extend(work: DecodeBatch, on_batch: Callable[[int], None] | None = None) -> 
         group = sorted((one for one in work if one.cache.context is context), key=lambda one: one.cache.seq)
         rows, at = _extend_context(context, group, begin_batch), 0
         for request in group:
-            logits[request.cache] = rows[at : at + request.outputs].copy()
+            found = rows[at : at + request.outputs]
+            logits[request.cache] = found if views else found.copy()
             at += request.outputs
     return [logits[request.cache] for request in work]
 
@@ -275,7 +279,33 @@ def _decode_chunk(
         wanted += [0] * n if mask is None else [int(w) for w in mask]
         if outputs and mask is None:
             wanted[-1] = 1
-    context.decode(tokens, seqs, positions, wanted)
+    fillers = _fillers(context, work)
+    for seq, held in fillers:
+        at = bisect(seqs, seq)
+        for column, value in ((tokens, tokens[0]), (seqs, seq), (positions, held), (wanted, 0)):
+            column.insert(at, value)
+    try:
+        context.decode(tokens, seqs, positions, wanted)
+    finally:
+        for seq, held in fillers:
+            context.truncate(seq, held)
+
+
+def _fillers(context: llama.Context, work: DecodeBatch) -> list[tuple[int, int]]:
+    """Choose rows for sequences that have none, and whose rows are forgotten at once: (sequence, position) of each.
+
+    llama.cpp decodes rows together as long as the numbers of their sequences follow each other: a gap among many
+    conversations' single rows costs about as much as a row alone, a row whose logits nobody wants a fifth of that.
+    """
+    if not context.model.rewinds or any(len(request.tokens) != 1 or request.tokens[0] < 0 for request in work):
+        return []
+    most = min(work[0].cache.n_ctx - 1, 256 + max(len(request.cache.tokens) for request in work))
+    found: list[tuple[int, int]] = []
+    for before, after in pairwise(request.cache.seq for request in work):
+        if 1 < after - before <= MOST_FILLED + 1:
+            gap = [(seq, context.position_range(seq)[1] + 1) for seq in range(before + 1, after)]
+            found += gap if all(held <= most for _, held in gap) else []  # the attention of a long one would cost more
+    return found
 
 
 def runs(ids: Sequence[int]) -> Iterator[list[int]]:

@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, TypeAlias
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jinja2
-import jinja2.meta
 import jinja2.nodes
 
 from acd_local.errors import ModelError, PairError, UsageError
-from acd_local.runtime import llama, sandbox
+from acd_local.runtime import llama
 from acd_local.runtime.guard import ControlTokens, Sentinels, TooLong, clean, no_check
-from acd_local.runtime.sandbox import Exhausted, Sandbox
+from acd_local.runtime.sandbox import MAX_SOURCE, Exhausted, Sandbox
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 
@@ -215,6 +215,46 @@ class _Blank(jinja2.ChainableUndefined):
     __radd__ = __add__
 
 
+class _Compiled(NamedTuple):
+    """A template, and what stands in it.
+
+    Attributes:
+        constants, written: its strings inside and outside of expressions. compared_texts: see `_compared_texts`.
+        asked_for: names of variables that it reads.
+        sandbox: what it runs in.
+    """
+
+    template: jinja2.Template
+    sandbox: Sandbox
+    constants: frozenset[str]
+    written: tuple[str, ...]
+    compared_texts: frozenset[str]
+    asked_for: frozenset[str]
+
+
+@lru_cache(maxsize=16)
+def _compile(source: str, *, blanks: bool) -> _Compiled:
+    if len(source) > MAX_SOURCE:
+        raise _Hopeless(f"it has {len(source)} characters")
+    nodes, sandbox = jinja2.nodes, Sandbox(datetime.now(), _Blank if blanks else jinja2.Undefined)
+    with _one_line_errors(), sandbox.bounded(0, no_check):
+        tree = sandbox.parse(source)
+        return _Compiled(
+            sandbox=sandbox,
+            constants=frozenset(c.value for c in tree.find_all(nodes.Const) if isinstance(c.value, str)),
+            written=tuple(t.data for t in tree.find_all(nodes.TemplateData)),
+            compared_texts=_compared_texts(tree),
+            asked_for=frozenset(name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"),
+            template=sandbox.compiled(tree),  # last: it changes the tree
+        )
+
+
+def prepare(source: str) -> None:
+    """Compile a template that will be wanted, which takes some 10 ms."""
+    with suppress(_Unusable):
+        _compile(source, blanks=False)
+
+
 class _Renderer:
     """A compiled template that is known to render at least one user message.
 
@@ -224,35 +264,28 @@ class _Renderer:
         compared_texts: string constants that the template looks for in other texts.
 
     Args:
-        undefined: what stands for variables that nobody set, such as `tools`.
+        blanks: variables that nobody set, such as `tools`, join texts as empty ones.
 
     Raises:
         _Unusable: the template cannot be compiled, or cannot render one user message.
     """
 
-    def __init__(self, source: str, vocab: llama.Vocab, undefined: type[jinja2.Undefined] = jinja2.Undefined) -> None:
-        if len(source) > sandbox.MAX_SOURCE:
-            raise _Hopeless(f"it has {len(source)} characters")
-        self._sandbox = Sandbox(datetime.now(), undefined)
-        with _one_line_errors(), self._sandbox.bounded(0, no_check):
-            tree = self._sandbox.parse(source)
-            constants = {str(c.value) for c in tree.find_all(jinja2.nodes.Const) if isinstance(c.value, str)}
-            written = [t.data for t in tree.find_all(jinja2.nodes.TemplateData)]
-            asked_for = jinja2.meta.find_undeclared_variables(tree)
-            self.compared_texts = _compared_texts(tree)
-            self._template = self._sandbox.compiled(tree)
+    def __init__(self, source: str, vocab: llama.Vocab, *, blanks: bool = False) -> None:
+        compiled = _compile(source, blanks=blanks)
+        self._template, self._sandbox = compiled.template, compiled.sandbox
+        self.compared_texts = compiled.compared_texts
         self._variables: dict[str, object] = {
             "bos_token": vocab.literal(vocab.bos) if vocab.bos >= 0 else "",
             "eos_token": vocab.literal(vocab.eos) if vocab.eos >= 0 else "",
             "add_generation_prompt": True,
         }
         for name, values in THINKING_OFF.items():
-            fitting = [v for v in values if not isinstance(v, str) or v in constants]
-            if name in asked_for and fitting:
+            fitting = [v for v in values if not isinstance(v, str) or v in compiled.constants]
+            if name in compiled.asked_for and fitting:
                 self._variables[name] = fitting[0]
         self._as_parts = False
         probes = self._probe()
-        self.scaffold = "\0".join([*constants, *written, *probes])
+        self.scaffold = "\0".join([*compiled.constants, *compiled.written, *probes])
 
     def render(self, messages: Sequence[Message], check: Callable[[], None] = no_check) -> str:
         """Render the prompt as text.
@@ -325,7 +358,7 @@ def _usable_renderer(source: str, vocab: llama.Vocab) -> _Renderer:
         raise
     except _Unusable as error:
         with suppress(_Unusable):
-            return _Renderer(source, vocab, _Blank)
+            return _Renderer(source, vocab, blanks=True)
         raise error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -106,6 +105,8 @@ def _linux() -> int | None:
 
 
 def _darwin() -> int | None:
+    import subprocess  # slow to import
+
     for name in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
         done = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False)
         if done.returncode == 0 and done.stdout.strip().isdigit():

@@ -283,8 +283,8 @@ def test_unusable_judges(tiny: Callable[..., Path], tmp_path: Path, monkeypatch:
     opened: list[llama.Model] = []
 
     class Watched(llama.Model):
-        def __init__(self, path: Path) -> None:
-            super().__init__(path)
+        def __init__(self, path: Path, **kw: object) -> None:
+            super().__init__(path, **kw)  # type: ignore[arg-type]
             opened.append(self)
 
     monkeypatch.setattr(llama, "Model", Watched)

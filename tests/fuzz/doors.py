@@ -244,6 +244,7 @@ class Documents:
 
     def __init__(self, model: Path) -> None:
         self.path = model
+        self._said: str | None = None
         self.engine = Engine(model, pair="as-is", ctx_size=512, threads=1)
         self.model = self.engine.decoder.model
         assert isinstance(self.model, llama.Model)
@@ -314,6 +315,16 @@ class Documents:
             with suppress(AcdError):
                 sets.read(f"s={path}{after}")
         sets.read(f"s={path}:harmless")
+
+    def states(self, cache: Path) -> None:
+        """A start with a damaged cache folder says what one without any says."""
+        said = hostile_documents.converse(self.path, cache)
+        if self._said is None:
+            empty = cache.with_name("empty")
+            shutil.copytree(os.environ["ACD_CACHE_DIR"], empty)
+            self._said = hostile_documents.converse(self.path, empty)
+        if said != self._said:
+            raise Find(f"the answers are {said!r}, not {self._said!r}")
 
     def template(self, path: Path) -> None:
         source = path.read_text("utf-8", "surrogatepass")

@@ -30,7 +30,7 @@ ROOT = HERE.parents[1]
 # How many of 100 files are of a kind.
 SHARES = {
     "header": 13, "tensors": 13, "metadata": 17, "tokenizer": 14, "split": 6,
-    "template": 12, "vectors": 8, "pair": 6, "chat": 4, "run": 5, "sets": 2,
+    "template": 12, "vectors": 7, "pair": 6, "chat": 4, "run": 4, "sets": 2, "states": 2,
 }  # fmt: skip
 MODELS = ("header", "tensors", "metadata", "tokenizer", "split")
 PATIENCE = 150  # seconds without a word from the child

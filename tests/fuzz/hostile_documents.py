@@ -6,8 +6,11 @@ path of what is to be opened. `folder` is empty.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +22,7 @@ import numpy as np
 import soft_pairs
 from manual import made_for
 
+from acd_local import Engine
 from acd_local import vectors as vectors_file
 from acd_local.gate import Gate, Probe
 from acd_local.runtime.gguf_header import read_header
@@ -230,10 +234,55 @@ def sets(rng: random.Random, folder: Path, model: Path) -> Path:
     return path
 
 
+def states(rng: random.Random, folder: Path, model: Path) -> Path:
+    """The cache folder of a start that kept a system prompt and a conversation: their files changed or exchanged."""
+    cache = folder / "cache"
+    shutil.copytree(os.environ["ACD_CACHE_DIR"], cache)  # what is known of the model
+    converse(model, cache)
+    made = sorted((cache / "states").iterdir())
+    assert len(made) > 1
+    for _ in range(rng.choice((1, 1, 2))):
+        path, way = rng.choice(made), rng.randrange(9)
+        data = path.read_bytes() if path.is_file() else b""
+        if way < 4:
+            data = garble.raw(rng, data)
+        elif way == 4:
+            data = data[: rng.randrange(len(data) + 1)]
+        elif way == 5:
+            data = rng.choice(made).read_bytes()
+        elif way == 6:
+            head = bytearray(data[:80].ljust(80, b"\0"))
+            head[72:80] = garble.packed(rng, "<Q", bytes(head[72:80]))  # the number of ids
+            data = (
+                bytes(head[:8]) + hashlib.sha256(bytes(head[40:]) + data[80:]).digest() + bytes(head[40:]) + data[80:]
+            )
+        elif way == 7:
+            data = b""
+        path.write_bytes(data)
+        if way == 8:
+            os.truncate(path, 6 << 30)  # as large as nothing that was kept
+    return cache
+
+
+def converse(model: Path, cache: Path) -> str:
+    """Answer twice with a cache folder, as two starts of a program would; returns what was said."""
+    before, os.environ["ACD_CACHE_DIR"] = os.environ["ACD_CACHE_DIR"], str(cache)
+    try:
+        said = []
+        for text in ("How do I get red wine out of a carpet? " * 4, "Hi"):
+            with Engine(model, pair="as-is", ctx_size=512, threads=1, cache=True) as engine:
+                chat = engine.chat(system="You are a helpful assistant with red wine. " * 4)
+                said += [chat.ask(text, max_tokens=2, temp=0.0).text, chat.ask("And now?", max_tokens=2, temp=0.0).text]
+        return "|".join(said)
+    finally:
+        os.environ["ACD_CACHE_DIR"] = before
+
+
 KINDS: dict[str, Callable[[random.Random, Path, Path], Path]] = {
     "vectors": vectors,
     "pair": pair,
     "chat": chat,
     "run": run,
     "sets": sets,
+    "states": states,
 }

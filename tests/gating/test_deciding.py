@@ -108,7 +108,7 @@ def test_conversations_go_on_as_without_a_gate(
 ) -> None:
     model = four_layers(tiny, writer)
     pair = constant(tmp_path, model, 0.1, LOOKING, 0.2)
-    given = {"pair": pair, "ctx_size": 512, "threads": 1, **how}
+    given = {"pair": pair, "ctx_size": 512, "threads": 1, "cache": False, **how}
     with Engine(model, **given) as gated, Engine(model, **given) as other:
         talk = [Message("user", HARMLESS)]
         for text in ("And then?", "More."):
@@ -166,6 +166,19 @@ def test_a_batch_decides_for_every_answer(tmp_path: Path, model: Path) -> None:
             assert mine is not None and its is not None
             assert (mine.decision, mine.contrast_from) == (its.decision, its.contrast_from)
         assert {key: answer.gate.contrast_from for key, answer in found.items()} == {"a": 4, "b": 0, "c": 4}  # type: ignore[union-attr]
+
+
+def test_a_contrasted_conversation_is_found_in_its_slot(tmp_path: Path, model: Path) -> None:
+    """The slot holds the pair's prompts there, not the one that is read."""
+    pair = constant(tmp_path, model, 0.95, GateSettings(0.5))
+    with Engine(model, pair=pair, ctx_size=512, threads=1, slots=2) as engine:
+        one, other = ([Message("user", f"{text} {HARMLESS * 3}")] for text in ("Red?", "Old kind water?"))
+        engine.generate(one, GREEDY).run()
+        answer = engine.generate(other, GREEDY).run()
+        held = [slot.safe.tokens[:] for slot in engine.decoder.slots]
+        other += [Message("assistant", answer.text), Message("user", "And then?")]
+        engine.generate(other, GREEDY).run()
+        assert [slot.safe.tokens == before for slot, before in zip(engine.decoder.slots, held, strict=True)] == [1, 0]
 
 
 def test_looks_of_answers_that_take_turns(tmp_path: Path, model: Path) -> None:

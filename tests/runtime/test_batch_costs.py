@@ -55,14 +55,16 @@ def test_the_fastest_of_several_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_slow_model_is_measured_with_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
+    clock, calls = [0.0], list[int]()
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def decode(streams: int, rows: int) -> None:
-        clock[0] += 0.2 * rows
+        calls.append(rows)
+        clock[0] += 0.3 * rows
 
     found = batch_costs.measure(decode)
-    assert (found.one, found.two) == ((1.0, 2.0), (1.0, 2.0))
+    assert (found.one, found.two) == ((1.0, 2.0, 4.0), (1.0, 2.0, 4.0))
+    assert calls == [1, 1, 1, 2, 2, 4, 4], "one round"
 
 
 def test_costs_are_kept() -> None:
@@ -90,7 +92,8 @@ def test_where_nothing_can_be_kept_every_process_drafts_by_the_same_table(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "file"))
-    assert batch_costs.keep(NAME, COSTS) == TYPICAL
+    name = Path("batchcosts", "nowhere.json")
+    assert batch_costs.keep(name, COSTS) == batch_costs.kept(name) == TYPICAL
 
 
 def test_an_engine_measures_once(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -113,7 +113,10 @@ def test_a_frozen_application_is_its_own_child(
     monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "cache"))
     done = child.run_module("acd_local.runtime.probe", str(tiny("chatml")))
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["row_seconds"] > 0
+    assert [list(json.loads(line)) for line in done.stdout.splitlines()] == [
+        ["special", "chat_template"],
+        ["row_seconds"],
+    ]
     assert probe.verify(tiny("chatml"), force=True).n_layers == 2
     assert len(list(tmp_path.glob("cache/verified/*.json"))) == 1
     if "acd_local.runtime.grammar" in child.REENTERED:

@@ -118,9 +118,9 @@ def test_memory_is_freed_where_a_backend_wants_that(demo: Path) -> None:
     script = """
     import atexit
     atexit.register(lambda: print("left", len(lifetime._owned)))  # before the package's own, so it runs after it
-    from acd_local.runtime import lifetime, llama
+    from acd_local.runtime import binding, lifetime, llama
     """
-    free = "llama.supports_gpu_offload = lambda: True\n"
+    free = "binding.supports_gpu_offload = lambda: True\n"
     for work, given in ((BATCH, "conversations=2"), (TALK, "layout='split'")):
         ended = textwrap.dedent(script) + work + WHILE.format(given=given)
         assert ends_well(demo, ended + free)[-1] == "left 0"
@@ -162,13 +162,13 @@ def test_an_answer_that_the_end_of_the_process_stops_is_cancelled(demo: Path) ->
     engine = load()
     thread = threading.Thread(target=talk, args=[engine], daemon=True)
     import atexit
-    atexit.unregister(llama._end)
+    atexit.unregister(binding._end)
     atexit.register(thread.join)
-    atexit.register(llama._end)
+    atexit.register(binding._end)
     thread.start()
     begun.wait()
     """
-    assert ends_well(demo, "from acd_local.runtime import llama\n" + textwrap.dedent(script)) == ["cancelled"]
+    assert ends_well(demo, "from acd_local.runtime import binding\n" + textwrap.dedent(script)) == ["cancelled"]
 
 
 def test_a_model_that_is_being_loaded_in_a_daemon_thread(demo: Path) -> None:
@@ -237,9 +237,9 @@ def test_other_threads_finish_their_answers_first(tiny: Callable[..., Path]) -> 
 
 def test_what_cannot_be_stopped_is_left_alone_after_a_while(tiny: Callable[..., Path]) -> None:
     script = """
-    from acd_local.runtime import lifetime, llama
+    from acd_local.runtime import binding, lifetime, llama
     lifetime.PATIENCE = 0.2
-    llama.supports_gpu_offload = lambda: True
+    binding.supports_gpu_offload = lambda: True
     context = llama.Context(model := llama.Model(MODEL), n_ctx=64, n_seq=1)
     inside = threading.Event()
 
@@ -251,9 +251,9 @@ def test_what_cannot_be_stopped_is_left_alone_after_a_while(tiny: Callable[..., 
     threading.Thread(target=use, daemon=True).start()
     inside.wait()
     import atexit
-    atexit.unregister(llama._end)
+    atexit.unregister(binding._end)
     atexit.register(lambda: print(len(lifetime._owned)))
-    atexit.register(llama._end)
+    atexit.register(binding._end)
     """
     assert ends_well(tiny("chatml"), script, timeout=30) == ["2"]
 

@@ -82,7 +82,7 @@ class Walk:
         self._brackets = np.array([bool(p) and set(p) <= set(b"}]") for p in pieces])
         self._ends = np.array([i in self._eog for i in range(vocab.n_tokens)])
         self._plain = np.array([len(p) < 3 and bool(p) for p in pieces])
-        banned = np.array([bool(attr & llama.ATTR_CONTROL) for attr in vocab.attrs()]) & ~self._ends
+        banned = np.array([bool(vocab.attr(i) & llama.ATTR_CONTROL) for i in range(vocab.n_tokens)]) & ~self._ends
         self._scores = np.where(banned, -np.inf, 0).astype(np.float32)
 
     def text(self, guard: SchemaGuard, examples: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ def test_legal_tokens_are_exact(tiny: Callable[..., Path], family: str) -> None:
     given = json.dumps({"enum": [json.loads(text) for text in texts]})
     with llama.Model(tiny(family)) as model:
         vocab, rng = model.vocab, np.random.default_rng(0)
-        eog, control = vocab.eog_tokens(), {i for i, a in enumerate(vocab.attrs()) if a & llama.ATTR_CONTROL}
+        eog, control = vocab.eog_tokens(), {t.id for t in vocab.special.values() if t.attr & llama.ATTR_CONTROL}
         flat = np.zeros(vocab.n_tokens, np.float32)
         for _ in range(12):
             guard, said = SchemaGuard(vocab, given), b""

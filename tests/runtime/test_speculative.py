@@ -38,8 +38,7 @@ def assert_is_the_oracles(engine: Engine, answer: Answer, choose: Callable[[dict
     """Every token is the definition's choice under fully recomputed logits, or a near-tie of it."""
     model = engine.decoder.model
     control = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN | llama.ATTR_UNUSED
-    eog = engine.vocab.eog_tokens()
-    banned = {i for i, attr in enumerate(engine.vocab.attrs()) if attr & control and i not in eog}
+    banned = {t.id for t in engine.vocab.special.values() if t.attr & control and not t.ends}
     safe, adversarial = prompts_of(engine)
     said = [record.token for record in answer.tokens]
     same = 0
@@ -105,9 +104,9 @@ def test_alpha_zero_and_greedy_is_llama_cpps_greedy_text(demo: Path, how: dict[s
     from llama_cpp import Llama
 
     n = 48
-    with Engine(demo, pair=DEFAULT, ctx_size=1024, threads=1) as engine:
+    with Engine(demo, pair=DEFAULT, ctx_size=1024, threads=1, system_apart=False) as engine:
         prompt = prompts_of(engine)[0]
-        answer = engine.generate(QUESTION, Options(temp=0.0, max_tokens=n, **how), divergence=True).run()  # type: ignore[arg-type]
+        answer = engine.generate(QUESTION, Options(temp=0.0, max_tokens=n, draft_max=0, **how), divergence=True).run()  # type: ignore[arg-type]
         eog = engine.vocab.eog_tokens()
     reference = Llama(
         str(demo), n_ctx=1024, n_batch=llama.BATCH_ROWS, n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False
@@ -241,7 +240,7 @@ def check_windows(engine: Engine) -> None:
 
 
 def test_control_tokens_are_never_said_but_ends_are(vocab: llama.Vocab) -> None:
-    control = next(i for i, a in enumerate(vocab.attrs()) if a & llama.ATTR_CONTROL and not vocab.is_eog(i))
+    control = next(t.id for t in vocab.special.values() if t.attr & llama.ATTR_CONTROL and not t.ends)
     end = min(vocab.eog_tokens())
     logits = row(vocab, t40=1.0)
     logits[control] = 9.0
@@ -255,7 +254,7 @@ def test_control_tokens_are_never_said_but_ends_are(vocab: llama.Vocab) -> None:
 @pytest.mark.parametrize("stream", [0, 1])
 @pytest.mark.parametrize("kind", ["plausible", "implausible", "control"])
 def test_nan_ends_the_run(vocab: llama.Vocab, stream: int, kind: str, gbnf: str | None) -> None:
-    control = next(i for i, a in enumerate(vocab.attrs()) if a & llama.ATTR_CONTROL and not vocab.is_eog(i))
+    control = next(t.id for t in vocab.special.values() if t.attr & llama.ATTR_CONTROL and not t.ends)
     rows = [row(vocab, t40=1.0), row(vocab, t40=1.0)]
     rows[stream][{"plausible": 40, "implausible": 333, "control": control}[kind]] = np.nan
     with pytest.raises(NumericalError):
@@ -264,7 +263,7 @@ def test_nan_ends_the_run(vocab: llama.Vocab, stream: int, kind: str, gbnf: str 
 
 def test_a_plain_greedy_answer_takes_the_first_of_the_best_and_sees_nan(vocab: llama.Vocab) -> None:
     assert loop(vocab, [(row(vocab, t40=1.0, t41=1.0), None)], alpha=0.0) == [40]
-    control = next(i for i, a in enumerate(vocab.attrs()) if a & llama.ATTR_CONTROL and not vocab.is_eog(i))
+    control = next(t.id for t in vocab.special.values() if t.attr & llama.ATTR_CONTROL and not t.ends)
     for bad, token in [(np.nan, 333), (np.nan, control), (np.inf, 333)]:
         logits = row(vocab, t40=1.0)
         logits[token] = bad

@@ -60,6 +60,14 @@ def test_logits_belong_to_whoever_asked(streams: Streams) -> None:
     assert all(np.array_equal(*rows) for rows in zip(first, kept, strict=True))
 
 
+def test_views_are_what_the_next_decode_overwrites(streams: Streams) -> None:
+    cache = streams.slots[0].safe
+    (row,) = extend_work([DecodeRequest(cache, tokens(9))], views=True)
+    assert np.shares_memory(row, cache.context.logits(1))
+    (row,) = extend_work([DecodeRequest(cache, tokens(1))])
+    assert not np.shares_memory(row, cache.context.logits(1))
+
+
 def test_lockstep_decoding_equals_fresh_evaluation(streams: Streams) -> None:
     slot, other = streams.slots
     a, b, c = tokens(37), tokens(23), tokens(30)
@@ -153,20 +161,20 @@ def test_eager_prefix_store_decodes_a_system_prompt_once(streams: Streams) -> No
     assert counted.rows == [30, 26]  # alone: logits must not depend on what else is decoded
 
 
-def test_lazy_prefix_store_decodes_nothing_itself_and_finds_old_system_prompts_again(tiny: Callable[..., Path]) -> None:
+def test_lazy_prefix_store_decodes_nothing_itself_and_takes_what_a_cache_holds(tiny: Callable[..., Path]) -> None:
     with llama.Model(tiny("chatml")) as model:
         streams = Streams(model, n_ctx=512)
         store, counted, cache = PrefixStore(eager=False), Counted(), streams.slots[0].safe
         one, two = tokens(30), tokens(26)
         reused = []
-        for system in (one, one, two, one, two):
+        for system in (one, one, two, two):
             prompt = system + tokens(10)
             store.prepare([(cache, prompt, system)], counted)
             reused.append(len(cache.tokens))
             (row,) = extend([(cache, prompt[len(cache.tokens) :])])
             assert_holds(cache, prompt, row)
         assert counted.rows == []
-        assert reused == [0, 30, 0, 30, 26]
+        assert reused == [0, 30, 0, 26]
         streams.close()
 
 
@@ -267,6 +275,54 @@ def test_parts_are_the_batches_of_the_whole(
         assert found[0][1] == found[1][1] and len(found[0][1]) > 1
         for whole, parted in zip(found[0][0], found[1][0], strict=True):
             np.testing.assert_array_equal(whole, parted)
+
+
+@pytest.mark.parametrize("writer", ["full", "sliding", "recurrent"])
+def test_single_rows_have_no_gaps_and_leave_no_trace(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    """Conversations that rest lend their places to a row, where their memory can forget it."""
+    rows: list[tuple[list[int], list[int]]] = []
+    decode = llama.Context.decode
+
+    def spy(self: llama.Context, ids: Sequence[int], seqs: Sequence[int], positions: Sequence[int], *rest: Any) -> None:
+        rows.append((list(seqs), list(positions)))
+        decode(self, ids, seqs, positions, *rest)
+
+    with llama.Model(tiny("chatml", writer=WRITERS[writer])) as model:
+        streams = Streams(model, n_ctx=512, conversations=8)
+        caches = [slot.safe for slot in streams.slots]
+        prompts = [tokens(n) for n in (30, 20, 25, 31, 300, 33, 22)]  # the fifth is long, the eighth has none
+        for cache, prompt in zip(caches, prompts, strict=False):
+            extend([(cache, prompt)])
+        monkeypatch.setattr(llama.Context, "decode", spy)
+        going = [0, 2, 3, 5, 6]
+        logits = extend([(caches[i], [50 + i]) for i in reversed(going)])
+        if writer == "full":
+            assert rows.pop() == ([0, 1, 2, 3, 5, 6], [30, 20, 25, 31, 33, 22])
+        else:
+            assert rows.pop() == (going, [30, 25, 31, 33, 22])
+        monkeypatch.undo()
+        for i, row in zip(reversed(going), logits, strict=True):
+            assert_holds(caches[i], [*prompts[i], 50 + i], row)
+        assert [cache.context.position_range(cache.seq)[1] for cache in caches] == [30, 19, 25, 31, 299, 33, 22, -1]
+        (row,) = extend([(caches[1], [77])])
+        assert_holds(caches[1], [*prompts[1], 77], row)
+        streams.close()
+
+
+def test_gaps_that_are_wide_or_full_stay(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with llama.Model(tiny("chatml")) as model:
+        streams = Streams(model, n_ctx=256, conversations=8)
+        caches = [slot.safe for slot in streams.slots]
+        extend([(caches[6], tokens(256))])
+        seen: list[list[int]] = []
+        decode = llama.Context.decode
+        monkeypatch.setattr(llama.Context, "decode", lambda *a: (seen.append(list(a[2])), decode(*a))[1])
+        extend([(caches[0], [50]), (caches[5], [50]), (caches[7], [50])])
+        extend([(caches[0], [50]), (caches[1], [50, 51]), (caches[3], [50])])  # several rows: a prompt's
+        streams.close()
+    assert seen == [[0, 1, 2, 3, 4, 5, 7], [0, 1, 1, 3]]
 
 
 def test_chunks_hold_all_last_rows_together() -> None:

@@ -36,7 +36,7 @@ class Subject:
         self.vocab = self.model.vocab
         self.template = ChatTemplate(self.model)
         special = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN
-        self.guarded = {i for i, attr in enumerate(self.vocab.attrs()) if attr & special or self.vocab.is_eog(i)}
+        self.guarded = {t.id for t in self.vocab.special.values() if t.attr & special or t.ends}
         self.guarded |= {i for i in range(self.vocab.n_tokens) if self.vocab.text(i) in self.family.control_texts}
 
     def encode(self, messages: Sequence[Message]) -> list[int]:

@@ -137,9 +137,10 @@ def test_a_cancel_in_the_middle_of_rows_leaves_a_good_cache(
     """The rows that were decoded stay, and the same question gives the same answer afterwards."""
     path = tiny("chatml", n_embd=256, n_layers=4)
     soft = write_pair(tmp_path, "long", pair_for(read_header(path), sizes=(500, 480)))
-    with Engine(path, pair=str(soft), ctx_size=1024, threads=1, soft=True) as engine:
+    given = {"pair": str(soft), "ctx_size": 1024, "threads": 1, "soft": True, "system_apart": False}
+    with Engine(path, **given) as engine:
         wanted = engine.generate("What is red?", SHORT).run()
-    with Engine(path, pair=str(soft), ctx_size=1024, threads=1, soft=True) as engine:
+    with Engine(path, **given) as engine:
         stream = engine.generate("What is red?", SHORT)
         decode, seen = llama.Context.decode, []
 

@@ -12,6 +12,7 @@ from run_command import PAIR, Done, one_line_error
 
 from acd_local.engine import Engine
 from acd_local.options import Options
+from acd_local.runtime.binding import Opening
 
 
 @pytest.mark.parametrize(
@@ -78,8 +79,9 @@ def test_engine_flags_reach_the_engine(
     flags = ("-ngl", "0", "--kv-type", "q8_0", "--layout", "split", "-c", "300", "-n", "1")
     one_line_error(cli(*base, "hi", *flags), 2, "q8_0", "--kv-type f16")  # heads of 16 cannot be quantized
     assert callable(given[0].pop("on_progress")) and callable(given[0].pop("on_check"))
+    model = given[0].pop("model")  # a file that was checked before is being loaded already
+    assert str(model.info.path if isinstance(model, Opening) else model) == base[0]
     assert given[0] == {
-        "model": base[0],
         "pair": base[-1],
         "draft": None,
         "soft": None,
@@ -88,6 +90,7 @@ def test_engine_flags_reach_the_engine(
         "gpu_layers": 0,
         "kv_type": "q8_0",
         "layout": "split",
+        "cache": None,
         "conversations": 1,
         "slots": None,
     }

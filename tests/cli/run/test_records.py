@@ -169,6 +169,7 @@ def test_an_answer_outlives_a_trace_that_cannot_be_written(
     done = cli(*asked, "--trace", "/dev/full", "--json")
     record, whole = json.loads(done.out), json.loads(good.out)
     assert (done.code, done.out.count("\n")) == (6, 1)
+    assert record["usage"].pop("prompt_decoded") < whole["usage"].pop("prompt_decoded")  # a second start
     assert record.pop("error") == {"code": "storage", "message": "cannot write /dev/full: No space left on device"}
     assert {key: record[key] for key in ("text", "finish_reason", "usage", "seed")} == {
         key: whole[key] for key in ("text", "finish_reason", "usage", "seed")
