@@ -252,7 +252,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.take(self.weigh(value)[0])
         return value
 
-    def concat(self, parts: Any) -> str:  # type: ignore[override]
+    def concat(self, parts: Any) -> str:
         """The text of a macro, a block or `{% set %}`."""
         pieces = list(parts)
         self.take(sum(map(len, pieces)))
@@ -279,7 +279,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         made = super().call_binop(context, operator, left, right)
         return self.made(made)
 
-    def call(self, context: jinja2.runtime.Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: jinja2.runtime.Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.tick()
         owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # jinja2 wraps str.format
         if isinstance(function, jinja2.runtime.Macro):
@@ -367,9 +367,9 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         else:
             self.take(size)
 
-    def _comparing(self, plain: Callable[..., bool]) -> Callable[..., bool]:
+    def _comparing(self, plain: Any) -> Callable[..., bool]:
         def compare(value: Any, other: Any) -> bool:
-            return plain(self.compared(value), other)
+            return bool(plain(self.compared(value), other))
 
         return compare
 

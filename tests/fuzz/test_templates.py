@@ -35,7 +35,7 @@ HOSTILE = {
     "the filter join": "{{ grown([x, x]|join(x)) }}",
     "formats": "{{ grown('{0}{0}'.format(x)) }}",
     "percent": "{{ grown('%s%s' % (x, x)) }}",
-    "escapes": "{% set n = namespace(x='<') %}{% for i in range(60) %}{% set n.x = n.x|e|string|e %}{% endfor %}",
+    "escapes": "{% set n = namespace(x='<') %}{% for i in range(60) %}{% set n.x = (n.x ~ '')|e %}{% endfor %}",
     "JSON": "{{ grown(x|tojson) }}",
     "lists compared": "{{ grown([x, x]) }}{{ ns.x == ns.y }}",
     "lists in lists": "{{ grown([x, x]) }}{{ ns.x in [ns.y] }}",
@@ -100,7 +100,7 @@ def endings(tiny: Callable[..., Path]) -> dict[str, str]:
 
     def render() -> int:
         with llama.Model(path, gpu_layers=0) as model:
-            sandbox.SECONDS = 0.3
+            sandbox.SECONDS = 0.1
             for name, hostile in HOSTILE.items():
                 print(json.dumps([name, ChatTemplate(model, source=source(hostile)).warning]), flush=True)
         return 0
