@@ -641,6 +641,10 @@ class _Checker:
                     raise _Broken(
                         f"tokenizer.ggml.tokens has no token <0x{byte:02X}>: texts that need it cannot be read"
                     )
+        if model == "rwkv":  # llm_tokenizer_rwkv_session goes round and round where no beginning of a text is a token
+            texts = {_unescaped(t) for t in named}
+            if lone := sorted({t[:1] for t in texts} - texts):
+                raise _Broken(f"tokenizer.ggml.tokens has no token {lone[0]!r}, with which others begin")
         if model == "t5" and "tokenizer.ggml.precompiled_charsmap" in self.values:
             raise _Broken("tokenizer.ggml.precompiled_charsmap: no model that generates text has this table")
 
@@ -661,6 +665,18 @@ class _Checker:
                 digest.update(f"{name}:{value.kind}:{value.items}:{len(value.raw)}:".encode())
                 digest.update(value.raw)
         return digest.hexdigest()
+
+
+def _unescaped(token: bytes) -> bytes:
+    """Return what a token of an RWKV vocabulary stands for (llama_unescape_rwkv_token)."""
+
+    def character(match: re.Match[bytes]) -> bytes:
+        code = match[1]
+        if len(code) == 3:
+            return bytes([int(code[1:], 16)])
+        return {b"t": b"\t", b"n": b"\n", b"r": b"\r"}.get(code, code)
+
+    return re.sub(rb"\\(x[0-9a-f]{2}|.)", character, token, flags=re.DOTALL)
 
 
 def _strings(value: _Value) -> list[bytes]:

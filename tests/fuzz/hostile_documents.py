@@ -116,7 +116,7 @@ def _changed_vectors(rng: random.Random, data: bytes) -> bytes:
         body = bytes(size * width * each)
         if len(header) > 2:
             return data
-    for _ in range(rng.choice((0, 1, 1, 2)) if way < 6 else rng.choice((1, 2))):
+    for _ in range(rng.choice((0, 0, 0, 1)) if way < 6 else rng.choice((1, 2))):
         header = garble.tree(rng, header)
     said = garble.dumped(rng, header)
     said += b" " * (-len(said) % 8)
@@ -126,28 +126,32 @@ def _changed_vectors(rng: random.Random, data: bytes) -> bytes:
 def pair(rng: random.Random, folder: Path, model: Path) -> Path:
     """Pair files: values of other types, keys twice, elsewhere or unknown, broken TOML, bytes."""
     lines = (_TOML + made_for(model)).splitlines()
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        at, way = rng.randrange(len(lines)), rng.randrange(9)
-        key = lines[at].partition("=")[0].strip() or "x"
-        if way < 3 and "=" in lines[at]:
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
+        at, way = rng.randrange(len(lines)), rng.randrange(12)
+        key, _, value = lines[at].partition(" = ")
+        if way < 3 and value:
             lines[at] = f"{key} = {rng.choice(_TOML_VALUES)}"
-        elif way == 3:
+        elif way < 6 and value[:1].isdigit():
+            lines[at] = (
+                f"{key} = {rng.choice(('0', '1', '0.0', '1.0', '0.001', '1e-300', '3', '31', '1000000', '2147483647'))}"
+            )
+        elif way < 7 and value[:1] == '"':
+            lines[at] = f"{key} = {json.dumps(garble.text(rng, value.strip(chr(34))))}"
+        elif way == 7:
             del lines[at]
             lines = lines or [""]
-        elif way == 4:
+        elif way == 8:
             lines.insert(rng.randrange(len(lines)), lines[at])
-        elif way == 5:
+        elif way == 9:
             lines.insert(
                 at, rng.choice(("[x]", "[[shots]]", "x = 1", "[gate]", "[soft.x]", "a.b.c = 1", "[models]", "'' = 1"))
             )
-        elif way == 6:
+        elif way == 10:
             lines[at] = garble.text(rng, lines[at])
-        elif way == 7:
+        elif way == 11 and value:
             lines[at] = f"{key} = '''{garble.text(rng, 'You are kind.')}'''"
-        else:
-            rng.shuffle(lines)
     data = "\n".join(lines).encode("utf-8", "surrogatepass")
-    if rng.random() < 0.2:
+    if rng.random() < 0.1:
         data = garble.raw(rng, data)
     path = folder / f"{NAME}.toml"
     path.write_bytes(data)
@@ -189,6 +193,7 @@ def run(rng: random.Random, folder: Path, model: Path) -> Path:
         margins=rng.random() < 0.5,
         judge=rng.choice((None, "rules")),
         seed=rng.randrange(3),
+        info={"judge_model": None, "options": {"temp": 0.0, "max_tokens": 64, "seed": 7, "limit": 3, "ctx_size": 512}},
     )
     (folder / "asked.json").write_bytes((made / "run.json").read_bytes())
     for _ in range(rng.choice((1, 1, 2))):

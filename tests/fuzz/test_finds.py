@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,12 @@ import gguf_tree
 import pytest
 import tiny_gguf
 
-from acd_local.errors import ModelError
+from acd_local.errors import ModelError, UsageError
+from acd_local.evaluate.journal import Journal
 from acd_local.runtime import llama
 from acd_local.runtime.gguf_header import read_header
+from acd_local.runtime.states import StateStore, look_at
+from acd_local.runtime.streams import Snapshot
 from acd_local.runtime.template import ChatTemplate, Message
 from acd_local.runtime.threads import on_large_stack
 
@@ -60,6 +65,27 @@ def test_a_table_of_characters(tmp_path: Path) -> None:
 
     with pytest.raises(ModelError, match="precompiled_charsmap"):
         read_header(changed(tmp_path / "m.gguf", change))
+
+
+def rwkv(model: gguf_tree.Gguf) -> None:
+    """The same vocabulary as RWKV has it: a token for each byte, escaped where it does not print."""
+    model.put("tokenizer.ggml.model", gguf_tree.STRING, b"rwkv")
+    singles = [b"\\x%02x" % byte for byte in range(256)]
+    tokens(model)[:256] = singles
+    tokens(model)[256:] = [b"ab%d" % i for i in range(len(tokens(model)) - 256)]
+
+
+def test_a_vocabulary_that_holds_no_beginning_of_its_tokens(tmp_path: Path) -> None:
+    """llama.cpp's tokenizer for RWKV never ended, and filled the memory."""
+    path = changed(tmp_path / "good.gguf", rwkv, "chatml")
+    assert read_header(path).n_vocab > 256
+
+    def change(model: gguf_tree.Gguf) -> None:
+        rwkv(model)
+        rename(model, b"\\x61", b"\\x62c")
+
+    with pytest.raises(ModelError, match="has no token b'a', with which others begin"):
+        read_header(changed(tmp_path / "m.gguf", change, "chatml"))
 
 
 def test_a_vocabulary_that_knows_nothing_of_a_text(tmp_path: Path) -> None:
@@ -134,3 +160,30 @@ def test_a_large_stack_is_left_only_when_the_function_has_returned(monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         on_large_stack(1 << 20, lambda: (go.wait(10), events.append("returned")))
     assert events == ["returned"]
+
+
+# --- Files of other kinds ---
+
+
+@pytest.mark.parametrize("name", ["run.json", "answers.jsonl"])
+def test_a_run_with_a_deep_value_is_not_continued(tmp_path: Path, name: str) -> None:
+    """It was a RecursionError."""
+    info = {"format": 1, "model": {}, "pair": {}, "options": {}, "methods": [], "sets": [], "sweep": None}
+    (tmp_path / "run.json").write_text(json.dumps(info))
+    (tmp_path / name).write_text('{"deep": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(UsageError, match="is no (description of a run|record)"):
+        Journal(tmp_path, info)
+
+
+def test_a_kept_state_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a MemoryError; one of 6 GB that nobody wrote."""
+    monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path))
+    path = tiny_gguf.write_family(tmp_path / "m.gguf", "chatml")
+    with llama.Model(path, gpu_layers=0) as model:
+        store = StateStore(look_at((path,)), model.embeddings)
+        store.keep(Snapshot((1, 2, 3), b"state"))
+        assert store.find((1, 2, 3)) is not None
+        (file,) = (tmp_path / "states").iterdir()
+        os.truncate(file, 6 << 30)
+        assert store.find((1, 2, 3)) is None
+        assert not file.exists()
