@@ -171,7 +171,7 @@ def test_a_run_with_a_deep_value_is_not_continued(tmp_path: Path, name: str) -> 
     info = {"format": 1, "model": {}, "pair": {}, "options": {}, "methods": [], "sets": [], "sweep": None}
     (tmp_path / "run.json").write_text(json.dumps(info))
     (tmp_path / name).write_text('{"deep": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
-    with pytest.raises(UsageError, match="is no (description of a run|record)"):
+    with pytest.raises(UsageError, match=r"is no (description of a run|record)"):
         Journal(tmp_path, info)
 
 

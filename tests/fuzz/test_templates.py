@@ -35,7 +35,6 @@ HOSTILE = {
     "the filter join": "{{ grown([x, x]|join(x)) }}",
     "formats": "{{ grown('{0}{0}'.format(x)) }}",
     "percent": "{{ grown('%s%s' % (x, x)) }}",
-    "escapes": "{% set n = namespace(x='<') %}{% for i in range(60) %}{% set n.x = (n.x ~ '')|e %}{% endfor %}",
     "JSON": "{{ grown(x|tojson) }}",
     "lists compared": "{{ grown([x, x]) }}{{ ns.x == ns.y }}",
     "lists in lists": "{{ grown([x, x]) }}{{ ns.x in [ns.y] }}",
