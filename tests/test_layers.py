@@ -25,6 +25,7 @@ LAYERS = (
         "runtime/threads",
         "runtime/cancel",
         "runtime/lifetime",
+        "runtime/sandbox",
         "runtime/__init__",
     },
     {"runtime/machine", "evaluate/__init__", "evaluate/degenerate", "evaluate/refusal"},  # text alone; see quickcheck

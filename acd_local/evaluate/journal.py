@@ -83,7 +83,7 @@ def _keys(lines: JsonLines) -> set[run_folder.Key]:
     for number, line in enumerate(lines.read(), 1):
         try:
             seen.add(run_folder.key_of(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             message = f"{lines.path}:{number}: is no record: remove the line to have it made again"
             raise UsageError(message) from None
     return seen
@@ -100,7 +100,7 @@ def _continued(path: Path, info: Record) -> Record:
         return info
     try:
         return _checked_continuation(path, json.loads(path.read_bytes()), info)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsageError(f"{path} is no description of a run: give another folder with -o") from None
 
 

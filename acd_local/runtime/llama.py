@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any, NewType, TypeAlias
 
@@ -27,6 +28,7 @@ from acd_local.runtime.embeddings import EmbeddingTable
 from acd_local.runtime.gguf_header import SpecialToken
 from acd_local.runtime.lifetime import Closing, Owned
 from acd_local.runtime.lifetime import DecodeAborted as DecodeAborted
+from acd_local.runtime.threads import on_large_stack
 
 Logits = NDArray[np.float32]
 # Logits in llama.cpp's own memory: the context's next decode overwrites them, and closing it frees them. Whoever calls
@@ -67,6 +69,12 @@ GGML.ggml_backend_tensor_get.restype = None
 
 # Rows per llama_decode call. Also the granularity of cancellation on backends without an abort callback.
 BATCH_ROWS = 512
+
+# Many vocabularies are split by std::regex (unicode_regex_split), which calls itself for every character of a match and
+# overflows the stack on long ones. A match is within two runs, one of spaces and one of anything else.
+_SHALLOW = 1000  # characters that every thread's stack takes
+_DEEP = 200_000  # characters that a large stack takes
+_STACK_PER_CHARACTER = 640  # bytes: 324 were measured with libstdc++
 
 # How far a grammar is walked before it is trusted: ambiguous ones grow exponentially slow with the tokens accepted.
 TRIAL_STEPS = 32
@@ -208,6 +216,7 @@ class Vocab:
         self.bos = int(C.llama_vocab_bos(vocab))
         self.eos = int(C.llama_vocab_eos(vocab))
         self.add_bos = bool(C.llama_vocab_get_add_bos(vocab))
+        self._by_patterns = int(C.llama_vocab_type(vocab)) == C.LLAMA_VOCAB_TYPE_BPE
         self._pieces: dict[int, bytes] = {}
 
     @cached_property
@@ -254,12 +263,18 @@ class Vocab:
 
         With `parse_special` control tokens written in the text become control tokens: for template scaffolding only.
         """
+        if not self._by_patterns or len(text) <= _SHALLOW:
+            return self._tokenize(C.llama_tokenize, text, parse_special)
+        deep = partial(on_large_stack, _DEEP * _STACK_PER_CHARACTER, C.llama_tokenize)
+        return [token for part in _without_long_runs(text) for token in self._tokenize(deep, part, parse_special)]
+
+    def _tokenize(self, tokenize: Callable[..., int], text: str, parse_special: bool) -> list[int]:
         raw = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace").encode()
         capacity = len(raw) + 8
         while True:
             out = (C.llama_token * capacity)()
             with self.model:
-                n = int(C.llama_tokenize(self.pointer, raw, len(raw), out, capacity, False, parse_special))
+                n = int(tokenize(self.pointer, raw, len(raw), out, capacity, False, parse_special))
             if n >= 0:
                 return list(out[:n])
             if n == -(2**31):
@@ -286,6 +301,15 @@ class Vocab:
             if n >= 0:
                 return buffer.raw[:n]
             size = -n  # a longer piece is not cut: ask again with its size
+
+
+def _without_long_runs(text: str) -> list[str]:
+    """Cut a text within runs that are too long: base64 or spaces by the hundred thousand, rather than words."""
+    if len(text) <= _DEEP // 2:
+        return [text]
+    runs = re.finditer(r"\s+|\S+", text)
+    cuts = [at for run in runs for at in range(run.start() + _DEEP // 2, run.end(), _DEEP // 2)]
+    return [text[i:j] for i, j in pairwise((0, *cuts, len(text)))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -428,7 +428,7 @@ def test_a_template_that_turns_hostile_later_is_one_line(chatml: llama.Model) ->
     )
     template = ChatTemplate(chatml, source=source)
     assert template.warning is None
-    with pytest.raises(UsageError, match="the repetition is too long"):
+    with pytest.raises(UsageError, match="its output grows too long"):
         template.encode(talk((U, "go")))
 
 
