@@ -118,10 +118,13 @@ class Reading:
     @cached_property
     def guarded(self) -> frozenset[int]:
         """Tokens that are the template's alone: control tokens, and whatever it writes itself."""
-        always = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN
+        always, vocab = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN, self.vocab
         own = {*markers(self.source), *tags(self.source)}
-        attrs = enumerate(self.vocab.attrs())
-        return frozenset(i for i, a in attrs if a & always or self.vocab.is_eog(i) or self.vocab.text(i) in own)
+        return frozenset(
+            token
+            for token in range(vocab.n_tokens)
+            if vocab.attr(token) & always or vocab.is_eog(token) or vocab.text(token) in own
+        )
 
     def guarded_in(self, ids: Sequence[int]) -> list[str]:
         return [self.vocab.text(i) for i in ids if i in self.guarded]
