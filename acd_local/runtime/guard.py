@@ -13,6 +13,7 @@ therefore checked, and text that still gives a guarded id is tokenized in smalle
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def clean(text: str) -> str:
 
 @dataclass(frozen=True)
 class Sentinels:
-    """Three characters that occur in no message."""
+    """Three characters that occur in no message, nor do their escapes in JSON."""
 
     broken: str  # stands inside a text that is not to be a control token
     quoted: str  # stands in front of one
@@ -61,16 +62,28 @@ class Sentinels:
         """
         texts = list(texts)
         codes = chain(range(0xFDD0, 0xFDF0), range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
-        free = [c for c in map(chr, islice(codes, 3)) if not any(c in text for text in texts)]
+        free = [c for c in map(chr, islice(codes, 3)) if not any(c in text or _escape(c) in text for text in texts)]
         if len(free) < 3:
             used = set(chain.from_iterable(texts))
-            free = list(islice((c for c in map(chr, codes) if c not in used), 3))
+            escaped = any("\\u" in text for text in texts)
+            unused = (c for c in map(chr, codes) if c not in used)
+            free = list(islice((c for c in unused if not (escaped and any(_escape(c) in text for text in texts))), 3))
         if len(free) < 3:
             raise UsageError("the messages hold every private-use character of Unicode: leave one out")
         return cls(*free)
 
     def remove(self, text: str) -> str:
         return text.replace(self.broken, "").replace(self.quoted, "")
+
+    def unescaped(self, rendered: str) -> str:
+        """Return the text with these characters where a template wrote their escapes (`tojson(ensure_ascii=true)`)."""
+        for character in (self.broken, self.quoted, self.slot):
+            rendered = rendered.replace(_escape(character), character)
+        return rendered
+
+
+def _escape(character: str) -> str:
+    return json.dumps(character)[1:-1]
 
 
 class ControlTokens:

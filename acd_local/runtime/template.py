@@ -114,14 +114,12 @@ class ChatTemplate:
         turns = [Message(m.role, clean(m.content)) for m in _checked(messages)]
         sentinels = Sentinels.absent_from(m.content for m in turns)
         turns = self._fold(_with_slot(turns, sentinels.slot) if len(rows) else turns)
-        marked = [
-            Message(m.role, self._control.mark(m.content, sentinels, answer=m.role == "assistant", check=check))
-            for m in turns
-        ]
+        marked = [Message(m.role, self._marked(m, sentinels, check)) for m in turns]
         try:
-            text = self._renderer.render(marked, check)
+            text = sentinels.unescaped(self._renderer.render(marked, check))
         except _Unusable as error:
-            raise UsageError(f"the model's chat template refuses this conversation: {error}") from None
+            why = sentinels.remove(str(error))
+            raise UsageError(f"the model's chat template refuses this conversation: {why}") from None
         if len(rows) and text.count(sentinels.slot) != 1:
             raise PairError("soft prompts do not work with this model's chat template: it changes the system prompt")
         ids = self._control.tokenize(text, sentinels, rows, limit=limit, check=check)
@@ -163,6 +161,15 @@ class ChatTemplate:
             return text if text and self._renderer.render([Message("system", text), user]) == without else ""
         except _Unusable:
             return ""
+
+    def _marked(self, message: Message, sentinels: Sentinels, check: Callable[[], None]) -> str:
+        """Mark a message's text.
+
+        A turn without a text gets a mark all the same: templates leave out such a turn with its role, refuse it, or
+        take it for a call of tools.
+        """
+        text = self._control.mark(message.content, sentinels, answer=message.role == "assistant", check=check)
+        return text if text.strip() or message.role == "system" else text + sentinels.broken
 
     def _fold(self, messages: list[Message]) -> list[Message]:
         if not self.folded or not messages or messages[0].role != "system":
@@ -206,8 +213,8 @@ class _Hopeless(_Unusable):
     """It takes too much time or memory: another try would as well."""
 
 
-class _Blank(jinja2.ChainableUndefined):
-    """An undefined variable that joins texts as an empty one."""
+class _Blank(jinja2.Undefined):
+    """An undefined variable that joins texts as an empty one. Its parts are errors: a template may need them."""
 
     def __add__(self, other: Any) -> Any:
         return other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -193,6 +194,37 @@ def test_overlapping_control_tokens_of_the_template_are_taken_as_llama_cpp_takes
         assert [model.vocab.text(i) for i in joint][:4] == ["<", "x>yyyy", "<z><z>", "<z>"]
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{% if m.content %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+        "{% for m in messages %}<|im_start|>{{ m.content }}{% if m.content | trim %}<|im_end|>{% endif %}{% endfor %}",
+        "{% for m in messages %}{{ raise_exception('no text') if not m.content }}<|im_start|>{{ m.content }}<|im_end|>"
+        "{% endfor %}",
+        "{% for m in messages %}<|im_start|>{{ m.content }}{{ '<|im_end|>' if m.content else '<|endoftext|>' }}"
+        "{% endfor %}",
+    ],
+)
+def test_a_turn_without_a_text_is_a_turn(chatml: llama.Model, source: str) -> None:
+    template = ChatTemplate(chatml, source=source)
+    assert template.warning is None
+    for text in ("", " ", "\n\n"):
+        ids = template.encode(talk((U, "a"), (A, text), (U, text)))
+        markers = [chatml.vocab.text(i) for i in ids if chatml.vocab.attr(i) & llama.ATTR_CONTROL]
+        assert markers == ["<|im_start|>", "<|im_end|>"] * 3
+        assert b"".join(map(chatml.vocab.piece, ids)).decode() == f"a{text}{text}"
+
+
+def test_escapes_that_a_template_asks_for_leave_no_marks_behind(subjects: dict[str, Subject]) -> None:
+    source = "{% for m in messages %}{{ m.content | tojson(ensure_ascii=True) }}{% endfor %}"
+    subject = subjects["qwen3"]
+    template = ChatTemplate(subject.model, source=source)
+    for text in ("é<|im_end|>", "</think>", "\\ufdd0 \\ufdd1<|im_end|>", "\ufdd0\\ufdd3<|im_end|>"):
+        ids = template.encode(talk((U, text), (A, text), (U, text)))
+        assert not any(i in subject.guarded for i in ids)
+        assert b"".join(map(subject.vocab.piece, ids)).decode() == json.dumps(text) * 3
+
+
 def test_text_without_a_utf8_form(subjects: dict[str, Subject]) -> None:
     assert clean("a\ud83d\ude00b") == "a😀b"  # a surrogate pair, as careless JSON readers leave it
     assert clean("a\ud800b") == "a\ufffdb"
@@ -235,6 +267,7 @@ def test_ordinary_text_tokenizes_as_llama_cpp_does_jointly(
     roles = data.draw(st.sampled_from([(U,), (S, U), (U, A, U), (S, U, A, U)]))
     said = talk(*((role, data.draw(ORDINARY)) for role in roles))
     assume(not any(text in m.content for m in said for text in (*subject.family.control_texts, "\ufdd0", "\ufdd1")))
+    assume(all(m.content.strip() for m in said))  # a turn without a text is kept whatever the template trims
     assert subject.encode(said) == subject.joint(said)
 
 
@@ -293,6 +326,13 @@ def test_folding_without_a_user_turn_and_with_an_empty_prompt(subjects: dict[str
 def test_refused_role_orders_give_the_templates_own_words(subjects: dict[str, Subject]) -> None:
     with pytest.raises(UsageError, match=r"refuses this conversation: Conversation roles must alternate"):
         subjects["gemma"].encode(talk((U, "one"), (U, "two")))
+
+
+def test_a_refusal_that_quotes_a_message_shows_what_was_written(chatml: llama.Model) -> None:
+    refusing = "{{ raise_exception('no ' + m.content) if '!' in m.content }}"
+    source = "{% for m in messages %}" + refusing + "{{ m.content }}{% endfor %}"
+    with pytest.raises(UsageError, match=r"refuses this conversation: no <\|im_end\|>!$"):
+        ChatTemplate(chatml, source=source).encode(talk((U, "<|im_end|>!")))
 
 
 @pytest.mark.parametrize(
@@ -382,6 +422,16 @@ def test_what_transformers_offers_to_templates(chatml: llama.Model) -> None:
 
 def test_a_variable_nobody_sets_does_not_make_a_template_unusable(chatml: llama.Model) -> None:
     assert rendered(chatml, "{{ 'Today is ' + datetime + '. ' }}{{ functions + '' }}") == "Today is . Hi"
+
+
+@pytest.mark.parametrize("part", ["additional_special_tokens[1]", "tokens.sep", "tokens.get('sep')"])
+def test_a_template_that_needs_more_than_a_model_file_has_is_not_used_without_it(
+    chatml: llama.Model, part: str
+) -> None:
+    source = "{% for m in messages %}{{ m.content + " + part + " }}{% endfor %}"
+    warning = ChatTemplate(chatml, source=source).warning
+    assert warning is not None
+    assert f"{part.split('[')[0].split('.')[0]!r} is undefined" in warning
 
 
 def test_no_template_means_chatml_with_a_warning(tmp_path: Path) -> None:
