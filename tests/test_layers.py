@@ -44,7 +44,7 @@ LAYERS = (
     },
     {"runtime/schema"},
     {"runtime/probe", "runtime/sampling", "runtime/streams", "runtime/guard", "runtime/schema_guard"},
-    {"runtime/grammar"},
+    {"runtime/grammar", "cluster"},
     {"runtime/prefixes"},
     {"runtime/reading", "runtime/template", "runtime/choice", "runtime/batch_costs"},
     {"runtime/drafts", "runtime/draft_model"},
@@ -84,6 +84,7 @@ LAYERS = (
     },
     {"evaluate/scoring"},
     {"evaluate/runner"},
+    {"evaluate/campaign"},
     {"tuning/__init__", "tuning/anchors", "tuning/cache", "tuning/memory", "tuning/openings"},
     {"tuning/scoring"},
     {
@@ -239,6 +240,12 @@ def test_light_modules_stay_light(module: str) -> None:
 def test_one_module_alone_imports_matplotlib_and_not_at_the_start() -> None:
     assert [m for m in MODULES if "matplotlib" in imports(m)] == ["evaluate/drawing"]
     code = "import sys, acd_local.evaluate.results, acd_local.fit.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_one_module_alone_imports_ray_and_not_at_the_start() -> None:
+    assert [m for m in MODULES if "ray" in imports(m)] == ["cluster"]
+    code = "import sys, acd_local.evaluate.campaign, acd_local.fit.pipeline; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -15,6 +15,8 @@ from acd_local.errors import ModelError, UsageError, shown
 from acd_local.options import ENGINE_RANGES, OVERFLOWS, Options, check_engine_number
 
 if TYPE_CHECKING:
+    from acd_local.cli.shell import Interrupts
+    from acd_local.cluster import Cluster
     from acd_local.engine import Engine
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,6 +38,13 @@ threads_flag = click.option(
     type=click.IntRange(*ENGINE_RANGES["threads"]),
     metavar="N",
     help="CPU threads; default: $ACD_THREADS or the cores.",
+)
+
+ray_flag = click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Share the work with a Ray cluster: HOST:PORT, or 'local' for groups of --threads cores of this machine; "
+    "needs the extra 'ray'.",
 )
 
 # Help texts name the defaults by hand: None on the command line means "not given", so that a pair can decide.
@@ -249,3 +258,19 @@ def load_engine(
 
     given = {name: flags[name] for name in ENGINE_FLAGS}
     return Engine(model, **given, conversations=conversations, slots=slots, on_progress=on_progress, on_check=on_check)
+
+
+def connection(address: str | None, interrupts: Interrupts) -> Callable[[], Cluster] | None:
+    """Return what connects to the cluster that --ray names, None without --ray. Raises UsageError: Ray is missing."""
+    if address is None:
+        return None
+    from acd_local import cluster
+
+    cluster.check_installed()
+
+    def connect() -> Cluster:
+        found = cluster.Cluster(address)
+        interrupts.again()
+        return found
+
+    return connect

@@ -14,7 +14,7 @@ import click
 
 from acd_local.cli import flags
 from acd_local.cli.progress import ProgressLine
-from acd_local.cli.shell import EXIT_CODES, Interrupts, one_line, say
+from acd_local.cli.shell import EXIT_CODES, Interrupts, one_line
 from acd_local.errors import UsageError
 
 if TYPE_CHECKING:
@@ -117,15 +117,10 @@ def run_stages(program: str, interrupts: Interrupts, work: Callable[[CancelToken
 
     interrupts.cancels(stop := CancelToken())
     with ProgressLine(program) as progress:
-
-        def line(text: str) -> None:
-            progress.close()
-            say(f"{program}: {one_line(text)}")
-
         try:
-            written = work(stop, Listener(progress.show, line))
+            written = work(stop, Listener(progress.show, progress.line))
         except Stopped:
-            line("stopped; everything so far is kept, the same command goes on from here")
+            progress.line("stopped; everything so far is kept, the same command goes on from here")
             return interrupts.exit_code or 130
     interrupts.cancels(None)
     for path in written:
