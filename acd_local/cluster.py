@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
@@ -25,6 +27,7 @@ from acd_local.runtime.threads import physical_cores
 
 LOCAL = "local"  # the address of a cluster that is started here
 _LOOK = 1.0  # seconds between two looks at the cluster's machines, and at whether to stop
+_PATIENCE = 20.0  # seconds that the head may be silent
 _DEATHS = 3  # of actors, one after the other, that a machine or a piece of work is given up after
 _STORE = 200_000_000  # bytes for what is on its way; records and prompts are small
 
@@ -67,6 +70,45 @@ class Cluster(Closing):
         self.ray.shutdown()
 
 
+class _Machines:
+    """Asks the cluster's head for its machines, again and again in a thread: without a head the call returns late."""
+
+    def __init__(self, ray: ModuleType) -> None:
+        self._ray = ray
+        self._silent = 0.0
+        self._turned = time.monotonic()
+        self._answers: deque[list[dict[str, Any]]] = deque(maxlen=1)
+        self._asking = threading.Event()
+        self._asking.set()
+        threading.Thread(target=self._ask, name="acd-cluster", daemon=True).start()
+
+    def look(self) -> list[dict[str, Any]]:
+        """Return what the head said last, once; to be called at least every few seconds.
+
+        Raises:
+            InternalError: the head was silent for long. The time that this process was stopped does not count.
+        """
+        now = time.monotonic()
+        self._silent, self._turned = self._silent + min(now - self._turned, 2 * _LOOK), now
+        if self._answers:
+            self._silent = 0.0
+            return self._answers.pop()
+        if self._silent > _PATIENCE:
+            raise InternalError(
+                "the cluster's head does not answer: what is finished is kept, the same command goes on from there"
+            )
+        return []
+
+    def close(self) -> None:
+        self._asking.clear()
+
+    def _ask(self) -> None:
+        while self._asking.is_set():
+            with suppress(Exception):  # of many classes; the silence tells
+                self._answers.append(self._ray.nodes())
+            time.sleep(_LOOK)
+
+
 @dataclass(eq=False)
 class _Actor:
     """An actor on one machine; `piece` is the place of what it works at, None while it loads."""
@@ -95,12 +137,12 @@ class Pool(Closing):
         self._cpus = cpus
         self._gpu = gpu
         self._line = line
+        self._head = _Machines(self._ray)
         self._machines: dict[str, str] = {}  # those that were seen: what people call them
         self._deaths: Counter[str | int] = Counter()  # since something was done, by machine; by piece
         self._refusals: dict[str, AcdError] = {}  # by machine
         self._running: dict[Any, _Actor] = {}  # by what is awaited of it
         self._idle: list[_Actor] = []
-        self._looked = -_LOOK
 
     def work(self, pieces: Sequence[Piece], stop: CancelToken | None = None) -> Iterator[tuple[Piece, Any]]:
         """Do pieces of work, and yield each with its result, in the order in which they are done.
@@ -137,6 +179,7 @@ class Pool(Closing):
 
     def close(self) -> None:
         """End all actors, whatever they are at."""
+        self._head.close()
         for actor in [*self._running.values(), *self._idle]:
             self._ray.kill(actor.handle)
         self._running.clear()
@@ -146,14 +189,7 @@ class Pool(Closing):
 
     def _look(self) -> None:
         """Start actors on machines that are new."""
-        if time.monotonic() - self._looked < _LOOK:
-            return
-        try:
-            nodes = self._ray.nodes()
-        except Exception as error:  # of many classes: the cluster's head does not answer
-            raise _headless(error) from None
-        self._looked = time.monotonic()
-        for node in nodes:
+        for node in self._head.look():
             machine = node["NodeID"]
             if node["Alive"] and machine not in self._machines:
                 self._machines[machine] = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
@@ -251,10 +287,3 @@ def _versions() -> dict[str, str]:
     except metadata.PackageNotFoundError:
         llama = ""
     return {"acd_local": __version__, "llama-cpp-python": llama}
-
-
-def _headless(error: Exception) -> AcdError:
-    reason = shown(" ".join(str(error).split()), 300)
-    return InternalError(
-        f"the cluster's head does not answer: what is finished is kept, the same command goes on ({reason})"
-    )
