@@ -143,6 +143,7 @@ class Pool(Closing):
         self._refusals: dict[str, AcdError] = {}  # by machine
         self._running: dict[Any, _Actor] = {}  # by what is awaited of it
         self._idle: list[_Actor] = []
+        self._alone = False
 
     def work(self, pieces: Sequence[Piece], stop: CancelToken | None = None) -> Iterator[tuple[Piece, Any]]:
         """Do pieces of work, and yield each with its result, in the order in which they are done.
@@ -157,6 +158,7 @@ class Pool(Closing):
         while left:
             check_stop(stop)
             self._look()
+            self._say_if_alone()
             while waiting and self._idle:
                 self._begin(self._idle.pop(), waiting[0], pieces[waiting.popleft()])
             for ref in self._awaited():
@@ -203,6 +205,12 @@ class Pool(Closing):
         if self._refusals and not self._running and not self._idle:
             raise next(iter(self._refusals.values()))
 
+    def _say_if_alone(self) -> None:
+        alone = not self._running and not self._idle
+        if alone and not self._alone:
+            self._line("waiting for a machine to work on")
+        self._alone = alone
+
     def _start(self, machine: str, gpus: int) -> None:
         here = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(machine, soft=False)
         remote = self._ray.remote(_Remote).options(num_cpus=self._cpus, num_gpus=gpus, scheduling_strategy=here)
@@ -239,8 +247,11 @@ class Pool(Closing):
             self._leave_out(actor.machine, cause)
 
     def _lost(self, actor: _Actor, piece: int | None, error: Exception) -> None:
-        """Start another in the place of an actor that is gone; Ray refuses where the machine is gone too."""
+        """Start another in the place of an actor that is gone, unless its machine is gone too."""
         machine = self._machines[actor.machine]
+        if isinstance(error, self._ray.exceptions.ActorUnschedulableError):
+            self._line(f"{machine} has left the cluster")
+            return
         self._deaths[actor.machine] += 1
         if piece is not None:
             self._line(f"an actor on {machine} is gone: its work is done again")
