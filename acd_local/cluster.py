@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from acd_local.errors import AcdError, InternalError, UsageError, shown
 from acd_local.progress import check_stop
@@ -31,7 +31,6 @@ _PATIENCE = 20.0  # seconds that the head may be silent
 _DEATHS = 3  # of actors, one after the other, that a machine or a piece of work is given up after
 _STORE = 200_000_000  # bytes for what is on its way; records and prompts are small
 
-Piece = TypeVar("Piece")
 Worker = Callable[[Any], Any]
 
 
@@ -145,8 +144,8 @@ class Pool(Closing):
         self._idle: list[_Actor] = []
         self._alone = False
 
-    def work(self, pieces: Sequence[Piece], stop: CancelToken | None = None) -> Iterator[tuple[Piece, Any]]:
-        """Do pieces of work, and yield each with its result, in the order in which they are done.
+    def work(self, pieces: Sequence[object], stop: CancelToken | None = None) -> Iterator[tuple[int, Any]]:
+        """Do pieces of work, and yield the place of each with its result, in the order in which they are done.
 
         Raises:
             Stopped: `stop` was set.
@@ -177,7 +176,7 @@ class Pool(Closing):
                     if piece is not None:
                         self._deaths.pop(actor.machine, None)
                         left -= 1
-                        yield pieces[piece], result
+                        yield piece, result
 
     def close(self) -> None:
         """End all actors, whatever they are at."""

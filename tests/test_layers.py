@@ -116,6 +116,7 @@ LAYERS = (
     {"fit/__init__", "fit/candidates", "fit/job", "fit/regression", "fit/states"},
     {"fit/gate_training", "fit/replies"},
     {"fit/model"},
+    {"fit/remote"},
     {"fit/thresholds", "fit/context"},
     {"fit/stages/__init__", "fit/stages/gate", "fit/result"},
     {"fit/stages/texts", "fit/report"},

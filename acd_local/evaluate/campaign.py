@@ -110,13 +110,13 @@ class Campaign:
         make = partial(_Worker, self._setup)
         cpus, gpu = self._setup.engine["threads"], self._setup.engine["gpu_layers"] != 0
         with self._connect() as cluster, Pool(cluster, make, cpus=cpus, gpu=gpu, line=self._listener.line) as pool:
-            for part, made in pool.work(self._parts, self._stop):
+            for number, made in pool.work(self._parts, self._stop):
                 for record in made.answers:
                     self._journal.add_answer(record)
                 for record in made.scores:
                     self._journal.add_score(record)
                 self.failures |= made.failures
-                done += len(part.prompts.items)
+                done += len(self._parts[number].prompts.items)
                 clock.at(done)
 
 
