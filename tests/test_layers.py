@@ -103,6 +103,7 @@ LAYERS = (
     {"optimize/soft_training"},
     {"optimize/text_objective"},
     {"optimize/text_search"},
+    {"optimize/scores"},
     {"optimize/context"},
     {
         "optimize/stages/__init__",

@@ -71,6 +71,7 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
     metavar="NAME|FILE",
     help="Go on from this result of acd fit: the new pair keeps its gate, and refuses what the gate finds harmful.",
 )
+@flags.ray_flag
 @click.option("--force", is_flag=True, help="Replace the files of an earlier result.")
 def command(model: str | None, **given: Any) -> int:
     """Optimize a prompt pair for MODEL, a GGUF file: soft prompts first, then a text pair that comes close to them.
@@ -92,12 +93,13 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local import pairfile
     from acd_local.optimize import job
 
+    connect = flags.connection(given.pop("ray"), interrupts)
     request = job.Request(model, command=shlex.join(["acd", *sys.argv[1:]]), **given)
     prepared = job.prepare(request)
     from acd_local.optimize import pipeline  # it imports torch: first it was asked whether it is there
 
     def work(stop: CancelToken, listener: Listener) -> tuple[Path, ...]:
-        pipeline.run(prepared, stop=stop, listener=listener)
+        pipeline.run(prepared, stop=stop, listener=listener, connect=connect)
         return pairfile.outputs(request.out)
 
     return run_stages(PROGRAM, interrupts, work)
