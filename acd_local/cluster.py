@@ -8,6 +8,7 @@ where a cluster is asked for.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import threading
 import time
@@ -28,6 +29,7 @@ from acd_local.runtime.threads import physical_cores
 LOCAL = "local"  # the address of a cluster that is started here
 _LOOK = 1.0  # seconds between two looks at the cluster's machines, and at whether to stop
 _PATIENCE = 20.0  # seconds that the head may be silent
+_QUIET = 10.0  # seconds without any actor that are not spoken of
 _DEATHS = 3  # of actors, one after the other, that a machine or a piece of work is given up after
 _STORE = 200_000_000  # bytes for what is on its way; records and prompts are small
 
@@ -142,7 +144,7 @@ class Pool(Closing):
         self._refusals: dict[str, AcdError] = {}  # by machine
         self._running: dict[Any, _Actor] = {}  # by what is awaited of it
         self._idle: list[_Actor] = []
-        self._alone = False
+        self._alone: float | None = None  # when to say so
 
     def work(self, pieces: Sequence[object], stop: CancelToken | None = None) -> Iterator[tuple[int, Any]]:
         """Do pieces of work, and yield the place of each with its result, in the order in which they are done.
@@ -205,10 +207,13 @@ class Pool(Closing):
             raise next(iter(self._refusals.values()))
 
     def _say_if_alone(self) -> None:
-        alone = not self._running and not self._idle
-        if alone and not self._alone:
+        if self._running or self._idle:
+            self._alone = None
+        elif self._alone is None:
+            self._alone = time.monotonic() + _QUIET
+        elif time.monotonic() > self._alone:
             self._line("waiting for a machine to work on")
-        self._alone = alone
+            self._alone = math.inf
 
     def _start(self, machine: str, gpus: int) -> None:
         here = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(machine, soft=False)
