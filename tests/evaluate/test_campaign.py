@@ -151,6 +151,24 @@ def test_an_actor_that_is_killed_loses_nothing(two: Any, arguments: list[str], w
     assert_same(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_command_that_is_stopped_leaves_no_actor_and_goes_on(
+    two: Any, arguments: list[str], whole: Path, tmp_path: Path, signum: signal.Signals, code: int
+) -> None:
+    with driver(arguments, tmp_path / "run", two.address) as run:
+        run.until(lambda: run.written > 12)
+        run.process.send_signal(signum)
+        said = run.ends(code)
+    assert ("stopped; everything finished is kept" in said) == (code > 0)
+    deadline = time.monotonic() + PATIENCE
+    while ray_clusters.actors():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    with driver(arguments, tmp_path / "run", two.address) as run:
+        run.ends(0)
+    assert_same(tmp_path / "run", whole)
+
+
 def test_machines_that_are_too_small_are_named(two: Any, arguments: list[str], tmp_path: Path) -> None:
     with driver([*arguments, "--threads", "3"], tmp_path / "run", two.address) as run:
         *_, first, second, error = run.ends(2).splitlines()
