@@ -30,7 +30,7 @@ LOCAL = "local"  # the address of a cluster that is started here
 _LOOK = 1.0  # seconds between two looks at the cluster's machines, and at whether to stop
 _PATIENCE = 20.0  # seconds that the head may be silent
 _QUIET = 10.0  # seconds without any actor that are not spoken of
-_DEATHS = 3  # of actors, one after the other, that a machine or a piece of work is given up after
+_DEATHS = 3  # of actors, that a piece of work is given up after; of each of a machine's, that the machine is
 _STORE = 200_000_000  # bytes for what is on its way; records and prompts are small
 
 Worker = Callable[[Any], Any]
@@ -53,8 +53,9 @@ class Cluster(Closing):
     """
 
     def __init__(self, address: str) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to Ray's makers
         check_installed()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to Ray's makers
+        os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # no call after `close` starts another cluster
         import ray
 
         self.ray: ModuleType = ray
@@ -79,9 +80,9 @@ class _Machines:
         self._silent = 0.0
         self._turned = time.monotonic()
         self._answers: deque[list[dict[str, Any]]] = deque(maxlen=1)
-        self._asking = threading.Event()
-        self._asking.set()
-        threading.Thread(target=self._ask, name="acd-cluster", daemon=True).start()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._ask, name="acd-cluster", daemon=True)
+        self._thread.start()
 
     def look(self) -> list[dict[str, Any]]:
         """Return what the head said last, once; to be called at least every few seconds.
@@ -101,13 +102,14 @@ class _Machines:
         return []
 
     def close(self) -> None:
-        self._asking.clear()
+        self._ended.set()
+        self._thread.join(2 * _LOOK)
 
     def _ask(self) -> None:
-        while self._asking.is_set():
+        while not self._ended.is_set():
             with suppress(Exception):  # of many classes; the silence tells
                 self._answers.append(self._ray.nodes())
-            time.sleep(_LOOK)
+            self._ended.wait(_LOOK)
 
 
 @dataclass(eq=False)
@@ -140,6 +142,8 @@ class Pool(Closing):
         self._line = line
         self._head = _Machines(self._ray)
         self._machines: dict[str, str] = {}  # those that were seen: what people call them
+        self._places: Counter[str] = Counter()  # actors that a machine has room for
+        self._gone: set[str] = set()
         self._deaths: Counter[str | int] = Counter()  # since something was done, by machine; by piece
         self._refusals: dict[str, AcdError] = {}  # by machine
         self._running: dict[Any, _Actor] = {}  # by what is awaited of it
@@ -197,7 +201,8 @@ class Pool(Closing):
             if node["Alive"] and machine not in self._machines:
                 self._machines[machine] = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
                 cpus, gpus = (int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
-                for _ in range(min(cpus // self._cpus, gpus if self._gpu and gpus else cpus)):
+                self._places[machine] = min(cpus // self._cpus, gpus if self._gpu and gpus else cpus)
+                for _ in range(self._places[machine]):
                     self._start(machine, 1 if self._gpu and gpus else 0)
                 if 0 < cpus < self._cpus:
                     self._leave_out(
@@ -254,7 +259,9 @@ class Pool(Closing):
         """Start another in the place of an actor that is gone, unless its machine is gone too."""
         machine = self._machines[actor.machine]
         if isinstance(error, self._ray.exceptions.ActorUnschedulableError):
-            self._line(f"{machine} has left the cluster")
+            if actor.machine not in self._gone:
+                self._gone.add(actor.machine)
+                self._line(f"{machine} has left the cluster")
             return
         self._deaths[actor.machine] += 1
         if piece is not None:
@@ -262,13 +269,12 @@ class Pool(Closing):
             self._deaths[piece] += 1
             if self._deaths[piece] == _DEATHS:
                 raise InternalError(f"{_DEATHS} actors died at the same piece of work, the last one on {machine}")
-        if self._deaths[actor.machine] < _DEATHS:
+        if self._deaths[actor.machine] < _DEATHS * self._places[actor.machine]:
             self._start(actor.machine, actor.gpus)
-        else:
+        elif actor.machine not in self._refusals:
             why = shown(" ".join(str(error).split()), 300)
-            self._leave_out(
-                actor.machine, InternalError(f"{_DEATHS} actors were lost there, one after the other: {why}")
-            )
+            lost = self._deaths[actor.machine]
+            self._leave_out(actor.machine, InternalError(f"{lost} actors were lost there with nothing done: {why}"))
 
 
 class _Remote:
