@@ -45,7 +45,7 @@ LAYERS = (
     {"settings"},
     {"models", "runtime/schema"},
     {"runtime/probe", "runtime/sampling", "runtime/streams", "runtime/guard", "runtime/schema_guard"},
-    {"runtime/grammar", "runtime/states", "ahead"},
+    {"runtime/grammar", "runtime/states", "ahead", "cluster"},
     {"runtime/prefixes"},
     {"runtime/reading", "runtime/template", "runtime/choice", "runtime/batch_costs"},
     {"runtime/drafts", "runtime/draft_model"},
@@ -85,6 +85,7 @@ LAYERS = (
     },
     {"evaluate/scoring"},
     {"evaluate/runner"},
+    {"evaluate/campaign"},
     {"tuning/__init__", "tuning/anchors", "tuning/cache", "tuning/memory", "tuning/openings"},
     {"tuning/scoring"},
     {
@@ -103,6 +104,7 @@ LAYERS = (
     {"optimize/soft_training"},
     {"optimize/text_objective"},
     {"optimize/text_search"},
+    {"optimize/scores"},
     {"optimize/context"},
     {
         "optimize/stages/__init__",
@@ -116,6 +118,7 @@ LAYERS = (
     {"fit/__init__", "fit/candidates", "fit/job", "fit/regression", "fit/states"},
     {"fit/gate_training", "fit/replies"},
     {"fit/model"},
+    {"fit/remote"},
     {"fit/thresholds", "fit/context"},
     {"fit/stages/__init__", "fit/stages/gate", "fit/result"},
     {"fit/stages/texts", "fit/report"},
@@ -249,6 +252,12 @@ def test_light_modules_stay_light(module: str) -> None:
 def test_one_module_alone_imports_matplotlib_and_not_at_the_start() -> None:
     assert [m for m in MODULES if "matplotlib" in imports(m)] == ["evaluate/drawing"]
     code = "import sys, acd_local.evaluate.results, acd_local.fit.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_one_module_alone_imports_ray_and_not_at_the_start() -> None:
+    assert [m for m in MODULES if "ray" in imports(m)] == ["cluster"]
+    code = "import sys, acd_local.evaluate.campaign, acd_local.fit.pipeline; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

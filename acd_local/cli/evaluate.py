@@ -19,6 +19,7 @@ from acd_local.errors import ContextError, UsageError
 
 if TYPE_CHECKING:
     from acd_local.engine import Engine
+    from acd_local.evaluate.campaign import Campaign
     from acd_local.evaluate.judge import Judge
     from acd_local.evaluate.methods import Method
     from acd_local.evaluate.sets import EvalSet
@@ -107,6 +108,7 @@ def command() -> None:
 @click.option("--ctx-size", "-c", type=int, metavar="N", default=1024, help="Tokens per stream; default 1024.")
 @flags.threads_flag
 @click.option("--gpu-layers", "-ngl", type=int, metavar="N", help="Layers on the GPU; default: all where there is one.")
+@flags.ray_flag
 def run(model: str | None, **given: Any) -> int:
     """Measure how safe, how helpful and how fast methods are on MODEL, with 95% intervals.
 
@@ -121,13 +123,13 @@ def run(model: str | None, **given: Any) -> int:
 
 def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local import pairs
-    from acd_local.engine import pair_to_measure
+    from acd_local.engine import Engine, pair_to_measure
     from acd_local.evaluate import results, sets
     from acd_local.evaluate.journal import Journal
     from acd_local.evaluate.runner import Evaluation, Plan
     from acd_local.evaluate.scoring import MARGIN_PROMPTS
     from acd_local.options import Options
-    from acd_local.progress import Stopped
+    from acd_local.progress import Listener, Stopped
     from acd_local.runtime.cancel import CancelToken
 
     whole = _read_sets(given)
@@ -136,9 +138,11 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     chosen = [sets.shard(s, *shard) for s in drawn]
     Options(temp=given["temp"], max_tokens=given["max_tokens"], seed=given["seed"])
     with ExitStack() as stack:
+        connect = flags.connection(given["ray"], interrupts)
         pair = pair_to_measure(model, given["pair"])
         given["soft"] = given["soft"] or (given["methods"] is None and pair.soft_preferred)
-        engine = stack.enter_context(_engine(model, pair, given))
+        settings = _settings(given)
+        engine = stack.enter_context(Engine(model, pair=pair, **settings))
         progress = stack.enter_context(ProgressLine(PROGRAM))
         if engine.warning:
             say(f"{PROGRAM}: {one_line(engine.warning)}")
@@ -152,7 +156,16 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
                 say(f"{PROGRAM}: no pair was made for this model: measuring {pairs.DEFAULT!r}; acd fit makes one")
             measured = {item.id for s in drawn for item in sets.sample(s, MARGIN_PROMPTS, given["seed"]).items}
             plan = Plan(pair, methods, chosen, given["temp"], given["max_tokens"], given["seed"], frozenset(measured))
-            evaluation = Evaluation(engine, plan, journal, judge=judge, stop=stop, on_progress=progress.show)
+            evaluation: Evaluation | Campaign
+            if connect is None:
+                evaluation = Evaluation(engine, plan, journal, judge=judge, stop=stop, on_progress=progress.show)
+            else:
+                from acd_local.evaluate.campaign import Campaign
+
+                listener = Listener(progress.show, progress.line)
+                evaluation = Campaign(
+                    connect, engine, settings, plan, journal, judge=judge, stop=stop, listener=listener
+                )
             try:
                 evaluation.run()
             except Stopped:
@@ -231,19 +244,16 @@ def _shard(text: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _engine(model: str, pair: PromptPair, given: dict[str, Any]) -> Engine:
-    from acd_local.engine import Engine
-
-    return Engine(
-        model,
-        pair=pair,
-        ctx_size=given["ctx_size"],
-        conversations=given["parallel"],
-        threads=given["threads"],
-        gpu_layers=given["gpu_layers"],
-        system_apart=True,
-        soft=given["soft"],
-    )
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the engine besides model and pair."""
+    return {
+        "ctx_size": given["ctx_size"],
+        "conversations": given["parallel"],
+        "threads": given["threads"],
+        "gpu_layers": given["gpu_layers"],
+        "system_apart": True,
+        "soft": given["soft"],
+    }
 
 
 def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[list[Method], dict[str, Any] | None]:

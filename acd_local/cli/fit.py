@@ -48,6 +48,7 @@ PROGRAM = "acd fit"
 )
 @flags.anchors_flag
 @flags.threads_flag
+@flags.ray_flag
 @click.option("--force", is_flag=True, help="Replace the files of an earlier result.")
 def command(model: str | None, **given: Any) -> int:
     """Fit a pair to MODEL, a GGUF file: a gate that contrasts only where a request is harmful, and the texts for it.
@@ -65,10 +66,11 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local import pairfile
     from acd_local.fit import job, pipeline
 
+    connect = flags.connection(given.pop("ray"), interrupts)
     prepared = job.prepare(job.Request(model, command=shlex.join(["acd", *sys.argv[1:]]), **given))
 
     def work(stop: CancelToken, listener: Listener) -> tuple[Path, ...]:
-        written = pipeline.run(prepared, stop=stop, listener=listener)
+        written = pipeline.run(prepared, stop=stop, listener=listener, connect=connect)
         return pairfile.outputs(prepared.out) if written else ()
 
     return run_stages(PROGRAM, interrupts, work)

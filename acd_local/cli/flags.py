@@ -18,6 +18,8 @@ from acd_local.errors import ModelError, PairError, UsageError, shown
 from acd_local.options import ENGINE_RANGES, OVERFLOWS, Options, check_engine_number
 
 if TYPE_CHECKING:
+    from acd_local.cli.shell import Interrupts
+    from acd_local.cluster import Cluster
     from acd_local.engine import Engine
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -69,6 +71,13 @@ threads_flag = click.option(
     default=_default_threads,
     metavar="N",
     help="CPU threads; default: $ACD_THREADS or the cores.",
+)
+
+ray_flag = click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Share the work with a Ray cluster: HOST:PORT, or 'local' for groups of --threads cores of this machine; "
+    "needs the extra 'ray'.",
 )
 
 pair_flag = click.option(
@@ -292,3 +301,19 @@ def load_engine(
         from acd_local.engine import Engine  # takes some 0.1 s, while the file is loaded
 
         return Engine(ahead or model, **given)
+
+
+def connection(address: str | None, interrupts: Interrupts) -> Callable[[], Cluster] | None:
+    """Return what connects to the cluster that --ray names, None without --ray. Raises UsageError: Ray is missing."""
+    if address is None:
+        return None
+    from acd_local import cluster
+
+    cluster.check_installed()
+
+    def connect() -> Cluster:
+        found = cluster.Cluster(address)
+        interrupts.again()
+        return found
+
+    return connect

@@ -14,7 +14,7 @@ import click
 
 from acd_local.cli import flags, help
 from acd_local.cli.progress import ProgressLine
-from acd_local.cli.shell import Interrupts, one_line, say
+from acd_local.cli.shell import Interrupts, one_line
 from acd_local.errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ MAX_BUDGET = 30 * 24 * 3600.0  # seconds
     metavar="NAME|FILE",
     help="Go on from this result of acd fit: the new pair keeps its gate, and refuses what the gate finds harmful.",
 )
+@flags.ray_flag
 @click.option("--force", is_flag=True, help="Replace the files of an earlier result.")
 def command(model: str | None, **given: Any) -> int:
     """Optimize a prompt pair for MODEL, a GGUF file: soft prompts first, then a text pair that comes close to them.
@@ -103,12 +104,13 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local import pairfile
     from acd_local.optimize import job
 
+    connect = flags.connection(given.pop("ray"), interrupts)
     request = job.Request(model, command=shlex.join(["acd", *sys.argv[1:]]), **given)
     prepared = job.prepare(request)
     from acd_local.optimize import pipeline  # it imports torch: first it was asked whether it is there
 
     def work(stop: CancelToken, listener: Listener) -> tuple[Path, ...]:
-        pipeline.run(prepared, stop=stop, listener=listener)
+        pipeline.run(prepared, stop=stop, listener=listener, connect=connect)
         return pairfile.outputs(request.out)
 
     return run_stages(PROGRAM, interrupts, work)
@@ -128,15 +130,10 @@ def run_stages(program: str, interrupts: Interrupts, work: Callable[[CancelToken
 
     interrupts.cancels(stop := CancelToken())
     with ProgressLine(program) as progress:
-
-        def line(text: str) -> None:
-            progress.close()
-            say(f"{program}: {one_line(text)}")
-
         try:
-            written = work(stop, Listener(progress.show, line))
+            written = work(stop, Listener(progress.show, progress.line))
         except Stopped:
-            line("stopped; everything so far is kept, the same command goes on from here")
+            progress.line("stopped; everything so far is kept, the same command goes on from here")
             return interrupts.exit_code or 130
     interrupts.cancels(None)
     for path in written:

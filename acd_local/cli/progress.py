@@ -52,6 +52,11 @@ class ProgressLine(Closing):
         else:
             say(line)
 
+    def line(self, text: str) -> None:
+        """Say something that stays."""
+        self.close()
+        say(f"{self._program}: {one_line(text)}")
+
     def close(self) -> None:
         if self._open:
             self._open = False

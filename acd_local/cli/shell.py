@@ -265,6 +265,11 @@ class Interrupts:
             signal.signal(signum, handler)
         self._writer.close()
 
+    def again(self) -> None:
+        """Take the signals back from a library that set handlers of its own."""
+        for signum in self._old:
+            signal.signal(signum, self._on_signal)
+
     def cancels(self, token: CancelToken | None) -> None:
         """Make signals cancel `token` from now on; None: they end the process."""
         self._token = token

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from acd_local.evaluate.journal import Journal
+from acd_local.evaluate.journal import Records
 from acd_local.evaluate.likelihood import LogProbs, Scorer
 from acd_local.evaluate.methods import Method, manual_pair
 from acd_local.evaluate.sets import EvalSet, Item
@@ -59,9 +59,9 @@ class _Streams:
 
 
 class Scoring(Closing):
-    """Makes the scoring tasks of a run; holds the scoring context meanwhile."""
+    """Makes the scoring tasks of a run; holds a scoring context from the first that needs one on."""
 
-    def __init__(self, engine: Engine, pair: PromptPair, journal: Journal) -> None:
+    def __init__(self, engine: Engine, pair: PromptPair, journal: Records) -> None:
         self._engine = engine
         self._pair = pair
         self._journal = journal

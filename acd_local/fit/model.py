@@ -22,7 +22,7 @@ from acd_local.tuning.scoring import OpeningScorer
 
 CONTEXT = 1024  # tokens of a conversation
 LONGEST = 1500  # characters of an instruction that is read or answered; what follows is cut
-_CONVERSATIONS = (8, 4, 2, 1)
+CONVERSATIONS = (8, 4, 2, 1)
 
 
 class FitModel:
@@ -37,7 +37,7 @@ class FitModel:
 
     def engine(self) -> Engine:
         if self._engine is None:
-            at_once = memory.conversations(memory.sizes(self.info), CONTEXT, memory.available(), _CONVERSATIONS)
+            at_once = memory.conversations(memory.sizes(self.info), CONTEXT, memory.available(), CONVERSATIONS)
             limit = self.info.context_length
             self._engine = Engine(
                 self.info.path,

@@ -11,6 +11,7 @@ from contextlib import closing
 from typing import TypeVar
 
 from acd_local import pairfile
+from acd_local.cluster import Cluster
 from acd_local.fit import result, thresholds
 from acd_local.fit.context import FitContext
 from acd_local.fit.job import Job
@@ -26,8 +27,11 @@ from acd_local.vectors import Vectors
 Result = TypeVar("Result")
 
 
-def run(job: Job, *, stop: CancelToken, listener: Listener) -> bool:
+def run(job: Job, *, stop: CancelToken, listener: Listener, connect: Callable[[], Cluster] | None = None) -> bool:
     """Run all stages, then write the files.
+
+    Args:
+        connect: connects to a cluster that measures what it can; None: everything is measured here.
 
     Returns:
         Whether a pair was written: False where none was found that is better than the model as it is.
@@ -35,7 +39,7 @@ def run(job: Job, *, stop: CancelToken, listener: Listener) -> bool:
     Raises:
         Stopped: `stop` was set; the same job goes on from where it was.
     """
-    with locked(job.folder, "acd fit"), closing(FitContext(job, stop, listener)) as context:
+    with locked(job.folder, "acd fit"), closing(FitContext(job, stop, listener, connect)) as context:
         found = _stages(context)
         as_is, pair = (measured.shares for measured in found.judged)
         if not thresholds.refuses_better(as_is, pair):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,11 +74,13 @@ class Respondent:
 
     Args:
         notes: only this user's, as answers to harmful requests are in them.
+        elsewhere: answers as `greedy` does, not by the engine; None: the engine answers.
     """
 
     engine: Callable[[], Engine]
     notes: Measurements
     stop: CancelToken
+    elsewhere: Callable[[Style, Sequence[str]], Iterator[tuple[str, list[int]]]] | None = None
 
     def ask(
         self, style: Style, prompts: Sequence[str], on_progress: Callable[[int], None] = lambda done: None
@@ -100,21 +102,25 @@ class Respondent:
         return Reply(refusal.classify(self.text(tokens), prompt, finished=finished).label, tuple(tokens))
 
     def _answer(self, style: Style, missing: Sequence[str], total: int, on_progress: Callable[[int], None]) -> None:
-        engine = self.engine()
-        options = Options(alpha=style.alpha, beta=style.beta, temp=0.0, max_tokens=style.tokens)
-        done = total - len(missing)
+        given = self.elsewhere(style, missing) if self.elsewhere else greedy(self.engine(), style, missing, self.stop)
+        for done, (prompt, tokens) in enumerate(given, 1 + total - len(missing)):
+            self.notes.keep("answer", _inputs(style, prompt), tokens)
+            on_progress(done)
 
-        def begin(prompt: str) -> AnswerStream:
-            return engine.generate(prompt, options, pair=NO_PAIR, prompt_setup=style.setup, cancel=self.stop)
 
-        for prompt, answer in answer_all(engine, missing, begin, stop=self.stop):
-            if isinstance(answer, Exception):
-                raise answer
-            if answer.finish_reason != "cancelled":
-                self.notes.keep("answer", _inputs(style, prompt), [record.token for record in answer.tokens])
-                done += 1
-                on_progress(done)
-        check_stop(self.stop)
+def greedy(engine: Engine, style: Style, prompts: Sequence[str], stop: CancelToken) -> Iterator[tuple[str, list[int]]]:
+    """Answer each prompt once and yield it with the answer's token ids, as they end; raises Stopped."""
+    options = Options(alpha=style.alpha, beta=style.beta, temp=0.0, max_tokens=style.tokens)
+
+    def begin(prompt: str) -> AnswerStream:
+        return engine.generate(prompt, options, pair=NO_PAIR, prompt_setup=style.setup, cancel=stop)
+
+    for prompt, answer in answer_all(engine, prompts, begin, stop=stop):
+        if isinstance(answer, Exception):
+            raise answer
+        if answer.finish_reason != "cancelled":
+            yield prompt, [record.token for record in answer.tokens]
+    check_stop(stop)
 
 
 def _inputs(style: Style, prompt: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.threads import default_threads
 from acd_local.tuning import anchors
 from acd_local.tuning.anchors import Instruction
-from acd_local.tuning.cache import digest_of, model_folder
+from acd_local.tuning.cache import model_folder
 
 if TYPE_CHECKING:
     from acd_local.optimize.prompt_tokens import PromptTokens
@@ -127,7 +127,7 @@ def prepare(request: Request) -> Job:
     fitted = None if request.fit is None else pairs.find(request.fit)
     gate = None if fitted is None else _gate_of(fitted, info)
     manual = pairs.find(pairs.DEFAULT)
-    digest = digest_of(info.path)
+    digest = models.sha256_of(info.path)
     if request.repeat is not None and request.repeat.model_sha256 != digest:
         raise UsageError(f"--repeat: that result was made from another file than {info.path.name}")
     if request.repeat is not None and request.repeat.anchors_sha256 != anchors.digest(instructions):
