@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fuzz
 import hostile_documents
 
 from acd_local import Options, pairs, vectors
@@ -213,6 +215,20 @@ def forked(action: Callable[[], int], seconds: int = SECONDS) -> End:
         killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         code = os.waitstatus_to_exitcode(status) if not killed else 0
         return End(killed, code, *texts, usage.ru_maxrss * 1024 - watched)
+
+
+def forked_apart(action: Callable[[], int], seconds: int = SECONDS) -> End:
+    """Run something in a fork of a fresh process: one that has used llama.cpp must not be forked.
+
+    Args:
+        action: what pickle can name, such as a module's function or a partial of one.
+    """
+    code = "import json, os, pickle, sys, doors; action, seconds = pickle.load(sys.stdin.buffer); "
+    code += "print(json.dumps(vars(doors.forked(action, seconds))))"
+    env = os.environ | {"PYTHONPATH": fuzz.search_path()}
+    text = pickle.dumps((action, seconds))
+    done = subprocess.run([sys.executable, "-c", code], input=text, env=env, stdout=subprocess.PIPE, check=True)
+    return End(**json.loads(done.stdout))
 
 
 def limit_memory(more: int) -> None:

@@ -89,12 +89,18 @@ def fuzz(wanted: Sequence[str], *, verbose: bool = False) -> Report:
     return report
 
 
+def search_path() -> str:
+    """Return PYTHONPATH for a child process."""
+    ours = [str(ROOT), str(ROOT / "tests" / "helpers"), str(HERE)]
+    return os.pathsep.join([*ours, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def _batch(todo: Sequence[str], report: Report, verbose: bool) -> int:
     """Let one child open files until it dies or is done; returns how many it had."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         reading, writing = os.pipe()
         env = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers"), str(HERE)]),
+            "PYTHONPATH": search_path(),
             "ACD_CACHE_DIR": f"{folder}/cache",
             "ACD_PROMPTS_DIR": f"{folder}/prompts",
             "XDG_CONFIG_HOME": f"{folder}/config",

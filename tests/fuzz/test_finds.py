@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import doors
@@ -105,35 +106,35 @@ def test_a_vocabulary_that_knows_nothing_of_a_text(tmp_path: Path) -> None:
 RUNS = {"deepseek-llm": "a", "deepseek-v3": "\n", "viking": "🙂", "default": "1", "jais-2": " ", "falcon": "!"}
 
 
+def read_long_runs(path: Path, character: str) -> int:
+    with llama.Model(path, gpu_layers=0) as model:
+        for length in (60_000, 150_000):
+            text = "x " + character * length
+            ids = model.vocab.tokenize(text, parse_special=False)
+            assert b"".join(map(model.vocab.piece, ids)).decode() == text
+    return 0
+
+
 @pytest.mark.parametrize("pre", RUNS)
 def test_a_long_run_does_not_overflow_the_stack(tmp_path: Path, pre: str) -> None:
     path = tiny_gguf.write_family(tmp_path / "m.gguf", "chatml", pre=pre)
-
-    def read() -> int:
-        with llama.Model(path, gpu_layers=0) as model:
-            for length in (60_000, 150_000):
-                text = "x " + RUNS[pre] * length
-                ids = model.vocab.tokenize(text, parse_special=False)
-                assert b"".join(map(model.vocab.piece, ids)).decode() == text
-        return 0
-
-    end = doors.forked(read)
+    end = doors.forked_apart(partial(read_long_runs, path, RUNS[pre]))
     assert (end.signal, end.code) == (0, 0), end.log
+
+
+def read_in_a_thread(path: Path) -> int:
+    with llama.Model(path, gpu_layers=0) as model:
+        threading.stack_size(512 << 10)
+        thread = threading.Thread(target=model.vocab.tokenize, args=("a" * 4000,), kwargs={"parse_special": False})
+        thread.start()
+        thread.join()
+        assert threading.stack_size(0) == 512 << 10, "it is what it was"
+    return 0
 
 
 def test_nor_that_of_a_thread_with_a_small_one(tmp_path: Path) -> None:
     path = tiny_gguf.write_family(tmp_path / "m.gguf", "chatml", pre="deepseek-llm")
-
-    def read() -> int:
-        with llama.Model(path, gpu_layers=0) as model:
-            threading.stack_size(512 << 10)
-            thread = threading.Thread(target=model.vocab.tokenize, args=("a" * 4000,), kwargs={"parse_special": False})
-            thread.start()
-            thread.join()
-            assert threading.stack_size(0) == 512 << 10, "it is what it was"
-        return 0
-
-    end = doors.forked(read)
+    end = doors.forked_apart(partial(read_in_a_thread, path))
     assert (end.signal, end.code) == (0, 0), end.log
 
 

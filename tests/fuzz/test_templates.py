@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import doors
@@ -92,21 +93,21 @@ def source(hostile: str) -> str:
     return hostile.replace("MB", MEGABYTE) + "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
+def render_all(path: Path) -> int:
+    """Print what the template's warning says of each."""
+    with llama.Model(path, gpu_layers=0) as model:
+        sandbox.SECONDS = 0.1
+        for name, hostile in HOSTILE.items():
+            print(json.dumps([name, ChatTemplate(model, source=source(hostile)).warning]), flush=True)
+    return 0
+
+
 @pytest.fixture(scope="module")
 def endings(tiny: Callable[..., Path]) -> dict[str, str]:
-    """What the template's warning says of each; they have 90 s of processor time and 700 MB for all of them."""
-    path = tiny("chatml")
-
-    def render() -> int:
-        with llama.Model(path, gpu_layers=0) as model:
-            sandbox.SECONDS = 0.1
-            for name, hostile in HOSTILE.items():
-                print(json.dumps([name, ChatTemplate(model, source=source(hostile)).warning]), flush=True)
-        return 0
-
+    """The warnings by name; all of them together have 90 s of processor time and 700 MB."""
     if sys.platform != "linux":
         pytest.skip("forks, and looks at memory as Linux tells it")
-    end = doors.forked(render, seconds=90)
+    end = doors.forked_apart(partial(render_all, tiny("chatml")), seconds=90)
     found = dict(json.loads(line) for line in end.out.splitlines())
     assert not end.signal, f"ended with signal {end.signal} after {list(found)[-1:]}"
     assert end.code == 0, end.log
