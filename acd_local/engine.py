@@ -36,6 +36,7 @@ from acd_local.softpair import SoftPair
 
 DEFAULT_CTX_SIZE = 4096
 MAX_LOGPROBS = 20
+_MIXING = ("alpha", "plain", "window")  # options that say how much of each stream is in a distribution
 
 # Never sampled unless they end the answer.
 _NOT_TEXT = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN | llama.ATTR_UNUSED
@@ -226,8 +227,9 @@ class Engine(Closing):
             divergence: measure KL(S || A) at every position (some passes over the vocabulary per token).
             trace: record how the safe stream alone saw every token, and tell `on_event` of each.
             logprobs: record how likely every token was, and so many of the likeliest, 20 at most, in the distribution
-                that it was drawn from, and tell `on_event` of each. Not with `trace`: with both, the adversarial
-                stream's distribution could be had.
+                that it was drawn from, and tell `on_event` of each. Not with `trace`, and under a pair for its own
+                contrast alone (no `prompt_setup`, alpha, plain or window): from two distributions of one prompt the
+                adversarial stream's could be had.
             on_event: called, by whoever decodes, when turns had to be dropped (TurnsDropped), before every batch of the
                 prompt (PromptProgress), when the pair's gate decided (GateDecision), and with `trace` or `logprobs` for
                 every sampled token (TokenRecord). It should return soon, and must not use the engine.
@@ -244,6 +246,8 @@ class Engine(Closing):
             raise UsageError(f"logprobs must be from 0 to {MAX_LOGPROBS}, and do not go with a trace")
         chosen = self.pair if pair is None else model_pairs.resolve(pair)
         options = options or Options()
+        if logprobs is not None and chosen is not None:
+            _check_own_contrast(options, prompt_setup)
         gating = None if prompt_setup is not None and not options.gate else self.gating(chosen, options)
         soft = self.takes_soft(chosen)
         if prompt_setup is None:
@@ -387,6 +391,16 @@ def check_messages(messages: Any) -> None:
 
 def _random_seed() -> int:
     return int.from_bytes(os.urandom(8)) % (MAX_SEED + 1)
+
+
+def _check_own_contrast(options: Options, prompt_setup: PromptSetup | None) -> None:
+    """Refuse log probabilities of another distribution than the pair's own."""
+    default = Options()
+    other = [name for name in _MIXING if getattr(options, name) != getattr(default, name)]
+    if prompt_setup is not None:
+        other.append("prompt_setup")
+    if other:
+        raise UsageError(f"logprobs are given for the pair's own contrast alone: leave {other[0]} out")
 
 
 def _turns(messages: Sequence[Message | Mapping[str, str]] | str) -> tuple[list[Message], str | None]:
