@@ -14,7 +14,7 @@ from click.types import StringParamType
 from acd_local import settings
 from acd_local.cli import completion, help
 from acd_local.cli.shell import one_line
-from acd_local.errors import AcdError
+from acd_local.errors import AcdError, UsageError, shown
 from acd_local.options import refuse_unknown
 
 if TYPE_CHECKING:
@@ -129,7 +129,10 @@ def _read(key: str, text: str) -> str | int | bool:
     if settings.alias_of(key) is None:
         refuse_unknown([key], settings.KEYS)
     if key == "gate":
-        return {"on": True, "true": True, "off": False, "false": False}.get(text.lower(), text)
+        gates = {"on": True, "true": True, "off": False, "false": False}
+        if text.lower() not in gates:
+            raise UsageError(f"gate must be on or off, not {shown(text, 40)!r}")
+        return gates[text.lower()]
     if key in ("threads", "ctx_size"):
         return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else text  # the check says what is wrong
     if key == "pair":

@@ -62,7 +62,7 @@ def test_set_refuses_what_is_not_there(config: Path, acd: Callable[..., Done]) -
         (5, "pair", "none", "no prompt pair 'none'"),
         (2, "threads", "many", "threads must be a whole number from 1 to 512, not 'many'"),
         (2, "threads", "-1", "threads must be"),
-        (2, "gate", "maybe", "gate must be true or false, not 'maybe'"),
+        (2, "gate", "maybe", "gate must be on or off, not 'maybe'"),
         (2, "model.x", "demo", "unknown option 'model.x'"),
         (2, "n_ctx", "512", "did you mean ctx_size?"),
     ):
