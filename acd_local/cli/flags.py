@@ -75,9 +75,11 @@ threads_flag = click.option(
 
 ray_flag = click.option(
     "--ray",
-    metavar="ADDRESS",
-    help="Share the work with a Ray cluster: HOST:PORT, or 'local' for groups of --threads cores of this machine; "
-    "needs the extra 'ray'.",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Share the work with a Ray cluster at HOST:PORT; without an address, among groups of --threads cores of this "
+    "machine; needs the extra 'ray'.",
 )
 
 pair_flag = click.option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -20,7 +20,7 @@ from acd_local.fit.job import Job
 from acd_local.fit.model import FitModel, opening
 from acd_local.fit.remote import FitCluster
 from acd_local.fit.replies import Measured, Respondent, Style
-from acd_local.fit.states import layers_of
+from acd_local.fit.states import Floats, Located, Part, Row, layers_of, read_all
 from acd_local.models import ModelFile
 from acd_local.progress import Clock, Listener
 from acd_local.runtime.cancel import CancelToken
@@ -166,6 +166,18 @@ class FitContext:
         asked = candidates.facts()
         replies = self.respondent.ask(Style(PromptSetup(system)), [fact.question for fact in asked])
         return sum(f.is_right(self.respondent.text(r.tokens)) for f, r in zip(asked, replies, strict=True))
+
+    def states(
+        self, name: str, rows: Sequence[Row], locate: Callable[[Row], Located], layers: Sequence[int], phase: str
+    ) -> Floats:
+        """Read the mean states of many rows here or on the cluster, into a file of this name; see `read_all`."""
+
+        def means(parts: Iterable[Part]) -> Iterator[bytes]:
+            return (self._cluster or self.model).means(parts, layers)
+
+        clock = Clock(phase, 0, len(rows), self.listener)
+        shape = len(layers), self.job.info.n_embd
+        return read_all(self.job.folder / name, rows, locate, means, shape, on_progress=clock.at)
 
     # -- what it takes -------------------------------------------------------------------------------------------------
 

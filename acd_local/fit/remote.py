@@ -1,8 +1,8 @@
-"""Measures parts of a fit on a cluster: answers, openings of answers, and contrasts."""
+"""Measures parts of a fit on a cluster: answers, openings of answers, contrasts, and states of what is read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any
 from acd_local.cluster import Cluster, Pool
 from acd_local.fit.model import CONVERSATIONS, FitModel
 from acd_local.fit.replies import Style, greedy
+from acd_local.fit.states import Part
 from acd_local.models import ModelFile
 from acd_local.progress import Listener
 from acd_local.runtime import probe
@@ -52,8 +53,17 @@ class _Contrast:
             return [asdict(row) for row in scorer.contrasted(self.safe, self.adversarial, self.grid)]
 
 
+@dataclass(frozen=True)
+class _States:
+    part: Part
+    layers: Sequence[int]
+
+    def measure(self, model: FitModel) -> bytes:
+        return next(model.means([self.part], self.layers))
+
+
 class FitCluster(Closing):
-    """Does on a cluster what `Respondent` and `OpeningScorer` do here; it connects when it is first asked.
+    """Does on a cluster what `Respondent`, `OpeningScorer` and `FitModel.means` do here; it connects when first asked.
 
     Results are those of one process up to rounding: what a model computed before and beside shifts last digits.
     """
@@ -86,6 +96,16 @@ class FitCluster(Closing):
         """Yield the place of each pair with `OpeningScorer.contrasted`."""
         return self._work([_Contrast(*pair, groups, grid) for pair in pairs])
 
+    def means(self, parts: Iterable[Part], layers: Sequence[int]) -> Iterator[bytes]:
+        """Yield what `FitModel.means` yields, in the order of the parts."""
+        ready: dict[int, bytes] = {}
+        turn = 0
+        for place, found in self._work([_States(part, layers) for part in parts]):
+            ready[place] = found
+            while turn in ready:
+                yield ready.pop(turn)
+                turn += 1
+
     def close(self) -> None:
         self._opened.close()
 
@@ -104,5 +124,5 @@ class _Worker:
         self._model = FitModel(probe.verify(file.find()), threads=threads, stop=CancelToken())
         self._model.engine()
 
-    def __call__(self, piece: _Answers | _Openings | _Contrast) -> object:
+    def __call__(self, piece: _Answers | _Openings | _Contrast | _States) -> object:
         return piece.measure(self._model)

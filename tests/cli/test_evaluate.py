@@ -87,10 +87,11 @@ def test_a_missing_ray_is_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "ray", None)
     for name in ("eval", "fit", "optimize"):
-        code = run_cli(command, "acd", (name, "missing.gguf", "--ray", "local", "-o", "made.toml"))
-        captured = capsys.readouterr()
-        assert (code, captured.out, captured.err.count("\n")) == (2, "", 1)
-        assert "pip install 'acd-local[ray]'" in captured.err
+        for ray in (["--ray"], ["--ray", "local"]):
+            code = run_cli(command, "acd", (name, "missing.gguf", *ray, "-o", "made.toml"))
+            captured = capsys.readouterr()
+            assert (code, captured.out, captured.err.count("\n")) == (2, "", 1)
+            assert "pip install 'acd-local[ray]'" in captured.err
 
 
 def test_the_built_in_set_and_shards(

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -289,10 +290,8 @@ def test_states_are_read_once_and_cut_files_mended(tiny: Callable[..., Path], tm
             def locate(row: str) -> tuple[list[int], int]:
                 return template.encode([Message("user", row)]), start
 
-            path, shape = tmp_path / "states.f32", (2, 64)
-            return states.read_all(
-                path, rows, locate, reader, shape, stop=stop or CancelToken(), on_progress=on_progress
-            )
+            means = partial(states.means_here, reader, stop or CancelToken())
+            return states.read_all(tmp_path / "states.f32", rows, locate, means, (2, 64), on_progress=on_progress)
 
         stop = CancelToken()
         with pytest.raises(Stopped):

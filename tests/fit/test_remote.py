@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("ray")
@@ -17,6 +18,7 @@ from acd_local.fit import job, pipeline
 from acd_local.fit.model import FitModel, opening
 from acd_local.fit.remote import FitCluster
 from acd_local.fit.replies import Style, greedy
+from acd_local.fit.states import layers_of
 from acd_local.models import ModelFile
 from acd_local.progress import Listener
 from acd_local.runtime import probe
@@ -44,18 +46,25 @@ def measured(row: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in row.items() if value is not None}
 
 
-def test_answers_openings_and_contrasts_are_those_of_one_process(model: FitModel) -> None:
+def test_answers_openings_contrasts_and_states_are_those_of_one_process(model: FitModel) -> None:
     style = Style(PromptSetup("You are kind."))
     asked = [f"Say what is {i}" for i in range(20)]
     prompts = [opening("You are kind."), opening(None), opening("No", (("Do it", "I'm sorry."),))]
     pairs = [(prompts[0], prompts[2]), (prompts[2], opening("You are bad."))]
+    parts = [[(model.prompt(None, f"What is {n}, {m}?"), 3) for m in range(3)] for n in range(12)]
+    layers = layers_of(model.info.n_layers)
     lines: list[str] = []
     file, listener = ModelFile.of(model.info.path), Listener(line=lines.append)
     with FitCluster(local_cluster, file, threads=1, stop=CancelToken(), listener=listener) as cluster:
         answers = dict(cluster.answers(style, asked))
         openings = dict(cluster.openings(prompts, GROUPS))
         contrasts = dict(cluster.contrasts(pairs, GROUPS, GRID))
+        means = list(cluster.means(parts, layers))
     assert lines == []
+    here = list(model.means(parts, layers))
+    assert len(means) == len(here) == len(parts)
+    for there, same in zip(means, here, strict=True):
+        assert np.frombuffer(there, np.float32) == pytest.approx(np.frombuffer(same, np.float32), abs=1e-3)
     for at in range(0, len(asked), 8):
         for prompt, tokens in greedy(model.engine(), style, asked[at : at + 8], CancelToken()):
             assert answers.pop(prompt) == tokens
