@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-BLOCKS = 12  # of the last half of a series, whose means are taken for independent
+BLOCKS = 12  # of the last half of a series, whose medians are taken for independent
 LEAST_MB = 2.0  # growth that is never held against a process: pages come and go
 LOUDEST_MB = 16.0  # with more noise than this nothing can be said of growth
 
@@ -41,16 +41,15 @@ def look(pid: int, seconds: float, *, rest: bool = False) -> Sample | None:
     for one in _tree(pid):
         try:
             status = dict(line.split(":", 1) for line in Path(f"/proc/{one}/status").read_text().splitlines())
-            rolled = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+            rolled = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()[1:]
             held = len(os.listdir(f"/proc/{one}/fd"))  # noqa: PTH208
         except OSError:
             if one == pid:
                 return None
             continue  # a child that has just ended
-        if "VmRSS" not in status:
-            continue
-        rss += int(status["VmRSS"].split()[0]) * 1024 / 1e6
-        private += sum(int(line.split()[1]) for line in rolled if line.startswith("Private_")) * 1024 / 1e6
+        sizes = [(line.partition(":")[0], int(line.split()[1]) * 1024 / 1e6) for line in rolled]
+        rss += sum(size for name, size in sizes if name == "Rss")
+        private += sum(size for name, size in sizes if name.startswith("Private_"))
         threads += int(status["Threads"])
         handles += held
     return Sample(seconds, rss, private, handles, threads, rest)
@@ -90,8 +89,8 @@ class Growth:
 def growth(times: Sequence[float], values: Sequence[float]) -> Growth | None:
     """Fit a line to the last half of a series; None: there are too few values.
 
-    Neighbouring samples of memory are alike, so the line goes through the means of BLOCKS blocks, and the standard
-    error is taken from these (method of batch means).
+    Neighbouring samples of memory are alike, so the line goes through the medians of BLOCKS blocks, and the
+    standard error is taken from these. A median lets a peak of a few seconds pass.
     """
     if not times:
         return None
@@ -102,7 +101,7 @@ def growth(times: Sequence[float], values: Sequence[float]) -> Growth | None:
     edges = [round(i * len(half) / BLOCKS) for i in range(BLOCKS + 1)]
     blocks = [half[a:b] for a, b in pairwise(edges)]
     x = [statistics.fmean(t for t, _ in block) for block in blocks]
-    y = [statistics.fmean(v for _, v in block) for block in blocks]
+    y = [statistics.median(v for _, v in block) for block in blocks]
     slope, intercept = statistics.linear_regression(x, y)
     left = sum((v - intercept - slope * t) ** 2 for t, v in zip(x, y, strict=True)) / (BLOCKS - 2)
     middle = statistics.fmean(x)
@@ -111,15 +110,11 @@ def growth(times: Sequence[float], values: Sequence[float]) -> Growth | None:
     return Growth(slope * lasted, 3 * error * lasted)
 
 
-def grown_counts(samples: Sequence[Sample]) -> list[str]:
-    """What is wrong with the handles and threads that are held at rest: more at the end than ever in the first half."""
+def grown(samples: Sequence[Sample], name: str) -> list[str]:
+    """What is wrong with the handles or threads that are held at rest: more at the end than ever in the first half."""
     rests = [sample for sample in samples if sample.rest]
     if len(rests) < 2:
         return []
     early, last = rests[: len(rests) // 2], rests[-1]
-    problems = []
-    for name in ("handles", "threads"):
-        most, now = max(getattr(one, name) for one in early), getattr(last, name)
-        if now > most:
-            problems.append(f"{name} at rest went from {most} to {now}")
-    return problems
+    most, now = max(getattr(one, name) for one in early), getattr(last, name)
+    return [f"{name} at rest went from {most} to {now}"] if now > most else []

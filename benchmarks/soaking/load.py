@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from acd_local import models, pairs
 from acd_local.runtime.gguf_header import read_header
 
-FIRST = 100  # words of the first request
+FIRST = 200  # words of the first request
 LONGEST = 600  # tokens of an answer
 CONTEXT = 1024  # tokens, --ctx-size of all processes
 THINGS = ("the sea", "bread", "a bridge", "music", "the moon", "glass", "a garden", "salt", "paper", "winter")
@@ -128,7 +128,7 @@ class Load:
 
         What the model is said to have answered does not depend on what it did answer.
         """
-        which, turns = dice.randrange(8), dice.choice((0, 0, 0, 1, 1, 2, 3, 5))
+        which, turns = dice.randrange(8), dice.choice((0, 0, 0, 0, 0, 1, 1, 2, 4))
         own = random.Random(f"{self._seed}/{self._name}/conversation/{which}")
         marks, messages = {mark("request", number)}, list[Json]()
         if system := SYSTEMS[which % len(SYSTEMS)]:

@@ -12,18 +12,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from soaking.figures import grown_counts, growth
+from soaking.figures import grown, growth
 from soaking.soak import Settings, Soak
 
-JUDGED = 600  # seconds from which on memory is held to be flat: shorter runs still warm up
+JUDGED = 600  # seconds from which on memory and threads may not grow: shorter runs still warm up
 MOST_FAULTS = 50  # lines
 
 
 def judge_figures(soak: Soak, seconds: float) -> list[str]:
     """What is wrong with a process's figures."""
-    problems = grown_counts(soak.samples)
+    problems = grown(soak.samples, "handles")
     if seconds < JUDGED:
         return problems
+    problems += grown(soak.samples, "threads")
     times = [sample.seconds for sample in soak.samples]
     for name in ("rss", "private"):
         found = growth(times, [getattr(sample, name) for sample in soak.samples])
@@ -81,7 +82,7 @@ def _figures(soak: Soak) -> Table:
         values = [getattr(sample, name) for sample in rests]
         most = max(getattr(sample, name) for sample in samples)
         row = [str(value) for value in (values[0], values[len(values) // 2], values[-1], most)]
-        table.add_row(f"{name} at rest", *row, ", ".join(grown_counts(rests)) or "no growth")
+        table.add_row(f"{name} at rest", *row, ", ".join(grown(rests, name)) or "no growth")
     return table
 
 

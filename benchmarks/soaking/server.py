@@ -10,8 +10,8 @@ import signal
 import socket
 from dataclasses import dataclass, field
 
-from soaking.checks import check_error, check_stream, check_whole
 from soaking.load import FIRST, Asked
+from soaking.server_checks import check_error, check_stream, check_whole
 from soaking.server_load import ServerLoad, first
 from soaking.soak import Settings, Soak, Stopped, spawn
 
@@ -71,7 +71,15 @@ class ServerSoak(Soak):
         self._port = 0
 
     def options(self) -> list[str]:
-        return [*super().options(), "--port", "0", "--queue", "3", "--keep-alive", "1"]
+        return [
+            *super().options(),
+            "--port",
+            "0",
+            "--queue",
+            str(self.settings.clients - self.together - 1),
+            "--keep-alive",
+            "1",
+        ]
 
     async def start(self, options: list[str], env: dict[str, str]) -> None:
         self.process = await spawn("acd_local.cli.serve", options, env)
@@ -108,7 +116,7 @@ class ServerSoak(Soak):
         except ValueError as error:
             self.found.ended(asked, "no HTTP", [f"{error}: {raw[:200]!r}"])
             return
-        self._judge(asked, response, raw)
+        await self._judge(asked, response, raw)
 
     async def drained(self) -> bool:
         metrics = (await self._get("/metrics")).body.decode()
@@ -125,7 +133,7 @@ class ServerSoak(Soak):
 
     # -- one request --------------------------------------------------------------------------------------------------
 
-    def _judge(self, asked: Asked, response: Response, raw: bytes) -> None:
+    async def _judge(self, asked: Asked, response: Response, raw: bytes) -> None:
         status, body = response.status, response.body
         if asked.ends == "closed":
             good = raw == b"" or 400 <= status < 500
@@ -143,6 +151,8 @@ class ServerSoak(Soak):
         else:
             problems += check_whole(asked, body, self.found)
         self.found.ended(asked, f"status {status}", problems)
+        if status == 429:
+            await self._wait(1)
 
     async def _exchange(self, asked: Asked) -> bytes:
         """Send a request, and read what comes until the server closes the connection or this client leaves it."""
@@ -170,7 +180,8 @@ class ServerSoak(Soak):
         return bytes(raw)
 
     async def _wait(self, seconds: float) -> None:
-        """Sleep, but not on when the run is to end."""
+        """Sleep, but not on when the run is to end, and not for long in a short run."""
+        seconds = min(seconds, self.settings.seconds / 10)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.stopping.wait(), seconds)
 

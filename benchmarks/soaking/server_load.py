@@ -69,7 +69,6 @@ BAD_BODIES = (
 GARBAGE = (
     b"hello\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 60 + b"\r\n\r\n",
-    b"GET / HTTP/9.9\r\n\r\n",
     b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: many\r\n\r\n",
     b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
@@ -93,7 +92,7 @@ class ServerLoad(Load):
             "left in the stream": (12, self._left),
             "left at once": (5, self._left_at_once),
             "left in the body": (4, self._left_in_body),
-            "long prompt": (3, self._long),
+            "long prompt": (2, self._long),
             "overlong prompt": (4, self._overlong),
             "other's pair": (3, self._foreign),
             "wrong field": (10, self._wrong),
@@ -111,7 +110,7 @@ class ServerLoad(Load):
             ("temperature", (0, 0.3, 1.5), 0.5),
             ("seed", (1, -1, 2**63), 0.4),
             ("stop", ("\n\n", [".", "!"], ["the "]), 0.15),
-            ("trace", (True,), 0.15),
+            ("trace", (True,), 0.4),
             ("divergence", (True,), 0.1),
             ("top_p", (0.5, 1), 0.1),
             ("top_k", (0, 1, 40), 0.1),
@@ -231,7 +230,7 @@ class ServerLoad(Load):
 def first() -> Asked:
     """The request that comes before all others."""
     messages = [{"role": "user", "content": first_text()}]
-    return _post(-1, "first", {"messages": messages, "max_tokens": 4})
+    return _post(-1, "first", {"messages": messages, "max_tokens": 4, "pair": "as-is"})
 
 
 def _post(number: int, kind: str, fields: Json, path: str = CHAT, **more: Any) -> Asked:

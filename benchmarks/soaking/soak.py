@@ -86,18 +86,20 @@ class Soak:
     async def run(self) -> None:
         """Start the process, ask it all that there is time for, and end it."""
         await self.start(self.options(), os.environ | {"PYTHONPATH": str(ROOT)})
-        tasks = [asyncio.create_task(work) for work in (self._read_errors(), self._sample(), self._tick())]
+        errors, sampling, ticking = map(asyncio.create_task, (self._read_errors(), self._sample(), self._tick()))
         try:
             await self.warm_up()
+            self._say("under load")
             await self._rounds()
+            sampling.cancel()
             await self._end()
         except Exception as error:  # a client of ours failed: the figures so far are still told
             self.found.fault(None, f"{type(error).__name__}: {error}")
         finally:
             await self._kill()
-            for task in tasks[1:]:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            sampling.cancel()
+            ticking.cancel()
+            await asyncio.gather(errors, sampling, ticking, return_exceptions=True)
         self._check_errors()
 
     def options(self) -> list[str]:
@@ -143,6 +145,10 @@ class Soak:
             if self.stopping.is_set() or self.dead:
                 break
             await self._rest()
+            self._say(f"round {number + 1} of {given.rounds}: {self.sent} requests, {len(self.found.faults)} faults")
+
+    def _say(self, what: str) -> None:
+        print(f"{self.name}: {what}", file=sys.stderr, flush=True)
 
     async def _client(self, until: float) -> None:
         while time.monotonic() < until and not self.stopping.is_set() and not self.dead:
@@ -201,9 +207,9 @@ class Soak:
             self.said.append(line.decode("utf-8", "replace").rstrip())
 
     def _check_errors(self) -> None:
-        for line in self.said:
-            if not line.startswith(f"{self.program}: ") or "rror" in line:
-                self.found.fault(None, f"on stderr: {line}")
+        strange = [line for line in self.said if not line.startswith(f"{self.program}: ") or "rror" in line]
+        if strange:
+            self.found.fault(None, f"{len(strange)} lines on stderr, the last ones: " + " / ".join(strange[-6:]))
 
     # -- its end ------------------------------------------------------------------------------------------------------
 

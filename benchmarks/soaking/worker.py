@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import json
 
-from soaking.checks import Ledger
 from soaking.load import FIRST, Asked, as_bytes, first_text
 from soaking.soak import Settings, Soak, spawn
+from soaking.worker_checks import Ledger
 from soaking.worker_load import WorkerLoad
 
 PAUSE = 0.05  # seconds between the parts of a line
@@ -37,7 +37,7 @@ class WorkerSoak(Soak):
         await self._ready
 
     async def warm_up(self) -> None:
-        fields = {"id": "first", "prompt": first_text(), "max_tokens": 4}
+        fields = {"id": "first", "prompt": first_text(), "max_tokens": 4, "pair": "as-is"}
         await self.ask(Asked(-1, "first", fields, (as_bytes(fields) + b"\n",)))
         self.load.tokens = self.found.seen["prompt tokens"] / FIRST
 

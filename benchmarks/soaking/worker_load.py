@@ -94,7 +94,7 @@ class WorkerLoad(Load):
             "cancelled": (20, self._cancelled),
             "in pieces": (3, self._in_pieces),
             "slow reader": (3, self._slow),
-            "long prompt": (3, self._long),
+            "long prompt": (2, self._long),
             "overlong prompt": (4, self._overlong),
             "other's pair": (3, self._foreign),
             "wrong field": (10, self._wrong),
@@ -115,7 +115,7 @@ class WorkerLoad(Load):
         for name, values, chance in (
             ("temp", (0, 0.3, 1.5), 0.5),
             ("seed", (1, 2, 2**32 - 2), 0.4),
-            ("draft_max", (0, 4, 15), 0.4),
+            ("draft_max", (0, 1, 4, 15), 0.4),
             ("stop", ("\n\n", [".", "!"], ["the "]), 0.15),
             ("trace", (True,), 0.15),
             ("divergence", (True,), 0.1),
