@@ -76,7 +76,7 @@ class ServerSoak(Soak):
             "--port",
             "0",
             "--queue",
-            str(self.settings.clients - self.together - 1),
+            str(self.settings.clients - self.together),
             "--keep-alive",
             "1",
         ]

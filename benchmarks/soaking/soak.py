@@ -145,7 +145,8 @@ class Soak:
             if self.stopping.is_set() or self.dead:
                 break
             await self._rest()
-            self._say(f"round {number + 1} of {given.rounds}: {self.sent} requests, {len(self.found.faults)} faults")
+            about = f"{self.sent} requests, {len(self.found.faults)} faults, {self.samples[-1].private:.1f} MB private"
+            self._say(f"round {number + 1} of {given.rounds}: {about}")
 
     def _say(self, what: str) -> None:
         print(f"{self.name}: {what}", file=sys.stderr, flush=True)

@@ -155,9 +155,10 @@ class Ledger:
     def _done(self, one: _Open, event: Json) -> list[str]:
         asked, text, finish = one.asked, event["text"], event["finish_reason"]
         problems = [] if one.queued else ["done, but never queued"]
-        if asked.ends == "refused":
+        cancelled = finish == "cancelled" and one.cancelled
+        if asked.ends == "refused" and not cancelled:
             problems.append(f"answered, and not refused: {shown(asked.fields)}")
-        if finish not in FINISHED and not (finish == "cancelled" and one.cancelled):
+        if finish not in FINISHED and not cancelled:
             problems.append(f"finish_reason is {finish}")
         if one.text != text:
             problems.append(f"the deltas are {one.text!r}, the text is {text!r}")
