@@ -50,7 +50,7 @@ def measure_batches(soak: Soak) -> None:
     """Start the process' engine once, so that the costs are there."""
     code = "from acd_local.cli.run import main; main()"
     subprocess.run(
-        [sys.executable, "-c", code, *Soak.options(soak), "--jsonl"],
+        [sys.executable, "-c", code, *Soak.options(soak), "--jsonl"],  # the same settings, for worker and server
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

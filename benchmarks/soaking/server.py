@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from soaking.load import FIRST, Asked
 from soaking.server_checks import check_error, check_stream, check_whole
 from soaking.server_load import ServerLoad, first
-from soaking.soak import Settings, Soak, Stopped, spawn
+from soaking.soak import Settings, Soak, Stopped
 
 BETWEEN = 0.02  # seconds between the parts of a request
 CONNECTIONS = 4096  # bytes that a slow reader's socket holds
@@ -62,7 +62,7 @@ def unchunked(body: bytes) -> tuple[bytes, bool]:
 class ServerSoak(Soak):
     """A server under load; arguments as of `Soak`."""
 
-    program = "acd-serve"
+    program, module = "acd-serve", "acd_local.cli.serve"
     leaves = True
 
     def __init__(self, settings: Settings, name: str, together: int) -> None:
@@ -81,8 +81,7 @@ class ServerSoak(Soak):
             "1",
         ]
 
-    async def start(self, options: list[str], env: dict[str, str]) -> None:
-        self.process = await spawn("acd_local.cli.serve", options, env)
+    async def start(self) -> None:
         assert self.process.stdout is not None
         told = await self.process.stdout.readline()
         if not told:

@@ -65,10 +65,10 @@ class Soak:
 
     Attributes:
         found: what came of it. samples: its figures. sent: requests.
-        process: it, once `start` has returned.
     """
 
     program: str
+    module: str
     load: Load
     leaves = False  # whether a request is over when nobody waits for it
 
@@ -85,9 +85,10 @@ class Soak:
 
     async def run(self) -> None:
         """Start the process, ask it all that there is time for, and end it."""
-        await self.start(self.options(), os.environ | {"PYTHONPATH": str(ROOT)})
+        self.process = await spawn(self.module, self.options())
         errors, sampling, ticking = map(asyncio.create_task, (self._read_errors(), self._sample(), self._tick()))
         try:
+            await self.start()
             await self.warm_up()
             self._say("under load")
             await self._rounds()
@@ -100,6 +101,7 @@ class Soak:
             sampling.cancel()
             ticking.cancel()
             await asyncio.gather(errors, sampling, ticking, return_exceptions=True)
+            self.close()
         self._check_errors()
 
     def options(self) -> list[str]:
@@ -108,8 +110,8 @@ class Soak:
         some = ["--threads", str(given.threads), "--ctx-size", str(CONTEXT), "--parallel", str(self.together)]
         return [given.model, *some, *drafts]
 
-    async def start(self, options: list[str], env: dict[str, str]) -> None:
-        """Start the process and wait until it is ready."""
+    async def start(self) -> None:
+        """Wait until the process is ready."""
         raise NotImplementedError
 
     async def warm_up(self) -> None:
@@ -126,6 +128,9 @@ class Soak:
     async def end(self) -> int:
         """Have the process end; returns the exit code that it should have."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """The process has ended: look at what is still open."""
 
     def stop(self) -> None:
         """End the run early."""
@@ -159,11 +164,12 @@ class Soak:
     async def _rest(self) -> None:
         """Wait until nothing is answered any more, and look at what is still held."""
         begun = self._ticks
-        while not await self.drained():
-            if self.dead or self._ticks - begun > SILENCE:
-                self.found.fault(None, "requests are still open though all clients have gone")
-                return
-            await asyncio.sleep(0.1)
+        with contextlib.suppress(Stopped):
+            while not await self.drained():
+                if self.dead or self._ticks - begun > SILENCE:
+                    self.found.fault(None, "requests are still open though all clients have gone")
+                    return
+                await asyncio.sleep(0.1)
         await asyncio.sleep(0.5)  # connections are closed, children reaped
         if (sample := look(self.process.pid, time.monotonic(), rest=True)) is not None:
             self.samples.append(sample)
@@ -230,7 +236,7 @@ class Soak:
         await self.process.wait()
 
 
-async def spawn(module: str, options: Sequence[str], env: dict[str, str]) -> asyncio.subprocess.Process:
+async def spawn(module: str, options: Sequence[str]) -> asyncio.subprocess.Process:
     """Start one of the package's commands, out of reach of this terminal's Ctrl-C."""
     pipe = asyncio.subprocess.PIPE
     return await asyncio.create_subprocess_exec(
@@ -241,7 +247,7 @@ async def spawn(module: str, options: Sequence[str], env: dict[str, str]) -> asy
         stdin=pipe,
         stdout=pipe,
         stderr=pipe,
-        env=env,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         start_new_session=True,
     )
 

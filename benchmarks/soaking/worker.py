@@ -7,7 +7,7 @@ import contextlib
 import json
 
 from soaking.load import FIRST, Asked, as_bytes, first_text
-from soaking.soak import Settings, Soak, spawn
+from soaking.soak import Settings, Soak
 from soaking.worker_checks import Ledger
 from soaking.worker_load import WorkerLoad
 
@@ -17,7 +17,7 @@ PAUSE = 0.05  # seconds between the parts of a line
 class WorkerSoak(Soak):
     """A worker under load; arguments as of `Soak`."""
 
-    program = "acd-run"
+    program, module = "acd-run", "acd_local.cli.run"
 
     def __init__(self, settings: Settings, name: str, together: int) -> None:
         super().__init__(settings, name, together)
@@ -30,8 +30,10 @@ class WorkerSoak(Soak):
         self._free = asyncio.Event()  # cleared while nothing is read
         self._free.set()
 
-    async def start(self, options: list[str], env: dict[str, str]) -> None:
-        self.process = await spawn("acd_local.cli.run", [*options, "--jsonl"], env)
+    def options(self) -> list[str]:
+        return [*super().options(), "--jsonl"]
+
+    async def start(self) -> None:
         self._ready: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._reading = asyncio.create_task(self._read())
         await self._ready
@@ -70,8 +72,10 @@ class WorkerSoak(Soak):
             assert self.process.stdin is not None
             self.process.stdin.close()
         await self._reading
-        self._ledger.finish()
         return 0
+
+    def close(self) -> None:
+        self._ledger.finish()
 
     def stop(self) -> None:
         super().stop()
