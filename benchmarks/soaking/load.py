@@ -44,6 +44,7 @@ class Asked:
         form: `grammar` or `schema`: its answer begins with, or is, its last mark.
         at: of a worker, after how many of its events it is cancelled; of a server, after how many bytes it is left.
         pause: seconds for which nothing is read.
+        times: of a server, how many responses there have to be: as often as it is sent.
     """
 
     number: int
@@ -56,6 +57,7 @@ class Asked:
     form: str = ""
     at: int | None = None
     pause: float = 0.0
+    times: int = 1
 
     @property
     def mark(self) -> str:

@@ -101,6 +101,7 @@ class ServerLoad(Load):
             "wrong door": (3, self._door),
             "no HTTP": (2, self._garbage),
             "look": (4, self._look),
+            "in one connection": (4, self._in_one),
         }
 
     def _fields(self, dice: Dice, number: int) -> tuple[Json, frozenset[str]]:
@@ -221,6 +222,15 @@ class ServerLoad(Load):
 
     def _garbage(self, dice: Dice, number: int, kind: str) -> Asked:
         return Asked(number, kind, parts=(dice.choice(GARBAGE),), ends="closed")
+
+    def _in_one(self, dice: Dice, number: int, kind: str) -> Asked:
+        """The same request several times, in advance or not, before the connection is closed."""
+        fields, marks = self._fields(dice, number)
+        last = _post(number, kind, fields | {"max_tokens": dice.randint(1, 20), "stream": dice.random() < 0.5})
+        again = b"".join(last.parts).replace(b"Connection: close\r\n", b"", 1)
+        times = dice.randint(2, 4)
+        parts = (*(again,) * (times - 1), b"".join(last.parts))
+        return Asked(number, kind, last.fields, parts, marks=marks, times=times)
 
     def _look(self, dice: Dice, number: int, kind: str) -> Asked:
         path = dice.choice(("/", "/health", "/props", "/metrics", "/v1/models", "//v1//models"))

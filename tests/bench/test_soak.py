@@ -23,7 +23,7 @@ if sys.platform != "linux":
 from soaking.checks import Found
 from soaking.figures import Sample, grown, growth, look
 from soaking.load import Asked, Pairs, mark
-from soaking.server import unchunked
+from soaking.server import Response, unchunked
 from soaking.server_checks import check_error, check_stream, check_whole
 from soaking.server_load import ServerLoad
 from soaking.worker_checks import Ledger
@@ -355,8 +355,14 @@ def test_an_error_is_the_clients_and_whole() -> None:
     assert check_error(asked, 400, b"Bad Request") != []
 
 
-def test_chunks_have_to_be_whole() -> None:
-    assert unchunked(b"5\r\nHello\r\n0\r\n\r\n") == (b"Hello", True)
-    assert unchunked(b"5\r\nHello\r\n") == (b"Hello", False)
-    assert unchunked(b"5\r\nHel") == (b"Hel", False)
-    assert unchunked(b"5\r\nHello\r\n0\r\n\r\nmore")[1] is False
+def test_responses_have_to_be_whole() -> None:
+    assert unchunked(b"5\r\nHello\r\n0\r\n\r\n") == (b"Hello", True, b"")
+    assert unchunked(b"5\r\nHello\r\n0\r\n\r\nmore") == (b"Hello", True, b"more")
+    for cut in range(1, 21):
+        whole = b"5\r\nHello\r\n2\r\n, \r\n0\r\n\r\n"
+        assert not unchunked(whole[:-cut])[1]
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"
+    first, rest = Response.of(head + b"Hello" + head + b"Hel")
+    second, none = Response.of(rest)
+    assert (first.status, first.body, first.whole) == (200, b"Hello", True)
+    assert (second.whole, none) == (False, b"")
