@@ -18,6 +18,7 @@ from soaking.load import CONTEXT, Asked, Load, Pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 SILENCE = 300  # ticks of a second without a sign of life; there are none while this process stands still
+ENDLESS = 1800  # ticks after which a request is given up, whatever came
 ENDING = 120  # ticks that a process may take to end
 
 
@@ -142,7 +143,7 @@ class Soak:
         given = self.settings
         began = time.monotonic()
         if given.again is not None:
-            await self.ask(self.load.request(given.again))
+            await self._ask(self.load.request(given.again))
             self.sent += 1
         for number in range(given.rounds if given.again is None else 0):
             until = began + given.seconds * (number + 1) / given.rounds
@@ -159,7 +160,17 @@ class Soak:
     async def _client(self, until: float) -> None:
         while time.monotonic() < until and not self.stopping.is_set() and not self.dead:
             number, self.sent = self.sent, self.sent + 1
-            await self.ask(self.load.request(number))
+            await self._ask(self.load.request(number))
+
+    async def _ask(self, asked: Asked) -> None:
+        asking, begun = asyncio.create_task(self.ask(asked)), self._ticks
+        while not asking.done() and self._ticks - begun < ENDLESS:
+            await asyncio.wait([asking], timeout=1)
+        if not asking.done():
+            self.found.fault(asked, f"it has not ended in {ENDLESS} s")
+        asking.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asking
 
     async def _rest(self) -> None:
         """Wait until nothing is answered any more, and look at what is still held."""
