@@ -141,7 +141,10 @@ def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> No
         try:
             files.replace_file(path, "x" * 5000)
         except StorageError as error:
-            assert str(error) == f"cannot write {path}: File too large"
+            assert (
+                str(error)
+                == f"cannot write {path}: File too large: a limit on the size of files is in force (ulimit -f)"
+            )
             assert error.exit_code == 6
         else:
             raise AssertionError("written")
@@ -413,7 +416,7 @@ def test_libraries_say_in_many_ways_that_memory_ran_out(error: Exception) -> Non
 
 def test_a_full_storage_is_known_wherever_it_comes_from() -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert str(as_acd_error(full)) == "cannot write the output: No space left on device"
+    assert str(as_acd_error(full)) == "cannot write the output: No space left on device: make room there"
     named = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/a/b")
     assert isinstance(as_acd_error(named), StorageError) and "/a/b" in str(as_acd_error(named))
     assert as_acd_error(OSError(errno.EACCES, "Permission denied", "/a/b")).exit_code == 1
