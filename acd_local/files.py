@@ -121,11 +121,14 @@ def own_folder(path: Path) -> Path:
 # --- Small things that can be made again ------------------------------------------------------------------------------
 
 
-def keep(name: Path | str, text: str) -> None:
+def keep(name: Path | str, text: str) -> bool:
     """Keep a text for later processes; for this one alone where the cache folder cannot be had or written.
 
     Args:
         name: a path below `cache_dir()`.
+
+    Returns:
+        Whether later processes find it.
     """
     folder = cache_dir()
     try:
@@ -133,9 +136,11 @@ def keep(name: Path | str, text: str) -> None:
             raise FileNotFoundError
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         replace_file(folder / name, text)
-        _kept.pop((folder, Path(name)), None)
     except (OSError, ValueError, AcdError):
         _kept[folder, Path(name)] = text
+        return False
+    _kept.pop((folder, Path(name)), None)
+    return True
 
 
 def kept(name: Path | str, *, max_age: float | None = None) -> str | None:
