@@ -117,17 +117,18 @@ def write(path: Path, pair: PairFile, vectors: Vectors, report: str) -> None:
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(mode=0o700)
-        toml, rows, page = (folder / file.name for file in outputs(path))
+        toml, rows, page = outputs(folder / path.name)
         vectors_.save(vectors, rows)
         pair = replace(pair, sha256=_sha256(rows))
         files.replace_file(toml, as_toml(pair))
         _check(toml, rows, pair)
-        files.replace_file(page, report)  # the last: see _finish
+        files.replace_file(page, report)  # the last: see _is_begun
         _move(path)
     except (OSError, ValueError) as error:
         raise files.write_error(path, error) from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not _is_begun(path):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _draft(path: Path) -> Path:
@@ -141,18 +142,24 @@ def _move(path: Path) -> None:
             files.move_file(made, target)
 
 
+def _is_begun(path: Path) -> bool:
+    """Whether the pair is in its place, and the rest still in the draft."""
+    toml, _, page = outputs(_draft(path) / path.name)
+    return page.exists() and not toml.exists()
+
+
 def _finish(path: Path) -> bool:
-    """Move the rest of a draft whose pair is in its place already; whether there was one. The draft is gone then."""
-    toml, rows, page = (_draft(path) / file.name for file in outputs(path))
-    if not page.exists() or toml.exists():
+    """Go on where a process was killed within `_move`; whether it was, and the files are now in their place."""
+    if not _is_begun(path):
         return False
+    rows = _draft(path) / path.with_suffix(".safetensors").name
     try:
         ours = not rows.exists() or pairs.load(path).sha256 == _sha256(rows)
     except AcdError:
         ours = False  # since then somebody has put something else there
     if ours:
         _move(path)
-        shutil.rmtree(page.parent)
+        shutil.rmtree(rows.parent)
     return ours
 
 

@@ -204,7 +204,7 @@ class Caching(Work):
     def __init__(self, folder: Path, model: Path) -> None:
         super().__init__(folder, model)
         self.env = {"ACD_CACHE_DIR": str(folder)}
-        self.pair = folder.parent / "short.toml"
+        self.pair = model.with_name("short.toml")
         self.pair.write_text('format = 1\nname = "short"\nsafe = "You are kind."\nadversarial = "A demon answers."\n')
 
     @property

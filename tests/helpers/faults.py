@@ -20,10 +20,12 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from places import ROOT, child_env
 
 BEGIN = "import faults; faults.begin()\n"
@@ -50,7 +52,7 @@ def run(code: str, args: Sequence[str], folder: Path, fault: str = "count:0", *,
         input=text,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
         check=False,
     )
     assert "Traceback" not in done.stderr, done.stderr
@@ -60,6 +62,29 @@ def run(code: str, args: Sequence[str], folder: Path, fault: str = "count:0", *,
 def drafts(folder: Path) -> list[Path]:
     """What killed processes have left of files that they were writing."""
     return [path for path in folder.rglob(".acd-*.tmp") if path.is_file()]
+
+
+@contextmanager
+def small_disk(place: Path, size: str = "64k") -> Iterator[Path]:
+    """Mount a small file system; the test is skipped where that is not allowed."""
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a small disk here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def fill(disk: Path, leave: int = 0) -> Path:
+    """Leave so many bytes on a disk; returns the file that takes the others."""
+    filler = disk / "filler"
+    with filler.open("ab", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    os.truncate(filler, filler.stat().st_size - leave)
+    return filler
 
 
 # --- the child's side -------------------------------------------------------------------------------------------------
