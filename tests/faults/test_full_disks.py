@@ -18,6 +18,7 @@ from acd_local.runtime import probe
 
 MAIN = "from acd_local.cli.main import main\nmain()\n"
 RUN = "from acd_local.cli.run import main\nmain()\n"
+SMALL = "from acd_local.bench import growth\ngrowth.LENGTHS, growth.CONVERSATIONS = (320,), (1,)\n"
 CHAT = "from acd_local.cli.chat import main\nmain()\n"
 PLAIN = ("-t", "1", "-c", "512", "-n", "4", "--temp", "0", "--pair", "as-is")
 
@@ -55,12 +56,10 @@ def commands(model: Path, disk: Path, elsewhere: Path) -> dict[str, Asked]:
     return {
         "trace": Asked("trace.jsonl", RUN, (str(model), "hi", *PLAIN, "--trace", f"{disk}/trace.jsonl"), out=True),
         "chat": Asked("chat.json", CHAT, (str(model), *PLAIN), text=chat, ends=0, out=True),
-        "settings": Asked(
-            "settings.toml", MAIN, ("config", "set", "threads", "2"), env=(("ACD_CONFIG_DIR", str(disk)),)
-        ),
+        "settings": Asked("config.toml", MAIN, ("config", "set", "threads", "2"), env=(("ACD_CONFIG_DIR", str(disk)),)),
         "show": Asked("run/results.json", MAIN, ("eval", "show", shown)),
         "merge": Asked("merged/answers.jsonl", MAIN, ("eval", "merge", run, other, "-o", f"{disk}/merged")),
-        "plot": Asked("plot.svg", MAIN, (*bench, "--ctx-size", "512", "--plot", f"{disk}/plot.svg"), out=True),
+        "plot": Asked("plot.svg", SMALL + MAIN, (*bench, "--ctx-size", "512", "--plot", f"{disk}/plot.svg"), out=True),
         "quantize": Asked(
             "copy",
             MAIN,

@@ -149,7 +149,9 @@ class Fitting(_MakingAPair):
         for path in (self.folder / "cache").glob("fit/*/*"):
             if path.suffix == ".jsonl":
                 lines = path.read_bytes().split(b"\n")[:-1]
-                found |= {record["key"]: record["value"] for record in map(json.loads, lines)}
+                records = [json.loads(line) for line in lines]
+                # Numbers are the seconds of stages, which grow, and how much the budget allows.
+                found |= {r["key"]: r["value"] for r in records if not isinstance(r["value"], float)}
             elif path.suffix == ".f32":  # of each mean that it holds, whole ones alone
                 size = 4 * 64
                 data = path.read_bytes()

@@ -20,6 +20,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,8 +43,7 @@ class Done(NamedTuple):
 
 def run(code: str, args: Sequence[str], folder: Path, fault: str = "count:0", *, text: str = "", **env: str) -> Done:
     """Run a Python program with a fault in what it writes below `folder`."""
-    count = folder.with_name(f"{folder.name}.points")
-    count.unlink(missing_ok=True)
+    count = Path(tempfile.gettempdir()) / f"points-{os.getpid()}"
     where = {"FAULTS": fault, "FAULTS_FOLDER": str(folder), "FAULTS_COUNT": str(count)}
     path = os.pathsep.join([str(ROOT / "tests" / "helpers"), str(ROOT)])
     done = subprocess.run(
@@ -56,7 +56,9 @@ def run(code: str, args: Sequence[str], folder: Path, fault: str = "count:0", *,
         check=False,
     )
     assert "Traceback" not in done.stderr, done.stderr
-    return Done(done.returncode, done.stdout, done.stderr, int(count.read_text()) if count.exists() else 0)
+    points = int(count.read_text()) if count.exists() else 0
+    count.unlink(missing_ok=True)
+    return Done(done.returncode, done.stdout, done.stderr, points)
 
 
 def drafts(folder: Path) -> list[Path]:
