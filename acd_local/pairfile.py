@@ -15,7 +15,7 @@ import tomlkit
 
 from acd_local import files, pairs
 from acd_local import vectors as vectors_
-from acd_local.errors import AcdError, InternalError, UsageError
+from acd_local.errors import AcdError, InternalError, StorageError, UsageError
 from acd_local.pairs import GateSettings
 from acd_local.vectors import Vectors
 
@@ -94,7 +94,8 @@ def check_target(path: Path, *, force: bool) -> None:
             pass
     except (OSError, ValueError) as error:
         known = files.write_error(path, error)
-        raise type(known)(f"{known}: give another place with -o") from None
+        otherwise = ", or" if isinstance(known, StorageError) else ":"
+        raise type(known)(f"{known}{otherwise} give another place with -o") from None
 
 
 def outputs(path: Path) -> tuple[Path, Path, Path]:
