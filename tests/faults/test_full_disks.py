@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +13,7 @@ import faults
 import pytest
 from fault_works import Caching, Fitting
 from manual import DEFAULT
+from places import child_env
 
 from acd_local import Engine, Options
 from acd_local.cli.chat_prompt import History
@@ -19,6 +22,7 @@ from acd_local.runtime import probe
 MAIN = "from acd_local.cli.main import main\nmain()\n"
 RUN = "from acd_local.cli.run import main\nmain()\n"
 SMALL = "from acd_local.bench import growth\ngrowth.LENGTHS, growth.CONVERSATIONS = (320,), (1,)\n"
+SERVE = "from acd_local.cli.serve import main\nmain()\n"
 CHAT = "from acd_local.cli.chat import main\nmain()\n"
 PLAIN = ("-t", "1", "-c", "512", "-n", "4", "--temp", "0", "--pair", "as-is")
 
@@ -144,3 +148,25 @@ def test_a_server_and_a_chat_at_a_terminal_go_on_without_room(
             history.store_string("Which of these is red? " * 500)
     assert "".join(history.load_history_strings()) in "Which of these is red? " * 1000
     assert not faults.drafts(disk)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("more", [("--jsonl",), ("hi", "--stats", "--no-stdin"), ("--port", "0")], ids=" ".join)
+def test_streams_without_room(tiny: Callable[..., Path], more: tuple[str, ...]) -> None:
+    """stdout ends the command; stderr costs nothing but what it would have said."""
+    if "--port" in more:
+        pytest.importorskip("starlette")
+        pytest.importorskip("uvicorn")
+    program, code = ("acd-serve", SERVE) if "--port" in more else ("acd-run", RUN)
+    command = [sys.executable, "-c", code, str(tiny("chatml")), *PLAIN, *more]
+    how = {"input": b'{"id": 1, "prompt": "hi"}\n', "env": child_env(), "timeout": 3600, "check": False}
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, **how)
+        assert done.returncode == 6
+        assert done.stderr.decode().splitlines()[-1] == (
+            f"{program}: cannot write the output: No space left on device: make room there"
+        )
+        if program == "acd-run":
+            silent = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, **how)
+            assert silent.returncode == 0
+            assert silent.stdout
