@@ -122,7 +122,8 @@ def _from_hub(model: str) -> Path:
         raise ModelError(f'{shown(model)} needs huggingface_hub: run `pip install "acd-local[hf]"`') from None
     except Exception as error:  # whichever HTTP library the installed version uses
         if files.is_storage_fault(error):
-            raise StorageError(f"cannot get {shown(model)}: {files.reason(error)}") from None
+            advice = "make room in the Hub's folder, or set HF_HOME"
+            raise StorageError(f"cannot get {shown(model)}: {files.reason(error)}: {advice}") from None
         raise ModelError(f"cannot get {shown(model)}: {_hub_cause(error)}") from None
 
 

@@ -11,7 +11,7 @@ import click
 
 from acd_local.cli import bench_growth, flags, help
 from acd_local.cli.shell import Outcome, one_line, say
-from acd_local.errors import UsageError
+from acd_local.errors import AcdError, UsageError
 
 PROGRAM = "acd bench"
 # The columns of figures: two lines of heading, format, width.
@@ -97,7 +97,7 @@ def command(
     calibrate: bool,
     as_json: bool,
     **measuring: Any,
-) -> Outcome | None:
+) -> Outcome:
     """Measure what answers cost on MODEL, in turns with plain llama.cpp decoding.
 
     Medians over the rounds; ratios are taken within a round.
@@ -115,12 +115,13 @@ def command(
     def progress(line: str) -> None:
         say(f"{PROGRAM}: {line}")
 
+    failed: AcdError | None = None
     with quantized(chosen, quantize, measuring["threads"], progress) as file:
         if calibrate:
             found = dataclasses.asdict(cost.calibrate(file, threads=measuring["threads"]))
             lines = iter([_batch_costs(found)])
         elif plot is not None:
-            found = bench_growth.run(file, also, plot, progress, measuring)
+            found, failed = bench_growth.run(file, also, plot, progress, measuring)
             lines = bench_growth.lines(found)
         elif parallel is None:
             found = cost.run(file, draft=draft, memory_too=not no_memory, progress=progress, **measuring).summary()
@@ -129,10 +130,10 @@ def command(
             found = throughput.run(file, parallel, progress=progress, **measuring).summary()
             lines = _throughput_lines(found, measuring["rounds"])
     if as_json:
-        return Outcome(record=found)
+        return Outcome(record=found, error=failed)
     for line in lines:
         print(line)
-    return None
+    return Outcome(error=failed)
 
 
 def _cost_lines(found: Mapping[str, Any]) -> Iterator[str]:

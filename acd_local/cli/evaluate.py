@@ -14,8 +14,8 @@ import click
 from acd_local import __version__
 from acd_local.cli import flags, help
 from acd_local.cli.progress import ProgressLine
-from acd_local.cli.shell import Interrupts, one_line, say
-from acd_local.errors import ContextError, UsageError
+from acd_local.cli.shell import Interrupts, going_on, one_line, say
+from acd_local.errors import ContextError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from acd_local.engine import Engine
@@ -172,6 +172,8 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
                 progress.close()
                 say(f"{PROGRAM}: stopped; everything finished is kept in {directory}, the same command goes on")
                 return interrupts.exit_code or 130
+            except StorageError as error:
+                raise going_on(error) from None
             nothing = not journal.answers() and any(s.kind != "choice" for s in chosen)
         interrupts.cancels(None)
     left_out = list(evaluation.failures.values())

@@ -14,8 +14,8 @@ import click
 
 from acd_local.cli import flags, help
 from acd_local.cli.progress import ProgressLine
-from acd_local.cli.shell import Interrupts, one_line
-from acd_local.errors import UsageError
+from acd_local.cli.shell import Interrupts, going_on, one_line
+from acd_local.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from acd_local.progress import Listener
@@ -135,6 +135,8 @@ def run_stages(program: str, interrupts: Interrupts, work: Callable[[CancelToken
         except Stopped:
             progress.line("stopped; everything so far is kept, the same command goes on from here")
             return interrupts.exit_code or 130
+        except StorageError as error:
+            raise going_on(error) from None
     interrupts.cancels(None)
     for path in written:
         print(one_line(str(path)))

@@ -46,8 +46,9 @@ class ProgressLine(Closing):
         self._shown, self._phase = now, progress.phase
         line = f"{self._program}: {progress_text(progress)}"
         if self._live:
-            sys.stderr.write(f"\r\x1b[2K{line}")
-            sys.stderr.flush()
+            with suppress(OSError, ValueError):  # as in say
+                sys.stderr.write(f"\r\x1b[2K{line}")
+                sys.stderr.flush()
             self._open = True
         else:
             say(line)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
-from acd_local.errors import AcdError, InternalError, OutOfMemoryError, UsageError, tells_of_memory
+from acd_local.errors import AcdError, InternalError, OutOfMemoryError, StorageError, UsageError, tells_of_memory
 from acd_local.files import is_storage_fault, write_error
 from acd_local.runtime.text import disarm
 
@@ -157,6 +157,11 @@ def as_acd_error(error: Exception) -> AcdError:
         where = "" if error.filename is None else f": {error.filename}"
         return InternalError(f"{error.strerror}{where}")
     return InternalError(f"internal error: {type(error).__name__}: {error} (ACD_DEBUG=1 shows where)")
+
+
+def going_on(error: StorageError) -> StorageError:
+    """Add what a command says that keeps what it has done."""
+    return StorageError(f"{error}; what is finished is kept, and the same command goes on")
 
 
 def error_record(error: AcdError, text: str = "") -> dict[str, Any]:

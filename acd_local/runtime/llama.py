@@ -20,7 +20,7 @@ from typing import Any, NewType, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from acd_local.errors import InternalError, ModelError, NumericalError, OutOfMemoryError, UsageError
+from acd_local.errors import InternalError, ModelError, NumericalError, OutOfMemoryError, StorageError, UsageError
 from acd_local.runtime import lifetime
 from acd_local.runtime.binding import GGML, LIBC, LOG, C, Opening, load
 from acd_local.runtime.binding import supports_gpu_offload as supports_gpu_offload
@@ -96,6 +96,7 @@ def quantize(source: Path, target: Path, kind: str, *, threads: int = 1) -> None
     Raises:
         UsageError: unknown `kind`.
         ModelError: llama.cpp cannot (llama_model_quantize).
+        StorageError: the file cannot be written to its end.
     """
     if kind not in QUANTIZATIONS:
         raise UsageError(f"unknown quantization {kind!r}: choose one of {', '.join(QUANTIZATIONS)}")
@@ -106,6 +107,8 @@ def quantize(source: Path, target: Path, kind: str, *, threads: int = 1) -> None
     LOG.problems.clear()
     if int(C.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))) != 0:
         cause = LOG.last_problem("llama.cpp gave no reason")
+        if "iostream" in cause:  # all that C++ says of a write that failed
+            raise StorageError(f"cannot write {target}: is there room? Another disk may have it (TMPDIR)")
         raise ModelError(f"llama.cpp cannot write {source} as {kind}: {cause}")
 
 

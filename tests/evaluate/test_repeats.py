@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import faults
 import pytest
 from manual import DEFAULT
 from places import child_env
@@ -195,20 +196,8 @@ def test_a_full_disk_ends_with_6_and_loses_nothing(arguments: list[str], whole: 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 kB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if (
-        sys.platform != "linux"
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("cannot mount a small disk here")
-    try:
+    with faults.small_disk(tmp_path / "disk") as place:
         yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_record_is_written_whole_or_not_at_all(small_disk: Path, whole: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import tiny_families
+from fitting import few_anchors
 
 from acd_local import pairs, vectors
 from acd_local.cli.main import command
@@ -49,16 +49,6 @@ WITH_OWN = (
     + tiny_families.CHATML
 )
 GEMMA = Path(os.environ.get("ACD_TEST_MODELS", Path.home() / ".cache" / "acd-test-models")) / "gemma-3-270m-q4_k_m.gguf"
-
-
-def few_anchors(path: Path, each: int = 24) -> Path:
-    """Some of our own instructions, of every kind."""
-    found = []
-    for kind, lookalike in (("harmful", False), ("harmless", False), ("harmless", True)):
-        found += [i for i in anchors.builtin() if (i.kind, i.lookalike) == (kind, lookalike)][:each]
-    rows = [{"prompt": i.prompt, "kind": i.kind, "category": i.category, "lookalike": i.lookalike} for i in found]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def work_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -340,9 +340,9 @@ def test_a_full_disk_is_one_line(base: tuple[str, ...], cli: Callable[..., Done]
     with Path("/dev/full").open("wb") as full:
         for more in ((), ("--json",)):
             done = subprocess_run((*base, "hi", "-n", "4", *more), stdout=full)
-            one_line_error(done, 6, "cannot write the output: No space left on device")
+            one_line_error(done, 6, "cannot write the output: No space left on device: make room there")
     done = cli(*base, "hi", "-n", "2", "--trace", "/dev/full")
-    assert (done.code, done.err) == (6, "acd-run: cannot write /dev/full: No space left on device\n")
+    assert (done.code, done.err) == (6, "acd-run: cannot write /dev/full: No space left on device: make room there\n")
 
 
 # -- the demo model ----------------------------------------------------------------------------------------------------
