@@ -170,7 +170,7 @@ class Engine(Closing):
         self.n_ctx = ctx_size or (min(DEFAULT_CTX_SIZE, limit) if limit > 0 else DEFAULT_CTX_SIZE)
         self.template = ChatTemplate(loaded)
         self.vocab = loaded.vocab
-        self.special_tokens = SpecialTokens(self.vocab, _NOT_TEXT)
+        self.special_tokens = SpecialTokens(self.vocab, _NOT_TEXT, self.template.markers)
         self.prompts = PromptBuilder(self.template, self.n_ctx, loaded.embeddings)
         if self.pair is not None and self.takes_soft(self.pair):
             self.prompts.keep_negative(self._pairs.soft_pair(self.pair).adversarial)
