@@ -36,7 +36,8 @@ from acd_local.softpair import SoftPair
 
 DEFAULT_CTX_SIZE = 4096
 MAX_LOGPROBS = 20
-_MIXING = ("alpha", "plain", "window")  # options that say how much of each stream is in a distribution
+# Options that say how much of each stream is in a distribution; beta, whose border tells the safe one's ratios.
+_MIXING = ("alpha", "beta", "plain", "window")
 
 # Never sampled unless they end the answer.
 _NOT_TEXT = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN | llama.ATTR_UNUSED
@@ -169,7 +170,7 @@ class Engine(Closing):
         self.n_ctx = ctx_size or (min(DEFAULT_CTX_SIZE, limit) if limit > 0 else DEFAULT_CTX_SIZE)
         self.template = ChatTemplate(loaded)
         self.vocab = loaded.vocab
-        self.special_tokens = SpecialTokens(self.vocab, _NOT_TEXT)
+        self.special_tokens = SpecialTokens(self.vocab, _NOT_TEXT, self.template.markers)
         self.prompts = PromptBuilder(self.template, self.n_ctx, loaded.embeddings)
         if self.pair is not None and self.takes_soft(self.pair):
             self.prompts.keep_negative(self._pairs.soft_pair(self.pair).adversarial)
@@ -228,7 +229,7 @@ class Engine(Closing):
             trace: record how the safe stream alone saw every token, and tell `on_event` of each.
             logprobs: record how likely every token was, and so many of the likeliest, 20 at most, in the distribution
                 that it was drawn from, and tell `on_event` of each. Not with `trace`, and under a pair for its own
-                contrast alone (no `prompt_setup`, alpha, plain or window): from two distributions of one prompt the
+                contrast alone (no `prompt_setup`, alpha, beta, plain or window): from two distributions of one prompt the
                 adversarial stream's could be had.
             on_event: called, by whoever decodes, when turns had to be dropped (TurnsDropped), before every batch of the
                 prompt (PromptProgress), when the pair's gate decided (GateDecision), and with `trace` or `logprobs` for

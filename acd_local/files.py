@@ -255,12 +255,13 @@ def move_file(made: Path, path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, taken: str, *, private: bool = False) -> Iterator[None]:
+def locked(path: Path, taken: str, *, private: bool = False, patience: float = 0.0) -> Iterator[None]:
     """Hold a lock file, which stays when the lock is free again, for this process alone.
 
     Args:
         taken: what the error says where another process holds it.
         private: no other user may read it.
+        patience: seconds to wait for another process.
 
     Raises:
         UsageError, StorageError: another process holds it, or it cannot be made.
@@ -268,7 +269,7 @@ def locked(path: Path, taken: str, *, private: bool = False) -> Iterator[None]:
     import filelock  # slow to import
 
     try:
-        held = filelock.FileLock(path, timeout=0, mode=PRIVATE if private else 0o644).acquire()
+        held = filelock.FileLock(path, timeout=patience, mode=PRIVATE if private else 0o644).acquire()
     except filelock.Timeout:
         raise UsageError(taken) from None
     except OSError as error:

@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acd_local import files
 from acd_local.errors import UsageError, shown
-from acd_local.options import check_engine_number, refuse_unknown
+from acd_local.options import check_engine_number, check_unicode, refuse_unknown
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
@@ -33,6 +34,7 @@ KEYS = ("model", "pair", "threads", "ctx_size", "gate")
 ALIASES = "models"
 FILE = "config.toml"
 MAX_BYTES = 1_000_000
+_PATIENCE = 10.0  # seconds that another process may take to change the file
 _HEAD = "# Settings of acd-local; `acd config` says what holds, `acd config set KEY VALUE` changes this file.\n"
 _ALIAS = re.compile(r"(?!demo$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}(?<!\.gguf)")
 
@@ -125,15 +127,15 @@ def set_value(key: str, value: str | int | bool) -> Path:
         _check(key, value)
     else:
         _check_alias(name, value)
-    where, document = _document()
-    table = document
-    if name is not None:
-        if not isinstance(document.get(ALIASES, {}), Mapping):
-            _checked(where, document.as_string())  # says what it is
-        table = document.setdefault(ALIASES, {})
-    table[name or key] = value
-    _write(where, document, _HEAD)
-    return where
+    with _changing() as (where, document):
+        table = document
+        if name is not None:
+            if not isinstance(document.get(ALIASES, {}), Mapping):
+                _checked(where, document.as_string())  # says what it is
+            table = document.setdefault(ALIASES, {})
+        table[name or key] = value
+        _write(where, document, _HEAD)
+        return where
 
 
 def unset(key: str) -> Path:
@@ -142,28 +144,42 @@ def unset(key: str) -> Path:
     Raises:
         UsageError, StorageError: it is not set, or the file cannot be read or written.
     """
-    where, document = _document()
-    name = alias_of(key)
-    table = document if name is None else document.get(ALIASES, {})
-    if (name or key) not in table:
-        raise UsageError(f"{shown(key, 80)} is not set in {shown(where)}")
-    del table[name or key]
-    if name is not None and not table:
-        del document[ALIASES]
-    _write(where, document)
-    return where
+    with _changing() as (where, document):
+        name = alias_of(key)
+        table = document if name is None else document.get(ALIASES, {})
+        if (name or key) not in table:
+            raise UsageError(f"{shown(key, 80)} is not set in {shown(where)}")
+        del table[name or key]
+        if name is not None and not table:
+            del document[ALIASES]
+        _write(where, document)
+        return where
 
 
-def _document() -> tuple[Path, TOMLDocument]:
+@contextmanager
+def _changing() -> Iterator[tuple[Path, TOMLDocument]]:
+    """Lend the file's path and text to one process at a time, where its folder can hold a lock file."""
     import tomlkit  # slow to import
 
     where = path()
     if where is None:
         raise UsageError("this user has no configuration folder: set ACD_CONFIG_DIR to one")
-    source = _source()
-    if source:
-        _parsed(where, source)  # says what is wrong with the text
-    return where, tomlkit.parse(source)
+    try:
+        where.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise files.write_error(where.parent, error) from None
+    with ExitStack() as stack:
+        if os.access(where.parent, os.W_OK):
+            taken = f"{shown(where)} is being changed by another process"
+            stack.enter_context(files.locked(where.with_name(f".{FILE}.lock"), taken, patience=_PATIENCE))
+        source = _source()
+        if source:
+            _parsed(where, source)  # says what is wrong with the text
+        try:
+            document = tomlkit.parse(source)
+        except (ValueError, RecursionError) as error:  # lists in lists a hundred times, which Python can read
+            raise UsageError(f"{shown(where)}: cannot be changed: {shown(str(error), 200)}") from None
+        yield where, document
 
 
 def _write(where: Path, document: TOMLDocument, head: str = "") -> None:
@@ -175,10 +191,6 @@ def _write(where: Path, document: TOMLDocument, head: str = "") -> None:
             _checked(where, _source())  # whose lines are those that the user sees
             raise
         text = text if where.exists() else head + text
-    try:
-        where.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise files.write_error(where.parent, error) from None
     files.replace_file(where, text)
 
 
@@ -234,6 +246,7 @@ def _check(key: str, value: object) -> None:
     elif key in ("model", "pair"):
         if not isinstance(value, str) or not value:
             raise UsageError(f"{key} must be a name or a path as a string, not {_said(value)}")
+        check_unicode(key, value)
     elif key == ALIASES:
         if not isinstance(value, dict):
             raise UsageError(f"{ALIASES} must be a table of aliases, [{ALIASES}], not {_said(value)}")
@@ -251,6 +264,7 @@ def _check_alias(name: str, target: object) -> None:
         raise UsageError(f"the alias {name!r} must stand for a string; a name with a dot needs quotes")
     if not isinstance(target, str):
         raise UsageError(f"the alias {name!r} must stand for a string, not {_said(target)}")
+    check_unicode(f"what the alias {name!r} stands for", target)
     if target != "demo" and not target.startswith(("hf:", "~")) and not Path(target).is_absolute():
         raise UsageError(f"the alias {name!r} must stand for an absolute path, one from ~ on, demo or hf:...")
 

@@ -200,6 +200,18 @@ def through_the_servers_requests(house: House) -> None:
     house.check(("system", "Be kind."), ("user", forged))
 
 
+def through_schemas_and_grammars(house: House) -> None:
+    """Their texts are spelled, by no token that marks structure, though the answer must hold them."""
+    markers = sorted(house.reading.forged)
+    guarded = house.reading.guarded - house.engine.special_tokens.eog
+    for text in ("".join(markers[:4]), "".join(markers[-4:])):
+        for form in ({"json_schema": json.dumps({"const": text})}, {"grammar": f"root ::= {json.dumps(text)}"}):
+            options = Options(max_tokens=400, temp=0.0, overflow="error").replace(form)
+            answer = house.engine.generate("a", options, pair=PAIR).run()
+            assert answer.text == (json.dumps(text, ensure_ascii=False) if "json_schema" in form else text)
+            assert guarded.isdisjoint(record.token for record in answer.tokens)
+
+
 DOORS = [
     through_prompts,
     through_texts_around_the_prompt,
@@ -209,6 +221,7 @@ DOORS = [
     through_answers,
     through_saved_chats,
     through_the_servers_requests,
+    through_schemas_and_grammars,
 ]
 
 

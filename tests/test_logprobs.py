@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -24,7 +25,8 @@ def ask(engine: Engine, top: int, **options: object) -> Answer:
 
 
 def test_they_are_those_of_the_contrasted_distribution(engine: Engine) -> None:
-    answer = ask(engine, 20, temp=1.0, beta=0.2)
+    pair = dataclasses.replace(DEFAULT, beta=0.2)
+    answer = engine.generate(QUESTION, Options(max_tokens=8, seed=3, temp=1.0), pair=pair, logprobs=20).run()
     prompts = engine.decoder.slots[0]
     first = answer.tokens[0]
     said = len(answer.tokens) - 1
@@ -74,7 +76,7 @@ def test_zero_tells_the_chosen_one_alone(engine: Engine) -> None:
 
 
 def test_a_schema_narrows_what_they_add_up_over(engine: Engine) -> None:
-    answer = ask(engine, 20, json_schema='{"enum": ["a", "b"]}', beta=0.0)
+    answer = ask(engine, 20, json_schema='{"enum": ["a", "b"]}')
     for record in answer.tokens:
         assert record.logprobs is not None
         assert sum(math.exp(one.logprob) for one in record.logprobs[1:]) == pytest.approx(1, abs=1e-6)
@@ -86,7 +88,7 @@ def test_never_both_distributions(engine: Engine) -> None:
             engine.generate(QUESTION, **given)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("options", [{"alpha": 0.2}, {"plain": True}, {"window": 1}], ids=str)
+@pytest.mark.parametrize("options", [{"alpha": 0.2}, {"beta": 0.2}, {"plain": True}, {"window": 1}], ids=str)
 def test_nor_two_of_one_prompt(engine: Engine, options: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=f"leave {next(iter(options))} out"):
         ask(engine, 3, **options)

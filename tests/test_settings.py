@@ -163,6 +163,15 @@ def test_what_would_be_refused_is_not_written(config: Path) -> None:
         settings.unset("pairr")
 
 
+def test_a_file_that_can_be_read_but_not_changed(config: Path) -> None:
+    text = f"x = {'[' * 150}{']' * 150}\n"
+    config.write_text(text)
+    for change in (lambda: settings.unset("x"), lambda: settings.set_value("threads", 2)):
+        with pytest.raises(UsageError, match=r"config\.toml: cannot be changed: "):
+            change()
+    assert config.read_text() == text
+
+
 def test_no_folder_and_a_full_one(config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ACD_CONFIG_DIR", str(tmp_path / "a" / "b"))
     assert settings.set_value("threads", 2) == tmp_path / "a" / "b" / "config.toml"

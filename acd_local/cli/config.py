@@ -140,5 +140,6 @@ def _read(key: str, text: str) -> str | int | bool:
         return str(Path(text).absolute()) if found and text != found.name else text
     if not text.startswith("hf:"):  # which would be downloaded
         models.resolve(text)
-    named = text == "demo" or text.startswith(("hf:", "~")) or (key == "model" and settings.alias(text) is not None)
-    return text if named else str(Path(text).absolute())
+    if (known := settings.alias(text)) is not None:
+        return text if key == "model" else known[0]
+    return text if text == "demo" or text.startswith(("hf:", "~")) else str(Path(text).absolute())

@@ -306,9 +306,15 @@ def load_engine(
 
 
 def connection(address: str | None, interrupts: Interrupts) -> Callable[[], Cluster] | None:
-    """Return what connects to the cluster that --ray names, None without --ray. Raises UsageError: Ray is missing."""
+    """Return what connects to the cluster that --ray names, None without --ray.
+
+    Raises:
+        UsageError: it names none, or Ray is missing.
+    """
     if address is None:
         return None
+    if not address:  # Ray would start a cluster of its own
+        raise UsageError("--ray needs an address: HOST:PORT, auto, or local")
     from acd_local import cluster
 
     cluster.check_installed()

@@ -6,6 +6,7 @@ Whatever is decoded when asks here, so that drafts and batches never change what
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,13 +82,18 @@ class SpecialTokens:
     """The tokens of a vocabulary that end an answer, and those that may never be said.
 
     The latter are control tokens that end nothing, and those the model file itself suppresses.
+
+    Args:
+        markers: tokens that mark structure though they may be said. Under a grammar or a schema, whose texts others
+            write, they may not: they are spelled.
     """
 
-    def __init__(self, vocab: Vocab, control_mask: int) -> None:
+    def __init__(self, vocab: Vocab, control_mask: int, markers: Collection[int] = ()) -> None:
         self.eog = vocab.eog_tokens()
         control = {token.id for token in vocab.special.values() if token.attr & control_mask and not token.ends}
         self._banned = frozenset(control | vocab.suppressed_tokens())
         self.banned = np.array(sorted(self._banned), np.int32)
+        self.banned_in_form = np.array(sorted(self._banned | set(markers) - set(self.eog)), np.int32)
 
     def is_banned(self, token: int) -> bool:
         return token in self._banned
@@ -163,7 +169,7 @@ class Chooser:
             return self._best(safe)
         check_stream(safe, "safe")
         # Control tokens that do not end the answer are never said; a grammar narrows further.
-        safe[self._special.banned] = -np.inf
+        safe[self._special.banned if self._grammar is None else self._special.banned_in_form] = -np.inf
         beta = 1.0 if self._takes_best(position) else self.settings.beta
         return plausible(safe if self._grammar is None else self._grammar.restrict(safe, beta), beta)
 

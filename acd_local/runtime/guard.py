@@ -114,6 +114,7 @@ class ControlTokens:
         thinking = {t for t in self.tokens if _THINKING.search(t)} | {"<think>", "</think>"}
         marks = sorted((m for m in {*cut_marks, *thinking} if self._is_cut_mark(m)), key=len, reverse=True)
         self._answer_marks = frozenset(marks)
+        self._mark = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
         self._other_marks = frozenset(m for m in marks if m not in self.tokens)
         self._answer_pattern = self._breaking_pattern(marks)
         self._other_pattern = self._breaking_pattern([m for m in marks if m in self._other_marks])
@@ -192,7 +193,7 @@ class ControlTokens:
 
     def _partition(self, text: str, sentinels: Sentinels, check: Callable[[], None]) -> list[tuple[int, int, int]]:
         """Find (begin, end, token) of the template's control tokens: longest first, then leftmost, as llama.cpp."""
-        found = [(i, j) for i, j in self._occurrences(text, check) if text[i - 1 : i] != sentinels.quoted]
+        found = [(i, j) for i, j in self._occurrences(text, check) if not self._is_quoted(text, i, sentinels)]
         found.sort(key=lambda span: (-len(text[span[0] : span[1]].encode()), span[0]))
         taken = bytearray(len(text))
         spans = []
@@ -201,6 +202,10 @@ class ControlTokens:
                 taken[begin:end] = b"\1" * (end - begin)
                 spans.append((begin, end, self.tokens[text[begin:end]]))
         return sorted(spans)
+
+    def _is_quoted(self, text: str, begin: int, sentinels: Sentinels) -> bool:
+        """Tell whether a message's mark begins here: where a template cut that away, its sentinel protects nothing."""
+        return text[begin - 1 : begin] == sentinels.quoted and self._mark.match(text, begin) is not None
 
     def _occurrences(self, text: str, check: Callable[[], None]) -> Iterator[tuple[int, int]]:
         """Find all guarded texts, overlapping ones too. The cost does not depend on the size of the vocabulary."""

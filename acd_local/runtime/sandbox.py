@@ -37,13 +37,15 @@ PER_CHARACTER = 200  # and so many more for each character of the conversation
 _TICKS = 64  # between two looks at the clock
 _STEP = 32  # what one turn of a loop or one call counts as
 _ENTRY = 8  # what an entry of a list counts as
-_MAX_BITS = 10_000  # of a whole number
+_MAX_BITS = 256  # of a whole number
 _MAX_WIDTH = 1000  # to which a format may fill a text
 _TOO_WIDE = f"a format fills to {_MAX_WIDTH} characters or more"
 _MAX_NUMBER = 64  # by which a filter may indent or round
 _MAX_SOUGHT = 100  # characters of a text that is looked for from the end, character by character
+_MAX_TIME_FORMAT = 100  # characters; a few can stand for hundreds
 _WIDE = re.compile(r"\d{4}|\{")  # in a format's specification
-_WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[-+ #0]*(\*|\d{4}|\d*\.(\*|\d{4}))")
+_WIDE_PERCENT = re.compile(r"[%)][-+ #0]*(\*|\d{4}|\d*\.(\*|\d{4}))")  # behind % or its (key), which may hold any text
+_LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # of str.splitlines
 
 _FILTERS = (
     *("abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "indent"),
@@ -56,9 +58,14 @@ _FLAT_FILTERS = {
     *("attr", "count", "d", "default", "first", "items", "last", "length", "list", "map", "reject", "rejectattr"),
     *("reverse", "select", "selectattr"),
 }
+# These walk through a text, a range or a loop as through a list.
+_WALKING_FILTERS = {
+    *("join", "list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr", "sort", "unique"),
+}
 _COMPARING_TESTS = (
     *("==", "eq", "equalto", "!=", "ne", "<", "lt", "lessthan", "<=", "le", ">", "gt", "greaterthan", ">=", "ge", "in"),
 )
+_DIVIDING_TESTS = ("divisibleby", "even", "odd")  # % of a text would be a format
 _TEXT_METHODS = {
     *("capitalize", "casefold", "count", "endswith", "find", "format", "index", "isalnum", "isalpha", "isascii"),
     *("isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip"),
@@ -120,14 +127,13 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self._local = threading.local()
         self.filters = {name: self._bounded_filter(name) for name in _FILTERS}
         self.filters |= {f"#{name}": _never_folded(getattr(self, name)) for name in _OWN}
-        for name in _COMPARING_TESTS:
-            self.tests[name] = self._comparing(self.tests[name])
+        self.tests = {name: self._bounded_test(name) for name in self.tests}
         del self.globals["lipsum"]
         self.globals["namespace"] = _Namespace
         self.globals["range"] = self._range
         self.globals["raise_exception"] = self._refuse
         # The same for the whole process: decoded prefixes stay valid.
-        self.globals["strftime_now"] = lambda form: now.strftime(form)
+        self.globals["strftime_now"] = lambda form: now.strftime(_short_form(form))
 
     @contextmanager
     def bounded(self, characters: int, check: Callable[[], None]) -> Iterator[None]:
@@ -168,11 +174,12 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self._look()
         return False
 
-    def _look(self) -> None:
-        """Look at the clock; not every time, as that takes a while."""
+    def _look(self, entries: int = 0) -> None:
+        """Look at the clock; not every time, as that takes a while, but before so many entries are walked through."""
         allowance = self._local.allowance
-        allowance.ticks += 1
-        if allowance.ticks % _TICKS == 0:
+        allowance.ticks += 1 + entries // _TICKS
+        if allowance.ticks >= _TICKS:
+            allowance.ticks = 0
             allowance.check()
             if time.thread_time() > allowance.until:
                 raise Exhausted(f"it takes more than {SECONDS:g} s")
@@ -189,7 +196,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         total, deepest, waiting = 0, 0, [(value, 1)]
         while waiting:
             held, depth = waiting.pop()
-            self._look()
+            self._look(len(held))
             deepest = max(deepest, depth)
             total += _ENTRY * len(held)
             for one in (*held.keys(), *held.values()) if isinstance(held, dict) else held:
@@ -218,6 +225,13 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return made
         return value
 
+    def _listed(self, value: Any) -> Any:
+        """Make a list of a text's characters, a range or what is left of a loop, and take it off the allowance."""
+        if isinstance(value, str | range):
+            self.take(_ENTRY * len(value))
+            return list(value)
+        return self._made(iter(value)) if isinstance(value, jinja2.runtime.LoopContext) else value
+
     # -- what compiled templates call -----------------------------------------------------------------------------
 
     def made(self, value: Any) -> Any:
@@ -236,7 +250,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return self.concat([str(self.shown(part)) for part in parts])
 
     def compared(self, value: Any) -> Any:
-        """The left side of a comparison: equal lists are walked through."""
+        """A side of a comparison: equal lists are walked through, and all that are looked into."""
         self.weigh(value)
         return value
 
@@ -288,6 +302,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if owner is not None:
             for value in (*args, *kwargs.values()):
                 self.weigh(value)
+        if isinstance(owner, list | tuple):
+            self.weigh(owner)  # index and count compare all that it holds
         if isinstance(owner, str):
             self._check_text_method(owner, function.__name__, args, kwargs)
         elif isinstance(owner, int | float | bytes):
@@ -299,16 +315,19 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if name not in _TEXT_METHODS:
             raise SecurityError(f"the method {name} of texts is not for templates")
         if name == "format":
+            self.take(_ENTRY * (text.count("{") + text.count("}")))
             fields = list(string.Formatter().parse(text))
             if any(form and _WIDE.search(form) for _, _, form, _ in fields):
                 raise Exhausted(_TOO_WIDE)
             self._take_format(len(fields), (*args, *kwargs.values()))
         elif name in _FROM_THE_END:
-            self._check_sought(args)
+            self._check_sought((*args, *kwargs.values()))
         if name == "replace":
             self._check_replace(text, *args[:2])
         elif name == "join":
-            self.take(sum(self.weigh(one)[0] for one in args) + len(text) * sum(map(_length, args)))
+            if not all(isinstance(one, str | list | tuple | dict) for one in args):
+                raise SecurityError("join is for texts and lists")
+            self.take(sum(self.weigh(one)[0] for one in args) + (_ENTRY + len(text)) * sum(map(_length, args)))
         elif name in ("split", "rsplit", "splitlines"):
             separator = args[0] if args else kwargs.get("sep")
             pieces = text.count(separator) + 1 if isinstance(separator, str) and separator else len(text) // 2 + 1
@@ -324,8 +343,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise Exhausted(f"it looks for a text of more than {_MAX_SOUGHT} characters from the end")
 
     def _check_replace(self, text: str, old: object = "", new: object = "") -> None:
-        if isinstance(old, str) and isinstance(new, str):
-            self.take(len(text) + len(new) * (text.count(old) if old else len(text) + 1))
+        sought, put = str(old), str(new)
+        self.take(len(text) + len(put) * (text.count(sought) if sought else len(text) + 1))
 
     def _bounded_filter(self, name: str) -> Callable[..., Any]:
         """Make a filter that looks at what it is given first, and makes lists, where jinja2's makes generators."""
@@ -336,11 +355,14 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         def bounded(*given: Any, **kwargs: Any) -> Any:
             self.tick()
             value, *args = given[extra:]
+            if name in _WALKING_FILTERS:
+                value = self._listed(value)
+                self._look(_length(value))
             size, depth = (0, 0) if name in _FLAT_FILTERS else self.weigh(value)
             for one in (*args, *kwargs.values()):
                 self.weigh(one)
             self._check_filter(name, value, args, kwargs, size, depth)
-            return self._made(plain(*given, **kwargs))
+            return self._made(plain(*given[:extra], value, *args, **kwargs))
 
         return bounded
 
@@ -353,25 +375,46 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 if isinstance(one, int | float) and abs(one) > _MAX_NUMBER:
                     raise Exhausted(f"{one:g} is too large for the filter {name}")
         if name == "replace":
-            self._check_replace(str(value), *args[:2])
+            named = [kwargs.get(key) for key in ("old", "new")]
+            self._check_replace(str(value), *[*args, *named[len(args) :]][:2])
         elif name == "join":
             between = args[0] if args else kwargs.get("d", "")
-            self.take(size + _length(between) * _length(value))
+            self.take(size + len(str(between)) * _length(value))
         elif name == "indent":
             width = args[0] if args else kwargs.get("width", 4)
-            self.take(size + _length(width) * (str(value).count("\n") + 1))
+            lines = 1 + sum(map(str(value).count, _LINE_ENDS))
+            self.take(size + (_ENTRY + _length(width)) * lines)
         elif name == "tojson":
-            self.take(6 * size + size * depth * _length(kwargs.get("indent")))
+            between = sum(map(_length, kwargs.get("separators") or ()))
+            self.take(6 * size + size * depth * _length(kwargs.get("indent")) + size // _ENTRY * between)
+        elif name == "round" and isinstance(value, str):
+            raise SecurityError("round is for numbers")
+        elif name == "title":
+            self.take(_ENTRY * size)  # it is cut into words
         elif name == "trim":
             self._check_sought((*args, *kwargs.values()))
         else:
             self.take(size)
 
-    def _comparing(self, plain: Any) -> Callable[..., bool]:
-        def compare(value: Any, other: Any) -> bool:
-            return bool(plain(self.compared(value), other))
+    def _bounded_test(self, name: str) -> Callable[..., bool]:
+        """Make a test that looks at what it is given first."""
+        plain: Callable[..., Any] = self.tests[name]
+        extra = 0 if getattr(plain, "jinja_pass_arg", None) is None else 1
 
-        return compare
+        @wraps(plain)
+        def bounded(*given: Any, **kwargs: Any) -> bool:
+            self.tick()
+            value, *args = given[extra:]
+            if name in _COMPARING_TESTS:
+                for one in (value, *args, *kwargs.values()):
+                    self.weigh(one)
+            elif name in ("lower", "upper"):
+                self.take(self.weigh(value)[0])
+            elif name in _DIVIDING_TESTS and isinstance(value, str):
+                raise SecurityError(f"the test {name} is for numbers")
+            return bool(plain(*given, **kwargs))
+
+        return bounded
 
     @staticmethod
     def _range(*bounds: int) -> range:
@@ -395,8 +438,21 @@ def _length(value: object) -> int:
     return len(value) if isinstance(value, str | list | tuple | dict) else value if isinstance(value, int) else 0
 
 
-def _to_json(value: object, **options: Any) -> str:
-    return json.dumps(value, **({"ensure_ascii": False} | options))
+def _short_form(form: object) -> str:
+    if not isinstance(form, str) or len(form) > _MAX_TIME_FORMAT:
+        raise Exhausted(f"its format of the time is no text of up to {_MAX_TIME_FORMAT} characters")
+    return form
+
+
+def _to_json(
+    value: object,
+    *,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _instrument(node: jinja2.nodes.Node) -> None:
@@ -416,6 +472,9 @@ def _instrument(node: jinja2.nodes.Node) -> None:
                 node.ops[number - 1].expr = checked
             else:
                 node.expr = checked
+        last = node.ops[-1]
+        if last.op in ("in", "notin") and not any(isinstance(operand, nodes.Const) for operand in operands[-2:]):
+            last.expr = _call("#compared", last.expr)
     for name in node.fields:
         held = getattr(node, name)
         if isinstance(held, list):

@@ -66,6 +66,7 @@ class ChatTemplate:
     Attributes:
         folded: whether the system prompt is put in front of the first user turn, because the template rejects, drops,
             repeats or moves a system message.
+        markers: ids of the tokens that no message yields.
         warning: one line to show when the model file has no usable template and ChatML is used instead, else None.
     """
 
@@ -85,6 +86,7 @@ class ChatTemplate:
         self._control = ControlTokens(
             self._vocab, scaffold=self._renderer.scaffold, cut_marks=self._renderer.compared_texts
         )
+        self.markers = self._control.ids
 
     def encode(
         self,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from run_command import Done, subprocess_run
 
+from acd_local import settings
 from acd_local.cli import chat, main, run
 from acd_local.cli.shell import run_cli
 
@@ -71,6 +75,26 @@ def test_set_refuses_what_is_not_there(config: Path, acd: Callable[..., Done]) -
     assert not config.exists()
 
 
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="file names are Unicode there")
+def test_a_name_that_toml_cannot_hold_is_refused(config: Path, acd: Callable[..., Done], tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.gguf")
+    path.touch()
+    for key in ("model", "models.x"):
+        done = acd("config", "set", key, str(path))
+        assert done.code == 2 and "half a surrogate pair" in done.err
+    assert not config.exists()
+
+
+def test_sets_at_once_lose_nothing(config: Path) -> None:
+    program = "import sys; from acd_local.cli.main import main; main()"
+    names = [f"m{number}" for number in range(6)]
+    started = [
+        subprocess.Popen([sys.executable, "-c", program, "config", "set", f"models.{name}", "demo"]) for name in names
+    ]
+    assert [process.wait(60) for process in started] == [0] * len(names)
+    assert sorted(settings.read().models) == names
+
+
 def test_paths_are_kept_whole(
     config: Path, acd: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,8 +104,10 @@ def test_paths_are_kept_whole(
     acd("config", "set", "models.own", "own.gguf")
     acd("config", "set", "model", "own")
     acd("config", "set", "pair", "./p.toml")
-    text = config.read_text()
-    assert f'own = "{tmp_path}/own.gguf"' in text and 'model = "own"' in text and f'pair = "{tmp_path}/p.toml"' in text
+    acd("config", "set", "models.other", "own")  # an alias of an alias stands for the file
+    found = settings.read()
+    own = str(tmp_path / "own.gguf")
+    assert (found.model, found.pair, found.models) == ("own", str(tmp_path / "p.toml"), {"own": own, "other": own})
 
 
 def test_options_win_over_the_environment_and_that_over_the_settings(

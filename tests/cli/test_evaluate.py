@@ -92,6 +92,8 @@ def test_a_missing_ray_is_one_line(
             captured = capsys.readouterr()
             assert (code, captured.out, captured.err.count("\n")) == (2, "", 1)
             assert "pip install 'acd-local[ray]'" in captured.err
+    assert run_cli(command, "acd", ("fit", "missing.gguf", "--ray", "")) == 2
+    assert "--ray needs an address" in capsys.readouterr().err
 
 
 def test_the_built_in_set_and_shards(

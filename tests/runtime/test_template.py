@@ -376,6 +376,13 @@ def test_a_users_mark_does_not_make_the_template_act(subjects: dict[str, Subject
     assert b"".join(map(model.vocab.piece, ids)) == b"a</think>b;d;e;"
 
 
+def test_what_is_left_of_a_mark_leaves_the_templates_own_tokens_alone(chatml: llama.Model) -> None:
+    source = "{% for m in messages %}{{ m.content.split('</think>')[0] }}<|im_end|>{% endfor %}"
+    ids = ChatTemplate(chatml, source=source).encode(talk((U, "a"), (A, "b</think>c"), (U, "d")))
+    end = chatml.vocab.tokenize("<|im_end|>", parse_special=True)
+    assert len(end) == 1 and ids.count(end[0]) == 3
+
+
 def test_content_as_a_list_of_parts(chatml: llama.Model) -> None:
     source = "{% for m in messages %}{% for part in m.content %}{{ part.text }};{% endfor %}{% endfor %}"
     template = ChatTemplate(chatml, source=source)
