@@ -229,8 +229,8 @@ class Engine(Closing):
             trace: record how the safe stream alone saw every token, and tell `on_event` of each.
             logprobs: record how likely every token was, and so many of the likeliest, 20 at most, in the distribution
                 that it was drawn from, and tell `on_event` of each. Not with `trace`, and under a pair for its own
-                contrast alone (no `prompt_setup`, alpha, beta, plain or window): from two distributions of one prompt the
-                adversarial stream's could be had.
+                contrast alone (no `prompt_setup`, alpha, beta, plain or window): from two distributions of one prompt
+                the adversarial stream's could be had.
             on_event: called, by whoever decodes, when turns had to be dropped (TurnsDropped), before every batch of the
                 prompt (PromptProgress), when the pair's gate decided (GateDecision), and with `trace` or `logprobs` for
                 every sampled token (TokenRecord). It should return soon, and must not use the engine.
