@@ -398,7 +398,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _bounded_test(self, name: str) -> Callable[..., bool]:
         """Make a test that looks at what it is given first."""
-        plain: Callable[..., Any] = self.tests[name]
+        plain: Any = self.tests[name]
         extra = 0 if getattr(plain, "jinja_pass_arg", None) is None else 1
 
         @wraps(plain)
