@@ -432,8 +432,11 @@ class Generation:
     def _check_request(self) -> None:
         """Refuse a closed decoder, and the adversarial text in the positive stream."""
         self.decoder.check_open()  # first: in a forked child no lock may be waited for
-        for text in filter(None, (self.request.system, *self.request.prompt_setup.positive_texts())):
-            refuse_adversarial(text, self.request.pair)
+        request, gating = self.request, self.request.gating
+        texts = [request.system, *request.prompt_setup.positive_texts()]
+        texts += [] if gating is None else gating.base.positive_texts()
+        for text in filter(None, texts):
+            refuse_adversarial(text, request.pair)
 
     def _build(self, prompt_setup: PromptSetup) -> Prompt:
         request = self.request

@@ -107,6 +107,10 @@ class ControlTokens:
         # A letter or a space is too common to mark everywhere: such tokens are broken where they occur as a whole.
         self._starters = "".join(sorted(c for c in firsts if not (c.isalnum() or c.isspace())))
         self._words = sorted((t for t in self.tokens if t[0] not in self._starters), key=len, reverse=True)
+        # Two messages, or a message and the template, could hold a part of such a token each.
+        cuts = [(w[:n], w[n:]) for w in self._words for n in range(1, len(w))]
+        self._word_heads = tuple({head for head, _ in cuts if not head[-1].isspace()})
+        self._word_tails = tuple({tail for _, tail in cuts if not tail[0].isspace()})
         self._starter = re.compile(f"[{re.escape(self._starters)}]" if self._starters else r"(?!)")
         # The second character tells most of what people write from a token's text.
         heads = {text[:2] for text in self.tokens if text[0] in self._starters}
@@ -149,7 +153,9 @@ class ControlTokens:
             found = match.group()
             return sentinels.quoted + found if found in marks else found + sentinels.broken
 
-        return (self._answer_pattern if answer else self._other_pattern).sub(put, text)
+        marked = (self._answer_pattern if answer else self._other_pattern).sub(put, text)
+        before = sentinels.broken if text.startswith(self._word_tails) else ""
+        return before + marked + (sentinels.broken if text.endswith(self._word_heads) else "")
 
     def tokenize(
         self,

@@ -38,6 +38,7 @@ _TICKS = 64  # between two looks at the clock
 _STEP = 32  # what one turn of a loop or one call counts as
 _ENTRY = 8  # what an entry of a list counts as
 _MAX_BITS = 256  # of a whole number
+_MAX_DEPTH = 100  # of lists in lists; Python hashes deep tuples until the stack overflows
 _MAX_WIDTH = 1000  # to which a format may fill a text
 _TOO_WIDE = f"a format fills to {_MAX_WIDTH} characters or more"
 _MAX_NUMBER = 64  # by which a filter may indent or round
@@ -151,7 +152,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def compiled(self, tree: jinja2.nodes.Template) -> jinja2.Template:
         """Compile a parsed template, which is changed: it asks for its allowance where jinja2 has no hook for that."""
-        for node in [tree, *tree.find_all(jinja2.nodes.Node)]:
+        for node in reversed([tree, *tree.find_all(jinja2.nodes.Node)]):  # what is inside first
             _instrument(node)
         return self.from_string(tree)
 
@@ -198,6 +199,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             held, depth = waiting.pop()
             self._look(len(held))
             deepest = max(deepest, depth)
+            if deepest > _MAX_DEPTH:
+                raise Exhausted("its lists grow too deep")
             total += _ENTRY * len(held)
             for one in (*held.keys(), *held.values()) if isinstance(held, dict) else held:
                 if isinstance(one, str):
@@ -221,6 +224,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             made = []
             for one in value:
                 self.take(_ENTRY)
+                self._weigh_tuples((one,))
                 made.append(one)
             return made
         return value
@@ -250,7 +254,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return self.concat([str(self.shown(part)) for part in parts])
 
     def compared(self, value: Any) -> Any:
-        """A side of a comparison: equal lists are walked through, and all that are looked into."""
+        """A side of a comparison, or a key: equal lists are walked through, and all that are looked into."""
         self.weigh(value)
         return value
 
@@ -271,6 +275,10 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         pieces = list(parts)
         self.take(sum(map(len, pieces)))
         return "".join(pieces)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        self._weigh_tuples((argument,))
+        return super().getitem(obj, argument)
 
     # -- operators, calls, filters, tests ---------------------------------------------------------------------------
 
@@ -295,6 +303,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(self, context: jinja2.runtime.Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.tick()
+        self.take(_ENTRY * (len(args) + len(kwargs)))
         owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # jinja2 wraps str.format
         if isinstance(function, jinja2.runtime.Macro):
             self._weigh_tuples(args)  # they may become a part of another
@@ -398,14 +407,14 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _bounded_test(self, name: str) -> Callable[..., bool]:
         """Make a test that looks at what it is given first."""
-        plain: Callable[..., Any] = self.tests[name]
+        plain: Any = self.tests[name]
         extra = 0 if getattr(plain, "jinja_pass_arg", None) is None else 1
 
         @wraps(plain)
         def bounded(*given: Any, **kwargs: Any) -> bool:
             self.tick()
             value, *args = given[extra:]
-            if name in _COMPARING_TESTS:
+            if name in _COMPARING_TESTS or name in ("filter", "test"):
                 for one in (value, *args, *kwargs.values()):
                     self.weigh(one)
             elif name in ("lower", "upper"):
@@ -461,20 +470,23 @@ def _instrument(node: jinja2.nodes.Node) -> None:
     if isinstance(node, nodes.For):
         node.body.insert(0, nodes.ExprStmt(_call("#tick")))
         if node.test is not None:
-            node.test = nodes.Or(_call("#tick"), node.test)
+            node.test = nodes.Or(_call("#tick"), _replaced(node.test))
+    elif isinstance(node, nodes.Pair):
+        if not isinstance(node.key, nodes.Const):
+            node.key = _call("#compared", _replaced(node.key))
     elif isinstance(node, nodes.Compare):
         operands = [node.expr, *(operand.expr for operand in node.ops)]
         for number, operand in enumerate(operands[:-1]):
             if isinstance(operand, nodes.Const) or isinstance(operands[number + 1], nodes.Const):
                 continue
-            checked = _call("#compared", operand)
+            checked = _call("#compared", _replaced(operand))
             if number:
                 node.ops[number - 1].expr = checked
             else:
                 node.expr = checked
         last = node.ops[-1]
         if last.op in ("in", "notin") and not any(isinstance(operand, nodes.Const) for operand in operands[-2:]):
-            last.expr = _call("#compared", last.expr)
+            last.expr = _call("#compared", _replaced(last.expr))
     for name in node.fields:
         held = getattr(node, name)
         if isinstance(held, list):

@@ -44,6 +44,21 @@ HOSTILE = {
     "lists refused": "{{ grown([x, x]) }}{{ raise_exception(ns.x) }}",
     "lists as keys": "{{ grown((x, x)) }}{{ {ns.x: 1} }}",
     "dictionaries": "{{ grown({'a': x, 'b': x}) }}{{ ns.x|tojson }}",
+    "keys in keys": "{{ grown({x: x}.items()|first) }}",
+    "keys in keys by a filter": "{{ grown({x: x}|dictsort|first) }}",
+    "deep keys": "{% set n = namespace(x=()) %}{% for i in range(199999) %}{% set n.x = {'a': n.x}.items()|first %}"
+    "{% endfor %}{{ {n.x: 1} }}",
+    "deep keys of a loop": "{% set n = namespace(x=()) %}{% for i in range(99999) %}{% for k in [1, n.x] %}"
+    "{% for t in loop %}{% set n.x = t %}{% endfor %}{% endfor %}{% endfor %}{{ {n.x: 1} }}",
+    "a deep key that is sought": "{% set n = namespace(x=()) %}{% for i in range(99999) %}{% for k in [1, n.x] %}"
+    "{% for t in loop %}{% set n.x = t %}{% endfor %}{% endfor %}{% endfor %}{{ {1: 1}[n.x] }}",
+    "joins compared": "{% set x = 'a' * 9999999 %}{% if " + "x ~ " * 99 + "x == messages %}{% endif %}",
+    "joins cut": "{% set x = 'a' * 9999999 %}{{ (" + "x ~ " * 99 + "x)[:1] }}",
+    "joins in a loop's condition": "{% set x = 'a' * 9999999 %}{% for i in [1] if " + "x ~ " * 99 + "x %}{% endfor %}",
+    "many arguments": "{% set n = namespace(l=[]) %}{% for i in range(99) %}"
+    "{% set n.l = [n.l, cycler(*range(999999))] %}{% endfor %}",
+    "many varargs": "{% set n = namespace(l=[]) %}{% macro f() %}{% set n.l = [n.l, varargs] %}{% endmacro %}"
+    "{% for i in range(99) %}{{ f(*range(999999)) }}{% endfor %}",
     "arguments": "{% set n = namespace(x=()) %}{% macro f() %}{% set n.x = varargs %}{% endmacro %}"
     "{% for i in range(99) %}{{ f(n.x, n.x) }}{% endfor %}{{ {n.x: 1} }}",
     "equal lists": "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(18) %}{% set n.x = [n.x, n.x] %}"
@@ -163,6 +178,8 @@ def test_a_hostile_template_is_given_up(endings: dict[str, str], name: str) -> N
         ("{{ 4 is even }}{{ 9 is divisibleby(3) }}{{ 'a' is lower }}{{ 2 is in([1, 2]) }}", "TrueTrueTrueTrue"),
         ("{{ [1, {'b': 2}]|tojson(separators=(',', ':')) }}{{ 2.5|round(0, 'floor') }}", '[1,{"b":2}]2.0'),
         ("{{ 'aXb'|replace(old='X', new=1) }}{{ strftime_now('%%') }}{{ '%(a)s' % {'a': 1} }}", "a1b%1"),
+        ("{{ {('a' ~ 'b'): 1}['ab'] }}{{ ('a' ~ 'b')[1:] ~ [1][0:] }}{{ 'a' ~ 1 == 'a1' }}", "1b[1]True"),
+        ("{% for a in ['x', 'y'] if a ~ '' == 'x' %}{{ (a ~ a)[1:] == a }}{% endfor %}", "True"),
         ("{{ [1, 2, 1].count(1) }}{{ 'b' in ['a', 'b'] }}{{ ', '.join(['a', 'b']) }}", "2Truea, b"),
         ("{{ 'x' * 3 }}{{ 7 // 2 }}{{ 2 ** 10 }}{{ 7 % 4 }}{{ 1 - 2 }}", "xxx310243-1"),
         ("{{ messages|map(attribute='role')|join }}{{ messages|selectattr('role', 'eq', 'x')|list|length }}", "user0"),

@@ -173,6 +173,19 @@ def test_a_template_that_rewrites_a_message_does_not_complete_a_control_token(ch
         assert markers == ["<|im_start|>", "<|im_end|>"], rewriting
 
 
+def test_a_control_token_of_letters_is_not_put_together_of_parts(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "m.gguf", extra_tokens=[("<|im_end|>", 3), ("sop", 3)])
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}s<|im_end|>sop"
+    with llama.Model(path) as model:
+        template = ChatTemplate(model, source=source)
+        (sop,) = model.vocab.tokenize("sop", parse_special=True)
+        for turns in (((U, "s"), (A, "op"), (U, "so")), ((U, "Aesop"), (A, "so"), (U, "p"))):
+            ids = template.encode(talk(*turns))
+            assert ids.count(sop) == 1  # the template's own
+            said = "".join(text for _, text in turns)
+            assert b"".join(map(model.vocab.piece, ids)).decode() == said + "s"
+
+
 def test_user_defined_tokens_that_are_no_markers_stay_tokens(tmp_path: Path) -> None:
     kinds = [("<|im_end|>", 3), ("<think>", 4), ("<you>", 4), ("<b>", 4), ("\n\n\n", 4)]
     path = write_llama(tmp_path / "m.gguf", vocab="bpe", extra_tokens=kinds, eos="<|im_end|>")
