@@ -361,6 +361,7 @@ class Context(Closing):
         if n_seq * (n_ctx + 255) >= 2**31:
             raise UsageError(f"a context of {n_seq} x {n_ctx} tokens is more than llama.cpp can count")
         self.model = model
+        self.n_ctx = n_ctx
         self.n_seq = n_seq
         self._outputs = outputs
         params = C.llama_context_default_params()
