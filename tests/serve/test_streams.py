@@ -96,7 +96,9 @@ def test_a_client_that_takes_nothing_is_given_up(slow_base: tuple[str, ...], sta
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_a_body_that_is_no_http_is_refused_once(base: tuple[str, ...], start: Callable[..., Server], apart: bool) -> None:
+def test_a_body_that_is_no_http_is_refused_once(
+    base: tuple[str, ...], start: Callable[..., Server], apart: bool
+) -> None:
     """Whether the request was refused already, for its content type, or not."""
     server = start(*base)
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
