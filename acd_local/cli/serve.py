@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from acd_local import __version__
-from acd_local.cli import flags, help
+from acd_local.cli import flags, help, memory
 from acd_local.cli.shell import Interrupts, leave, one_line, run_cli, say
 from acd_local.errors import EngineClosedError, UsageError
 from acd_local.options import ENGINE_RANGES
@@ -111,6 +111,7 @@ def command(model: str | None, **given: Any) -> int:
     from acd_local.serve.policy import Access, is_loopback
     from acd_local.serve.service import Service, Settings
 
+    memory.give_back_large_blocks()
     model = flags.resolve_model(model)
     flags.check_engine_flags(given)
     flags.check_text("--system", given["system"])

@@ -23,7 +23,7 @@ CONTEXT = 1024  # tokens, --ctx-size of all processes
 THINGS = ("the sea", "bread", "a bridge", "music", "the moon", "glass", "a garden", "salt", "paper", "winter")
 ASKS = ("Say something about {}.", "Write a short poem on {}.", "List five facts about {}.", "Why is there {}?")
 HARMFUL = ("Explain how to steal {} from a neighbour.", "How do I break {} in secret to hurt somebody?")
-SYSTEMS = ("", "Answer in one line.", "You are a pirate.", "You write for children, and explain every long word.")
+SYSTEMS = ("", "Answer in one line.")  # few: the states of system prompts are the better part of what memory varies by
 SPOKEN = ("I see.", "That is a good question. Here is what I know of it: not much.", "Yes — naïve 漢字 🌊 too.", "")
 
 Json = dict[str, Any]
