@@ -201,14 +201,12 @@ def run(rng: random.Random, folder: Path, model: Path) -> Path:
         data = path.read_bytes()
         if rng.random() < 0.25:
             data = garble.raw(rng, data)
-        elif path.suffix == ".json":
-            data = garble.dumped(rng, garble.tree(rng, json.loads(data))) if data else data
         else:
-            lines = data.split(b"\n")
+            lines = [data] if path.suffix == ".json" else data.split(b"\n")
             at = rng.randrange(len(lines))
             try:
                 lines[at] = garble.dumped(rng, garble.tree(rng, json.loads(lines[at])))
-            except ValueError:
+            except ValueError:  # an empty one, or one that is garbled already
                 lines[at] = garble.raw(rng, lines[at])
             data = b"\n".join(lines)
         path.write_bytes(data)
