@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -248,14 +249,14 @@ class Engine(Closing):
         soft = self.takes_soft(chosen)
         if prompt_setup is None:
             prompt_setup = PromptSetup.of(chosen, self.soft_pair(chosen) if soft else None)
-        elif prompt_setup.negative is not None and chosen is None:
+        elif chosen is None and not (prompt_setup.negative is None and prompt_setup.expert is None):
             raise UsageError("a prompt setup with a negative prompt takes its numbers from a pair: give `pair`")
         request = GenerationRequest(
             turns=turns,
             system=system if own_system is None else own_system,
             options=options,
             prompt_setup=prompt_setup,
-            contrast=resolve_contrast(options, chosen, soft=soft),
+            contrast=replace(resolve_contrast(options, chosen, soft=soft), expert=prompt_setup.expert is not None),
             seed=_random_seed() if options.seed is None else options.seed,
             pair=chosen,
             soft=soft,

@@ -38,6 +38,7 @@ LAYERS = (
         "pairfile",
         "runtime/child",
         "runtime/contrast",
+        "runtime/expert",
         "runtime/llama",
         "runtime/patterns",
         "runtime/schema_facts",

@@ -338,7 +338,7 @@ def _info(
         "options": {key: given[key] for key in options} | {"threads": engine.threads},
         "methods": [
             _fields(m, "name title source alpha beta raw window contrast")
-            | {"setup": m.setup(), **({"gate": True} if m.gate else {})}
+            | {"setup": m.setup(), **({"gate": True} if m.gate else {}), **({} if m.scored else {"scored": False})}
             for m in methods
         ],
         "sweep": sweep,
