@@ -270,7 +270,8 @@ def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[l
     if any(name not in known and name.removesuffix(methods.SOFT) in known for name in names) and soft is None:
         engine.soft_pair(pair)  # says what is missing
     if names == ["all"]:
-        names = [name for name, method in known.items() if pair.gate is not None or not method.gate]
+        steers = _holds(pair, "steering")
+        names = [n for n, m in known.items() if (pair.gate is not None or not m.gate) and (steers or not m.steer)]
     swept_name = SWEEP_OF
     if given["soft"]:
         *names, swept_name = [n + methods.SOFT if n + methods.SOFT in known else n for n in [*names, SWEEP_OF]]
@@ -278,6 +279,8 @@ def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[l
     methods.check_gates(chosen, pair)
     if any(method.gate for method in chosen):
         engine.gating(pair, Options(gate=True))  # says what is wrong with it
+    if any(method.steer for method in chosen):
+        engine.decoder.open_apart(engine.steering(pair))  # says what is wrong, or that llama.cpp cannot
     if given["sweep"] is None:
         return chosen, None
     key, numbers = _sweep(given["sweep"])
@@ -287,12 +290,19 @@ def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[l
 
 
 def _may_be_soft(names: list[str], pair: PromptPair) -> bool:
-    from acd_local import vectors
     from acd_local.evaluate import methods
 
     if names == ["all"]:
-        return pair.vectors_path is not None and vectors.load(pair.vectors_path, sha256=pair.sha256).soft is not None
+        return _holds(pair, "soft")
     return pair.vectors_path is not None and any(name.endswith(methods.SOFT) for name in names)
+
+
+def _holds(pair: PromptPair, part: str) -> bool:
+    """Tell whether a part of `vectors.Vectors` stands beside a pair."""
+    from acd_local import vectors
+
+    path = pair.vectors_path
+    return path is not None and getattr(vectors.load(path, sha256=pair.sha256), part) is not None
 
 
 def _sweep(text: str) -> tuple[str, list[float]]:

@@ -47,7 +47,7 @@ _EXPERTS = ("safe", "sp")
 _OF_PAIR = ("sp", "ap")
 _KEYS = (
     *("title", "source", "positive", "positive_text", "negative", "negative_text", "expert"),
-    *("user", "shots", "alpha", "beta", "raw", "window", "gate"),
+    *("user", "shots", "alpha", "beta", "raw", "window", "gate", "steer"),
 )
 
 
@@ -75,6 +75,7 @@ class Method:
         raw: the paper's logit scale, without the divisor 1 - alpha.
         window: contrast only the first `window` tokens of an answer; None: all. Where alpha is 0, beta is 0, raw False
             and window None, whatever was given.
+        steer: the model is steered by the pair's vectors; there is a gate then, and no second stream.
         gate: all of this holds from the threshold of the pair's gate on; below it the pair's helpful text or the model
             as it is answers.
 
@@ -95,6 +96,7 @@ class Method:
     raw: bool = False
     window: int | None = None
     gate: bool = False
+    steer: bool = False
 
     def __post_init__(self) -> None:
         for place, text in _positive_texts(self):
@@ -106,6 +108,8 @@ class Method:
             raise UsageError("expert: there is a negative prompt too: give one of the two")
         if self.alpha is None or self.beta is None:
             raise UsageError("alpha and beta must be numbers")
+        if self.steer and (self.alpha > 0 or not self.gate):
+            raise UsageError("steer: takes a gate (gate = true), and no negative prompt and no expert")
         Options(alpha=self.alpha, beta=self.beta, raw_contrast=self.raw)
         if self.window is not None:
             if isinstance(self.window, bool) or not isinstance(self.window, int):
@@ -130,8 +134,11 @@ class Method:
 
     @property
     def scored(self) -> bool:
-        """Whether given texts are scored under it: an expert's lead leaves out tokens, which would be impossible."""
-        return self.expert is None
+        """Whether given texts are scored under it.
+
+        An expert's lead leaves out tokens, which would be impossible; what is steered is decoded in another context.
+        """
+        return self.expert is None and not self.steer
 
     def prompt_setup(self) -> PromptSetup:
         """Return the texts as the runtime takes them."""
@@ -148,8 +155,7 @@ class Method:
             what += [identity(self.negative), self.alpha, self.beta, self.raw, self.window]
             if self.expert is not None:
                 what += ["expert", identity(self.expert.positive), self.expert.shots]
-        if self.gate:
-            what.append("gate")
+        what += [key for key in ("gate", "steer") if getattr(self, key)]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -327,6 +333,7 @@ def _build(name: str, table: object, pair: PromptPair, manual: PromptPair, soft:
         shots=(both.shots if table.get("positive") == "sp" else ()) + _shots(table.get("shots", [])),
         expert=_expert(table, safe, both.shots),
         gate=_flag("gate", table.get("gate", False)),
+        steer=_flag("steer", table.get("steer", False)),
         **numbers,
     )
 

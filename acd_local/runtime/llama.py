@@ -459,6 +459,21 @@ class Context(Closing):
             self._view_of = address, n_outputs
         return self._view
 
+    def control(self, vectors: States) -> None:
+        """Add vectors to the output of layers from now on, at every row of every sequence (llama_set_adapter_cvec).
+
+        Args:
+            vectors: float32, shape (layers - 1, n_embd): of each layer from the second one on. llama.cpp copies them.
+
+        Raises:
+            ModelError: llama.cpp takes none.
+        """
+        pointer = np.ascontiguousarray(vectors, np.float32).ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        with self.owned as context:
+            done = C.llama_set_adapter_cvec(context, pointer, vectors.size, vectors.shape[1], 1, len(vectors))
+        if done != 0:
+            raise ModelError(f"llama.cpp takes no control vectors for this model: {LOG.last_problem('no message')}")
+
     def captured(self) -> States:
         """Return the captured layers' output for the rows of the last decode, float32, shape (layers, rows, n_embd).
 

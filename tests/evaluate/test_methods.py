@@ -59,7 +59,7 @@ def test_the_builtin_methods_in_table_order(known: dict[str, Method]) -> None:
     peers = ["nid", "oid", "rose"]
     ablations = ["null-ap", "safe-ap", "sp-null", "sp-opposite", "acd-first-m"]
     ours = ["sp", "acd", "acd-paper", *ablations]
-    gated = ["gate-sp", "gate-acd", "gate-safedecoding"]
+    gated = ["gate-sp", "gate-acd", "gate-safedecoding", "inferaligner"]
     assert list(known) == [*prompts, *peers, *ours, "safedecoding", *gated]
     for name, method in known.items():
         assert method.name == name and method.title and method.source
@@ -187,11 +187,13 @@ def test_every_field_that_changes_answers_changes_the_setup(known: dict[str, Met
         "raw": [True],
         "window": [16, 17],
         "gate": [True],
+        "steer": [True],
         "expert": [PromptSetup("Be kind."), PromptSetup("Be mild."), PromptSetup("Be kind.", shots=(("Hi", "Hello"),))],
     }
     assert set(changes) | {"name", "title", "source"} == {field.name for field in dataclasses.fields(Method)}
+    needs: dict[str, dict[str, Any]] = {"expert": {"negative": None}, "steer": {"alpha": 0.0, "gate": True}}
     setups = [
-        dataclasses.replace(method, **{k: v} | ({"negative": None} if k == "expert" else {})).setup()
+        dataclasses.replace(method, **{k: v} | needs.get(k, {})).setup()
         for k, values in changes.items()
         for v in values
     ]
@@ -236,7 +238,12 @@ def test_a_method_made_in_python_is_checked(known: dict[str, Method], change: di
 
 def test_gated_methods(known: dict[str, Method], manual: PromptPair, tmp_path: Path) -> None:
     pairs_of_names = (("gate-sp", "sp"), ("gate-acd", "acd"), ("gate-safedecoding", "safedecoding"))
-    assert [name for name, method in known.items() if method.gate] == [gated for gated, _ in pairs_of_names]
+    assert [name for name, method in known.items() if method.gate and not method.steer] == [
+        n for n, _ in pairs_of_names
+    ]
+    steered = known["inferaligner"]
+    assert steered.gate and steered.steer and not steered.scored
+    assert dataclasses.replace(steered, steer=False).setup() != steered.setup()
     for gated, alone in pairs_of_names:
         assert known[gated].prompt_setup() == known[alone].prompt_setup() and numbers(known[gated]) == numbers(
             known[alone]
