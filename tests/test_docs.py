@@ -207,4 +207,4 @@ def test_every_arxiv_number_is_in_both_places() -> None:
         set(re.findall(r"arXiv (\d{4}\.\d{5})", path.read_text("utf-8")))
         for path in (METHODS, Path(methods.__file__).with_name("methods.toml"))
     ]
-    assert found[0] == found[1] and len(found[0]) == 7
+    assert found[0] == found[1] and len(found[0]) == 8

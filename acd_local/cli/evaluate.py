@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from acd_local.evaluate.methods import Method
     from acd_local.evaluate.sets import EvalSet
     from acd_local.pairs import PromptPair
+    from acd_local.runtime.cancel import CancelToken
 
 PROGRAM = "acd eval"
 DEFAULT_METHODS = "as-is,base,acd"
@@ -147,10 +149,14 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
         if engine.warning:
             say(f"{PROGRAM}: {one_line(engine.warning)}")
         methods, sweep = _methods(engine, pair, given)
+        interrupts.cancels(stop := CancelToken())
+        try:
+            methods = _with_references(engine, pair, methods, stop)
+        except Stopped:
+            return interrupts.exit_code or 130
         judge = None if given["judge"] is None else stack.enter_context(_judge(given))
         info = _info(engine, pair, given, methods, sweep, list(zip(chosen, drawn, whole, strict=True)), judge)
         directory = given["out"] or Path(f"eval-{_slug(model)}")
-        interrupts.cancels(stop := CancelToken())
         with Journal(directory, info) as journal:
             if given["pair"] is None and pair.name == pairs.DEFAULT:
                 say(f"{PROGRAM}: no pair was made for this model: measuring {pairs.DEFAULT!r}; acd fit makes one")
@@ -287,6 +293,17 @@ def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[l
     swept = methods.sweep(known[swept_name], key, numbers)  # type: ignore[arg-type]
     values = [getattr(m, key) for m in swept]  # equal ones count once
     return [*chosen, *swept], {"method": swept_name, "key": key, "values": values, "names": [m.name for m in swept]}
+
+
+def _with_references(engine: Engine, pair: PromptPair, methods: list[Method], stop: CancelToken) -> list[Method]:
+    """Give the methods that refer to stored answers these, which takes some minutes for a new model or pair."""
+    if not any(method.refer for method in methods):
+        return methods
+    from acd_local.fit import references
+
+    say(f"{PROGRAM}: reading the answers that are referred to")
+    found = references.make(engine, pair, stop=stop)
+    return [replace(method, references=found) if method.refer else method for method in methods]
 
 
 def _may_be_soft(names: list[str], pair: PromptPair) -> bool:

@@ -29,6 +29,7 @@ from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair, refuse_adversarial, toml_kind
 from acd_local.runtime.choice import ContrastSettings
 from acd_local.runtime.prompts import Negative, Positive, PromptSetup, identity
+from acd_local.runtime.references import References
 from acd_local.runtime.text import refused_character
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 
@@ -47,7 +48,7 @@ _EXPERTS = ("safe", "sp")
 _OF_PAIR = ("sp", "ap")
 _KEYS = (
     *("title", "source", "positive", "positive_text", "negative", "negative_text", "expert"),
-    *("user", "shots", "alpha", "beta", "raw", "window", "gate", "steer"),
+    *("user", "shots", "alpha", "beta", "raw", "window", "gate", "steer", "refer"),
 )
 
 
@@ -76,6 +77,8 @@ class Method:
         window: contrast only the first `window` tokens of an answer; None: all. Where alpha is 0, beta is 0, raw False
             and window None, whatever was given.
         steer: the model is steered by the pair's vectors; there is a gate then, and no second stream.
+        refer: it refers to stored answers at every token; there is no second stream then. references: the datastore,
+            filled in before anything is answered.
         gate: all of this holds from the threshold of the pair's gate on; below it the pair's helpful text or the model
             as it is answers.
 
@@ -97,6 +100,8 @@ class Method:
     window: int | None = None
     gate: bool = False
     steer: bool = False
+    refer: bool = False
+    references: References | None = None
 
     def __post_init__(self) -> None:
         for place, text in _positive_texts(self):
@@ -110,6 +115,8 @@ class Method:
             raise UsageError("alpha and beta must be numbers")
         if self.steer and (self.alpha > 0 or not self.gate):
             raise UsageError("steer: takes a gate (gate = true), and no negative prompt and no expert")
+        if self.refer and (self.alpha > 0 or self.steer):
+            raise UsageError("refer: takes no negative prompt, no expert and no steering")
         Options(alpha=self.alpha, beta=self.beta, raw_contrast=self.raw)
         if self.window is not None:
             if isinstance(self.window, bool) or not isinstance(self.window, int):
@@ -136,9 +143,9 @@ class Method:
     def scored(self) -> bool:
         """Whether given texts are scored under it.
 
-        An expert's lead leaves out tokens, which would be impossible; what is steered is decoded in another context.
+        An expert's lead leaves out tokens, which would be impossible; the others are decoded in contexts of their own.
         """
-        return self.expert is None and not self.steer
+        return self.expert is None and not self.steer and not self.refer
 
     def prompt_setup(self) -> PromptSetup:
         """Return the texts as the runtime takes them."""
@@ -155,7 +162,9 @@ class Method:
             what += [identity(self.negative), self.alpha, self.beta, self.raw, self.window]
             if self.expert is not None:
                 what += ["expert", identity(self.expert.positive), self.expert.shots]
-        what += [key for key in ("gate", "steer") if getattr(self, key)]
+        what += [key for key in ("gate", "steer", "refer") if getattr(self, key)]
+        if self.references is not None:
+            what.append(self.references.digest)
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -334,6 +343,7 @@ def _build(name: str, table: object, pair: PromptPair, manual: PromptPair, soft:
         expert=_expert(table, safe, both.shots),
         gate=_flag("gate", table.get("gate", False)),
         steer=_flag("steer", table.get("steer", False)),
+        refer=_flag("refer", table.get("refer", False)),
         **numbers,
     )
 

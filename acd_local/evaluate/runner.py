@@ -148,7 +148,7 @@ class Evaluation:
                 options,
                 pair=self._plan.pair,
                 prompt_setup=method.prompt_setup(),
-                apart=self._engine.steering(self._plan.pair) if method.steer else None,
+                apart=self._engine.steering(self._plan.pair) if method.steer else method.references,
                 cancel=self._stop,
             )
             batch.add(task, stream)

@@ -45,10 +45,12 @@ class Style:
     apart: Steering | None = None
 
     @classmethod
-    def declining(cls, candidate: Candidate, negative: Candidate | None = None, **numbers: float) -> Style:
+    def declining(
+        cls, candidate: Candidate, negative: Candidate | None = None, *, alpha: float = 0.0, beta: float = 0.0
+    ) -> Style:
         """Make the style of a text of the positive stream, alone or contrasted."""
         against = None if negative is None else AdversarialText(negative.text)
-        return cls(PromptSetup(candidate.text, against, shots=candidate.shots), declines=True, **numbers)
+        return cls(PromptSetup(candidate.text, against, shots=candidate.shots), alpha, beta, declines=True)
 
     @property
     def tokens(self) -> int:

@@ -474,6 +474,19 @@ class Context(Closing):
         if done != 0:
             raise ModelError(f"llama.cpp takes no control vectors for this model: {LOG.last_problem('no message')}")
 
+    def give_hidden(self, wanted: bool) -> None:
+        """Have the coming decodes give all rows' last hidden states, and logits, or not (llama_set_embeddings)."""
+        with self.owned as pointer:
+            C.llama_set_embeddings(pointer, wanted)
+
+    def hidden(self, rows: int) -> States:
+        """Return the last hidden states of the last decode's rows, shape (rows, n_embd) (llama_get_embeddings)."""
+        with self.owned as pointer:
+            found = C.llama_get_embeddings(pointer)
+            if not found:
+                raise ModelError("llama.cpp gives no hidden states of this model")
+            return np.ctypeslib.as_array(found, (rows, self.model.n_embd)).copy()
+
     def captured(self) -> States:
         """Return the captured layers' output for the rows of the last decode, float32, shape (layers, rows, n_embd).
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from places import ROOT
 
@@ -17,6 +18,7 @@ from acd_local.evaluate import methods
 from acd_local.evaluate.methods import Method
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.runtime.prompts import PromptSetup
+from acd_local.runtime.references import References
 from acd_local.runtime.template import Message
 
 DOCS = ROOT / "docs" / "methods.md"
@@ -60,7 +62,7 @@ def test_the_builtin_methods_in_table_order(known: dict[str, Method]) -> None:
     ablations = ["null-ap", "safe-ap", "sp-null", "sp-opposite", "acd-first-m"]
     ours = ["sp", "acd", "acd-paper", *ablations]
     gated = ["gate-sp", "gate-acd", "gate-safedecoding", "inferaligner"]
-    assert list(known) == [*prompts, *peers, *ours, "safedecoding", *gated]
+    assert list(known) == [*prompts, *peers, *ours, "safedecoding", "rtd", *gated]
     for name, method in known.items():
         assert method.name == name and method.title and method.source
         assert isinstance(method.positive, str | None)
@@ -188,10 +190,16 @@ def test_every_field_that_changes_answers_changes_the_setup(known: dict[str, Met
         "window": [16, 17],
         "gate": [True],
         "steer": [True],
+        "refer": [True],
+        "references": [References(np.ones((1, 2), np.float32), np.array([n], np.int32), 1.0) for n in (3, 4)],
         "expert": [PromptSetup("Be kind."), PromptSetup("Be mild."), PromptSetup("Be kind.", shots=(("Hi", "Hello"),))],
     }
     assert set(changes) | {"name", "title", "source"} == {field.name for field in dataclasses.fields(Method)}
-    needs: dict[str, dict[str, Any]] = {"expert": {"negative": None}, "steer": {"alpha": 0.0, "gate": True}}
+    needs: dict[str, dict[str, Any]] = {
+        "expert": {"negative": None},
+        "steer": {"alpha": 0.0, "gate": True},
+        "refer": {"alpha": 0.0},
+    }
     setups = [
         dataclasses.replace(method, **{k: v} | needs.get(k, {})).setup()
         for k, values in changes.items()
