@@ -16,7 +16,6 @@ from acd_local import files, models
 from acd_local.engine import Engine
 from acd_local.errors import ModelError
 from acd_local.evaluate import refusal
-from acd_local.evaluate.methods import gate_digest
 from acd_local.evaluate.sets import item_seed
 from acd_local.fit.model import LONGEST
 from acd_local.fit.replies import Style, greedy
@@ -45,7 +44,7 @@ def make(engine: Engine, pair: PromptPair, *, stop: CancelToken, asked: int = AS
         Stopped: `stop` was set.
     """
     chosen = {kind: _chosen(kind)[:asked] for kind in ("harmful", "ordinary")}
-    what = {"pair": [pair.safe, pair.shots, gate_digest(pair)], "ids": [i.id for g in chosen.values() for i in g]}
+    what = {"safe": [pair.safe, pair.shots], "ids": [i.id for g in chosen.values() for i in g]}
     path = model_folder("references", models.sha256_of(engine.info.path)) / f"{key_of(what)[:16]}.npz"
     if path.exists():
         with np.load(io.BytesIO(path.read_bytes())) as kept:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from acd_local import Engine, Options
 from acd_local.answers import Answer
 from acd_local.batch import answer_all
 from acd_local.errors import ModelError
+from acd_local.evaluate import methods
 from acd_local.fit import references as made
 from acd_local.pairs import PromptPair
 from acd_local.runtime.cancel import CancelToken
@@ -89,3 +92,11 @@ def test_they_share_a_batch_with_plain_answers(engine: Engine) -> None:
 def test_a_model_that_refuses_nothing_has_no_references(engine: Engine, pair: PromptPair) -> None:
     with pytest.raises(ModelError, match="there is nothing to refer to: of 4 answers"):
         made.make(engine, pair, stop=CancelToken(), asked=4)
+
+
+def test_a_method_with_references_travels(pair: PromptPair) -> None:
+    references = References.of(np.eye(3, dtype=np.float32), np.arange(3, dtype=np.int32))
+    method = replace(methods.builtin(pair)["rtd"], references=references)
+    sent = pickle.loads(pickle.dumps(method))
+    assert sent.setup() == method.setup() != methods.builtin(pair)["rtd"].setup()
+    assert np.array_equal(sent.references.states, references.states) and sent.references.unit == references.unit

@@ -20,7 +20,7 @@ from acd_local.tuning.cache import key_of
 
 READ = 64  # instructions of each kind that the means are taken over
 TRIED = 16  # harmful instructions that are answered at each strength
-STRENGTHS = (0.25, 0.5, 0.75, 1.0, 2.0)  # what the differences are multiplied by
+STRENGTHS = (0.12, 0.25, 0.5, 0.75, 1.0)  # what the differences are multiplied by
 DEPTHS = (0.3, 0.7)  # parts of the depth between which layers are steered
 
 
