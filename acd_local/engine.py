@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -20,6 +21,7 @@ from acd_local.models import resolve as resolve_model
 from acd_local.options import MAX_SEED, Options, check_engine_number, refuse_unknown
 from acd_local.pairs import PromptPair
 from acd_local.runtime import batch_costs, llama, probe, states
+from acd_local.runtime.apart import Kind
 from acd_local.runtime.binding import Opening
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import SpecialTokens
@@ -33,6 +35,7 @@ from acd_local.runtime.streams import Layout
 from acd_local.runtime.template import ChatTemplate, Message, prepare
 from acd_local.runtime.threads import default_threads
 from acd_local.softpair import SoftPair
+from acd_local.steering import Steering
 
 DEFAULT_CTX_SIZE = 4096
 MAX_LOGPROBS = 20
@@ -210,6 +213,7 @@ class Engine(Closing):
         system: str | None = None,
         pair: PromptPair | str | None = None,
         prompt_setup: PromptSetup | None = None,
+        apart: Kind | None = None,
         divergence: bool = False,
         trace: bool = False,
         logprobs: int | None = None,
@@ -225,6 +229,8 @@ class Engine(Closing):
             pair: another pair for this answer; "as-is": none.
             prompt_setup: other texts around the conversation than the pair's two prompts, for comparing methods. The
                 pair's gate is then asked only where options.gate is True.
+            apart: another kind of context, in which whatever the pair would answer is decoded, for comparing methods;
+                without a gate everything is. It takes no second stream.
             divergence: measure KL(S || A) at every position (some passes over the vocabulary per token).
             trace: record how the safe stream alone saw every token, and tell `on_event` of each.
             logprobs: record how likely every token was, and so many of the likeliest, 20 at most, in the distribution
@@ -253,18 +259,22 @@ class Engine(Closing):
         soft = self.takes_soft(chosen)
         if prompt_setup is None:
             prompt_setup = PromptSetup.of(chosen, self.soft_pair(chosen) if soft else None)
-        elif prompt_setup.negative is not None and chosen is None:
+        elif chosen is None and not (prompt_setup.negative is None and prompt_setup.expert is None):
             raise UsageError("a prompt setup with a negative prompt takes its numbers from a pair: give `pair`")
+        contrast = replace(resolve_contrast(options, chosen, soft=soft), expert=prompt_setup.expert is not None)
+        if apart is not None and contrast.alpha > 0:
+            raise UsageError("another kind of context takes no second stream: give plain=True")
         request = GenerationRequest(
             turns=turns,
             system=system if own_system is None else own_system,
             options=options,
             prompt_setup=prompt_setup,
-            contrast=resolve_contrast(options, chosen, soft=soft),
+            contrast=contrast,
             seed=_random_seed() if options.seed is None else options.seed,
             pair=chosen,
             soft=soft,
             gating=gating,
+            apart=apart,
             divergence=divergence,
             trace=trace,
             logprobs=logprobs,
@@ -305,6 +315,14 @@ class Engine(Closing):
             PairError: options want one and the pair has none, or it is broken or made for another model.
         """
         return self._pairs.gating(pair, options)
+
+    def steering(self, pair: PromptPair) -> Steering:
+        """Read the steering vectors beside a pair, once per file, and check them against the model.
+
+        Raises:
+            PairError: the pair has none, or they are broken or made for another model.
+        """
+        return self._pairs.steering(pair)
 
     def chat(
         self,

@@ -189,12 +189,14 @@ def test_the_documented_table_is_the_file() -> None:
     for name, (positive, negative, alpha, beta, scale, window, source) in table.items():
         method = written[name]
         contrast = "negative" in method or "negative_text" in method
+        led = "expert" in method
         assert positive.startswith(method.get("positive", "")) and positive
         assert ("gated" in positive) == ("gate" in method)
         assert ("demonstration" in positive) == ("shots" in method)
-        assert negative == method.get("negative", "reverse prompt" if contrast else "")
+        second = f"expert {method['expert']}" if led else method.get("negative", "reverse prompt" if contrast else "")
+        assert negative == second
         for shown, key in ((alpha, "alpha"), (beta, "beta")):
-            assert shown == ((f"{method[key]:g}" if key in method else "pair") if contrast else ""), name
+            assert shown == (f"{method[key]:g}" if key in method else "pair" if contrast else ""), name
         assert scale == (("raw" if method.get("raw") else "scaled") if contrast else "")
         assert window == str(method.get("window", ""))
         assert source
@@ -205,4 +207,4 @@ def test_every_arxiv_number_is_in_both_places() -> None:
         set(re.findall(r"arXiv (\d{4}\.\d{5})", path.read_text("utf-8")))
         for path in (METHODS, Path(methods.__file__).with_name("methods.toml"))
     ]
-    assert found[0] == found[1] and len(found[0]) == 7
+    assert found[0] == found[1] and len(found[0]) == 8

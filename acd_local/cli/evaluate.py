@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from acd_local.evaluate.methods import Method
     from acd_local.evaluate.sets import EvalSet
     from acd_local.pairs import PromptPair
+    from acd_local.runtime.cancel import CancelToken
 
 PROGRAM = "acd eval"
 DEFAULT_METHODS = "as-is,base,acd"
@@ -147,10 +149,14 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
         if engine.warning:
             say(f"{PROGRAM}: {one_line(engine.warning)}")
         methods, sweep = _methods(engine, pair, given)
+        interrupts.cancels(stop := CancelToken())
+        try:
+            methods = _with_references(engine, pair, methods, stop)
+        except Stopped:
+            return interrupts.exit_code or 130
         judge = None if given["judge"] is None else stack.enter_context(_judge(given))
         info = _info(engine, pair, given, methods, sweep, list(zip(chosen, drawn, whole, strict=True)), judge)
         directory = given["out"] or Path(f"eval-{_slug(model)}")
-        interrupts.cancels(stop := CancelToken())
         with Journal(directory, info) as journal:
             if given["pair"] is None and pair.name == pairs.DEFAULT:
                 say(f"{PROGRAM}: no pair was made for this model: measuring {pairs.DEFAULT!r}; acd fit makes one")
@@ -272,7 +278,8 @@ def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[l
     if any(name not in known and name.removesuffix(methods.SOFT) in known for name in names) and soft is None:
         engine.soft_pair(pair)  # says what is missing
     if names == ["all"]:
-        names = [name for name, method in known.items() if pair.gate is not None or not method.gate]
+        steers = _holds(pair, "steering")
+        names = [n for n, m in known.items() if (pair.gate is not None or not m.gate) and (steers or not m.steer)]
     swept_name = SWEEP_OF
     if given["soft"]:
         *names, swept_name = [n + methods.SOFT if n + methods.SOFT in known else n for n in [*names, SWEEP_OF]]
@@ -280,6 +287,8 @@ def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[l
     methods.check_gates(chosen, pair)
     if any(method.gate for method in chosen):
         engine.gating(pair, Options(gate=True))  # says what is wrong with it
+    if any(method.steer for method in chosen):
+        engine.decoder.open_apart(engine.steering(pair))  # says what is wrong, or that llama.cpp cannot
     if given["sweep"] is None:
         return chosen, None
     key, numbers = _sweep(given["sweep"])
@@ -288,13 +297,31 @@ def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[l
     return [*chosen, *swept], {"method": swept_name, "key": key, "values": values, "names": [m.name for m in swept]}
 
 
+def _with_references(engine: Engine, pair: PromptPair, methods: list[Method], stop: CancelToken) -> list[Method]:
+    """Give the methods that refer to stored answers these, which takes some minutes for a new model or pair."""
+    if not any(method.refer for method in methods):
+        return methods
+    from acd_local.fit import references
+
+    say(f"{PROGRAM}: reading the answers that are referred to")
+    found = references.make(engine, pair, stop=stop)
+    return [replace(method, references=found) if method.refer else method for method in methods]
+
+
 def _may_be_soft(names: list[str], pair: PromptPair) -> bool:
-    from acd_local import vectors
     from acd_local.evaluate import methods
 
     if names == ["all"]:
-        return pair.vectors_path is not None and vectors.load(pair.vectors_path, sha256=pair.sha256).soft is not None
+        return _holds(pair, "soft")
     return pair.vectors_path is not None and any(name.endswith(methods.SOFT) for name in names)
+
+
+def _holds(pair: PromptPair, part: str) -> bool:
+    """Tell whether a part of `vectors.Vectors` stands beside a pair."""
+    from acd_local import vectors
+
+    path = pair.vectors_path
+    return path is not None and getattr(vectors.load(path, sha256=pair.sha256), part) is not None
 
 
 def _sweep(text: str) -> tuple[str, list[float]]:
@@ -340,7 +367,7 @@ def _info(
         "options": {key: given[key] for key in options} | {"threads": engine.threads},
         "methods": [
             _fields(m, "name title source alpha beta raw window contrast")
-            | {"setup": m.setup(), **({"gate": True} if m.gate else {})}
+            | {"setup": m.setup(), **({"gate": True} if m.gate else {}), **({} if m.scored else {"scored": False})}
             for m in methods
         ],
         "sweep": sweep,

@@ -144,7 +144,12 @@ class Evaluation:
                 seed=sets.item_seed(self._plan.seed, item.id),
             )
             stream = self._engine.generate(
-                item.prompt, options, pair=self._plan.pair, prompt_setup=method.prompt_setup(), cancel=self._stop
+                item.prompt,
+                options,
+                pair=self._plan.pair,
+                prompt_setup=method.prompt_setup(),
+                apart=self._engine.steering(self._plan.pair) if method.steer else method.references,
+                cancel=self._stop,
             )
             batch.add(task, stream)
         return len(batch) > 0

@@ -75,10 +75,11 @@ class Scoring(Closing):
 
         `margins`: ids of the harmful prompts on which the system prompts' strength is measured.
         """
+        scored = [method for method in methods if method.scored]
         choice = [(s, item) for s in sets if s.kind == "choice" for item in s.items]
-        yield "choices", [self._task("choice", s, item, methods, self._choice) for s, item in choice]
+        yield "choices", [self._task("choice", s, item, scored, self._choice) for s, item in choice]
         reference = [(s, item) for s in sets if s.kind == "harmless" for item in s.items if item.reference]
-        yield "references", [self._task("reference", s, item, methods, self._reference) for s, item in reference]
+        yield "references", [self._task("reference", s, item, scored, self._reference) for s, item in reference]
         yield "fluency", self._fluency_tasks({s.name for s in sets if s.kind == "harmless"})
         yield "prompts", self._margin_tasks(sets, margins, soft=any(m.soft for m in methods))
 

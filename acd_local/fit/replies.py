@@ -17,6 +17,7 @@ from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.progress import check_stop
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.prompts import PromptSetup, identity
+from acd_local.steering import Steering
 from acd_local.tuning.anchors import KINDS
 from acd_local.tuning.cache import Measurements, key_of
 from acd_local.tuning.scoring import objective
@@ -34,18 +35,22 @@ class Style:
     Attributes:
         setup: what stands around the instruction; by default the model answers as it is.
         declines: it is above a gate: its answers are looked at for longer.
+        apart: vectors that the model is steered by.
     """
 
     setup: PromptSetup = field(default_factory=PromptSetup)
     alpha: float = 0.0
     beta: float = 0.0
     declines: bool = False
+    apart: Steering | None = None
 
     @classmethod
-    def declining(cls, candidate: Candidate, negative: Candidate | None = None, **numbers: float) -> Style:
+    def declining(
+        cls, candidate: Candidate, negative: Candidate | None = None, *, alpha: float = 0.0, beta: float = 0.0
+    ) -> Style:
         """Make the style of a text of the positive stream, alone or contrasted."""
         against = None if negative is None else AdversarialText(negative.text)
-        return cls(PromptSetup(candidate.text, against, shots=candidate.shots), declines=True, **numbers)
+        return cls(PromptSetup(candidate.text, against, shots=candidate.shots), alpha, beta, declines=True)
 
     @property
     def tokens(self) -> int:
@@ -57,7 +62,8 @@ class Style:
         """Hex SHA-256 over all that decides its answers."""
         texts = [identity(self.setup.positive), identity(self.setup.negative)]
         numbers = [self.alpha, self.beta, self.tokens]
-        return key_of({"texts": texts, "shots": self.setup.shots, "numbers": numbers})
+        steered = {} if self.apart is None else {"steered": self.apart.digest}
+        return key_of({"texts": texts, "shots": self.setup.shots, "numbers": numbers, **steered})
 
 
 @dataclass(frozen=True)
@@ -113,13 +119,17 @@ def greedy(engine: Engine, style: Style, prompts: Sequence[str], stop: CancelTok
     options = Options(alpha=style.alpha, beta=style.beta, temp=0.0, max_tokens=style.tokens)
 
     def begin(prompt: str) -> AnswerStream:
-        return engine.generate(prompt, options, pair=NO_PAIR, prompt_setup=style.setup, cancel=stop)
+        return engine.generate(prompt, options, pair=NO_PAIR, prompt_setup=style.setup, apart=style.apart, cancel=stop)
 
-    for prompt, answer in answer_all(engine, prompts, begin, stop=stop):
-        if isinstance(answer, Exception):
-            raise answer
-        if answer.finish_reason != "cancelled":
-            yield prompt, [record.token for record in answer.tokens]
+    try:
+        for prompt, answer in answer_all(engine, prompts, begin, stop=stop):
+            if isinstance(answer, Exception):
+                raise answer
+            if answer.finish_reason != "cancelled":
+                yield prompt, [record.token for record in answer.tokens]
+    finally:
+        if style.apart is not None:
+            engine.decoder.close_apart(style.apart)
     check_stop(stop)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from acd_local.runtime.contrast import Divergence, apply_contrast, check_stream, log_softmax, logprob, plausible
+from acd_local.runtime.expert import led
 from acd_local.runtime.llama import Logits, TokenIds, Vocab
 from acd_local.runtime.sampling import Guard, TokenSampler
 
@@ -21,6 +22,7 @@ class ContrastSettings:
     """The contrast's numbers for one answer, see `contrast.contrast`.
 
     `begin`: the answer token from which on the contrast is taken. `window`: for so many tokens; None: for all of them.
+    `expert`: the second stream is an expert, which the first is led by instead, see `expert.led`.
     """
 
     alpha: float
@@ -28,6 +30,7 @@ class ContrastSettings:
     raw: bool = False
     window: int | None = None
     begin: int = 0
+    expert: bool = False
 
     def contrasts(self, position: int) -> bool:
         """Tell whether the contrast is taken at answer position `position` (from 0)."""
@@ -134,7 +137,7 @@ class Chooser:
 
         Args:
             safe: the safe stream's logits, shape (n_vocab,); the banned tokens' may be set to -inf in place.
-            adversarial: the adversarial stream's, of the same shape; None where no contrast is taken.
+            adversarial: the adversarial stream's, or an expert's, of the same shape; None where no contrast is taken.
 
         Raises:
             NumericalError: a stream produced NaN.
@@ -145,8 +148,11 @@ class Chooser:
             return None
         ids, scores, safe_choice, s = safe_ids, safe_scores, None, self.settings
         if adversarial is not None:
-            check_stream(adversarial, "adversarial")
-            ids, scores = apply_contrast(ids, scores, adversarial, alpha=s.alpha, raw=s.raw)
+            check_stream(adversarial, "expert" if s.expert else "adversarial")
+            if s.expert:
+                ids, scores = led(ids, scores, adversarial, alpha=s.alpha)
+            else:
+                ids, scores = apply_contrast(ids, scores, adversarial, alpha=s.alpha, raw=s.raw)
             safe_choice = self._sampler.draw(safe_ids, safe_scores, position, dry_run=True)
         token = self._sampler.draw(ids, scores, position)
         self._accept(token)

@@ -463,6 +463,34 @@ class Context(Closing):
             self._view_of = address, n_outputs
         return self._view
 
+    def control(self, vectors: States) -> None:
+        """Add vectors to the output of layers from now on, at every row of every sequence (llama_set_adapter_cvec).
+
+        Args:
+            vectors: float32, shape (layers - 1, n_embd): of each layer from the second one on. llama.cpp copies them.
+
+        Raises:
+            ModelError: llama.cpp takes none.
+        """
+        pointer = np.ascontiguousarray(vectors, np.float32).ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        with self.owned as context:
+            done = C.llama_set_adapter_cvec(context, pointer, vectors.size, vectors.shape[1], 1, len(vectors))
+        if done != 0:
+            raise ModelError(f"llama.cpp takes no control vectors for this model: {LOG.last_problem('no message')}")
+
+    def give_hidden(self, wanted: bool) -> None:
+        """Have the coming decodes give all rows' last hidden states, and logits, or not (llama_set_embeddings)."""
+        with self.owned as pointer:
+            C.llama_set_embeddings(pointer, wanted)
+
+    def hidden(self, rows: int) -> States:
+        """Return the last hidden states of the last decode's rows, shape (rows, n_embd) (llama_get_embeddings)."""
+        with self.owned as pointer:
+            found = C.llama_get_embeddings(pointer)
+            if not found:
+                raise ModelError("llama.cpp gives no hidden states of this model")
+            return np.ctypeslib.as_array(found, (rows, self.model.n_embd)).copy()
+
     def captured(self) -> States:
         """Return the captured layers' output for the rows of the last decode, float32, shape (layers, rows, n_embd).
 

@@ -115,7 +115,7 @@ def test_a_model_that_no_pair_helps_is_left_as_it_is(unhelped: Fitted) -> None:
     assert "nothing was written" in lines[-1]
     assert [line.split(":")[0] for line in lines[:-1]] == [
         *("plan", "as it is", "helpful text", "gate", "positive text", "contrast", "thresholds", "second look"),
-        "judgement",
+        *("steering vectors", "judgement"),
     ]
     assert not list(folder.glob("a.*"))
 
@@ -128,6 +128,8 @@ def test_a_pair_is_written_with_a_gate_that_reads_back(helped: Fitted) -> None:
     assert found.soft is None
     assert found.gate is not None
     found.gate.check(info)
+    assert found.steering is not None and found.steering.added[1].any() and not found.steering.added[2].any()
+    found.steering.check(info)
     assert pairs.fits(pair, info)
     assert (pair.models.n_layers, pair.models.n_embd) == (4, 64)
     assert pair.gate is not None
