@@ -279,7 +279,9 @@ def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[l
         engine.soft_pair(pair)  # says what is missing
     if names == ["all"]:
         steers = _holds(pair, "steering")
-        names = [n for n, m in known.items() if (pair.gate is not None or not m.gate) and (steers or not m.steer)]
+        # Without references, which take minutes to read, and which not every model and pair has.
+        every = [m for m in known.values() if not m.refer]
+        names = [m.name for m in every if (pair.gate is not None or not m.gate) and (steers or not m.steer)]
     swept_name = SWEEP_OF
     if given["soft"]:
         *names, swept_name = [n + methods.SOFT if n + methods.SOFT in known else n for n in [*names, SWEEP_OF]]
