@@ -78,7 +78,7 @@ def test_vectors_are_added_at_the_layers_they_are_given_for(engine: Engine) -> N
 
 def test_nothing_of_it_is_left_behind(say: Callable[..., Answer], steered: Steering, engine: Engine) -> None:
     def logits() -> list[float]:
-        stream = engine.generate(HARMFUL, PLAIN, pair=engine.pair, prompt_setup=AS_IS, logprobs=20)
+        stream = engine.generate(HARMFUL, PLAIN, pair="as-is", logprobs=20)
         return [t.logprob for record in stream.run().tokens for t in record.logprobs or ()]
 
     before, other = logits(), tokens(say(HARMLESS, None))

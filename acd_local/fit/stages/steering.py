@@ -13,7 +13,6 @@ import numpy as np
 from acd_local.errors import ModelError
 from acd_local.fit.context import FitContext
 from acd_local.fit.replies import Style
-from acd_local.progress import Clock
 from acd_local.steering import Steering, Vectors
 from acd_local.tuning.anchors import Instruction
 from acd_local.tuning.cache import key_of
@@ -69,9 +68,7 @@ def _difference(context: FitContext, layers: Sequence[int]) -> Vectors:
         tokens = context.model.prompt(None, instruction.prompt)
         return tokens, len(tokens) - 1
 
-    path = context.job.folder / f"last-{key[:16]}.f32"
-    clock = Clock("reading for steering", 0, len(rows), context.listener)
-    states = context.model.states(path, rows, locate, layers, clock.at)
+    states = context.states(f"last-{key[:16]}.f32", rows, locate, layers, "reading for steering")
     if not np.isfinite(states).all():
         raise ModelError("the model's hidden states hold values that are not finite: it cannot be steered")
     harmful = len(groups["harmful"])
