@@ -309,6 +309,8 @@ class _Renderer:
         with _one_line_errors(), self._sandbox.bounded(characters + _PER_MESSAGE * len(messages), check):
             for piece in self._template.generate(messages=turns, **self._variables):
                 check()
+                if not isinstance(piece, str):  # jinja2 takes what a filter block gives as it is
+                    raise TypeError(f"a filter block gives no text, but a {type(piece).__name__}")
                 pieces.append(piece)
                 limit -= len(piece)
                 if limit < 0:

@@ -233,3 +233,10 @@ def test_a_template_that_turns_hostile_is_one_line(tiny: Callable[..., Path]) ->
         assert template.warning is None
         with pytest.raises(UsageError, match=r"refuses this conversation: it looks for a text of more than 100"):
             template.encode([Message("user", "go")])
+
+
+def test_a_filter_block_that_gives_no_text_is_one_line(tiny: Callable[..., Path]) -> None:
+    odd = "{% for m in messages %}{{ m.content }}{% endfor %}{% filter select %}abc{% endfilter %}"
+    with llama.Model(tiny("chatml"), gpu_layers=0) as model:
+        warning = ChatTemplate(model, source=odd).warning
+        assert warning is not None and "a filter block gives no text" in warning
