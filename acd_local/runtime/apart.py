@@ -1,7 +1,7 @@
-"""Decodes some answers in llama_contexts of another kind, beside those that decode all others.
+"""Decodes beside the streams, in llama_contexts of its own: some answers in contexts of another kind.
 
 What happens in such a context leaves no trace outside it: it shares no cache, so that every other answer is the same
-bit for bit. A slot has one stream there, which begins anew with every prompt.
+bit for bit. A slot has one stream in a context of another kind, which begins anew with every prompt.
 """
 
 from __future__ import annotations
@@ -11,6 +11,22 @@ from typing import Any, Protocol
 from acd_local.runtime import llama
 from acd_local.runtime.lifetime import Closing
 from acd_local.runtime.streams import Cache
+
+
+class Beside(Closing):
+    """Something that decodes in a context of its own."""
+
+    _context: llama.Context
+
+    def resume(self) -> None:
+        self._context.resume()
+
+    def cancel(self) -> None:
+        """Stop what is being decoded. Safe from any thread."""
+        self._context.cancel()
+
+    def close(self) -> None:
+        self._context.close()
 
 
 class Kind(Protocol):
@@ -29,7 +45,7 @@ class Kind(Protocol):
         ...
 
 
-class Apart(Closing):
+class Apart(Beside):
     """A context of another kind, with one cache for each of so many slots.
 
     Raises:
@@ -40,12 +56,3 @@ class Apart(Closing):
         self.kind = kind
         self._context = kind.open(model, n_ctx=n_ctx, n_seq=slots, **settings)
         self.caches = [Cache(self._context, seq, n_ctx) for seq in range(slots)]
-
-    def resume(self) -> None:
-        self._context.resume()
-
-    def cancel(self) -> None:
-        self._context.cancel()
-
-    def close(self) -> None:
-        self._context.close()

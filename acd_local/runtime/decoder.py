@@ -17,7 +17,7 @@ from typing import Any
 from acd_local.errors import EngineBusyError, EngineClosedError
 from acd_local.options import MAX_DRAFT
 from acd_local.runtime import batch_costs, llama
-from acd_local.runtime.apart import Apart, Kind
+from acd_local.runtime.apart import Apart, Beside, Kind
 from acd_local.runtime.batch_costs import BatchCosts
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.draft_model import DraftModel
@@ -412,9 +412,9 @@ class Decoder:
         for beside in self._beside():
             beside.cancel()
 
-    def _beside(self) -> list[Reader | DraftModel | Apart]:
+    def _beside(self) -> list[Beside]:
         """List what else decodes, in contexts of its own."""
-        return [*(beside for beside in (self._reader, self._draft) if beside is not None), *self._apart]
+        return [beside for beside in (self._reader, self._draft, *self._apart) if beside is not None]
 
 
 class PromptMeter:

@@ -36,7 +36,6 @@ SHAPES = [("user",), ("system", "user"), ("user", "assistant", "user"), ("system
 EVERY_VOCABULARY = pytest.mark.parametrize("vocabulary", VOCABULARIES)
 EVERY_TEMPLATE = pytest.mark.parametrize("name", NAMES)
 SAMPLE = settings(max_examples=40, deadline=None)
-MANY = settings(max_examples=40, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -127,20 +126,21 @@ def takes(reading: Reading, shape: tuple[str, ...]) -> bool:
 def test_what_is_said_stays_text(
     reading: functools._lru_cache_wrapper[Reading], vocabulary: str, data: st.DataObject
 ) -> None:
-    found = reading(vocabulary, data.draw(st.sampled_from(NAMES)))
-    said = data.draw(conversations(found))
-    found.check(said, found.template.encode(said.messages))
+    check_conversation(reading(vocabulary, data.draw(st.sampled_from(NAMES))), data)
 
 
 @pytest.mark.slow
 @EVERY_TEMPLATE
 @EVERY_VOCABULARY
-@MANY
+@SAMPLE
 @given(data=st.data())
 def test_what_is_said_stays_text_with_every_template(
     reading: functools._lru_cache_wrapper[Reading], vocabulary: str, name: str, data: st.DataObject
 ) -> None:
-    found = reading(vocabulary, name)
+    check_conversation(reading(vocabulary, name), data)
+
+
+def check_conversation(found: Reading, data: st.DataObject) -> None:
     said = data.draw(conversations(found))
     found.check(said, found.template.encode(said.messages))
 
@@ -156,14 +156,13 @@ def test_streams_differ_in_the_system_part_alone(
     reading: functools._lru_cache_wrapper[Reading], vocabulary: str, data: st.DataObject
 ) -> None:
     """Whatever pair, application and user say: each stream's prompt is the harmless one with these texts in place."""
-    found = reading(vocabulary, data.draw(st.sampled_from(NAMES)))
-    check_streams(found, data)
+    check_streams(reading(vocabulary, data.draw(st.sampled_from(NAMES))), data)
 
 
 @pytest.mark.slow
 @EVERY_TEMPLATE
 @EVERY_VOCABULARY
-@settings(MANY, max_examples=10)
+@settings(SAMPLE, max_examples=10)
 @given(data=st.data())
 def test_streams_differ_in_the_system_part_alone_with_every_template(
     reading: functools._lru_cache_wrapper[Reading], vocabulary: str, name: str, data: st.DataObject
