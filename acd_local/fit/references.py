@@ -15,10 +15,9 @@ import numpy as np
 from acd_local import files, models
 from acd_local.engine import Engine
 from acd_local.errors import ModelError
-from acd_local.evaluate import refusal
 from acd_local.evaluate.sets import item_seed
 from acd_local.fit.model import LONGEST
-from acd_local.fit.replies import Style, greedy
+from acd_local.fit.replies import Style, greedy, labelled
 from acd_local.pairs import PromptPair
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.prompts import PromptSetup
@@ -72,9 +71,7 @@ def _answered(
     style = replace(style, declines=label == "refusal")
     prompts = [i.prompt[:LONGEST] for i in asked]
     for prompt, tokens in greedy(engine, style, prompts, stop):
-        text = b"".join(engine.vocab.piece(t) for t in tokens if not engine.vocab.is_eog(t)).decode("utf-8", "replace")
-        ended = engine.vocab.is_eog(tokens[-1]) if tokens else False
-        if tokens and refusal.classify(text, prompt, finished=ended).label == label:
+        if tokens and labelled(engine.vocab, style, prompt, tokens).label == label:
             found.append((prompt, tokens[:TOKENS]))
     if not found:
         raise ModelError(

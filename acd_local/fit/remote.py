@@ -59,7 +59,8 @@ class _States:
     layers: Sequence[int]
 
     def measure(self, model: FitModel) -> bytes:
-        return next(model.means([self.part], self.layers))
+        (found,) = model.means([self.part], self.layers)
+        return found
 
 
 class FitCluster(Closing):

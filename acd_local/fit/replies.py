@@ -16,6 +16,7 @@ from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.progress import check_stop
 from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.llama import Vocab
 from acd_local.runtime.prompts import PromptSetup, identity
 from acd_local.steering import Steering
 from acd_local.tuning.anchors import KINDS
@@ -95,23 +96,28 @@ class Respondent:
         missing = list(dict.fromkeys(p for p in prompts if self.notes.get("answer", _inputs(style, p)) is None))
         if missing:
             self._answer(style, missing, len(prompts), on_progress)
-        return [self._labelled(style, prompt, self.notes.get("answer", _inputs(style, prompt))) for prompt in prompts]
+        kept = [(prompt, self.notes.get("answer", _inputs(style, prompt))) for prompt in prompts]
+        return [labelled(self.engine().vocab, style, prompt, tokens) for prompt, tokens in kept]
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return what an answer's tokens say."""
-        vocab = self.engine().vocab
-        return b"".join(vocab.piece(t) for t in tokens if not vocab.is_eog(t)).decode("utf-8", "replace")
-
-    def _labelled(self, style: Style, prompt: str, tokens: Sequence[int]) -> Reply:
-        """Label an answer that was kept, since another version of the matcher may have been in force then."""
-        finished = len(tokens) < style.tokens or self.engine().vocab.is_eog(tokens[-1])
-        return Reply(refusal.classify(self.text(tokens), prompt, finished=finished).label, tuple(tokens))
+        return _text(self.engine().vocab, tokens)
 
     def _answer(self, style: Style, missing: Sequence[str], total: int, on_progress: Callable[[int], None]) -> None:
         given = self.elsewhere(style, missing) if self.elsewhere else greedy(self.engine(), style, missing, self.stop)
         for done, (prompt, tokens) in enumerate(given, 1 + total - len(missing)):
             self.notes.keep("answer", _inputs(style, prompt), tokens)
             on_progress(done)
+
+
+def labelled(vocab: Vocab, style: Style, prompt: str, tokens: Sequence[int]) -> Reply:
+    """Label an answer; also one that was kept, since another version of the matcher may have been in force then."""
+    finished = len(tokens) < style.tokens or vocab.is_eog(tokens[-1])
+    return Reply(refusal.classify(_text(vocab, tokens), prompt, finished=finished).label, tuple(tokens))
+
+
+def _text(vocab: Vocab, tokens: Sequence[int]) -> str:
+    return b"".join(vocab.piece(t) for t in tokens if not vocab.is_eog(t)).decode("utf-8", "replace")
 
 
 def greedy(engine: Engine, style: Style, prompts: Sequence[str], stop: CancelToken) -> Iterator[tuple[str, list[int]]]:
