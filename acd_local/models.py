@@ -416,8 +416,7 @@ def sha256_of(path: Path) -> str:
         found = hashlib.sha256()
         for part in parts:
             with part.open("rb") as file:
-                while block := file.read(1 << 20):
-                    found.update(block)
+                hashlib.file_digest(file, lambda: found)
     except OSError as error:
         raise ModelError(f"cannot read {shown(path)}: {error.strerror}") from None
     files.keep(f"sha256/{place}.json", json.dumps({"seen": seen, "sha256": found.hexdigest()}))

@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,6 +222,7 @@ def _parsed(where: Path | None, source: str) -> dict[str, Any]:
         raise UsageError(syntax_message(Path(str(where)), source, error)) from None
 
 
+@lru_cache(maxsize=2)  # a command asks for several settings
 def _checked(where: Path | None, source: str) -> Settings:
     found = _parsed(where, source)
     for key, value in found.items():

@@ -24,12 +24,12 @@ from acd_local.cli.shell import (
     say,
 )
 from acd_local.errors import AcdError, UsageError
+from acd_local.options import ENGINE_RANGES, Options
 
 if TYPE_CHECKING:
     from acd_local.answers import Answer
     from acd_local.engine import Engine
     from acd_local.generation import AnswerStream
-    from acd_local.options import Options
 
 PROGRAM = "acd-run"
 STDIN_PATIENCE = 2.0  # seconds before saying what we wait for
@@ -61,7 +61,7 @@ STDIN_PATIENCE = 2.0  # seconds before saying what we wait for
     ),
     click.option(
         "--parallel",
-        type=click.IntRange(1, 128),
+        type=click.IntRange(*ENGINE_RANGES["conversations"]),
         default=1,
         metavar="N",
         help="With --jsonl: answer up to N requests at once, 1 to 128; default 1.",

@@ -330,7 +330,7 @@ def _build(name: str, table: object, pair: PromptPair, manual: PromptPair, soft:
     others: dict[str, Negative] = {"opposite": manual.adversarial, "ap": both.negative}
     positive = _positive(table, safe)
     numbers, negative = _numbers(table, pair, soft is not None), None
-    if "negative" in table or "negative_text" in table:
+    if _has_negative(table):
         negative = _negative(table, {**safe, **others})
     return Method(
         name=name if soft is None else name + SOFT,
@@ -359,8 +359,8 @@ def _positive(table: Mapping[str, Any], prompts: Mapping[str, Positive]) -> Posi
     return prompts[_choice("positive", name, _POSITIVE)]
 
 
-def _has_second(table: Mapping[str, Any]) -> bool:
-    return "negative" in table or "negative_text" in table or "expert" in table
+def _has_negative(table: Mapping[str, Any]) -> bool:
+    return "negative" in table or "negative_text" in table
 
 
 def _expert(
@@ -369,7 +369,7 @@ def _expert(
     if "expert" not in table:
         return None
     name = _choice("expert", table["expert"], _EXPERTS)
-    if "negative" in table or "negative_text" in table:
+    if _has_negative(table):
         raise UsageError("expert: there is a negative prompt too: give one of the two")
     if "alpha" not in table:
         raise UsageError("alpha: is missing: how far the expert leads is no number of a pair's")
@@ -397,7 +397,7 @@ def _numbers(table: Mapping[str, Any], pair: PromptPair, soft: bool) -> dict[str
         if isinstance(given[key], bool) or not isinstance(given[key], int | float):
             raise UsageError(f"{key}: must be a number, not {toml_kind(given[key])}")
     _flag("raw", given.get("raw", False))
-    if not _has_second(table):
+    if not _has_negative(table) and "expert" not in table:
         if given:
             raise UsageError(f"{next(iter(given))}: there is no negative prompt to contrast with: give negative too")
         return {"alpha": 0.0}

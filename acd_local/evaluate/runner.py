@@ -70,6 +70,8 @@ class Evaluation:
         self._judge = judge
         self._stop = stop or CancelToken()
         self._listener = Listener(on_progress)
+        by_setup = {method.setup(): method for method in reversed(plan.methods)}
+        self._methods = [m for m in plan.methods if by_setup[m.setup()] is m]
         self._scoring = Scoring(engine, plan.pair, journal)
         self.failures: dict[tuple[str, str], str] = {}
 
@@ -91,17 +93,13 @@ class Evaluation:
         kept = ((s, tuple(item for item in s.items if (s.name, item.id) in open_items)) for s in self._plan.sets)
         return [replace(s, items=items) for s, items in kept if items]
 
-    def _methods(self) -> list[Method]:
-        by_setup = {method.setup(): method for method in reversed(self._plan.methods)}
-        return [m for m in self._plan.methods if by_setup[m.setup()] is m]
-
     def _phases(self, chosen: Sequence[EvalSet]) -> Iterator[tuple[str, list[Task]]]:
-        return self._scoring.phases(self._methods(), chosen, self._plan.margins)
+        return self._scoring.phases(self._methods, chosen, self._plan.margins)
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
     def _asked(self, chosen: Sequence[EvalSet]) -> list[tuple[Method, EvalSet, Item]]:
-        return [(m, s, item) for m in self._methods() for s in chosen if s.kind != "choice" for item in s.items]
+        return [(m, s, item) for m in self._methods for s in chosen if s.kind != "choice" for item in s.items]
 
     def _unanswered(self, chosen: Sequence[EvalSet]) -> list[tuple[Method, EvalSet, Item]]:
         return [t for t in self._asked(chosen) if not self._journal.has_answer(t[0].setup(), t[1].name, t[2].id)]
