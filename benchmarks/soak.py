@@ -7,7 +7,8 @@ What is checked: exactly one end for every request, the end that it should have;
 counts that fit; no mark of another request in an answer; no word on stderr, no status 500, no end of a process before
 its time. Memory may not grow over the last half of a run of ten minutes or more: a line is fitted through the medians
 of 12 blocks of samples, and may rise by no more than 2 MB or three standard errors. Handles (and threads in such runs)
-at rest, looked at between rounds, may not be more at the end than in the first half.
+at rest, looked at between rounds, may not be more at the end than in the first half, but for the threads that asyncio
+starts as it needs them.
 
 Needs Linux (/proc). Every request follows from --seed and its number; --again N sends that one alone.
 """

@@ -111,7 +111,7 @@ def command(model: str | None, **given: Any) -> int:
     from acd_local.serve.policy import Access, is_loopback
     from acd_local.serve.service import Service, Settings
 
-    memory.give_back_large_blocks()
+    memory.keep_heaps_small()
     model = flags.resolve_model(model)
     flags.check_engine_flags(given)
     flags.check_text("--system", given["system"])

@@ -37,7 +37,7 @@ _ENVELOPE = {"id", "prompt", "messages", "system", "pair", "divergence", "trace"
 
 def serve(model: str, given: Mapping[str, Any], options: Options, interrupts: Interrupts) -> int:
     """Answer requests until stdin ends or a signal comes; returns the exit code."""
-    memory.give_back_large_blocks()
+    memory.keep_heaps_small()
     out, throttle = Output(), Throttle()
 
     def loading(fraction: float) -> None:

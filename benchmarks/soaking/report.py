@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -16,6 +17,7 @@ from soaking.figures import grown, growth
 from soaking.soak import Settings, Soak
 
 JUDGED = 600  # seconds from which on memory and threads may not grow: shorter runs still warm up
+SPARE = {"handles": 0, "threads": min(32, (os.cpu_count() or 1) + 4)}  # asyncio starts its threads as they are needed
 MOST_FAULTS = 50  # lines
 
 
@@ -24,7 +26,7 @@ def judge_figures(soak: Soak, seconds: float) -> list[str]:
     problems = grown(soak.samples, "handles")
     if seconds < JUDGED:
         return problems
-    problems += grown(soak.samples, "threads")
+    problems += grown(soak.samples, "threads", SPARE["threads"])
     times = [sample.seconds for sample in soak.samples]
     for name in ("rss", "private"):
         found = growth(times, [getattr(sample, name) for sample in soak.samples])
@@ -78,11 +80,11 @@ def _figures(soak: Soak) -> Table:
         shown = [f"{value:.1f}" for value in (values[0], getattr(middle, name), values[-1], max(values))]
         table.add_row(f"{name}, MB", *shown, str(growth(times, values) or "too few samples"))
     rests = [sample for sample in samples if sample.rest] or samples[-1:]
-    for name in ("handles", "threads"):
+    for name, spare in SPARE.items():
         values = [getattr(sample, name) for sample in rests]
         most = max(getattr(sample, name) for sample in samples)
         row = [str(value) for value in (values[0], values[len(values) // 2], values[-1], most)]
-        table.add_row(f"{name} at rest", *row, ", ".join(grown(rests, name)) or "no growth")
+        table.add_row(f"{name} at rest", *row, ", ".join(grown(rests, name, spare)) or "no growth")
     return table
 
 

@@ -124,6 +124,12 @@ def test_handles_count_at_rest() -> None:
     assert grown(samples(5), "handles") == []
 
 
+def test_a_pool_of_threads_may_fill() -> None:
+    samples = [Sample(0, 1, 1, 5, n, rest=True) for n in (7, 7, 8, 13)]
+    assert grown(samples, "threads", spare=6) == []
+    assert grown(samples, "threads", spare=5) == ["threads at rest went from 7 to 13"]
+
+
 def test_a_look_sees_memory_handles_and_children() -> None:
     code = "import subprocess, sys; print(flush=True); sys.stdin.read(1) and subprocess.run(['cat'])"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
