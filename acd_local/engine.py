@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -20,6 +21,7 @@ from acd_local.models import resolve as resolve_model
 from acd_local.options import MAX_SEED, Options, check_engine_number, refuse_unknown
 from acd_local.pairs import PromptPair
 from acd_local.runtime import batch_costs, llama, probe, states
+from acd_local.runtime.apart import Kind
 from acd_local.runtime.binding import Opening
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import SpecialTokens
@@ -33,9 +35,12 @@ from acd_local.runtime.streams import Layout
 from acd_local.runtime.template import ChatTemplate, Message, prepare
 from acd_local.runtime.threads import default_threads
 from acd_local.softpair import SoftPair
+from acd_local.steering import Steering
 
 DEFAULT_CTX_SIZE = 4096
 MAX_LOGPROBS = 20
+# Options that say how much of each stream is in a distribution; beta, whose border tells the safe one's ratios.
+_MIXING = ("alpha", "beta", "plain", "window")
 
 # Never sampled unless they end the answer.
 _NOT_TEXT = llama.ATTR_CONTROL | llama.ATTR_UNKNOWN | llama.ATTR_UNUSED
@@ -168,7 +173,7 @@ class Engine(Closing):
         self.n_ctx = ctx_size or (min(DEFAULT_CTX_SIZE, limit) if limit > 0 else DEFAULT_CTX_SIZE)
         self.template = ChatTemplate(loaded)
         self.vocab = loaded.vocab
-        self.special_tokens = SpecialTokens(self.vocab, _NOT_TEXT)
+        self.special_tokens = SpecialTokens(self.vocab, _NOT_TEXT, self.template.markers)
         self.prompts = PromptBuilder(self.template, self.n_ctx, loaded.embeddings)
         if self.pair is not None and self.takes_soft(self.pair):
             self.prompts.keep_negative(self._pairs.soft_pair(self.pair).adversarial)
@@ -208,6 +213,7 @@ class Engine(Closing):
         system: str | None = None,
         pair: PromptPair | str | None = None,
         prompt_setup: PromptSetup | None = None,
+        apart: Kind | None = None,
         divergence: bool = False,
         trace: bool = False,
         logprobs: int | None = None,
@@ -223,11 +229,14 @@ class Engine(Closing):
             pair: another pair for this answer; "as-is": none.
             prompt_setup: other texts around the conversation than the pair's two prompts, for comparing methods. The
                 pair's gate is then asked only where options.gate is True.
+            apart: another kind of context, in which whatever the pair would answer is decoded, for comparing methods;
+                without a gate everything is. It takes no second stream.
             divergence: measure KL(S || A) at every position (some passes over the vocabulary per token).
             trace: record how the safe stream alone saw every token, and tell `on_event` of each.
             logprobs: record how likely every token was, and so many of the likeliest, 20 at most, in the distribution
-                that it was drawn from, and tell `on_event` of each. Not with `trace`: with both, the adversarial
-                stream's distribution could be had.
+                that it was drawn from, and tell `on_event` of each. Not with `trace`, and under a pair for its own
+                contrast alone (no `prompt_setup`, alpha, beta, plain or window): from two distributions of one prompt
+                the adversarial stream's could be had.
             on_event: called, by whoever decodes, when turns had to be dropped (TurnsDropped), before every batch of the
                 prompt (PromptProgress), when the pair's gate decided (GateDecision), and with `trace` or `logprobs` for
                 every sampled token (TokenRecord). It should return soon, and must not use the engine.
@@ -244,22 +253,28 @@ class Engine(Closing):
             raise UsageError(f"logprobs must be from 0 to {MAX_LOGPROBS}, and do not go with a trace")
         chosen = self.pair if pair is None else model_pairs.resolve(pair)
         options = options or Options()
+        if logprobs is not None and chosen is not None:
+            _check_own_contrast(options, prompt_setup)
         gating = None if prompt_setup is not None and not options.gate else self.gating(chosen, options)
         soft = self.takes_soft(chosen)
         if prompt_setup is None:
             prompt_setup = PromptSetup.of(chosen, self.soft_pair(chosen) if soft else None)
-        elif prompt_setup.negative is not None and chosen is None:
+        elif chosen is None and not (prompt_setup.negative is None and prompt_setup.expert is None):
             raise UsageError("a prompt setup with a negative prompt takes its numbers from a pair: give `pair`")
+        contrast = replace(resolve_contrast(options, chosen, soft=soft), expert=prompt_setup.expert is not None)
+        if apart is not None and contrast.alpha > 0:
+            raise UsageError("another kind of context takes no second stream: give plain=True")
         request = GenerationRequest(
             turns=turns,
             system=system if own_system is None else own_system,
             options=options,
             prompt_setup=prompt_setup,
-            contrast=resolve_contrast(options, chosen, soft=soft),
+            contrast=contrast,
             seed=_random_seed() if options.seed is None else options.seed,
             pair=chosen,
             soft=soft,
             gating=gating,
+            apart=apart,
             divergence=divergence,
             trace=trace,
             logprobs=logprobs,
@@ -300,6 +315,14 @@ class Engine(Closing):
             PairError: options want one and the pair has none, or it is broken or made for another model.
         """
         return self._pairs.gating(pair, options)
+
+    def steering(self, pair: PromptPair) -> Steering:
+        """Read the steering vectors beside a pair, once per file, and check them against the model.
+
+        Raises:
+            PairError: the pair has none, or they are broken or made for another model.
+        """
+        return self._pairs.steering(pair)
 
     def chat(
         self,
@@ -387,6 +410,16 @@ def check_messages(messages: Any) -> None:
 
 def _random_seed() -> int:
     return int.from_bytes(os.urandom(8)) % (MAX_SEED + 1)
+
+
+def _check_own_contrast(options: Options, prompt_setup: PromptSetup | None) -> None:
+    """Refuse log probabilities of another distribution than the pair's own."""
+    default = Options()
+    other = [name for name in _MIXING if getattr(options, name) != getattr(default, name)]
+    if prompt_setup is not None:
+        other.append("prompt_setup")
+    if other:
+        raise UsageError(f"logprobs are given for the pair's own contrast alone: leave {other[0]} out")
 
 
 def _turns(messages: Sequence[Message | Mapping[str, str]] | str) -> tuple[list[Message], str | None]:

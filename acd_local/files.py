@@ -13,6 +13,7 @@ import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,17 @@ from acd_local.errors import AcdError, StorageError, UsageError, shown
 PRIVATE = 0o600  # the mode of files that nobody but the user should read
 
 _APP = "acd-local"
-_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _NO_NEW_FILE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV}  # EBUSY: a file mounted by itself
 _STREAMS = ("/dev/", "/proc/")
-_kept: dict[Path, str] = {}  # by `keep`, where it could not be written
+_STORAGE = {  # its faults, and what to do
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room in your quota",
+    errno.EFBIG: "a limit on the size of files is in force (ulimit -f)",
+    errno.EIO: "see whether the disk is in order",
+}
+_DRAFT_AGE = 3600.0  # seconds: a draft that nobody has written to for so long was left by a process that was killed
+_kept: dict[tuple[Path | None, Path], str] = {}  # by `keep`, where it could not be written
+_swept: set[Path] = set()  # folders whose old drafts are deleted
 
 
 # --- Folders ----------------------------------------------------------------------------------------------------------
@@ -38,7 +46,9 @@ def cache_dir() -> Path | None:
 
 
 def config_dir() -> Path | None:
-    """Return the folder for the user's own pairs and settings; None where there is none."""
+    """Return the folder for the user's own pairs and settings: $ACD_CONFIG_DIR, else the platform's, if any."""
+    if chosen := os.environ.get("ACD_CONFIG_DIR"):
+        return Path(chosen)
     return _folder("config")
 
 
@@ -111,11 +121,14 @@ def own_folder(path: Path) -> Path:
 # --- Small things that can be made again ------------------------------------------------------------------------------
 
 
-def keep(name: Path | str, text: str) -> None:
+def keep(name: Path | str, text: str) -> bool:
     """Keep a text for later processes; for this one alone where the cache folder cannot be had or written.
 
     Args:
         name: a path below `cache_dir()`.
+
+    Returns:
+        Whether later processes find it.
     """
     folder = cache_dir()
     try:
@@ -123,9 +136,11 @@ def keep(name: Path | str, text: str) -> None:
             raise FileNotFoundError
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         replace_file(folder / name, text)
-        _kept.pop(Path(name), None)
     except (OSError, ValueError, AcdError):
-        _kept[Path(name)] = text
+        _kept[folder, Path(name)] = text
+        return False
+    _kept.pop((folder, Path(name)), None)
+    return True
 
 
 def kept(name: Path | str, *, max_age: float | None = None) -> str | None:
@@ -135,12 +150,14 @@ def kept(name: Path | str, *, max_age: float | None = None) -> str | None:
         max_age: seconds; what was written earlier is not taken.
     """
     folder = cache_dir()
+    if (newer := _kept.get((folder, Path(name)))) is not None:
+        return newer
     with suppress(OSError, ValueError):
         if folder is not None:
             if max_age is not None and time.time() - (folder / name).stat().st_mtime > max_age:
                 return None
             return (folder / name).read_text("utf-8")
-    return _kept.get(Path(name))
+    return None
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -200,14 +217,15 @@ def replace_file(path: Path | str, content: bytes | str, *, mode: int = 0o666) -
     """Replace a file's content, whole or not at all.
 
     A symbolic link is followed and stays; owner and mode of a file that is there are kept. A device, a pipe and what
-    lies in /dev is written to as it is. A file in a folder that takes no new file is overwritten in place.
+    lies in /dev is written to as it is. A file in a folder that takes no new file is overwritten in place: there a kill
+    can leave it half-written.
 
     Args:
         content: a text is written as UTF-8; half of a surrogate pair becomes a question mark.
         mode: of a new file, before the umask.
 
     Raises:
-        StorageError: the storage is full or fails; the old content is still there, unless it was overwritten in place.
+        StorageError: the storage is full or fails; the old content is still there.
         UsageError: the file cannot be written otherwise: no permission, no such folder, no name for a file.
     """
     data = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
@@ -233,15 +251,17 @@ def move_file(made: Path, path: Path) -> None:
     except OSError:  # such as a link to another file system
         pass
     replace_file(path, made.read_bytes())
+    made.unlink()
 
 
 @contextmanager
-def locked(path: Path, taken: str, *, private: bool = False) -> Iterator[None]:
+def locked(path: Path, taken: str, *, private: bool = False, patience: float = 0.0) -> Iterator[None]:
     """Hold a lock file, which stays when the lock is free again, for this process alone.
 
     Args:
         taken: what the error says where another process holds it.
         private: no other user may read it.
+        patience: seconds to wait for another process.
 
     Raises:
         UsageError, StorageError: another process holds it, or it cannot be made.
@@ -249,7 +269,7 @@ def locked(path: Path, taken: str, *, private: bool = False) -> Iterator[None]:
     import filelock  # slow to import
 
     try:
-        held = filelock.FileLock(path, timeout=0, mode=PRIVATE if private else 0o644).acquire()
+        held = filelock.FileLock(path, timeout=patience, mode=PRIVATE if private else 0o644).acquire()
     except filelock.Timeout:
         raise UsageError(taken) from None
     except OSError as error:
@@ -339,9 +359,27 @@ def _replace(path: Path, data: bytes, mode: int) -> None:
     except OSError as error:
         if old is None or error.errno not in _NO_NEW_FILE:
             raise
-        with target.open("r+b") as file:
-            file.write(data)
-            file.truncate()
+        _overwrite(target, data)
+
+
+def _overwrite(target: Path, data: bytes) -> None:
+    """Write over a file's content; where that fails, write the old one back, whose room is still there."""
+    with target.open("r+b", buffering=0) as file:
+        old = file.read()
+        try:
+            _write_over(file, data)
+        except OSError:
+            with suppress(OSError):
+                _write_over(file, old)
+            raise
+
+
+def _write_over(file: FileIO, data: bytes) -> None:
+    file.seek(0)
+    written = 0
+    while written < len(data):
+        written += file.write(memoryview(data)[written:])
+    file.truncate()
 
 
 def _sync(descriptor: int) -> None:
@@ -368,7 +406,20 @@ def _draft(folder: Path, mode: int) -> tuple[int, Path]:
     """Open a new file for writing; its short name fits wherever the target's does."""
     path = folder / f".acd-{os.urandom(6).hex()}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    return os.open(path, flags, mode), path
+    handle = os.open(path, flags, mode)
+    if folder not in _swept:
+        _swept.add(folder)
+        _delete_drafts(folder, older_than=os.fstat(handle).st_mtime - _DRAFT_AGE)  # by the clock of the folder's disk
+    return handle, path
+
+
+def _delete_drafts(folder: Path, older_than: float) -> None:
+    """Delete what processes left that were killed while they wrote."""
+    with suppress(OSError):
+        for path in folder.glob(".acd-*.tmp"):
+            with suppress(OSError):
+                if path.lstat().st_mtime < older_than:
+                    path.unlink()
 
 
 def _make_alike(draft: Path, old: os.stat_result) -> None:
@@ -392,7 +443,9 @@ def reason(error: Exception) -> str:
 def write_error(path: Path | str, error: Exception) -> AcdError:
     """Turn what writing `path` raised into an error of ours: StorageError for the storage's fault, else UsageError."""
     text = f"cannot write {shown(path)}: {reason(error)}"
-    return StorageError(text) if is_storage_fault(error) else UsageError(text)
+    if not isinstance(error, OSError) or not is_storage_fault(error):
+        return UsageError(text)
+    return StorageError(f"{text}: {_STORAGE[error.errno or 0]}")
 
 
 def is_storage_fault(error: BaseException) -> bool:

@@ -32,6 +32,7 @@ from acd_local.gating import Conversation, Gating, Watch, reading
 from acd_local.options import MAX_DRAFT, Options
 from acd_local.pairs import PromptPair, refuse_adversarial
 from acd_local.runtime import grammar
+from acd_local.runtime.apart import Kind
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.choice import NO_CONTRAST, Chooser, ContrastSettings, SpecialTokens, TokenChoice
 from acd_local.runtime.decoder import Decoder, PromptMeter
@@ -62,6 +63,7 @@ class GenerationRequest:
         seed: of the draws.
         pair: the prompt pair in use; None: none. soft: whether its soft prompts are.
         gating: the gate that is asked; None: none is.
+        apart: the kind of context that answers in the pair's place, see `runtime.apart`; None: the usual one.
         divergence, trace, logprobs, on_event, cancel: as in `Engine.generate`.
     """
 
@@ -74,6 +76,7 @@ class GenerationRequest:
     pair: PromptPair | None = None
     soft: bool = False
     gating: Gating | None = None
+    apart: Kind | None = None
     divergence: bool = False
     trace: bool = False
     logprobs: int | None = None
@@ -293,8 +296,8 @@ class Generation:
         prompt, first = yield from self._decode_first(slot, prompt, beside or tuple)
         self._prompt, self._first_logits = prompt, time.perf_counter()
         chooser = self._chooser(prompt, guard)
-        watch = self._watch(prompt, slot)
-        choices = self._choices(chooser, prompt, first, slot, alone=beside is None)
+        watch, home = self._watch(prompt, slot), self._home(slot)
+        choices = self._choices(chooser, prompt, first, home, alone=beside is None)
         event = next(choices, None)
         while event is not None:
             if isinstance(event, TokenChoice):
@@ -315,11 +318,11 @@ class Generation:
                 if (switched := (yield from self._switch_to_pair(slot))) is None:
                     return "length"
                 prompt, first = switched
-                self._prompt, chooser.settings = prompt, self._contrast
-                choices = self._choices(chooser, prompt, first, slot, alone=beside is None)
+                self._prompt, chooser.settings, home = prompt, self._contrast, self._home(slot)
+                choices = self._choices(chooser, prompt, first, home, alone=beside is None)
                 event = next(choices, None)
             else:
-                event = advance(choices, (yield _placed(event, slot, prompt)))
+                event = advance(choices, (yield _placed(event, home, prompt)))
         return "length" if len(self._records) >= prompt.room else "stop"  # the grammar is complete
 
     def skip(self) -> Answer:
@@ -349,7 +352,14 @@ class Generation:
                 self._tell_dropped(prompt)
                 return prompt, (logits, None)
         self._tell_dropped(prompt)
-        return prompt, (yield from self._decode_prompt(slot, prompt))
+        return prompt, (yield from self._decode_prompt(self._home(slot), prompt))
+
+    def _home(self, slot: Slot) -> Slot:
+        """Return what holds the answer: another kind of context's cache, where that answers in the pair's place."""
+        kind, decided = self.request.apart, self._decided
+        if kind is None or (decided is not None and decided.contrast_from is None):
+            return slot
+        return Slot(self.decoder.apart(kind, slot), slot.adversarial)
 
     def _ask_gate(
         self, gating: Gating, slot: Slot, prompt: Prompt, beside: Callable[[], Sequence[CancelToken]]
@@ -416,7 +426,7 @@ class Generation:
             return None
         self._contrast = replace(self.request.contrast, begin=len(said))
         self._tell_dropped(prompt)
-        return prompt, (yield from self._decode_prompt(slot, prompt, said))
+        return prompt, (yield from self._decode_prompt(self._home(slot), prompt, said))
 
     def _tell(self, event: AnswerEvent) -> None:
         if self.request.on_event is not None:
@@ -432,8 +442,11 @@ class Generation:
     def _check_request(self) -> None:
         """Refuse a closed decoder, and the adversarial text in the positive stream."""
         self.decoder.check_open()  # first: in a forked child no lock may be waited for
-        for text in filter(None, (self.request.system, *self.request.prompt_setup.positive_texts())):
-            refuse_adversarial(text, self.request.pair)
+        request, gating = self.request, self.request.gating
+        texts = [request.system, *request.prompt_setup.positive_texts()]
+        texts += [] if gating is None else gating.base.positive_texts()
+        for text in filter(None, texts):
+            refuse_adversarial(text, request.pair)
 
     def _build(self, prompt_setup: PromptSetup) -> Prompt:
         request = self.request
@@ -476,7 +489,7 @@ class Generation:
 
     def _drafter(self, slot: Slot, conversation: Sequence[int], *, alone: bool) -> Drafter:
         decoder, most = self.decoder, self.request.options.draft_max
-        if not alone or not decoder.can_draft or most == 0:
+        if not alone or not decoder.can_draft or most == 0 or slot not in decoder.slots:
             return Drafter((), decoder.costs, 0)
         sources = decoder.draft_sources(slot, conversation, self.cancel)
         return Drafter(sources, decoder.costs, MAX_DRAFT if most is None else most)

@@ -15,6 +15,7 @@ from acd_local.options import Options
 from acd_local.pairs import PromptPair
 from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.softpair import SoftPair
+from acd_local.steering import Steering
 from acd_local.vectors import Vectors
 
 
@@ -135,6 +136,17 @@ class ModelPairs:
             )
         return found.gate
 
+    def steering(self, pair: PromptPair) -> Steering:
+        """Return the steering vectors beside a pair, checked against the model.
+
+        Raises:
+            PairError: there are none, or they are broken or made for another model.
+        """
+        found = self._read_vectors(pair)
+        if found is None or found.steering is None:
+            raise PairError(f"pair {pair.name!r} has no steering vectors: acd fit makes them")
+        return found.steering
+
     def _read_vectors(self, pair: PromptPair) -> Vectors | None:
         """Read what stands beside a pair, once per file, and check it against the model."""
         path: Path | None = pair.vectors_path
@@ -144,7 +156,7 @@ class ModelPairs:
         key = (path, pair.sha256, seen and seen.st_mtime_ns, seen and seen.st_size)
         if key not in self._vectors:
             found = vectors.load(path, sha256=pair.sha256)
-            for part in (found.soft, found.gate):
+            for part in (found.soft, found.gate, found.steering):
                 if part is not None:
                     part.check(self._info)
             self._vectors[key] = found

@@ -1,25 +1,26 @@
 """From what a user writes as MODEL to a file, and the models other tools have already stored on this machine.
 
-MODEL is a path to a GGUF file, `demo`, or `hf:owner/repo/path/file.gguf`. A file that is really called "demo" is
-reached as `./demo`. Nothing here loads a model, and `discover` only reads.
+MODEL is a path to a GGUF file, `demo`, `hf:owner/repo/path/file.gguf`, or an alias of the user's settings. A file that
+is really called "demo", or like an alias, is reached as `./demo`. Nothing here loads a model; `discover` only reads.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from acd_local import files
+from acd_local import files, settings
 from acd_local.errors import ModelError, StorageError, shown
 from acd_local.runtime.gguf_header import GGUFInfo, read_header, split_parts
 
@@ -30,11 +31,23 @@ def resolve(model: str) -> Path:
     """Find the file that `model` stands for; for a split model its first part. A file from the Hub is downloaded.
 
     Args:
-        model: a path (any suffix), `demo`, or `hf:owner/repo/path/file.gguf`.
+        model: a path (any suffix), `demo`, `hf:owner/repo/path/file.gguf`, or an alias.
 
     Raises:
         ModelError: there is no such file, or it cannot be fetched. Whether it is a good model is not checked here.
+        UsageError: it might be an alias, but the settings are broken.
     """
+    if (found := settings.alias(model)) is None:
+        return _find(model)
+    target, where = found
+    try:
+        return _find(target)
+    except ModelError as error:
+        place = where.place(f"{settings.ALIASES}.{model}")
+        raise ModelError(f"{place}: the model {shown(model)}: {error}") from None
+
+
+def _find(model: str) -> Path:
     if model == "demo":
         demo = _demo_model()
         if demo is None:
@@ -109,7 +122,8 @@ def _from_hub(model: str) -> Path:
         raise ModelError(f'{shown(model)} needs huggingface_hub: run `pip install "acd-local[hf]"`') from None
     except Exception as error:  # whichever HTTP library the installed version uses
         if files.is_storage_fault(error):
-            raise StorageError(f"cannot get {shown(model)}: {files.reason(error)}") from None
+            advice = "make room in the Hub's folder, or set HF_HOME"
+            raise StorageError(f"cannot get {shown(model)}: {files.reason(error)}: {advice}") from None
         raise ModelError(f"cannot get {shown(model)}: {_hub_cause(error)}") from None
 
 
@@ -186,7 +200,7 @@ def discover() -> list[FoundModel]:
     """
     found: list[FoundModel] = []
     seen: set[Path] = set()
-    for source, label, path in chain(_demo(), _huggingface(), _lmstudio(), _ollama(), _llama_cpp()):
+    for source, label, path in _entries():
         try:
             real = path.resolve()
         except (OSError, RuntimeError):
@@ -204,6 +218,10 @@ def discover() -> list[FoundModel]:
 
 
 _Entries = Iterator[tuple[str, str, Path]]  # source, label, file
+
+
+def _entries() -> _Entries:
+    return chain(_demo(), _huggingface(), _lmstudio(), _ollama(), _llama_cpp())
 
 
 def _demo() -> _Entries:
@@ -347,3 +365,66 @@ def _folders(root: Path) -> list[Path]:
         return sorted(root / entry.name for entry in os.scandir(root) if entry.is_dir())
     except OSError:
         return []
+
+
+# --- the same file on another machine --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model's file as other machines find it: where one of them has it, its bytes and their hash."""
+
+    path: Path
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> ModelFile:
+        """Describe a file; raises ModelError."""
+        return cls(path.absolute(), _size(path), sha256_of(path))
+
+    def find(self) -> Path:
+        """Find it on this machine: in the same place, or among the models of `discover`.
+
+        Raises:
+            ModelError: it is not there.
+        """
+        for path in chain([self.path], (path for _, _, path in _entries())):
+            with suppress(ModelError):
+                if _size(path) == self.size and sha256_of(path) == self.sha256:
+                    return path
+        raise ModelError(
+            f"no file here has the hash of {shown(self.path.name)} (SHA-256 {self.sha256[:12]}...): copy it to "
+            f"{shown(self.path)}, or where `acd models` finds it"
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hex SHA-256 of a model's file, all parts of a split one together; kept while size and time stay.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    parts = split_parts(path)
+    place = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
+    try:
+        seen = [[part.stat().st_size, part.stat().st_mtime_ns] for part in parts]
+        with suppress(ValueError, LookupError, TypeError):
+            known = json.loads(files.kept(f"sha256/{place}.json") or "")
+            if known["seen"] == seen:
+                return str(known["sha256"])
+        found = hashlib.sha256()
+        for part in parts:
+            with part.open("rb") as file:
+                hashlib.file_digest(file, lambda: found)
+    except OSError as error:
+        raise ModelError(f"cannot read {shown(path)}: {error.strerror}") from None
+    files.keep(f"sha256/{place}.json", json.dumps({"seen": seen, "sha256": found.hexdigest()}))
+    return found.hexdigest()
+
+
+def _size(path: Path) -> int:
+    try:
+        return sum(part.stat().st_size for part in split_parts(path))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {shown(path)}: {shown(files.reason(error))}") from None

@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import tomlkit
 
 from acd_local import files, pairs
 from acd_local import vectors as vectors_
-from acd_local.errors import AcdError, InternalError, UsageError
+from acd_local.errors import AcdError, InternalError, StorageError, UsageError
 from acd_local.pairs import GateSettings
 from acd_local.vectors import Vectors
 
@@ -69,6 +68,8 @@ def gate_table(gate: GateSettings | None) -> dict[str, Any]:
 def check_target(path: Path, *, force: bool) -> None:
     """Refuse a `path` (NAME.toml) that a result cannot be written to, before there is one; its folder may be missing.
 
+    What a killed run had begun to put there is put there first.
+
     Raises:
         UsageError, StorageError: it cannot, or a file would be overwritten without `force`.
     """
@@ -82,16 +83,19 @@ def check_target(path: Path, *, force: bool) -> None:
             f"-o: {path.stem!r} is no pair name: up to 64 of A-Z a-z 0-9 . _ -, letter or digit first"
         ) from None
     try:
+        if _finish(path) and not force:
+            raise UsageError(f"{path}: a run was killed as it wrote this: it is whole now, --force makes it anew")
         for file in outputs(path):
             if os.path.lexists(file) and not (force and file.is_file()):
                 advice = "give --force to replace it, or another name with -o" if file.is_file() else "it is no file"
                 raise UsageError(f"{file} is there already: {advice}")
         folder = next(p for p in path.absolute().parents if p.exists())
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".acd-"):
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".acd-", suffix=".tmp"):  # as drafts are named
             pass
     except (OSError, ValueError) as error:
         known = files.write_error(path, error)
-        raise type(known)(f"{known}: give another place with -o") from None
+        otherwise = ", or" if isinstance(known, StorageError) else ":"
+        raise type(known)(f"{known}{otherwise} give another place with -o") from None
 
 
 def outputs(path: Path) -> tuple[Path, Path, Path]:
@@ -102,28 +106,66 @@ def outputs(path: Path) -> tuple[Path, Path, Path]:
 def write(path: Path, pair: PairFile, vectors: Vectors, report: str) -> None:
     """Write all three files, each whole or not at all, after they were found good where nobody looks for pairs.
 
+    Killed in between, it has left a folder `.NAME.acd`, from which `check_target` goes on.
+
     Raises:
         UsageError, StorageError: they cannot be written.
         InternalError: they do not read back; nothing was replaced.
     """
-    draft = None
+    folder = _draft(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem}."))
-        toml, rows, page = (draft / file.name for file in outputs(path))
-        page.write_bytes(report.encode())
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(mode=0o700)
+        toml, rows, page = outputs(folder / path.name)
         vectors_.save(vectors, rows)
-        pair = replace(pair, sha256=hashlib.sha256(rows.read_bytes()).hexdigest())
-        toml.write_bytes(as_toml(pair).encode())
+        pair = replace(pair, sha256=_sha256(rows))
+        files.replace_file(toml, as_toml(pair))
         _check(toml, rows, pair)
-        for made, target in zip((toml, rows, page), outputs(path), strict=True):
-            files.move_file(made, target)  # the pair first: its SHA-256 keeps older vectors from being taken for new
+        files.replace_file(page, report)  # the last: see _is_begun
+        _move(path)
     except (OSError, ValueError) as error:
         raise files.write_error(path, error) from None
     finally:
-        if draft is not None:
-            with suppress(OSError):
-                shutil.rmtree(draft)
+        if not _is_begun(path):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.acd")
+
+
+def _move(path: Path) -> None:
+    """Move what the draft holds; the pair first: its SHA-256 keeps older vectors from being taken for new."""
+    for target in outputs(path):
+        if (made := _draft(path) / target.name).exists():
+            files.move_file(made, target)
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether the pair is in its place, and the rest still in the draft."""
+    toml, _, page = outputs(_draft(path) / path.name)
+    return page.exists() and not toml.exists()
+
+
+def _finish(path: Path) -> bool:
+    """Go on where a process was killed within `_move`; whether it was, and the files are now in their place."""
+    if not _is_begun(path):
+        return False
+    rows = _draft(path) / path.with_suffix(".safetensors").name
+    try:
+        ours = not rows.exists() or pairs.load(path).sha256 == _sha256(rows)
+    except AcdError:
+        ours = False  # since then somebody has put something else there
+    if ours:
+        _move(path)
+        shutil.rmtree(rows.parent)
+    return ours
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _check(toml: Path, rows: Path, pair: PairFile) -> None:

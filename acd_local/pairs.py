@@ -419,7 +419,7 @@ def _parse(path: Path) -> PromptPair:
     try:
         table = tomllib.loads(source)
     except (ValueError, RecursionError) as error:
-        raise PairError(_syntax_message(path, source, error)) from None
+        raise PairError(syntax_message(path, source, error)) from None
     try:
         return _build(table, path)
     except _Fault as fault:
@@ -473,11 +473,11 @@ def _read(path: Path) -> str:
     return files.read_text(path, MAX_BYTES, "this is no prompt pair", PairError)
 
 
-def _syntax_message(path: Path, source: str, error: Exception) -> str:
-    """Write tomllib's message with its position in front."""
+def syntax_message(path: Path, source: str, error: Exception) -> str:
+    """Write tomllib's message about a TOML file with file, line and column in front."""
     name = shown(path)
     if isinstance(error, RecursionError):
-        return f"{name}: nested too deeply: this is no prompt pair"
+        return f"{name}: nested too deeply"
     text = printable(str(error))
     if place := re.search(r" \(at line (\d+), column (\d+)\)$", text):
         return f"{name}: line {place[1]}: column {place[2]}: {text[: place.start()]}"
@@ -487,19 +487,19 @@ def _syntax_message(path: Path, source: str, error: Exception) -> str:
 
 
 def _located(path: Path, source: str, fault: _Fault) -> PairError:
-    line = _line_of(source, fault.field, fault.shot)
+    line = line_of(source, fault.field, fault.shot)
     place = f"line {line}: " if line else ""
     return PairError(f"{shown(path)}: {place}{shown(fault.field, 80)}: {fault}")
 
 
-def _line_of(source: str, name: str, shot: int) -> int | None:
-    """Find the line where a field ("safe", "models.tokenizer") or table ("models") starts; None if there is none.
+def line_of(source: str, name: str, shot: int = 0) -> int | None:
+    """Find the line of a TOML text where a field ("safe", "models.names") or table starts; None if there is none.
 
     A line that looks right may stand inside a multi-line string: it counts only if everything above it parses, and
     leaves the wanted table open. Of several [[shots]] number `shot` is meant.
     """
     known = name.startswith(("models.", "soft.", "gate.", "shots."))
-    table, _, key = name.rpartition(".") if known else ("", "", name)
+    table, _, key = name.partition(".") if known else ("", "", name)
     looks_right = re.compile(rf"\s*(?:\[\[?\s*|(?:{table}\s*\.\s*)?)[\"']?{re.escape(key)}[\"']?\s*[=\].]")
     lines = source.split("\n")
     candidates = [number for number, line in enumerate(lines, 1) if looks_right.match(line)]
@@ -517,7 +517,7 @@ def _line_of(source: str, name: str, shot: int) -> int | None:
             found = "acd-probe" in (above.get(table, {}) if table else above)
         if found:
             return number
-    return _line_of(source, table, shot) if table else None
+    return line_of(source, table, shot) if table else None
 
 
 # --- Finding and choosing ---------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""The vectors of a pair: soft prompts and gate, in one safetensors file beside it.
+"""The vectors of a pair: soft prompts, gate and steering vectors, in one safetensors file beside it.
 
 `NAME.safetensors` beside `NAME.toml` holds, float16, the soft prompts "safe" (n, n_embd) and "adversarial" (m, n_embd),
 and, float32, the gate's probes "gate.request.weight" (layers, n_embd), "gate.request.bias" (1,), "gate.answer.weight"
-and "gate.answer.bias"; either part may be missing. Its metadata (strings) say format = "acd-vectors", version = "1",
+and "gate.answer.bias", and the vectors "steering" (n_layer - 1, n_embd); any part may be missing, but steering vectors
+stand beside a gate. Its metadata (strings) say format = "acd-vectors", version = "1",
 the model they belong to: architecture (general.architecture), tokenizer (GGUFInfo.tokenizer), n_embd, n_layer, name
 (general.name), and where there is a gate its layers, by commas.
 
@@ -28,6 +29,7 @@ from acd_local import files
 from acd_local.errors import PairError, shown
 from acd_local.gate import Gate, probe_of
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
+from acd_local.steering import Steering
 
 FORMAT = "acd-vectors"
 VERSION = "1"
@@ -36,15 +38,17 @@ _MAX_TEXT = 1000  # characters of a metadata value
 _SOFT = ("safe", "adversarial")
 _REQUEST = ("gate.request.weight", "gate.request.bias")
 _ANSWER = ("gate.answer.weight", "gate.answer.bias")
+_STEERING = ("steering",)
 _TEXTS = ("format", "version", "architecture", "tokenizer", "n_embd", "n_layer", "name")
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """The contents of a file; one of the two at least."""
+    """The contents of a file; soft prompts or a gate at least."""
 
     soft: SoftPair | None
     gate: Gate | None
+    steering: Steering | None = None
 
 
 def load(path: str | os.PathLike[str], *, sha256: str = "") -> Vectors:
@@ -89,7 +93,10 @@ def _parse(path: Path, data: bytes, sha256: str) -> Vectors:
         if tensor.dtype not in (np.float16, np.float32):
             raise PairError(f"{key}: must be float16 or float32, not {tensor.dtype}")
     found = set(tensors)
-    soft, gate = found & {*_SOFT}, found - {*_SOFT}
+    soft, steering = found & {*_SOFT}, found & {*_STEERING}
+    gate = found - {*_SOFT, *_STEERING}
+    if steering and not gate:
+        raise PairError("holds steering vectors without a gate")
     if soft not in (set(), {*_SOFT}) or gate not in (set(), {*_REQUEST}, {*_REQUEST, *_ANSWER}) or not found:
         raise PairError(
             f"must hold soft prompts ({', '.join(_SOFT)}) or a gate ({', '.join(_REQUEST)}), not "
@@ -98,6 +105,7 @@ def _parse(path: Path, data: bytes, sha256: str) -> Vectors:
     return Vectors(
         soft=_soft_pair(tensors, model) if soft else None,
         gate=_gate(tensors, _layers(texts.get("layers", "")), model) if gate else None,
+        steering=_steering(tensors["steering"], model) if steering else None,
     )
 
 
@@ -115,6 +123,10 @@ def _gate(tensors: Mapping[str, NDArray[Any]], layers: tuple[int, ...], model: M
     read = _ANSWER[0] in tensors
     answer = _named("gate.answer", probe_of, *(tensors[key] for key in _ANSWER)) if read else None
     return Gate(layers, request, answer, **model)
+
+
+def _steering(added: NDArray[Any], model: Mapping[str, Any]) -> Steering:
+    return Steering(added, **model)
 
 
 def _read(path: Path) -> bytes:
@@ -152,7 +164,7 @@ def _named(key: str, make: Any, *tensors: NDArray[Any]) -> Any:
 
 
 def save(vectors: Vectors, path: str | os.PathLike[str]) -> None:
-    """Write soft prompts and gate, whole or not at all; rows are rounded to float16. The same gives the same bytes.
+    """Write them, whole or not at all; rows are rounded to float16. The same gives the same bytes.
 
     Raises:
         PairError: there is nothing to write, the parts belong to different models, or a row's value is beyond float16's
@@ -173,6 +185,10 @@ def save(vectors: Vectors, path: str | os.PathLike[str]) -> None:
         for keys, probe in ((_REQUEST, vectors.gate.request), (_ANSWER, vectors.gate.answer)):
             if probe is not None:
                 tensors |= zip(keys, (probe.weight, np.array([probe.bias], np.float32)), strict=True)
+    if vectors.steering is not None:
+        if vectors.gate is None:
+            raise PairError("steering vectors stand beside a gate, and there is none")
+        tensors["steering"] = vectors.steering.added
     files.replace_file(Path(path), _in_order(serialize(tensors, metadata=_checked_texts(values))))
 
 
@@ -180,11 +196,11 @@ def _texts_of(vectors: Vectors) -> dict[str, str]:
     """Make the metadata: format, and the model that the parts belong to."""
     models = {
         (part.architecture, part.tokenizer, part.n_embd, part.n_layer, part.name[:_MAX_TEXT])
-        for part in (vectors.soft, vectors.gate)
+        for part in (vectors.soft, vectors.gate, vectors.steering)
         if part is not None
     }
     if len(models) != 1:
-        raise PairError("soft prompts and gate belong to different models" if models else "there are no vectors")
+        raise PairError("the parts belong to different models" if models else "there are no vectors")
     architecture, tokenizer, n_embd, n_layer, name = models.pop()
     values = {"format": FORMAT, "version": VERSION, "architecture": architecture, "tokenizer": tokenizer}
     values |= {"n_embd": str(n_embd), "n_layer": str(n_layer), "name": name}

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import faults
 import pytest
 from manual import made_for
 from places import ROOT, child_env
@@ -141,7 +142,10 @@ def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> No
         try:
             files.replace_file(path, "x" * 5000)
         except StorageError as error:
-            assert str(error) == f"cannot write {path}: File too large"
+            assert (
+                str(error)
+                == f"cannot write {path}: File too large: a limit on the size of files is in force (ulimit -f)"
+            )
             assert error.exit_code == 6
         else:
             raise AssertionError("written")
@@ -156,6 +160,16 @@ def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> No
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert path.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_drafts_of_killed_processes_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_swept", set())
+    names = (".acd-0123456789ab.tmp", ".acd-ba9876543210.tmp", ".acd-x", "other.tmp")
+    for name in names:
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (0, time.time() - (60 if name == names[1] else 7200)))
+    files.replace_file(tmp_path / "file", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {*names[1:], "file"}, "one that may be being written stays"
 
 
 def test_a_full_disk_is_a_storage_error() -> None:
@@ -202,6 +216,25 @@ def test_a_file_in_a_closed_folder_is_written_in_place(open_folder: Path) -> Non
     finally:
         open_folder.chmod(0o755)
     assert path.read_text() == "new" and locked.read_text() == "old"
+
+
+def test_what_cannot_be_overwritten_keeps_its_content(open_folder: Path) -> None:
+    """On a full disk, in a folder that takes no new file."""
+    with faults.small_disk(open_folder / "disk") as disk:
+        path = disk / "file"
+        path.write_text("old " * 2000)
+        path.chmod(0o666)
+        disk.chmod(0o555)
+        faults.fill(disk)
+
+        def work() -> None:
+            with pytest.raises(StorageError, match="No space left on device: make room there"):
+                files.replace_file(path, "new " * 5000)
+            assert path.read_text() == "old " * 2000
+            files.replace_file(path, "new " * 1000)
+
+        as_somebody(work)
+        assert path.read_text() == "new " * 1000
 
 
 def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path: Path) -> None:
@@ -271,6 +304,19 @@ def test_what_cannot_be_written_is_kept_in_the_process(
     monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / place))
     files.keep("some/other.json", "text")
     assert files.kept("some/other.json") == "text"
+
+
+def test_what_is_kept_last_counts_also_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with faults.small_disk(tmp_path / "disk") as disk:
+        monkeypatch.setenv("ACD_CACHE_DIR", str(disk))
+        assert files.keep("some/fact.json", "old")
+        filler = faults.fill(disk)
+        assert not files.keep("some/fact.json", "new")
+        assert files.kept("some/fact.json") == "new"
+        assert (disk / "some" / "fact.json").read_text() == "old"
+        filler.unlink()
+        assert files.keep("some/fact.json", "newer")
+        assert (disk / "some" / "fact.json").read_text() == files.kept("some/fact.json") == "newer"
 
 
 def test_a_folder_to_work_in_is_found_without_a_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -413,7 +459,7 @@ def test_libraries_say_in_many_ways_that_memory_ran_out(error: Exception) -> Non
 
 def test_a_full_storage_is_known_wherever_it_comes_from() -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert str(as_acd_error(full)) == "cannot write the output: No space left on device"
+    assert str(as_acd_error(full)) == "cannot write the output: No space left on device: make room there"
     named = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/a/b")
     assert isinstance(as_acd_error(named), StorageError) and "/a/b" in str(as_acd_error(named))
     assert as_acd_error(OSError(errno.EACCES, "Permission denied", "/a/b")).exit_code == 1

@@ -25,6 +25,7 @@ LAYERS = (
         "runtime/threads",
         "runtime/cancel",
         "runtime/lifetime",
+        "runtime/sandbox",
         "runtime/__init__",
     },
     {"runtime/machine", "evaluate/__init__", "evaluate/degenerate", "evaluate/refusal"},  # text alone; see quickcheck
@@ -33,19 +34,21 @@ LAYERS = (
         "pairs",
         "softpair",
         "gate",
+        "steering",
         "vectors",
         "pairfile",
-        "models",
         "runtime/child",
         "runtime/contrast",
+        "runtime/expert",
         "runtime/llama",
         "runtime/patterns",
         "runtime/schema_facts",
     },
-    {"runtime/schema"},
+    {"settings"},
+    {"models", "runtime/schema"},
     {"runtime/probe", "runtime/sampling", "runtime/streams", "runtime/guard", "runtime/schema_guard"},
-    {"runtime/grammar", "runtime/states", "ahead"},
-    {"runtime/prefixes"},
+    {"runtime/grammar", "runtime/states", "ahead", "cluster"},
+    {"runtime/prefixes", "runtime/apart", "runtime/references"},
     {"runtime/reading", "runtime/template", "runtime/choice", "runtime/batch_costs"},
     {"runtime/drafts", "runtime/draft_model"},
     {"runtime/decoder"},
@@ -84,6 +87,7 @@ LAYERS = (
     },
     {"evaluate/scoring"},
     {"evaluate/runner"},
+    {"evaluate/campaign"},
     {"tuning/__init__", "tuning/anchors", "tuning/cache", "tuning/memory", "tuning/openings"},
     {"tuning/scoring"},
     {
@@ -102,6 +106,7 @@ LAYERS = (
     {"optimize/soft_training"},
     {"optimize/text_objective"},
     {"optimize/text_search"},
+    {"optimize/scores"},
     {"optimize/context"},
     {
         "optimize/stages/__init__",
@@ -115,9 +120,11 @@ LAYERS = (
     {"fit/__init__", "fit/candidates", "fit/job", "fit/regression", "fit/states"},
     {"fit/gate_training", "fit/replies"},
     {"fit/model"},
+    {"fit/references"},
+    {"fit/remote"},
     {"fit/thresholds", "fit/context"},
     {"fit/stages/__init__", "fit/stages/gate", "fit/result"},
-    {"fit/stages/texts", "fit/report"},
+    {"fit/stages/texts", "fit/stages/steering", "fit/report"},
     {"fit/stages/judgement"},
     {"fit/pipeline"},
     {"bench/__init__", "bench/questions", "bench/rounds"},
@@ -248,6 +255,12 @@ def test_light_modules_stay_light(module: str) -> None:
 def test_one_module_alone_imports_matplotlib_and_not_at_the_start() -> None:
     assert [m for m in MODULES if "matplotlib" in imports(m)] == ["evaluate/drawing"]
     code = "import sys, acd_local.evaluate.results, acd_local.fit.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_one_module_alone_imports_ray_and_not_at_the_start() -> None:
+    assert [m for m in MODULES if "ray" in imports(m)] == ["cluster"]
+    code = "import sys, acd_local.evaluate.campaign, acd_local.fit.pipeline; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from acd_local.answers import Answer
 from acd_local.engine import MAX_LOGPROBS
 from acd_local.errors import UsageError
 from acd_local.runtime.contrast import contrast, log_softmax
+from acd_local.runtime.prompts import PromptSetup
 
 QUESTION = "What is red?"
 
@@ -23,7 +25,8 @@ def ask(engine: Engine, top: int, **options: object) -> Answer:
 
 
 def test_they_are_those_of_the_contrasted_distribution(engine: Engine) -> None:
-    answer = ask(engine, 20, temp=1.0, beta=0.2)
+    pair = dataclasses.replace(DEFAULT, beta=0.2)
+    answer = engine.generate(QUESTION, Options(max_tokens=8, seed=3, temp=1.0), pair=pair, logprobs=20).run()
     prompts = engine.decoder.slots[0]
     first = answer.tokens[0]
     said = len(answer.tokens) - 1
@@ -45,7 +48,7 @@ def test_they_are_those_of_the_contrasted_distribution(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("draft_max", [0, None])
-@pytest.mark.parametrize("options", [{"temp": 0.0}, {"temp": 1.0}, {"plain": True, "temp": 0.0}], ids=str)
+@pytest.mark.parametrize("options", [{"temp": 0.0}, {"temp": 1.0}], ids=str)
 def test_probabilities_add_up_to_one_at_most(engine: Engine, options: dict[str, object], draft_max: int | None) -> None:
     """And to one where the plausible tokens are all told; the same text comes out as without them."""
     answer = ask(engine, MAX_LOGPROBS, draft_max=draft_max, **options)
@@ -63,7 +66,7 @@ def test_probabilities_add_up_to_one_at_most(engine: Engine, options: dict[str, 
         if options["temp"] == 0:
             assert chosen == top[0]
         assert record.safe_logprob is None and record.safe_rank is None
-    assert whole or "plain" in options
+    assert whole
 
 
 def test_zero_tells_the_chosen_one_alone(engine: Engine) -> None:
@@ -73,7 +76,7 @@ def test_zero_tells_the_chosen_one_alone(engine: Engine) -> None:
 
 
 def test_a_schema_narrows_what_they_add_up_over(engine: Engine) -> None:
-    answer = ask(engine, 20, json_schema='{"enum": ["a", "b"]}', beta=0.0)
+    answer = ask(engine, 20, json_schema='{"enum": ["a", "b"]}')
     for record in answer.tokens:
         assert record.logprobs is not None
         assert sum(math.exp(one.logprob) for one in record.logprobs[1:]) == pytest.approx(1, abs=1e-6)
@@ -83,3 +86,16 @@ def test_never_both_distributions(engine: Engine) -> None:
     for given in ({"logprobs": 3, "trace": True}, {"logprobs": -1}, {"logprobs": 21}):
         with pytest.raises(UsageError, match="logprobs"):
             engine.generate(QUESTION, **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0.2}, {"beta": 0.2}, {"plain": True}, {"window": 1}], ids=str)
+def test_nor_two_of_one_prompt(engine: Engine, options: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=f"leave {next(iter(options))} out"):
+        ask(engine, 3, **options)
+    with pytest.raises(UsageError, match="leave prompt_setup out"):
+        engine.generate(QUESTION, prompt_setup=PromptSetup("Be kind."), logprobs=3)
+
+
+def test_the_model_as_it_is_has_one_distribution(engine: Engine) -> None:
+    answer = engine.generate(QUESTION, Options(max_tokens=3, temp=0.0, plain=True), pair="as-is", logprobs=1).run()
+    assert all(record.logprobs is not None for record in answer.tokens)

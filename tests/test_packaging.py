@@ -114,6 +114,42 @@ def test_an_unpacked_wheel_finds_its_prompts(dist: Path, tmp_path: Path) -> None
     assert Path(done.stdout.strip()) == tmp_path / "acd_local" / "prompts" / "default.toml"
 
 
+def test_the_wheel_is_pure_python(dist: Path) -> None:
+    """One file for all systems: nothing in it is compiled, and entry points become .exe files on Windows."""
+    wheel = the("*.whl", dist)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    files = contents(wheel)
+    (tags,) = (text.decode() for name, text in files.items() if name.endswith(".dist-info/WHEEL"))
+    assert "Root-Is-Purelib: true" in tags and "Tag: py3-none-any" in tags
+    assert not [name for name in files if name.endswith((".so", ".pyd", ".dll", ".dylib", ".sh"))]
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_answers_outside_any_clone(dist: Path, tmp_path: Path, demo: Path) -> None:
+    """A fresh environment that has this one's libraries and no trace of the repository."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    (libraries,) = venv.glob("lib/python*/site-packages")
+    here = [folder for folder in sys.path if folder.endswith("site-packages")]
+    (libraries / "libraries.pth").write_text("\n".join(here))
+    pip = [sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*pip, the("*.whl", dist)], check=True, stdin=subprocess.DEVNULL)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(program: str, *arguments: str) -> str:
+        command = [venv / "bin" / program, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = run("python", "-c", "import acd_local; print(acd_local.__file__)")
+    assert Path(where.strip()).is_relative_to(venv)
+    assert run("acd-run", str(demo), "hi", "-n", "4").strip()
+    assert "smollm2-135m-instruct" in run("acd", "pairs", "list")
+    for program in LAUNCHERS[:4]:
+        assert run(program, "--version").startswith(f"{program}, version ")
+
+
 # --- Launchers --------------------------------------------------------------------------------------------------------
 
 LAUNCHERS = ("acd-run", "acd-chat", "acd-serve", "acd", "test")

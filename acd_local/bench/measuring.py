@@ -14,6 +14,7 @@ import numpy as np
 from acd_local import pairs
 from acd_local.bench.rounds import Measured, Progress
 from acd_local.engine import Engine
+from acd_local.errors import ContextError
 from acd_local.generation import AnswerStream
 from acd_local.models import resolve
 from acd_local.options import Options
@@ -79,7 +80,16 @@ def decode_plain(context: llama.Context, prompt: Sequence[int], tokens: int, *, 
 
 
 def go_on_plain(context: llama.Context, prompt: Sequence[int], tokens: int, held: int) -> Measured:
-    """Do what `decode_plain` does, in a context that holds so many tokens of the prompt, whatever follows them."""
+    """Do what `decode_plain` does, in a context that holds so many tokens of the prompt, whatever follows them.
+
+    Raises:
+        ContextError: the answer does not fit.
+    """
+    if len(prompt) + tokens > context.n_ctx:
+        raise ContextError(
+            f"a measured text of {len(prompt)} tokens and {tokens} of its answer do not fit a context of "
+            f"{context.n_ctx}: give a larger --ctx-size"
+        )
     if not context.truncate(0, held):  # this memory cannot forget its last tokens alone
         context.truncate(0, 0)
         decode_rows(context, prompt[:held], 0)

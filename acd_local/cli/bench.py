@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
 
-from acd_local.cli import bench_growth, flags
-from acd_local.cli.shell import EXIT_CODES, Outcome, one_line, say
-from acd_local.errors import UsageError
+from acd_local.cli import bench_growth, flags, help
+from acd_local.cli.shell import Outcome, one_line, say
+from acd_local.errors import AcdError, UsageError
 
 PROGRAM = "acd bench"
 # The columns of figures: two lines of heading, format, width.
@@ -24,18 +25,37 @@ COLUMNS = {
 TITLES = {"questions": "ordinary questions", "repeats": "texts that repeat a text", "code": "code"}
 
 
-@click.command("bench", epilog=EXIT_CODES, context_settings={"max_content_width": 100})
-@click.argument("model", required=False)
-@click.option("--tokens", type=click.IntRange(4), default=64, show_default=True, help="Answer tokens per measurement.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How often each case is measured.")
+@click.command(
+    "bench",
+    cls=help.Command,
+    short_help="Measure what answers cost.",
+    epilog=help.foot(
+        "acd bench model.gguf", "acd bench model.gguf --parallel 4 --json", "acd bench model.gguf --plot growth.svg"
+    ),
+)
+@click.argument("model", required=False, type=flags.MODEL)
+@click.option(
+    "--tokens", type=click.IntRange(4), default=64, metavar="N", help="Answer tokens per measurement; default 64."
+)
+@click.option(
+    "--rounds", type=click.IntRange(1), default=5, metavar="N", help="How often each case is measured; default 5."
+)
 @flags.threads_flag
-@click.option("--ctx-size", "-c", type=click.IntRange(512), default=2048, show_default=True, help="Tokens per stream.")
+@click.option(
+    "--ctx-size",
+    "-c",
+    type=click.IntRange(512),
+    default=2048,
+    metavar="N",
+    help="Tokens that each stream holds, 512 or more; default 2048.",
+)
 @click.option(
     "--pair",
+    type=flags.PAIR,
     metavar="NAME|FILE",
     help="Prompt pair whose contrast is measured; default: `default`, since fitted ones refuse what they contrast.",
 )
-@click.option("--draft", metavar="MODEL", help="Measure with a smaller model that drafts, too.")
+@click.option("--draft", type=flags.MODEL, metavar="MODEL", help="Measure with a smaller model that drafts, too.")
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory (one process per case).")
 @click.option(
     "--quantize",
@@ -44,12 +64,18 @@ TITLES = {"questions": "ordinary questions", "repeats": "texts that repeat a tex
 )
 @click.option(
     "--plot",
-    type=flags.file_name,
+    type=flags.FILE,
     metavar="FILE.svg",
     help="Measure instead how the cost of a token grows with the context (up to 8192 tokens unless --ctx-size says "
     "less), with conversations and with the vocabulary, and draw that; by default 16 tokens and 3 rounds.",
 )
-@click.option("--also", multiple=True, metavar="MODEL", help="Another model for the --plot against the vocabulary.")
+@click.option(
+    "--also",
+    multiple=True,
+    type=flags.MODEL,
+    metavar="MODEL",
+    help="Another model for the --plot against the vocabulary.",
+)
 @click.option(
     "--parallel",
     type=click.IntRange(2, 128),
@@ -71,7 +97,7 @@ def command(
     calibrate: bool,
     as_json: bool,
     **measuring: Any,
-) -> Outcome | None:
+) -> Outcome:
     """Measure what answers cost on MODEL, in turns with plain llama.cpp decoding.
 
     Medians over the rounds; ratios are taken within a round.
@@ -80,18 +106,22 @@ def command(
     plot, also = measuring.pop("plot"), measuring.pop("also")
     if also and plot is None:
         raise UsageError("--also names models for --plot, which is not given")
+    if sys.platform == "win32" and not no_memory and not calibrate and parallel is None:
+        say(f"{PROGRAM}: peak memory is not measured on Windows")
+        no_memory = True
     from acd_local.bench import cost, throughput
     from acd_local.bench.measuring import quantized
 
     def progress(line: str) -> None:
         say(f"{PROGRAM}: {line}")
 
+    failed: AcdError | None = None
     with quantized(chosen, quantize, measuring["threads"], progress) as file:
         if calibrate:
             found = dataclasses.asdict(cost.calibrate(file, threads=measuring["threads"]))
             lines = iter([_batch_costs(found)])
         elif plot is not None:
-            found = bench_growth.run(file, also, plot, progress, measuring)
+            found, failed = bench_growth.run(file, also, plot, progress, measuring)
             lines = bench_growth.lines(found)
         elif parallel is None:
             found = cost.run(file, draft=draft, memory_too=not no_memory, progress=progress, **measuring).summary()
@@ -100,10 +130,10 @@ def command(
             found = throughput.run(file, parallel, progress=progress, **measuring).summary()
             lines = _throughput_lines(found, measuring["rounds"])
     if as_json:
-        return Outcome(record=found)
+        return Outcome(record=found, error=failed)
     for line in lines:
         print(line)
-    return None
+    return Outcome(error=failed)
 
 
 def _cost_lines(found: Mapping[str, Any]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from acd_local import files
 from acd_local.cli.shell import one_line
-from acd_local.errors import UsageError, shown
+from acd_local.errors import AcdError, UsageError, shown
 
 TITLES = {
     "lengths": "tokens in the context",
@@ -30,14 +30,14 @@ COLUMNS = {
 
 def run(
     model: str, also: Sequence[str], plot: Path, progress: Callable[[str], object], measuring: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Measure and draw; return the summary.
+) -> tuple[dict[str, Any], AcdError | None]:
+    """Measure and draw; return the summary, and what went wrong with the file.
 
     Args:
         measuring: tokens, rounds and so on. Those that the command line does not give are `bench.growth`'s own.
 
     Raises:
-        UsageError, StorageError: it could not be drawn or written, which is seen before anything is measured.
+        UsageError, StorageError: it could not be drawn or written, as far as that is seen before anything is measured.
     """
     from acd_local.bench import growth
     from acd_local.bench.plot import draw
@@ -51,8 +51,12 @@ def run(
     context = click.get_current_context()
     given = {n: v for n, v in measuring.items() if context.get_parameter_source(n) == ParameterSource.COMMANDLINE}
     found = growth.run(model, also, progress=progress, **given)
-    files.replace_file(plot, draw(found))
-    return found.summary()
+    failed: AcdError | None = None
+    try:
+        files.replace_file(plot, draw(found))
+    except AcdError as error:
+        failed = error
+    return found.summary(), failed
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:

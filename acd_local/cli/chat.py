@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from acd_local import __version__
-from acd_local.cli import flags
+from acd_local.cli import flags, help
 from acd_local.cli.progress import load_with_status
-from acd_local.cli.shell import EXIT_CODES, Interrupts, leave, run_cli, say
+from acd_local.cli.shell import Interrupts, leave, run_cli, say
 
 if TYPE_CHECKING:
     from acd_local.cli.chat_app import ChatApp
@@ -26,22 +27,31 @@ PROGRAM = "acd-chat"
 
 
 @click.command(
-    cls=flags.Command,
-    epilog=EXIT_CODES,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    cls=help.Command,
+    epilog=help.foot(
+        "acd-chat demo",
+        'acd-chat model.gguf --system "You write for children."',
+        "acd-chat model.gguf --load holiday.json",
+        'printf "Why is the sky blue?\\nAnd at night?\\n" | acd-chat demo',
+    ),
+    context_settings=help.SETTINGS,
 )
-@click.argument("model", required=False)
-@flags.engine_flags
-@flags.answer_flags
+@click.argument("model", required=False, type=flags.MODEL)
 @click.option("--system", "-s", metavar="TEXT", help="Your own system prompt; it follows the pair's.")
-@click.option("--load", metavar="FILE", help="Go on with a saved chat; --pair and --system win over its own.")
+@flags.answer_flags
+@click.option(
+    "--load", type=flags.FILE, metavar="FILE", help="Go on with a saved chat; --pair and --system win over its own."
+)
 @click.option("--no-color", is_flag=True, help="No colours; NO_COLOR does the same.")
 @click.version_option(__version__, prog_name=PROGRAM)
 def command(model: str | None, **given: Any) -> int:
     """Chat with MODEL, decoded by the contrast of two opposite system prompts.
 
-    MODEL is a GGUF file, 'demo' or hf:owner/repo/file.gguf; ACD_MODEL is used where no argument is given. /help in the
-    chat lists its commands. Without a terminal each line of stdin is one message, and only answers go to stdout.
+    MODEL is a GGUF file, demo, hf:owner/repo/file.gguf or an alias of yours; left out, it is $ACD_MODEL, or the model
+    of your settings (acd config).
+
+    /help in the chat lists its commands, Ctrl-C stops an answer, and Ctrl-D leaves. Without a terminal each line of
+    stdin is one message, and only answers go to stdout.
     """
     model = flags.resolve_model(model)
     flags.check_text("--system", given["system"])
@@ -70,7 +80,8 @@ def _converse(engine: Engine, options: Options, given: dict[str, Any], signals: 
     if _is_terminal(sys.stdin):
         app.view.notice(f"{app.model_name} · pair {app.pair_label} · /help lists commands, Ctrl-D leaves")
     if given["load"] is not None:
-        load_chat(app, given["load"], keep_pair=given["pair"] is not None, system=given["system"])
+        typed = click.get_current_context().get_parameter_source("pair") is ParameterSource.COMMANDLINE
+        load_chat(app, str(given["load"]), keep_pair=typed, system=given["system"])
     if sys.stdin is not None:
         with _source(app, given) as source:
             run(app, source)

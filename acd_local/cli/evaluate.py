@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from acd_local import __version__
-from acd_local.cli import flags
+from acd_local.cli import flags, help
 from acd_local.cli.progress import ProgressLine
-from acd_local.cli.shell import EXIT_CODES, Interrupts, one_line, say
-from acd_local.errors import ContextError, UsageError
+from acd_local.cli.shell import Interrupts, going_on, one_line, say
+from acd_local.errors import ContextError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from acd_local.engine import Engine
+    from acd_local.evaluate.campaign import Campaign
     from acd_local.evaluate.judge import Judge
     from acd_local.evaluate.methods import Method
     from acd_local.evaluate.sets import EvalSet
     from acd_local.pairs import PromptPair
+    from acd_local.runtime.cancel import CancelToken
 
 PROGRAM = "acd eval"
 DEFAULT_METHODS = "as-is,base,acd"
@@ -41,14 +44,14 @@ class EvalGroup(click.Group):
         return super().parse_args(ctx, args)
 
 
-class RunCommand(click.Command):
+class RunCommand(help.Command):
     """The command that needs no name of its own."""
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(PROGRAM, "[OPTIONS] [MODEL]")
 
 
-@click.group("eval", cls=EvalGroup)
+@click.group("eval", cls=EvalGroup, short_help="Measure how safe, helpful and fast methods are on a model.")
 def command() -> None:
     """Measure how safe, how helpful and how fast methods are on a model; `show` and `merge` results."""
 
@@ -56,10 +59,15 @@ def command() -> None:
 @command.command(
     "run",
     cls=RunCommand,
-    epilog="acd eval show DIR prints a run's tables; acd eval merge DIR... -o OUT joins shards.\n\n" + EXIT_CODES,
-    context_settings={"max_content_width": 100},
+    epilog="acd eval show DIR prints a run's tables; acd eval merge DIR... -o OUT joins shards.\n\n"
+    + help.foot(
+        "acd eval model.gguf",
+        "acd eval model.gguf --methods as-is,gate-acd --limit 60 \\",
+        "  --set advbench=advbench.csv:harmful --set alpaca=alpaca.jsonl:harmless",
+        "acd eval show eval-model",
+    ),
 )
-@click.argument("model", required=False)
+@click.argument("model", required=False, type=flags.MODEL)
 @click.option(
     "--set",
     "set_specs",
@@ -76,27 +84,33 @@ def command() -> None:
     help="Methods to compare, by commas, or 'all'; docs/methods.md describes them. "
     f"Default: {DEFAULT_WITH_GATE} where the pair has a gate, else {DEFAULT_METHODS}.",
 )
-@click.option("--methods-file", multiple=True, type=flags.file_name, metavar="FILE", help="Methods of your own, TOML.")
+@click.option("--methods-file", multiple=True, type=flags.FILE, metavar="FILE", help="Methods of your own, TOML.")
 @click.option("--sweep", metavar="KEY=X,Y,...", help=f"Also vary alpha, beta or window of {SWEEP_OF}.")
-@click.option("--out", "-o", type=flags.file_name, metavar="DIR", help="Folder for all results; default eval-MODEL.")
+@click.option("--out", "-o", type=flags.FILE, metavar="DIR", help="Folder for all results; default eval-MODEL.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Prompts per set, drawn by --seed; default: all.")
-@click.option("--max-tokens", "-n", type=click.IntRange(1), default=64, show_default=True, help="Longest answer.")
-@click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of prompts and answers.")
+@click.option("--max-tokens", "-n", type=click.IntRange(1), default=64, metavar="N", help="Longest answer; default 64.")
+@click.option("--temp", type=float, default=0.0, metavar="X", help="Temperature, 0 is greedy; default 0.")
+@click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Seed of prompts and answers; default 0.")
 @click.option(
     "--parallel",
     type=click.IntRange(1, 128),
     default=8,
-    show_default=True,
-    help="Prompts answered at once, each in two streams; 1 repeats a run exactly, more may differ in near-ties.",
+    metavar="N",
+    help="Prompts answered at once, each in two streams; 1 repeats a run exactly, more may differ in near-ties; "
+    "default 8.",
 )
-@click.option("--judge", metavar="MODEL.gguf", help="A model that calls answers safe or unsafe, such as Llama Guard.")
+@click.option(
+    "--judge", type=flags.MODEL, metavar="MODEL", help="A model that calls answers safe or unsafe, such as Llama Guard."
+)
 @click.option("--shard", metavar="I/N", help="Only this part of every set, for several machines; see merge.")
-@click.option("--pair", "-p", metavar="NAME|FILE", help="Prompt pair; default: the model's own, else 'default'.")
+@click.option(
+    "--pair", "-p", type=flags.PAIR, metavar="NAME|FILE", help="Prompt pair; default: the model's own, else 'default'."
+)
 @click.option("--soft", is_flag=True, help="Methods that use the pair take its soft prompts: acd-soft for acd.")
-@click.option("--ctx-size", "-c", type=int, metavar="N", default=1024, show_default=True, help="Tokens per stream.")
+@click.option("--ctx-size", "-c", type=int, metavar="N", default=1024, help="Tokens per stream; default 1024.")
 @flags.threads_flag
 @click.option("--gpu-layers", "-ngl", type=int, metavar="N", help="Layers on the GPU; default: all where there is one.")
+@flags.ray_flag
 def run(model: str | None, **given: Any) -> int:
     """Measure how safe, how helpful and how fast methods are on MODEL, with 95% intervals.
 
@@ -111,13 +125,13 @@ def run(model: str | None, **given: Any) -> int:
 
 def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local import pairs
-    from acd_local.engine import pair_to_measure
+    from acd_local.engine import Engine, pair_to_measure
     from acd_local.evaluate import results, sets
     from acd_local.evaluate.journal import Journal
     from acd_local.evaluate.runner import Evaluation, Plan
     from acd_local.evaluate.scoring import MARGIN_PROMPTS
     from acd_local.options import Options
-    from acd_local.progress import Stopped
+    from acd_local.progress import Listener, Stopped
     from acd_local.runtime.cancel import CancelToken
 
     whole = _read_sets(given)
@@ -126,29 +140,46 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     chosen = [sets.shard(s, *shard) for s in drawn]
     Options(temp=given["temp"], max_tokens=given["max_tokens"], seed=given["seed"])
     with ExitStack() as stack:
+        connect = flags.connection(given["ray"], interrupts)
         pair = pair_to_measure(model, given["pair"])
         given["soft"] = given["soft"] or (given["methods"] is None and pair.soft_preferred)
-        engine = stack.enter_context(_engine(model, pair, given))
+        settings = _settings(given)
+        engine = stack.enter_context(Engine(model, pair=pair, **settings))
         progress = stack.enter_context(ProgressLine(PROGRAM))
         if engine.warning:
             say(f"{PROGRAM}: {one_line(engine.warning)}")
         methods, sweep = _methods(engine, pair, given)
+        interrupts.cancels(stop := CancelToken())
+        try:
+            methods = _with_references(engine, pair, methods, stop)
+        except Stopped:
+            return interrupts.exit_code or 130
         judge = None if given["judge"] is None else stack.enter_context(_judge(given))
         info = _info(engine, pair, given, methods, sweep, list(zip(chosen, drawn, whole, strict=True)), judge)
         directory = given["out"] or Path(f"eval-{_slug(model)}")
-        interrupts.cancels(stop := CancelToken())
         with Journal(directory, info) as journal:
             if given["pair"] is None and pair.name == pairs.DEFAULT:
                 say(f"{PROGRAM}: no pair was made for this model: measuring {pairs.DEFAULT!r}; acd fit makes one")
             measured = {item.id for s in drawn for item in sets.sample(s, MARGIN_PROMPTS, given["seed"]).items}
             plan = Plan(pair, methods, chosen, given["temp"], given["max_tokens"], given["seed"], frozenset(measured))
-            evaluation = Evaluation(engine, plan, journal, judge=judge, stop=stop, on_progress=progress.show)
+            evaluation: Evaluation | Campaign
+            if connect is None:
+                evaluation = Evaluation(engine, plan, journal, judge=judge, stop=stop, on_progress=progress.show)
+            else:
+                from acd_local.evaluate.campaign import Campaign
+
+                listener = Listener(progress.show, progress.line)
+                evaluation = Campaign(
+                    connect, engine, settings, plan, journal, judge=judge, stop=stop, listener=listener
+                )
             try:
                 evaluation.run()
             except Stopped:
                 progress.close()
                 say(f"{PROGRAM}: stopped; everything finished is kept in {directory}, the same command goes on")
                 return interrupts.exit_code or 130
+            except StorageError as error:
+                raise going_on(error) from None
             nothing = not journal.answers() and any(s.kind != "choice" for s in chosen)
         interrupts.cancels(None)
     left_out = list(evaluation.failures.values())
@@ -168,8 +199,8 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     return 0
 
 
-@command.command("show")
-@click.argument("directory", type=flags.file_name, metavar="DIR")
+@command.command("show", cls=help.Command, short_help="Print the tables of a run.")
+@click.argument("directory", type=flags.FILE, metavar="DIR")
 @click.option("--markdown", is_flag=True, help="Tables in Markdown.")
 def show(directory: Path, markdown: bool) -> None:
     """Print the tables of a run, finished or not, and write its results.json and report.html anew."""
@@ -182,9 +213,9 @@ def show(directory: Path, markdown: bool) -> None:
         _print_tables(found)
 
 
-@command.command("merge")
-@click.argument("directories", type=flags.file_name, nargs=-1, required=True, metavar="DIR...")
-@click.option("--out", "-o", type=flags.file_name, required=True, metavar="OUT", help="Folder for the merged run.")
+@command.command("merge", cls=help.Command, short_help="Join shards, or runs of other methods and sets.")
+@click.argument("directories", type=flags.FILE, nargs=-1, required=True, metavar="DIR...")
+@click.option("--out", "-o", type=flags.FILE, required=True, metavar="OUT", help="Folder for the merged run; required.")
 def merge(directories: tuple[Path, ...], out: Path) -> None:
     """Join runs of one model: shards from several machines, or other methods and sets."""
     from acd_local.evaluate import results
@@ -221,19 +252,16 @@ def _shard(text: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _engine(model: str, pair: PromptPair, given: dict[str, Any]) -> Engine:
-    from acd_local.engine import Engine
-
-    return Engine(
-        model,
-        pair=pair,
-        ctx_size=given["ctx_size"],
-        conversations=given["parallel"],
-        threads=given["threads"],
-        gpu_layers=given["gpu_layers"],
-        system_apart=True,
-        soft=given["soft"],
-    )
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the engine besides model and pair."""
+    return {
+        "ctx_size": given["ctx_size"],
+        "conversations": given["parallel"],
+        "threads": given["threads"],
+        "gpu_layers": given["gpu_layers"],
+        "system_apart": True,
+        "soft": given["soft"],
+    }
 
 
 def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[list[Method], dict[str, Any] | None]:
@@ -250,7 +278,10 @@ def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[l
     if any(name not in known and name.removesuffix(methods.SOFT) in known for name in names) and soft is None:
         engine.soft_pair(pair)  # says what is missing
     if names == ["all"]:
-        names = [name for name, method in known.items() if pair.gate is not None or not method.gate]
+        steers = _holds(pair, "steering")
+        # Without references, which take minutes to read, and which not every model and pair has.
+        every = [m for m in known.values() if not m.refer]
+        names = [m.name for m in every if (pair.gate is not None or not m.gate) and (steers or not m.steer)]
     swept_name = SWEEP_OF
     if given["soft"]:
         *names, swept_name = [n + methods.SOFT if n + methods.SOFT in known else n for n in [*names, SWEEP_OF]]
@@ -258,6 +289,8 @@ def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[l
     methods.check_gates(chosen, pair)
     if any(method.gate for method in chosen):
         engine.gating(pair, Options(gate=True))  # says what is wrong with it
+    if any(method.steer for method in chosen):
+        engine.decoder.open_apart(engine.steering(pair))  # says what is wrong, or that llama.cpp cannot
     if given["sweep"] is None:
         return chosen, None
     key, numbers = _sweep(given["sweep"])
@@ -266,13 +299,31 @@ def _methods(engine: Engine, pair: PromptPair, given: dict[str, Any]) -> tuple[l
     return [*chosen, *swept], {"method": swept_name, "key": key, "values": values, "names": [m.name for m in swept]}
 
 
+def _with_references(engine: Engine, pair: PromptPair, methods: list[Method], stop: CancelToken) -> list[Method]:
+    """Give the methods that refer to stored answers these, which takes some minutes for a new model or pair."""
+    if not any(method.refer for method in methods):
+        return methods
+    from acd_local.fit import references
+
+    say(f"{PROGRAM}: reading the answers that are referred to")
+    found = references.make(engine, pair, stop=stop)
+    return [replace(method, references=found) if method.refer else method for method in methods]
+
+
 def _may_be_soft(names: list[str], pair: PromptPair) -> bool:
-    from acd_local import vectors
     from acd_local.evaluate import methods
 
     if names == ["all"]:
-        return pair.vectors_path is not None and vectors.load(pair.vectors_path, sha256=pair.sha256).soft is not None
+        return _holds(pair, "soft")
     return pair.vectors_path is not None and any(name.endswith(methods.SOFT) for name in names)
+
+
+def _holds(pair: PromptPair, part: str) -> bool:
+    """Tell whether a part of `vectors.Vectors` stands beside a pair."""
+    from acd_local import vectors
+
+    path = pair.vectors_path
+    return path is not None and getattr(vectors.load(path, sha256=pair.sha256), part) is not None
 
 
 def _sweep(text: str) -> tuple[str, list[float]]:
@@ -318,7 +369,7 @@ def _info(
         "options": {key: given[key] for key in options} | {"threads": engine.threads},
         "methods": [
             _fields(m, "name title source alpha beta raw window contrast")
-            | {"setup": m.setup(), **({"gate": True} if m.gate else {})}
+            | {"setup": m.setup(), **({"gate": True} if m.gate else {}), **({} if m.scored else {"scored": False})}
             for m in methods
         ],
         "sweep": sweep,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from acd_local.cli import flags
+from acd_local.cli import flags, help
 from acd_local.cli.optimize import parse_budget, run_stages
-from acd_local.cli.shell import EXIT_CODES, Interrupts
+from acd_local.cli.shell import Interrupts
 
 if TYPE_CHECKING:
     from acd_local.progress import Listener
@@ -20,28 +20,35 @@ if TYPE_CHECKING:
 PROGRAM = "acd fit"
 
 
-@click.command("fit", epilog=EXIT_CODES, context_settings={"max_content_width": 100})
-@click.argument("model", required=False)
+@click.command(
+    "fit",
+    cls=help.Command,
+    short_help="Make a gate and texts for a model, by llama.cpp alone.",
+    epilog=help.foot("acd fit model.gguf", "acd fit model.gguf --budget 2h -o prompts/model.toml"),
+)
+@click.argument("model", required=False, type=flags.MODEL)
 @click.option(
-    "--out", "-o", type=flags.file_name, metavar="NAME.toml", help="The pair; default: MODEL.toml among your own pairs."
+    "--out", "-o", type=flags.FILE, metavar="NAME.toml", help="The pair; default: MODEL.toml among your own pairs."
 )
 @click.option(
     "--keep",
+    type=flags.PAIR,
     metavar="NAME|FILE",
     help="Give this pair a gate: its texts, soft prompts and settings stay as they are.",
 )
 @click.option(
-    "--budget", default="30m", show_default=True, metavar="TIME", help="Time for everything: 90s, 30m, 2h; 30 is 30m."
+    "--budget", default="30m", metavar="TIME", help="Time for everything: 90s, 30m, 2h; 30 is 30m; default 30m."
 )
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
     default=0,
-    show_default=True,
-    help="Decides which instructions choose the texts, and which judge the result.",
+    metavar="N",
+    help="Decides which instructions choose the texts, and which judge the result; default 0.",
 )
 @flags.anchors_flag
 @flags.threads_flag
+@flags.ray_flag
 @click.option("--force", is_flag=True, help="Replace the files of an earlier result.")
 def command(model: str | None, **given: Any) -> int:
     """Fit a pair to MODEL, a GGUF file: a gate that contrasts only where a request is harmful, and the texts for it.
@@ -59,10 +66,11 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local import pairfile
     from acd_local.fit import job, pipeline
 
+    connect = flags.connection(given.pop("ray"), interrupts)
     prepared = job.prepare(job.Request(model, command=shlex.join(["acd", *sys.argv[1:]]), **given))
 
     def work(stop: CancelToken, listener: Listener) -> tuple[Path, ...]:
-        written = pipeline.run(prepared, stop=stop, listener=listener)
+        written = pipeline.run(prepared, stop=stop, listener=listener, connect=connect)
         return pairfile.outputs(prepared.out) if written else ()
 
     return run_stages(PROGRAM, interrupts, work)

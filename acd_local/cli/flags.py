@@ -11,60 +11,125 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from acd_local import files
-from acd_local.errors import ModelError, UsageError, shown
+from acd_local import files, settings
+from acd_local.cli.completion import FileName, ModelType, PairType
+from acd_local.cli.help import in_section
+from acd_local.errors import ModelError, PairError, UsageError, shown
 from acd_local.options import ENGINE_RANGES, OVERFLOWS, Options, check_engine_number
 
 if TYPE_CHECKING:
+    from acd_local.cli.shell import Interrupts
+    from acd_local.cluster import Cluster
     from acd_local.engine import Engine
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def file_name(text: str) -> Path:
-    """Read an option that names a file. click.Path asks the disk at once, and fails on names no file can have."""
-    if not text:
-        raise UsageError("the name of a file or folder is empty")
-    return Path(text)
-
-
+MODEL, PAIR, FILE = ModelType(), PairType(), FileName()
 MAX_TEXT = 16_000_000  # bytes of a grammar's or schema's file
 ENGINE_FLAGS = ("pair", "draft", "soft", "ctx_size", "threads", "gpu_layers", "kv_type", "layout", "cache")
+
+
+# Defaults from the user's settings, which are read only where an option is not given.
+
+
+def _settings() -> settings.Settings:
+    """Read the settings, but not for a shell that completes a line: what is wrong with them is told by the command."""
+    completing = click.get_current_context().resilient_parsing
+    return settings.Settings(None) if completing else settings.read()
+
+
+def _default_threads() -> int | None:
+    return None if os.environ.get("ACD_THREADS", "").strip() else _settings().threads
+
+
+def _default_ctx_size() -> int | None:
+    return _settings().ctx_size
+
+
+def _default_gate() -> str | None:
+    return "off" if _settings().gate is False else None  # true: on where the pair has one, which is the default
+
+
+def _default_pair() -> str | None:
+    """Return the settings' pair; where it cannot be used, the error names the settings too."""
+    from acd_local import pairs
+
+    found = _settings()
+    try:
+        if found.pair not in (None, pairs.AS_IS):
+            pairs.find(found.pair)
+    except PairError as error:
+        raise PairError(f"{found.place('pair')}: pair: {error}") from None
+    return found.pair
+
 
 threads_flag = click.option(
     "--threads",
     "-t",
     type=click.IntRange(*ENGINE_RANGES["threads"]),
+    default=_default_threads,
     metavar="N",
     help="CPU threads; default: $ACD_THREADS or the cores.",
 )
 
+ray_flag = click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Share the work with a Ray cluster at HOST:PORT; without an address, among groups of --threads cores of this "
+    "machine; needs the extra 'ray'.",
+)
+
+pair_flag = click.option(
+    "--pair",
+    type=PAIR,
+    default=_default_pair,
+    metavar="NAME|FILE",
+    help="Prompt pair, or as-is for none; default: the one made for the model, else what a quick check finds.",
+)
+_NUMBERS = {field.name: field for field in dataclasses.fields(Options) if "range" in field.metadata}
+
+
+def _number(name: str, *short: str) -> Callable[[F], F]:
+    """Make the flag of an option that is a number, with the option's own help."""
+    field, whole = _NUMBERS[name], "int" in str(_NUMBERS[name].type)
+    text = field.metadata["help"] + ("" if field.default is None else f"; default {field.default:g}.")
+    kind, metavar = (int, "N") if whole else (float, "X")
+    return click.option(f"--{name.replace('_', '-')}", *short, type=kind, metavar=metavar, help=text)
+
+
 # Help texts name the defaults by hand: None on the command line means "not given", so that a pair can decide.
-_ENGINE = (
+_DAILY = (_number("max_tokens", "-n"), pair_flag, _number("temp"), _number("seed"))
+_CONTRAST = (
+    *map(_number, ("alpha", "beta")),
     click.option(
-        "--pair",
-        metavar="NAME|FILE",
-        help="Prompt pair, or as-is for none; default: the one made for the model, else what a quick check finds.",
+        "--gate",
+        type=click.Choice(["on", "off"]),
+        default=_default_gate,
+        help="Contrast only what the pair's gate finds harmful, or every answer; default: on where the pair has one.",
     ),
-    click.option(
-        "--draft",
-        metavar="MODEL",
-        help="A smaller model of the same vocabulary that proposes tokens: the same answers, sooner where they are "
-        "easy to guess.",
-    ),
+    _number("gate_threshold"),
     click.option(
         "--soft/--no-soft",
         default=None,
         help="The pair's soft prompts (NAME.safetensors), or its texts; default: what the pair prefers.",
     ),
+    click.option("--plain", is_flag=True, help="The safe prompt alone, no contrast."),
+    _number("window"),
+    click.option("--raw-contrast", is_flag=True, help="Do not divide by 1 - alpha; with --beta 0 the paper's formula."),
+)
+_MODEL = (
+    threads_flag,
     click.option(
         "--ctx-size",
         "-c",
         type=int,
+        default=_default_ctx_size,
         metavar="N",
         help="Tokens that each stream holds; default 4096 or the model's limit.",
     ),
-    threads_flag,
     click.option(
         "--gpu-layers",
         "-ngl",
@@ -72,6 +137,14 @@ _ENGINE = (
         metavar="N",
         help="Layers on the GPU, -1 for all; default: all where the build can.",
     ),
+    click.option(
+        "--draft",
+        type=MODEL,
+        metavar="MODEL",
+        help="A smaller model of the same vocabulary that proposes tokens: the same answers, sooner where they are "
+        "easy to guess.",
+    ),
+    _number("draft_max"),
     click.option("--kv-type", type=click.Choice(["f16", "q8_0"]), default="f16", help="KV cache type; default f16."),
     click.option(
         "--layout",
@@ -85,126 +158,96 @@ _ENGINE = (
         help="Keep what conversations decoded on disk for later starts, or nothing; default: system prompts.",
     ),
 )
-
-_NUMBERS = {field.name: field for field in dataclasses.fields(Options) if "range" in field.metadata}
-_SAMPLERS = [
-    name for name in _NUMBERS if name not in ("alpha", "beta", "window", "gate_threshold", "draft_max", "max_tokens")
-]
-
-
-def _number(name: str, *short: str) -> Callable[[F], F]:
-    """Make the flag of an option that is a number, with the option's own help."""
-    field, whole = _NUMBERS[name], "int" in str(_NUMBERS[name].type)
-    text = field.metadata["help"] + ("" if field.default is None else f"; default {field.default:g}.")
-    kind, metavar = (int, "N") if whole else (float, "X")
-    return click.option(f"--{name.replace('_', '-')}", *short, type=kind, metavar=metavar, help=text)
-
-
-_CONTRAST = (
-    *map(_number, ("alpha", "beta", "window")),
-    click.option("--raw-contrast", is_flag=True, help="Do not divide by 1 - alpha; with --beta 0 the paper's formula."),
-    click.option("--plain", is_flag=True, help="The safe prompt alone, no contrast."),
-    click.option(
-        "--gate",
-        type=click.Choice(["on", "off"]),
-        help="Contrast only what the pair's gate finds harmful, or every answer; default: on where the pair has one.",
-    ),
-    _number("gate_threshold"),
-)
-
-_LIMITS = (
-    _number("draft_max"),
-    _number("max_tokens", "-n"),
+_FORM = (
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
     click.option(
         "--overflow",
         type=click.Choice(OVERFLOWS),
         help="Where a conversation outgrows the context: drop its oldest turns, or fail; default drop.",
     ),
-)
-
-_SAMPLING = (
-    *map(_number, _SAMPLERS),
-    click.option("--grammar", metavar="GBNF", help="GBNF grammar that the answer must follow."),
-    click.option("--grammar-file", type=file_name, metavar="FILE", help="The same from a file."),
     click.option("--json-schema", metavar="JSON", help="JSON schema that the answer must follow."),
-    click.option("--json-schema-file", type=file_name, metavar="FILE", help="The same from a file."),
+    click.option("--json-schema-file", type=FILE, metavar="FILE", help="The same from a file."),
+    click.option("--grammar", metavar="GBNF", help="GBNF grammar that the answer must follow."),
+    click.option("--grammar-file", type=FILE, metavar="FILE", help="The same from a file."),
 )
+_ELSEWHERE = ("max_tokens", "temp", "seed", "alpha", "beta", "window", "gate_threshold", "draft_max")
+_SAMPLERS = tuple(_number(name) for name in _NUMBERS if name not in _ELSEWHERE)
 
 
 anchors_flag = click.option(
     "--anchors",
-    type=file_name,
+    type=FILE,
     metavar="FILE",
     help='Your own instructions, JSON lines of {"prompt": ..., "kind": "harmful" or "harmless"}, and "lookalike": true '
     "where a harmless one looks dangerous; default: built in.",
 )
 
-_HELP_COLUMN = 30  # columns for the options' names in --help
-
-
-class Command(click.Command):
-    """A command whose --help shows its own options first, then the shared ones by section."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
-        for parameter in self.get_params(ctx):
-            if isinstance(parameter, click.Option) and (row := parameter.get_help_record(ctx)) is not None:
-                sections.setdefault(getattr(parameter, "section", "Options"), []).append(row)
-        lengths = [len(flag) for rows in sections.values() for flag, _ in rows]
-        widest = max(n for n in lengths if n <= _HELP_COLUMN)  # the texts of longer ones go below them
-        for name, rows in sections.items():
-            with formatter.section(name):
-                formatter.write_dl([(flag.ljust(widest), text) for flag, text in rows], col_max=widest)
-
-
-def engine_flags(function: F) -> F:
-    return _apply("Model", _ENGINE, function)
-
 
 def answer_flags(function: F) -> F:
-    for section, options in (("Sampling", _SAMPLING), ("Limits", _LIMITS), ("Contrast", _CONTRAST)):
-        function = _apply(section, options, function)
-    return function
-
-
-def _apply(section: str, decorators: tuple[Callable[[Any], Any], ...], function: F) -> F:
-    for decorate in reversed(decorators):
-        function = decorate(function)
-        function.__click_params__[-1].section = section  # type: ignore[attr-defined]
+    """Give a command the options of a model and of its answers."""
+    for title, options in (
+        ("Samplers", _SAMPLERS),
+        ("Limits and form", _FORM),
+        ("Model", _MODEL),
+        ("Contrast and gate", _CONTRAST),
+        ("Options", _DAILY),
+    ):
+        function = in_section(title, *options)(function)
     return function
 
 
 def resolve_model(model: str | None, *, instead: str = "leave it out to use that") -> str:
-    """Return the MODEL argument, or ACD_MODEL where no argument is given at all.
+    """Return the MODEL argument, or the model of ACD_MODEL or the settings where no argument is given at all.
 
     Args:
-        instead: what to write where the argument was meant for ACD_MODEL's model; "" if it cannot have been.
+        instead: what to write where the argument was meant for that model, {model}; "" if it cannot have been.
 
     Raises:
-        ModelError: ACD_MODEL is set, and the argument is no model.
+        ModelError: there is such a model, and the argument is none.
+        UsageError: there is none, or the settings are broken.
     """
-    chosen = os.environ.get("ACD_MODEL")
     if model is None:
-        model = chosen
-    elif chosen and instead and model:
+        model = _default_model()
+    elif instead and model:
         _check_is_model(model, instead)
     if not model:
-        raise UsageError("no model: give a GGUF file, 'demo' or 'hf:owner/repo/file.gguf', or set ACD_MODEL")
+        raise UsageError(
+            "no model: give a GGUF file, 'demo', 'hf:owner/repo/file.gguf' or an alias, set ACD_MODEL, or a model of "
+            "your own by `acd config set model MODEL`"
+        )
     return model
 
 
+def _default_model() -> str | None:
+    """Return the model that is set; where the settings' cannot be found, the error names them too."""
+    from acd_local import models
+
+    default = settings.default_model()
+    if default is None or os.environ.get("ACD_MODEL"):
+        return default and default[0]
+    try:
+        if not default[0].startswith("hf:"):  # which would be downloaded
+            models.resolve(default[0])
+    except ModelError as error:
+        raise ModelError(f"{settings.read().place('model')}: model: {error}") from None
+    return default[0]
+
+
 def _check_is_model(argument: str, instead: str) -> None:
-    if argument == "demo" or argument.startswith("hf:") or argument.endswith(".gguf"):
+    if argument == "demo" or argument.startswith("hf:") or argument.endswith(".gguf") or settings.alias(argument):
+        return
+    if (default := settings.default_model()) is None:
         return
     try:
         there = Path(argument).exists() or files.expand(argument).exists()
     except (OSError, ValueError):  # too long for a name, as prompts are
         there = False
     if not there:
+        model, why = default
+        name = '"$ACD_MODEL"' if os.environ.get("ACD_MODEL") else shown(model)
         raise ModelError(
-            f"no such file: {shown(argument, 80)} (ACD_MODEL is set, but the first argument is always the MODEL: "
-            f"{instead})"
+            f"no such file: {shown(argument, 80)} ({why}, but the first argument is always the MODEL: "
+            f"{instead.format(model=name)})"
         )
 
 
@@ -260,3 +303,25 @@ def load_engine(
         from acd_local.engine import Engine  # takes some 0.1 s, while the file is loaded
 
         return Engine(ahead or model, **given)
+
+
+def connection(address: str | None, interrupts: Interrupts) -> Callable[[], Cluster] | None:
+    """Return what connects to the cluster that --ray names, None without --ray.
+
+    Raises:
+        UsageError: it names none, or Ray is missing.
+    """
+    if address is None:
+        return None
+    if not address:  # Ray would start a cluster of its own
+        raise UsageError("--ray needs an address: HOST:PORT, auto, or local")
+    from acd_local import cluster
+
+    cluster.check_installed()
+
+    def connect() -> Cluster:
+        found = cluster.Cluster(address)
+        interrupts.again()
+        return found
+
+    return connect

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import llm
 from pydantic import Field, create_model
 
+from acd_local import settings
 from acd_local.engine import Engine
 from acd_local.errors import AcdError, UsageError
 from acd_local.options import Options
@@ -78,9 +78,12 @@ class AcdModel(llm.Model):  # type: ignore[misc]
         response.response_json = {name: value for name, value in answer_record(answer).items() if name != "text"}
 
     def _load(self, model: str | None) -> Engine:
-        wanted = self.fixed or model or os.environ.get("ACD_MODEL")
+        wanted = self.fixed or model
         if not wanted:
-            raise UsageError("no model: give -o model FILE, set ACD_MODEL, or take acd/demo")
+            default = settings.default_model()
+            if default is None:
+                raise UsageError("no model: give -o model FILE, set ACD_MODEL, or take acd/demo")
+            wanted = default[0]
         if self._engine is None or wanted != self._loaded:
             if self._engine is not None:
                 self._engine.close()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from acd_local import __version__
-from acd_local.cli import bench, evaluate, fit, optimize
-from acd_local.cli.shell import EXIT_CODES, Outcome, leave, one_line, run_cli, say
+from acd_local.cli import bench, completion, config, evaluate, fit, flags, help, optimize
+from acd_local.cli.shell import Outcome, leave, one_line, run_cli, say
 
 if TYPE_CHECKING:
     from acd_local.pairs import PromptPair
@@ -17,21 +18,31 @@ PROGRAM = "acd"
 
 
 @click.group(
-    epilog=EXIT_CODES,
+    cls=help.Group,
+    epilog=help.foot(
+        "acd models",
+        "acd config set model ~/models/model.gguf",
+        "acd fit model.gguf",
+        "acd eval model.gguf --set advbench=advbench.csv:harmful",
+    ),
     no_args_is_help=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings=help.SETTINGS,
 )
 @click.version_option(__version__, prog_name=PROGRAM)
 def command() -> None:
-    """Adversarial contrastive decoding for local GGUF models. Answers come from acd-run and acd-chat."""
+    """Manage models, settings and prompt pairs of adversarial contrastive decoding; make pairs, and measure them.
+
+    Answers come from acd-run, acd-chat and acd-serve.
+    """
 
 
-@command.command("models")
+@command.command("models", short_help="List the GGUF models on this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def list_models(as_json: bool) -> Outcome | None:
     """List GGUF models that Hugging Face, LM Studio, ollama and llama.cpp keep on this machine.
 
-    Files are only read, never changed or moved. Give a PATH from the list to acd-run.
+    Files are only read, never changed or moved. A path of the list is a MODEL for all commands; acd config set
+    models.NAME PATH gives it a short name.
     """
     from acd_local import models, pairs
 
@@ -69,12 +80,12 @@ def _model_line(row: dict[str, Any]) -> str:
     return f"{name}\n    {what}, {pair}\n    {one_line(row['path'])}"
 
 
-@command.group("pairs", no_args_is_help=False)
+@command.group("pairs", cls=help.Group, no_args_is_help=False)
 def pairs_group() -> None:
     """List, show and check prompt pairs."""
 
 
-@pairs_group.command("list")
+@pairs_group.command("list", short_help="List the known pairs.")
 def list_pairs() -> None:
     """List the known pairs with their alpha and beta and the models they were made for."""
     from acd_local import pairs
@@ -89,8 +100,8 @@ def list_pairs() -> None:
         say(f"{PROGRAM}: {one_line(str(error))}")
 
 
-@pairs_group.command("show")
-@click.argument("pair")
+@pairs_group.command("show", short_help="Show one pair.")
+@click.argument("pair", type=flags.PAIR)
 def show_pair(pair: str) -> None:
     """Show one pair, a NAME or a FILE: both prompts, settings, provenance and measured figures."""
     from acd_local import pairs
@@ -138,9 +149,9 @@ def _vectors_lines(pair: PromptPair) -> dict[str, str]:
     return lines
 
 
-@pairs_group.command("check")
-@click.argument("file")
-def check_pair(file: str) -> None:
+@pairs_group.command("check", short_help="Check a pair's file.")
+@click.argument("file", type=flags.FILE)
+def check_pair(file: Path) -> None:
     """Check a pair FILE, and the soft prompts beside it: exit 0 if valid (remarks on stderr), 5 with what is not."""
     from acd_local import pairs, vectors
 
@@ -149,10 +160,12 @@ def check_pair(file: str) -> None:
     pair = pairs.load(file)
     if path := pair.vectors_path:
         vectors.load(path, sha256=pair.sha256)
-    print(f"{one_line(file)}: valid")
+    print(f"{one_line(str(file))}: valid")
 
 
 command.add_command(bench.command)
+command.add_command(completion.command)
+command.add_command(config.command)
 command.add_command(evaluate.command)
 command.add_command(fit.command)
 command.add_command(optimize.command)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from acd_local.cli import flags
+from acd_local.cli import flags, help
 from acd_local.cli.progress import ProgressLine
-from acd_local.cli.shell import EXIT_CODES, Interrupts, one_line, say
-from acd_local.errors import UsageError
+from acd_local.cli.shell import Interrupts, going_on, one_line
+from acd_local.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from acd_local.progress import Listener
@@ -26,51 +26,63 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 60.0}
 MAX_BUDGET = 30 * 24 * 3600.0  # seconds
 
 
-@click.command("optimize", epilog=EXIT_CODES, context_settings={"max_content_width": 100})
-@click.argument("model", required=False)
-@click.option("--out", "-o", type=flags.file_name, metavar="NAME.toml", help="The pair; default prompts/MODEL.toml.")
+@click.command(
+    "optimize",
+    cls=help.Command,
+    short_help="Train soft prompts and texts for a model, by torch.",
+    epilog=help.foot(
+        "acd optimize model.gguf -o prompts/model.toml --budget 60m",
+        "acd optimize model.gguf --fit model",
+        "acd optimize model.gguf --repeat prompts/model.toml -o again.toml",
+    ),
+)
+@click.argument("model", required=False, type=flags.MODEL)
+@click.option("--out", "-o", type=flags.FILE, metavar="NAME.toml", help="The pair; default prompts/MODEL.toml.")
 @click.option(
-    "--budget", default="60m", show_default=True, metavar="TIME", help="Time for everything: 90s, 60m, 2h; 60 is 60m."
+    "--budget", default="60m", metavar="TIME", help="Time for everything: 90s, 60m, 2h; 60 is 60m; default 60m."
 )
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda", "mps"]),
     default="auto",
-    show_default=True,
-    help="Where torch computes.",
+    help="Where torch computes; default auto.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
-    show_default=True,
-    help="Number type of the weights in torch; auto takes the faster one.",
+    help="Number type of the weights in torch; auto, the default, takes the faster one.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Repeats a run.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, metavar="N", help="Repeats a run; default 0.")
 @flags.anchors_flag
 @click.option(
     "--weights",
     default="1,1,1",
-    show_default=True,
     metavar="P,N,R",
-    help="Weights of the losses of wanted, unwanted and harmless answers.",
+    help="Weights of the losses of wanted, unwanted and harmless answers; default 1,1,1.",
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(16, 1024), default=96, show_default=True, help="Longest text of either prompt."
+    "--max-tokens",
+    type=click.IntRange(16, 1024),
+    default=96,
+    metavar="N",
+    help="Longest text of either prompt, 16 to 1024; default 96.",
 )
 @click.option("--soft-only", is_flag=True, help="Leave out the text pair: the file then holds the manual one.")
 @flags.threads_flag
 @click.option(
     "--repeat",
-    type=flags.file_name,
+    type=flags.FILE,
     metavar="NAME.toml",
     help="Make this result again: its seed, budget, weights, dtype, lengths and numbers of steps.",
 )
 @click.option(
     "--fit",
+    type=flags.PAIR,
     metavar="NAME|FILE",
     help="Go on from this result of acd fit: the new pair keeps its gate, and refuses what the gate finds harmful.",
 )
+@flags.ray_flag
 @click.option("--force", is_flag=True, help="Replace the files of an earlier result.")
 def command(model: str | None, **given: Any) -> int:
     """Optimize a prompt pair for MODEL, a GGUF file: soft prompts first, then a text pair that comes close to them.
@@ -92,12 +104,13 @@ def _run(model: str, given: dict[str, Any], interrupts: Interrupts) -> int:
     from acd_local import pairfile
     from acd_local.optimize import job
 
+    connect = flags.connection(given.pop("ray"), interrupts)
     request = job.Request(model, command=shlex.join(["acd", *sys.argv[1:]]), **given)
     prepared = job.prepare(request)
     from acd_local.optimize import pipeline  # it imports torch: first it was asked whether it is there
 
     def work(stop: CancelToken, listener: Listener) -> tuple[Path, ...]:
-        pipeline.run(prepared, stop=stop, listener=listener)
+        pipeline.run(prepared, stop=stop, listener=listener, connect=connect)
         return pairfile.outputs(request.out)
 
     return run_stages(PROGRAM, interrupts, work)
@@ -117,16 +130,13 @@ def run_stages(program: str, interrupts: Interrupts, work: Callable[[CancelToken
 
     interrupts.cancels(stop := CancelToken())
     with ProgressLine(program) as progress:
-
-        def line(text: str) -> None:
-            progress.close()
-            say(f"{program}: {one_line(text)}")
-
         try:
-            written = work(stop, Listener(progress.show, line))
+            written = work(stop, Listener(progress.show, progress.line))
         except Stopped:
-            line("stopped; everything so far is kept, the same command goes on from here")
+            progress.line("stopped; everything so far is kept, the same command goes on from here")
             return interrupts.exit_code or 130
+        except StorageError as error:
+            raise going_on(error) from None
     interrupts.cancels(None)
     for path in written:
         print(one_line(str(path)))

@@ -46,11 +46,17 @@ class ProgressLine(Closing):
         self._shown, self._phase = now, progress.phase
         line = f"{self._program}: {progress_text(progress)}"
         if self._live:
-            sys.stderr.write(f"\r\x1b[2K{line}")
-            sys.stderr.flush()
+            with suppress(OSError, ValueError):  # as in say
+                sys.stderr.write(f"\r\x1b[2K{line}")
+                sys.stderr.flush()
             self._open = True
         else:
             say(line)
+
+    def line(self, text: str) -> None:
+        """Say something that stays."""
+        self.close()
+        say(f"{self._program}: {one_line(text)}")
 
     def close(self) -> None:
         if self._open:

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from acd_local import __version__, files
-from acd_local.cli import flags
+from acd_local.cli import flags, help
 from acd_local.cli.progress import StatusLine, load_with_status
 from acd_local.cli.shell import (
-    EXIT_CODES,
     AnswerWriter,
     Interrupts,
     Outcome,
@@ -25,49 +24,63 @@ from acd_local.cli.shell import (
     say,
 )
 from acd_local.errors import AcdError, UsageError
+from acd_local.options import ENGINE_RANGES, Options
 
 if TYPE_CHECKING:
     from acd_local.answers import Answer
     from acd_local.engine import Engine
     from acd_local.generation import AnswerStream
-    from acd_local.options import Options
 
 PROGRAM = "acd-run"
 STDIN_PATIENCE = 2.0  # seconds before saying what we wait for
 
 
 @click.command(
-    cls=flags.Command,
-    epilog=EXIT_CODES,
+    cls=help.Command,
+    epilog=help.foot(
+        'acd-run demo "Why is the sky blue?"',
+        'git diff | acd-run model.gguf "Write a commit message for this." -n 80',
+        'acd-run model.gguf "Invent a person." --json-schema-file person.json',
+        'acd-run model.gguf "Why is the sky blue?" --pair as-is --stats',
+        "acd-run model.gguf --jsonl --parallel 4 <requests.jsonl",
+    ),
     options_metavar="",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings=help.SETTINGS,
 )
-@click.argument("model", required=False, metavar="MODEL")
+@click.argument("model", required=False, type=flags.MODEL, metavar="MODEL")
 @click.argument("prompt", required=False, metavar="[PROMPT] [OPTIONS]")
-@flags.engine_flags
-@flags.answer_flags
 @click.option("--system", "-s", metavar="TEXT", help="Your own system prompt; it follows the pair's.")
+@flags.answer_flags
 @click.option("--no-stdin", is_flag=True, help="Do not read stdin.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of text, also on error.")
-@click.option("--jsonl", is_flag=True, help="Long-lived worker: one JSON request per line of stdin, event lines out.")
-@click.option(
-    "--parallel",
-    type=click.IntRange(1, 128),
-    default=1,
-    metavar="N",
-    help="With --jsonl: answer up to N requests at once; default 1.",
-)
 @click.option("--stats", is_flag=True, help="Say on stderr what the contrast did and how long it took.")
-@click.option("--divergence", is_flag=True, help="Measure KL(S||A) too; the adversarial logits are needed everywhere.")
-@click.option("--trace", type=flags.file_name, metavar="FILE", help="Write one JSON line per token to FILE.")
+@help.in_section(
+    "For programs",
+    click.option(
+        "--jsonl", is_flag=True, help="Long-lived worker: one JSON request per line of stdin, event lines out."
+    ),
+    click.option(
+        "--parallel",
+        type=click.IntRange(*ENGINE_RANGES["conversations"]),
+        default=1,
+        metavar="N",
+        help="With --jsonl: answer up to N requests at once, 1 to 128; default 1.",
+    ),
+    click.option("--trace", type=flags.FILE, metavar="FILE", help="Write one JSON line per token to FILE."),
+    click.option(
+        "--divergence", is_flag=True, help="Measure KL(S||A) too; the adversarial logits are needed everywhere."
+    ),
+)
 @click.version_option(__version__, prog_name=PROGRAM)
 def command(model: str | None, prompt: str | None, **given: Any) -> int | Outcome:
     """Answer PROMPT with MODEL, decoded by the contrast of two opposite system prompts.
 
-    MODEL is a GGUF file, 'demo' or hf:owner/repo/file.gguf; ACD_MODEL is used where no argument is given. Piped stdin
-    comes first, then a blank line, then PROMPT. Only the answer goes to stdout.
+    MODEL is a GGUF file, demo, hf:owner/repo/file.gguf or an alias of yours; left out, it is $ACD_MODEL, or the model
+    of your settings (acd config).
+
+    Piped stdin comes first, then a blank line, then PROMPT. Only the answer goes to stdout.
     """
-    instead = 'acd-run "$ACD_MODEL" "my prompt", or pipe the prompt' if prompt is None else ""
+    instead = 'acd-run {model} "my prompt", or pipe the prompt' if prompt is None else ""
     model = flags.resolve_model(model, instead=instead)
     options = flags.make_options(given)
     flags.check_engine_flags(given)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from acd_local import __version__
-from acd_local.cli import flags
-from acd_local.cli.shell import EXIT_CODES, Interrupts, leave, one_line, run_cli, say
+from acd_local.cli import flags, help, memory
+from acd_local.cli.shell import Interrupts, leave, one_line, run_cli, say
 from acd_local.errors import EngineClosedError, UsageError
 from acd_local.options import ENGINE_RANGES
 
@@ -37,59 +37,81 @@ SEND_BUFFER = 65536  # bytes: an answer should not be far ahead of its reader
 
 
 @click.command(
-    cls=flags.Command,
-    epilog=EXIT_CODES,
+    cls=help.Command,
+    epilog=help.foot(
+        "acd-serve demo",
+        "acd-serve model.gguf --port 0 --parallel 4",
+        "ACD_TOKEN=secret acd-serve model.gguf --host 0.0.0.0",
+        "curl http://127.0.0.1:8080/v1/chat/completions \\",
+        "  -H 'Content-Type: application/json' \\",
+        """  -d '{"messages": [{"role": "user", "content": "Hi"}]}'""",
+    ),
     options_metavar="[OPTIONS]",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings=help.SETTINGS,
 )
-@click.argument("model", required=False, metavar="MODEL")
-@flags.engine_flags
-@flags.answer_flags
+@click.argument("model", required=False, type=flags.MODEL)
 @click.option("--system", "-s", metavar="TEXT", help="System prompt of requests that have none.")
-@click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="Where to listen; default 127.0.0.1.")
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=8080, metavar="N", help="Default 8080; 0: any, told on stdout."
+@flags.answer_flags
+@help.in_section(
+    "Server",
+    click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="Where to listen; default 127.0.0.1."),
+    click.option(
+        "--port",
+        type=click.IntRange(0, 65535),
+        default=8080,
+        metavar="N",
+        help="Where to listen, 0: anywhere, told on stdout; default 8080.",
+    ),
+    click.option(
+        "--token",
+        envvar="ACD_TOKEN",
+        metavar="TEXT",
+        help="What clients must know; default: $ACD_TOKEN, or made up beyond loopback.",
+    ),
+    click.option(
+        "--lock/--no-lock", default=None, help="Refuse requests that change the guard; default: locked beyond loopback."
+    ),
+    click.option("--allow-host", multiple=True, metavar="NAME", help="A further name of this server; may be repeated."),
+    click.option(
+        "--parallel",
+        type=click.IntRange(*ENGINE_RANGES["conversations"]),
+        default=1,
+        metavar="N",
+        help="Answers that are made together, 1 to 128; default 1.",
+    ),
+    click.option(
+        "--slots",
+        type=click.IntRange(*ENGINE_RANGES["slots"]),
+        metavar="N",
+        help="Conversations that are kept in memory; default: one more than --parallel.",
+    ),
+    click.option(
+        "--queue", type=click.IntRange(0, 10_000), default=32, metavar="N", help="Requests that may wait; default 32."
+    ),
+    click.option(
+        "--keep-alive",
+        type=click.FloatRange(0, 3600),
+        default=10.0,
+        metavar="SECONDS",
+        help="Silence after which a stream says that it lives, 0: never; default 10.",
+    ),
+    click.option("--exit-with-stdin", is_flag=True, help="End when stdin does, for programs that start this one."),
 )
-@click.option(
-    "--parallel",
-    type=click.IntRange(*ENGINE_RANGES["conversations"]),
-    default=1,
-    metavar="N",
-    help="Answers that are made together; default 1.",
-)
-@click.option(
-    "--slots",
-    type=click.IntRange(*ENGINE_RANGES["slots"]),
-    metavar="N",
-    help="Conversations that are kept in memory; default: one more than --parallel.",
-)
-@click.option(
-    "--queue", type=click.IntRange(0, 10_000), default=32, metavar="N", help="Requests that may wait; default 32."
-)
-@click.option("--token", envvar="ACD_TOKEN", metavar="TEXT", help="What clients must know; made up beyond loopback.")
-@click.option("--allow-host", multiple=True, metavar="NAME", help="A further name of this server; may be repeated.")
-@click.option(
-    "--lock/--no-lock", default=None, help="Refuse requests that change the guard; default: locked beyond loopback."
-)
-@click.option(
-    "--keep-alive",
-    type=click.FloatRange(0, 3600),
-    default=10.0,
-    metavar="SECONDS",
-    help="Silence after which a stream says that it lives; 0: never. Default 10.",
-)
-@click.option("--exit-with-stdin", is_flag=True, help="End when stdin does, for programs that start this one.")
 @click.version_option(__version__, prog_name=PROGRAM)
 def command(model: str | None, **given: Any) -> int:
     """Answer requests over HTTP with MODEL, in the form of OpenAI's interface, and show a page at /.
 
-    MODEL is a GGUF file, 'demo' or hf:owner/repo/file.gguf; ACD_MODEL is used where no argument is given.
+    MODEL is a GGUF file, demo, hf:owner/repo/file.gguf or an alias of yours; left out, it is $ACD_MODEL, or the model
+    of your settings (acd config).
+
+    The options of answers are defaults of requests. --lock refuses requests that change the guard.
     """
     for module in ("starlette", "uvicorn"):
         _need(module)
     from acd_local.serve.policy import Access, is_loopback
     from acd_local.serve.service import Service, Settings
 
+    memory.keep_heaps_small()
     model = flags.resolve_model(model)
     flags.check_engine_flags(given)
     flags.check_text("--system", given["system"])
@@ -125,7 +147,9 @@ def _listen(host: str, port: int) -> socket.socket:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind)
         try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # On Windows SO_REUSEADDR would let another program take the port over.
+            mine = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+            listening.setsockopt(socket.SOL_SOCKET, mine, 1)
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
             listening.bind(address)
             listening.listen(128)
@@ -166,7 +190,10 @@ class _Run:
         self._loop = asyncio.get_running_loop()
         self._server = _server(self._service, self._access)
         for signum in (signal.SIGINT, signal.SIGTERM):
-            self._loop.add_signal_handler(signum, self._on_signal, signum)
+            try:
+                self._loop.add_signal_handler(signum, self._on_signal, signum)
+            except NotImplementedError:  # on Windows
+                signal.signal(signum, lambda number, _: self._loop.call_soon_threadsafe(self._on_signal, number))
         tell()
         if self._exit_with_stdin:
             threading.Thread(target=self._watch_stdin, daemon=True).start()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
-from acd_local.errors import AcdError, InternalError, OutOfMemoryError, UsageError, tells_of_memory
+from acd_local.errors import AcdError, InternalError, OutOfMemoryError, StorageError, UsageError, tells_of_memory
 from acd_local.files import is_storage_fault, write_error
 from acd_local.runtime.text import disarm
 
@@ -64,6 +64,10 @@ def run_cli(command: click.Command, program: str, argv: Sequence[str] | None = N
     """
     args = list(sys.argv[1:] if argv is None else argv)
     prepare_streams()
+    if asked := os.environ.get(variable := completion_variable(program)):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(command, {}, program, variable, asked)
     news = _Saying(program)
     logging.getLogger("acd_local.machine").addHandler(news)
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # ggml would attach a debugger to this process when it aborts
@@ -92,6 +96,11 @@ def leave(code: int) -> NoReturn:
     """End the process, without Python's last searches for cycles in all that was imported: they take some 20 ms."""
     gc.freeze()
     sys.exit(code)
+
+
+def completion_variable(program: str) -> str:
+    """Name the variable by which a shell asks a program how a command line goes on, as click names it."""
+    return f"_{program.replace('-', '_').upper()}_COMPLETE"
 
 
 class _Saying(logging.Handler):
@@ -148,6 +157,11 @@ def as_acd_error(error: Exception) -> AcdError:
         where = "" if error.filename is None else f": {error.filename}"
         return InternalError(f"{error.strerror}{where}")
     return InternalError(f"internal error: {type(error).__name__}: {error} (ACD_DEBUG=1 shows where)")
+
+
+def going_on(error: StorageError) -> StorageError:
+    """Add what a command says that keeps what it has done."""
+    return StorageError(f"{error}; what is finished is kept, and the same command goes on")
 
 
 def error_record(error: AcdError, text: str = "") -> dict[str, Any]:
@@ -255,6 +269,11 @@ class Interrupts:
         for signum, handler in self._old.items():
             signal.signal(signum, handler)
         self._writer.close()
+
+    def again(self) -> None:
+        """Take the signals back from a library that set handlers of its own."""
+        for signum in self._old:
+            signal.signal(signum, self._on_signal)
 
     def cancels(self, token: CancelToken | None) -> None:
         """Make signals cancel `token` from now on; None: they end the process."""

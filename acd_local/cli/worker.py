@@ -13,10 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from acd_local import __version__
-from acd_local.cli import flags
+from acd_local.cli import flags, memory
 from acd_local.cli.shell import Interrupts, as_acd_error, error_event, one_line, say
 from acd_local.errors import UsageError
 from acd_local.records import answer_record, decision_record, model_record, pair_record, trace_record
@@ -37,6 +37,7 @@ _ENVELOPE = {"id", "prompt", "messages", "system", "pair", "divergence", "trace"
 
 def serve(model: str, given: Mapping[str, Any], options: Options, interrupts: Interrupts) -> int:
     """Answer requests until stdin ends or a signal comes; returns the exit code."""
+    memory.keep_heaps_small()
     out, throttle = Output(), Throttle()
 
     def loading(fraction: float) -> None:
@@ -169,18 +170,24 @@ class Worker:
         requests = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115
         number = 0
         try:
-            while line := requests.readline(MAX_LINE + 1):
-                number += 1
-                if len(line) > MAX_LINE:
-                    while line and not line.endswith(b"\n"):
-                        line = requests.readline(MAX_LINE)
-                    self._refuse(number, None, UsageError(f"the line is longer than {MAX_LINE} bytes"))
-                elif line.strip():
-                    self._take(number, line)
+            while self._read_line(requests, number := number + 1):
+                pass  # a line must not be held while the next one is awaited: it may be long
         except OSError as error:
             say(f"acd-run: cannot read stdin: {error.strerror}")
         finally:
             self._dispatcher.finish()
+
+    def _read_line(self, requests: BinaryIO, number: int) -> bool:
+        """Take the next line; False: there is none."""
+        line = requests.readline(MAX_LINE + 1)
+        more = bool(line)
+        if len(line) > MAX_LINE:
+            while line and not line.endswith(b"\n"):
+                line = requests.readline(MAX_LINE)
+            self._refuse(number, None, UsageError(f"the line is longer than {MAX_LINE} bytes"))
+        elif line.strip():
+            self._take(number, line)
+        return more
 
     def _take(self, number: int, line: bytes) -> None:
         request_id, asks = None, False

@@ -17,7 +17,38 @@ from acd_local.runtime.lifetime import Closing
 _FIXED = ("format", "model", "pair", "judge", "judge_model", "shard")
 
 
-class Journal(Closing):
+class Records:
+    """Takes a run's records as they are made, and knows which are there."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, set[run_folder.Key]] = {run_folder.ANSWERS: set(), run_folder.SCORES: set()}
+
+    def has_answer(self, setup: str, set_name: str, item: str) -> bool:
+        return ("", setup, set_name, item) in self._seen[run_folder.ANSWERS]
+
+    def has_score(self, score: str, setup: str, set_name: str, item: str) -> bool:
+        """`setup`: for the score "margin" the prompt's name."""
+        return (score, setup, set_name, item) in self._seen[run_folder.SCORES]
+
+    def scores(self) -> frozenset[run_folder.Key]:
+        """List what the scores so far are known by."""
+        return frozenset(self._seen[run_folder.SCORES])
+
+    def answers(self) -> list[Record]:
+        """List all answers so far."""
+        raise NotImplementedError
+
+    def add_answer(self, record: Record) -> None:
+        self._add(run_folder.ANSWERS, record)
+
+    def add_score(self, record: Record) -> None:
+        self._add(run_folder.SCORES, record)
+
+    def _add(self, name: str, record: Record) -> None:
+        self._seen[name].add(run_folder.key_of(record))
+
+
+class Journal(Records, Closing):
     """A run's folder, opened for writing by one process at a time.
 
     Args:
@@ -34,6 +65,7 @@ class Journal(Closing):
     """
 
     def __init__(self, directory: Path, info: Record) -> None:
+        super().__init__()
         self.directory = directory
         self._lock = ExitStack()
         try:
@@ -53,29 +85,16 @@ class Journal(Closing):
             self.close()
             raise
 
-    def has_answer(self, setup: str, set_name: str, item: str) -> bool:
-        return ("", setup, set_name, item) in self._seen[run_folder.ANSWERS]
-
-    def has_score(self, score: str, setup: str, set_name: str, item: str) -> bool:
-        """`setup`: for the score "margin" the prompt's name."""
-        return (score, setup, set_name, item) in self._seen[run_folder.SCORES]
-
     def answers(self) -> list[Record]:
         """List all answers so far."""
         return [json.loads(line) for line in self._lines[run_folder.ANSWERS].read()]
-
-    def add_answer(self, record: Record) -> None:
-        self._add(run_folder.ANSWERS, record)
-
-    def add_score(self, record: Record) -> None:
-        self._add(run_folder.SCORES, record)
 
     def close(self) -> None:
         self._lock.close()
 
     def _add(self, name: str, record: Record) -> None:
         self._lines[name].add(_finite(record))
-        self._seen[name].add(run_folder.key_of(record))
+        super()._add(name, record)
 
 
 def _keys(lines: JsonLines) -> set[run_folder.Key]:
@@ -83,7 +102,7 @@ def _keys(lines: JsonLines) -> set[run_folder.Key]:
     for number, line in enumerate(lines.read(), 1):
         try:
             seen.add(run_folder.key_of(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             message = f"{lines.path}:{number}: is no record: remove the line to have it made again"
             raise UsageError(message) from None
     return seen
@@ -100,7 +119,7 @@ def _continued(path: Path, info: Record) -> Record:
         return info
     try:
         return _checked_continuation(path, json.loads(path.read_bytes()), info)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsageError(f"{path} is no description of a run: give another folder with -o") from None
 
 

@@ -1,8 +1,9 @@
 """What is compared: methods as data, the built-in ones (methods.toml) and those of a user's file of the same form.
 
 A method says what the positive stream is told, what the negative stream is told (if there is one), and the numbers of
-the contrast between them. An adversarial prompt never stands in the positive stream: not by name, and not as a text.
-With a gate, it is used only where the pair's gate finds a request harmful.
+the contrast between them; or what an expert is told, which leads the first tokens. An adversarial prompt never stands
+in the positive stream, nor before an expert: not by name, and not as a text. With a gate, all of this is used only
+where the pair's gate finds a request harmful.
 
 Where the pair has soft prompts, every method that uses the pair has a counterpart with them, NAME-soft.
 """
@@ -28,6 +29,7 @@ from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair, refuse_adversarial, toml_kind
 from acd_local.runtime.choice import ContrastSettings
 from acd_local.runtime.prompts import Negative, Positive, PromptSetup, identity
+from acd_local.runtime.references import References
 from acd_local.runtime.text import refused_character
 from acd_local.softpair import AdversarialRows, SoftPair, SoftPrompt
 
@@ -42,10 +44,11 @@ _SLOT = "{prompt}"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _POSITIVE = ("none", "safe", "sp")
 _ADVERSARIAL = ("opposite", "ap")
+_EXPERTS = ("safe", "sp")
 _OF_PAIR = ("sp", "ap")
 _KEYS = (
-    *("title", "source", "positive", "positive_text", "negative", "negative_text"),
-    *("user", "shots", "alpha", "beta", "raw", "window", "gate"),
+    *("title", "source", "positive", "positive_text", "negative", "negative_text", "expert"),
+    *("user", "shots", "alpha", "beta", "raw", "window", "gate", "steer", "refer"),
 )
 
 
@@ -67,11 +70,15 @@ class Method:
         negative: system prompt of the negative stream; None: none. Not used where alpha is 0.
         user: what the user's turn is wrapped in; holds {prompt} once.
         shots: (user, assistant) demonstrations.
-        alpha: strength of the contrast; 0: there is no negative stream and no mask.
+        expert: what an expert sees besides the user's turn, which the positive stream is led by; None: there is none.
+        alpha: strength of the contrast, or of the lead; 0: there is no second stream and no mask.
         beta: plausibility threshold.
         raw: the paper's logit scale, without the divisor 1 - alpha.
         window: contrast only the first `window` tokens of an answer; None: all. Where alpha is 0, beta is 0, raw False
             and window None, whatever was given.
+        steer: the model is steered by the pair's vectors; there is a gate then, and no second stream.
+        refer: it refers to stored answers at every token; there is no second stream then. references: the datastore,
+            filled in before anything is answered.
         gate: all of this holds from the threshold of the pair's gate on; below it the pair's helpful text or the model
             as it is answers.
 
@@ -86,11 +93,15 @@ class Method:
     negative: Negative
     user: str = _SLOT
     shots: tuple[tuple[str, str], ...] = ()
+    expert: PromptSetup | None = None
     alpha: float = 0.0
     beta: float = 0.0
     raw: bool = False
     window: int | None = None
     gate: bool = False
+    steer: bool = False
+    refer: bool = False
+    references: References | None = None
 
     def __post_init__(self) -> None:
         for place, text in _positive_texts(self):
@@ -98,8 +109,14 @@ class Method:
                 raise UsageError(f"{place} must be a string, not {type(text).__name__}")
         if self.user.count(_SLOT) != 1:
             raise UsageError(f"user must hold {_SLOT} exactly once, not {self.user.count(_SLOT)} times")
+        if self.expert is not None and self.negative is not None:
+            raise UsageError("expert: there is a negative prompt too: give one of the two")
         if self.alpha is None or self.beta is None:
             raise UsageError("alpha and beta must be numbers")
+        if self.steer and (self.alpha > 0 or not self.gate):
+            raise UsageError("steer: takes a gate (gate = true), and no negative prompt and no expert")
+        if self.refer and (self.alpha > 0 or self.steer):
+            raise UsageError("refer: takes no negative prompt, no expert and no steering")
         Options(alpha=self.alpha, beta=self.beta, raw_contrast=self.raw)
         if self.window is not None:
             if isinstance(self.window, bool) or not isinstance(self.window, int):
@@ -114,29 +131,40 @@ class Method:
 
     @property
     def contrast(self) -> bool:
-        """Whether there is a negative stream."""
+        """Whether there is a second stream."""
         return self.alpha > 0
 
     @property
     def soft(self) -> bool:
         """Whether a soft prompt stands in either stream."""
-        return isinstance(self.positive, SoftPrompt) or isinstance(self.negative, SoftPrompt | AdversarialRows)
+        return bool(self.prompt_setup().soft_prompts()) or isinstance(self.negative, SoftPrompt | AdversarialRows)
+
+    @property
+    def scored(self) -> bool:
+        """Whether given texts are scored under it.
+
+        An expert's lead leaves out tokens, which would be impossible; the others are decoded in contexts of their own.
+        """
+        return self.expert is None and not self.steer and not self.refer
 
     def prompt_setup(self) -> PromptSetup:
         """Return the texts as the runtime takes them."""
-        return PromptSetup(self.positive, self.negative, self.user, self.shots)
+        return PromptSetup(self.positive, self.negative, self.user, self.shots, self.expert)
 
     def settings(self) -> ContrastSettings:
         """Return the numbers as the runtime takes them."""
-        return ContrastSettings(self.alpha, self.beta, self.raw, self.window)
+        return ContrastSettings(self.alpha, self.beta, self.raw, self.window, expert=self.expert is not None)
 
     def setup(self) -> str:
         """Return 16 hex digits over all that changes an answer: two methods with the same setup share their answers."""
         what: list[object] = [identity(self.positive), self.user, self.shots]
         if self.contrast:
             what += [identity(self.negative), self.alpha, self.beta, self.raw, self.window]
-        if self.gate:
-            what.append("gate")
+            if self.expert is not None:
+                what += ["expert", identity(self.expert.positive), self.expert.shots]
+        what += [key for key in ("gate", "steer", "refer") if getattr(self, key)]
+        if self.references is not None:
+            what.append(self.references.digest)
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -145,6 +173,8 @@ def _positive_texts(method: Method) -> list[tuple[str, str]]:
     positive = None if isinstance(method.positive, SoftPrompt) else method.positive
     texts = [] if positive is None else [("positive", positive)]
     texts += [("shots", text) for shot in method.shots for text in shot]
+    if method.expert is not None:
+        texts += [("expert", text) for text in method.expert.positive_texts() if text is not None]
     return [*texts, ("user", method.user)]
 
 
@@ -282,7 +312,8 @@ def _with_counterpart(
 ) -> dict[str, Method]:
     """Make a method of one [methods.NAME] table, and its counterpart with soft prompts where it has one."""
     found = {name: _build(name, table, pair, manual, None)}
-    if soft is not None and isinstance(table, dict) and {table.get("positive"), table.get("negative")} & {*_OF_PAIR}:
+    told = {table.get(key) for key in ("positive", "negative", "expert")} if isinstance(table, dict) else set()
+    if soft is not None and told & {*_OF_PAIR}:
         found[name + SOFT] = _build(name, table, pair, manual, soft)
     return found
 
@@ -309,7 +340,10 @@ def _build(name: str, table: object, pair: PromptPair, manual: PromptPair, soft:
         negative=negative,
         user=_text("user", table.get("user", _SLOT)),
         shots=(both.shots if table.get("positive") == "sp" else ()) + _shots(table.get("shots", [])),
+        expert=_expert(table, safe, both.shots),
         gate=_flag("gate", table.get("gate", False)),
+        steer=_flag("steer", table.get("steer", False)),
+        refer=_flag("refer", table.get("refer", False)),
         **numbers,
     )
 
@@ -327,6 +361,22 @@ def _positive(table: Mapping[str, Any], prompts: Mapping[str, Positive]) -> Posi
 
 def _has_negative(table: Mapping[str, Any]) -> bool:
     return "negative" in table or "negative_text" in table
+
+
+def _expert(
+    table: Mapping[str, Any], prompts: Mapping[str, Positive], of_pair: tuple[tuple[str, str], ...]
+) -> PromptSetup | None:
+    if "expert" not in table:
+        return None
+    name = _choice("expert", table["expert"], _EXPERTS)
+    if _has_negative(table):
+        raise UsageError("expert: there is a negative prompt too: give one of the two")
+    if "alpha" not in table:
+        raise UsageError("alpha: is missing: how far the expert leads is no number of a pair's")
+    for key in ("beta", "raw"):
+        if key in table:
+            raise UsageError(f"{key}: is of a contrast, not of an expert's lead: leave it out")
+    return PromptSetup(prompts[name], shots=of_pair if name == "sp" else ())
 
 
 def _negative(table: Mapping[str, Any], prompts: Mapping[str, Negative]) -> Negative:
@@ -347,12 +397,15 @@ def _numbers(table: Mapping[str, Any], pair: PromptPair, soft: bool) -> dict[str
         if isinstance(given[key], bool) or not isinstance(given[key], int | float):
             raise UsageError(f"{key}: must be a number, not {toml_kind(given[key])}")
     _flag("raw", given.get("raw", False))
-    if not _has_negative(table):
+    if not _has_negative(table) and "expert" not in table:
         if given:
             raise UsageError(f"{next(iter(given))}: there is no negative prompt to contrast with: give negative too")
         return {"alpha": 0.0}
     if given.get("alpha") == 0:
-        raise UsageError("alpha: is 0, so the negative prompt is not used: leave negative out, or give another alpha")
+        second = "expert" if "expert" in table else "negative"
+        raise UsageError(f"alpha: is 0, so the {second} prompt is not used: leave {second} out, or give another alpha")
+    if "expert" in table:
+        return given
     numbers = resolve_contrast(Options(), pair, soft=soft)
     return {"alpha": numbers.alpha, "beta": numbers.beta} | given
 

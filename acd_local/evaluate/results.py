@@ -333,7 +333,9 @@ def compute(run: Run) -> Record:
         else:
             sets = {s: figures.of_set(setup, s, base) for s in figures.kinds if (setup, s) in figures.cells}
             answered = {s: len(figures.answered.get((setup, s), ())) for s in expected}
-            missing = sum(max(0, n - answered[s]) for s, n in expected.items() if isinstance(n, int))
+            skipped = () if method.get("scored", True) else {s for s, kind in figures.kinds.items() if kind == "choice"}
+            counts = {s: n for s, n in expected.items() if isinstance(n, int) and s not in skipped}
+            missing = sum(max(0, n - answered[s]) for s, n in counts.items())
             found = {"missing": missing, "sets": sets, "overall": figures.overall(setup, base)}
         kept = {key: value for key, value in method.items() if key != "name"}
         methods[name] = {**kept, "same_as": None if first == name else first, **found}

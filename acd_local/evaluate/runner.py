@@ -8,14 +8,14 @@ any time and goes on where it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from acd_local.answers import Answer, GateRecord
 from acd_local.batch import BatchRunner, Event
 from acd_local.errors import ContextError
 from acd_local.evaluate import refusal, sets
-from acd_local.evaluate.journal import Journal
+from acd_local.evaluate.journal import Records
 from acd_local.evaluate.methods import Method
 from acd_local.evaluate.scoring import Scoring, Task
 from acd_local.evaluate.sets import EvalSet, Item
@@ -58,7 +58,7 @@ class Evaluation:
         self,
         engine: Engine,
         plan: Plan,
-        journal: Journal,
+        journal: Records,
         *,
         judge: Judge | None = None,
         stop: CancelToken | None = None,
@@ -70,23 +70,43 @@ class Evaluation:
         self._judge = judge
         self._stop = stop or CancelToken()
         self._listener = Listener(on_progress)
-        self._by_setup = {method.setup(): method for method in reversed(plan.methods)}
+        by_setup = {method.setup(): method for method in reversed(plan.methods)}
+        self._methods = [m for m in plan.methods if by_setup[m.setup()] is m]
+        self._scoring = Scoring(engine, plan.pair, journal)
         self.failures: dict[tuple[str, str], str] = {}
 
     def run(self) -> None:
         """Make all that is missing; raises Stopped where `stop` was set."""
-        methods = [m for m in self._plan.methods if self._by_setup[m.setup()] is m]
-        self._answer_all(methods)
-        with Scoring(self._engine, self._plan.pair, self._journal) as scoring:
-            for phase, tasks in scoring.phases(methods, self._plan.sets, self._plan.margins):
-                self._work_off(phase, tasks)
+        with self._scoring:
+            self.make(self._plan.sets)
+
+    def make(self, chosen: Sequence[EvalSet]) -> None:
+        """Make what is missing of some sets, as `run`; what it takes to score stays in memory for the next call."""
+        self._answer_all(chosen)
+        for phase, tasks in self._phases(chosen):
+            self._work_off(phase, tasks)
+
+    def unfinished(self) -> list[EvalSet]:
+        """List the sets with those prompts alone of which something is missing."""
+        open_items = {(s.name, item.id) for _, s, item in self._unanswered(self._plan.sets)}
+        open_items |= {(t.set_name, t.item) for _, tasks in self._phases(self._plan.sets) for t in tasks if not t.done}
+        kept = ((s, tuple(item for item in s.items if (s.name, item.id) in open_items)) for s in self._plan.sets)
+        return [replace(s, items=items) for s, items in kept if items]
+
+    def _phases(self, chosen: Sequence[EvalSet]) -> Iterator[tuple[str, list[Task]]]:
+        return self._scoring.phases(self._methods, chosen, self._plan.margins)
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
-    def _answer_all(self, methods: Sequence[Method]) -> None:
-        everything = [(m, s, item) for m in methods for s in self._plan.sets if s.kind != "choice" for item in s.items]
-        tasks = [t for t in everything if not self._journal.has_answer(t[0].setup(), t[1].name, t[2].id)]
-        clock = Clock("answers", len(everything) - len(tasks), len(everything), self._listener)
+    def _asked(self, chosen: Sequence[EvalSet]) -> list[tuple[Method, EvalSet, Item]]:
+        return [(m, s, item) for m in self._methods for s in chosen if s.kind != "choice" for item in s.items]
+
+    def _unanswered(self, chosen: Sequence[EvalSet]) -> list[tuple[Method, EvalSet, Item]]:
+        return [t for t in self._asked(chosen) if not self._journal.has_answer(t[0].setup(), t[1].name, t[2].id)]
+
+    def _answer_all(self, chosen: Sequence[EvalSet]) -> None:
+        total, tasks = len(self._asked(chosen)), self._unanswered(chosen)
+        clock = Clock("answers", total - len(tasks), total, self._listener)
         waiting = iter(tasks)
         with BatchRunner(self._engine) as batch:
             while self._fill(batch, waiting):
@@ -122,7 +142,12 @@ class Evaluation:
                 seed=sets.item_seed(self._plan.seed, item.id),
             )
             stream = self._engine.generate(
-                item.prompt, options, pair=self._plan.pair, prompt_setup=method.prompt_setup(), cancel=self._stop
+                item.prompt,
+                options,
+                pair=self._plan.pair,
+                prompt_setup=method.prompt_setup(),
+                apart=self._engine.steering(self._plan.pair) if method.steer else method.references,
+                cancel=self._stop,
             )
             batch.add(task, stream)
         return len(batch) > 0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from acd_local.evaluate.journal import Journal
+from acd_local.evaluate.journal import Records
 from acd_local.evaluate.likelihood import LogProbs, Scorer
 from acd_local.evaluate.methods import Method, manual_pair
 from acd_local.evaluate.sets import EvalSet, Item
@@ -59,9 +59,9 @@ class _Streams:
 
 
 class Scoring(Closing):
-    """Makes the scoring tasks of a run; holds the scoring context meanwhile."""
+    """Makes the scoring tasks of a run; holds a scoring context from the first that needs one on."""
 
-    def __init__(self, engine: Engine, pair: PromptPair, journal: Journal) -> None:
+    def __init__(self, engine: Engine, pair: PromptPair, journal: Records) -> None:
         self._engine = engine
         self._pair = pair
         self._journal = journal
@@ -75,10 +75,11 @@ class Scoring(Closing):
 
         `margins`: ids of the harmful prompts on which the system prompts' strength is measured.
         """
+        scored = [method for method in methods if method.scored]
         choice = [(s, item) for s in sets if s.kind == "choice" for item in s.items]
-        yield "choices", [self._task("choice", s, item, methods, self._choice) for s, item in choice]
+        yield "choices", [self._task("choice", s, item, scored, self._choice) for s, item in choice]
         reference = [(s, item) for s in sets if s.kind == "harmless" for item in s.items if item.reference]
-        yield "references", [self._task("reference", s, item, methods, self._reference) for s, item in reference]
+        yield "references", [self._task("reference", s, item, scored, self._reference) for s, item in reference]
         yield "fluency", self._fluency_tasks({s.name for s in sets if s.kind == "harmless"})
         yield "prompts", self._margin_tasks(sets, margins, soft=any(m.soft for m in methods))
 

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from acd_local.cluster import Cluster
 from acd_local.errors import ModelError
 from acd_local.evaluate.sets import item_seed
 from acd_local.fit import candidates
 from acd_local.fit.candidates import Candidate
 from acd_local.fit.job import Job
 from acd_local.fit.model import FitModel, opening
+from acd_local.fit.remote import FitCluster
 from acd_local.fit.replies import Measured, Respondent, Style
-from acd_local.fit.states import layers_of
+from acd_local.fit.states import Floats, Located, Part, Row, layers_of, read_all
+from acd_local.models import ModelFile
 from acd_local.progress import Clock, Listener
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.prompts import PromptSetup
 from acd_local.tuning import anchors
 from acd_local.tuning.anchors import KINDS, Instruction
 from acd_local.tuning.cache import Measurements
-from acd_local.tuning.scoring import MEASURES
+from acd_local.tuning.scoring import MEASURES, Prompt
 
 MAX_ORDINARY = 2000  # ordinary anchors that are read
 GRID = [(alpha, beta) for alpha in (0.1, 0.2, 0.3, 0.5) for beta in (0.05, 0.1, 0.3)]
@@ -34,6 +37,7 @@ _ANSWERS, _OPENINGS = 800, 900
 _TIMED = 6
 
 Groups = Mapping[str, Sequence[Instruction]]
+Scored = dict[str, list[str]]  # prompts by what their refusals mean
 
 
 class FitContext:
@@ -45,7 +49,9 @@ class FitContext:
         figures, tables: what stages leave for the pair's file and for the page.
     """
 
-    def __init__(self, job: Job, stop: CancelToken, listener: Listener) -> None:
+    def __init__(
+        self, job: Job, stop: CancelToken, listener: Listener, connect: Callable[[], Cluster] | None = None
+    ) -> None:
         self.job = job
         self.stop = stop
         self.listener = listener
@@ -53,12 +59,19 @@ class FitContext:
         self.notes = Measurements(job.folder / "notes.jsonl", {"model": job.digest, **base})
         self.model = FitModel(job.info, threads=job.threads, stop=stop)
         answers = Measurements(job.folder / "answers.jsonl", {"model": job.digest})
-        self.respondent = Respondent(self.model.engine, answers, stop)
+        self._here = self.respondent = Respondent(self.model.engine, answers, stop)
+        self._cluster: FitCluster | None = None
+        if connect is not None:
+            file = ModelFile.of(job.info.path)
+            self._cluster = FitCluster(connect, file, threads=job.threads, stop=stop, listener=listener)
+            self.respondent = replace(self._here, elsewhere=self._cluster.answers)
         self.share = 1.0
         self.figures: dict[str, Any] = {}
         self.tables: dict[str, list[dict[str, Any]]] = {}
 
     def close(self) -> None:
+        if self._cluster is not None:
+            self._cluster.close()
         self.model.close()
 
     @cached_property
@@ -107,36 +120,64 @@ class FitContext:
         scored = _scored(groups, most)
         clock = Clock(f"{phase}, openings", 0, len(texts), self.listener)
         inputs = [{"text": [text.text, text.shots], "groups": scored} for text in texts]
-        if any(self.notes.get("openings", one) is None for one in inputs):
-            with closing(self.model.scorer(scored)) as scorer:
-                for n, (text, one) in enumerate(zip(texts, inputs, strict=True), 1):
-                    before = opening(text.text or None, text.shots)
-                    self.notes.memo("openings", one, lambda before=before: scorer.alone(before))  # type: ignore[misc]
-                    clock.at(n)
+        missing = [i for i, one in enumerate(inputs) if self.notes.get("openings", one) is None]
+        prompts = [opening(texts[i].text or None, texts[i].shots) for i in missing]
+        for done, (place, found) in enumerate(self._alone(prompts, scored), 1 + len(texts) - len(missing)):
+            self.notes.keep("openings", inputs[missing[place]], found)
+            clock.at(done)
         return [self.notes.get("openings", one) for one in inputs]
 
-    def contrasted(self, positive: Candidate, negative: Candidate, groups: Groups, most: int) -> list[dict[str, float]]:
-        """Measure what the contrast does: of each alpha of the grid the row with the best beta."""
+    def _alone(self, prompts: Sequence[Prompt], groups: Scored) -> Iterator[tuple[int, dict[str, float]]]:
+        """Score prompts here or on the cluster, and yield the place of each with its scores."""
+        if self._cluster is not None:
+            yield from self._cluster.openings(prompts, groups)
+        elif prompts:
+            with closing(self.model.scorer(groups)) as scorer:
+                for place, prompt in enumerate(prompts):
+                    yield place, scorer.alone(prompt)
+
+    def contrasted(
+        self, pairs: Sequence[tuple[Candidate, Candidate]], groups: Groups, most: int
+    ) -> list[list[dict[str, float]]]:
+        """Measure what contrasts (positive, negative) do: for each pair, of each alpha the row with the best beta."""
         scored = _scored(groups, most)
+        inputs = [{"texts": [p.text, p.shots, n.text], "groups": scored, "grid": GRID} for p, n in pairs]
+        missing = [i for i, one in enumerate(inputs) if self.notes.get("contrasted", one) is None]
+        clock = Clock("contrasts, openings", len(pairs) - len(missing), len(pairs), self.listener)
+        prompts = [(opening(p.text, p.shots), opening(n.text)) for p, n in (pairs[i] for i in missing)]
+        for place, rows in self._beside(prompts, scored):
+            self.notes.keep("contrasted", inputs[missing[place]], rows)
+            clock.tick()
+        return [_best_by_alpha(self.notes.get("contrasted", one)) for one in inputs]
 
-        def make() -> list[dict[str, float]]:
-            self.listener.phase(f"contrast with {negative.name}")
-            with closing(self.model.scorer(scored)) as scorer:
-                safe, adversarial = opening(positive.text, positive.shots), opening(negative.text)
-                return [asdict(row) for row in scorer.contrasted(safe, adversarial, GRID)]
-
-        inputs = {"texts": [positive.text, positive.shots, negative.text], "groups": scored, "grid": GRID}
-        best: dict[float, dict[str, float]] = {}
-        for row in self.notes.memo("contrasted", inputs, make):
-            if row["alpha"] not in best or row["safety"] > best[row["alpha"]]["safety"]:
-                best[row["alpha"]] = row
-        return list(best.values())
+    def _beside(
+        self, prompts: Sequence[tuple[Prompt, Prompt]], groups: Scored
+    ) -> Iterator[tuple[int, list[dict[str, float]]]]:
+        """Score contrasts over the grid, as `_alone` does prompts."""
+        if self._cluster is not None:
+            yield from self._cluster.contrasts(prompts, groups, GRID)
+            return
+        for place, (safe, adversarial) in enumerate(prompts):
+            with closing(self.model.scorer(groups)) as scorer:
+                yield place, [asdict(row) for row in scorer.contrasted(safe, adversarial, GRID)]
 
     def facts(self, system: str | None) -> int:
         """Count the short factual questions that are answered right."""
         asked = candidates.facts()
         replies = self.respondent.ask(Style(PromptSetup(system)), [fact.question for fact in asked])
         return sum(f.is_right(self.respondent.text(r.tokens)) for f, r in zip(asked, replies, strict=True))
+
+    def states(
+        self, name: str, rows: Sequence[Row], locate: Callable[[Row], Located], layers: Sequence[int], phase: str
+    ) -> Floats:
+        """Read the mean states of many rows here or on the cluster, into a file of this name; see `read_all`."""
+
+        def means(parts: Iterable[Part]) -> Iterator[bytes]:
+            return (self._cluster or self.model).means(parts, layers)
+
+        clock = Clock(phase, 0, len(rows), self.listener)
+        shape = len(layers), self.job.info.n_embd
+        return read_all(self.job.folder / name, rows, locate, means, shape, on_progress=clock.at)
 
     # -- what it takes -------------------------------------------------------------------------------------------------
 
@@ -145,7 +186,7 @@ class FitContext:
         prompts = [i.prompt for i in self.job.instructions[:_TIMED]]
         reading = self._seconds_of_reading(prompts)
         started = time.perf_counter()
-        self.respondent.ask(Style(), prompts)
+        self._here.ask(Style(), prompts)
         answering = (time.perf_counter() - started) / len(prompts)
         whole = (len(self.instructions()) + 2 * _OPENINGS) * reading + _ANSWERS * answering
         return float(np.clip(0.85 * self.job.request.budget / whole, 0.02, 1.0))
@@ -160,5 +201,13 @@ class FitContext:
             return (time.perf_counter() - started) / max(1, len(tokens) - 1)
 
 
-def _scored(groups: Groups, most: int) -> dict[str, list[str]]:
+def _best_by_alpha(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    best: dict[float, dict[str, float]] = {}
+    for row in rows:
+        if row["alpha"] not in best or row["safety"] > best[row["alpha"]]["safety"]:
+            best[row["alpha"]] = row
+    return list(best.values())
+
+
+def _scored(groups: Groups, most: int) -> Scored:
     return {MEASURES[kind]: [i.prompt for i in group[:most]] for kind, group in groups.items()}

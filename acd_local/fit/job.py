@@ -15,7 +15,7 @@ from acd_local.runtime.threads import default_threads
 from acd_local.softpair import SoftPair
 from acd_local.tuning import anchors
 from acd_local.tuning.anchors import Instruction
-from acd_local.tuning.cache import digest_of, model_folder
+from acd_local.tuning.cache import model_folder
 
 BUDGET = 1800.0  # seconds
 
@@ -82,7 +82,7 @@ def prepare(request: Request) -> Job:
     info = probe.verify(path)
     if info.n_layers < 2:
         raise ModelError(f"{path.name}: acd fit needs a model of 2 layers or more: a gate reads one before the last")
-    digest = digest_of(path)
+    digest = models.sha256_of(path)
     return Job(
         request=request,
         out=out,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 from acd_local.engine import Engine
 from acd_local.errors import UsageError
 from acd_local.fit.candidates import Candidate
 from acd_local.fit.replies import NO_PAIR
-from acd_local.fit.states import Floats, Located, Row, read_all
+from acd_local.fit.states import Part, means_here
 from acd_local.runtime.cancel import CancelToken
 from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.prompts import PromptSetup
@@ -22,7 +21,7 @@ from acd_local.tuning.scoring import OpeningScorer
 
 CONTEXT = 1024  # tokens of a conversation
 LONGEST = 1500  # characters of an instruction that is read or answered; what follows is cut
-_CONVERSATIONS = (8, 4, 2, 1)
+CONVERSATIONS = (8, 4, 2, 1)
 
 
 class FitModel:
@@ -37,7 +36,7 @@ class FitModel:
 
     def engine(self) -> Engine:
         if self._engine is None:
-            at_once = memory.conversations(memory.sizes(self.info), CONTEXT, memory.available(), _CONVERSATIONS)
+            at_once = memory.conversations(memory.sizes(self.info), CONTEXT, memory.available(), CONVERSATIONS)
             limit = self.info.context_length
             self._engine = Engine(
                 self.info.path,
@@ -89,18 +88,9 @@ class FitModel:
         engine = self.engine()
         return Reader(engine.decoder.model, layers, n_ctx=engine.n_ctx, threads=self._threads)
 
-    def states(
-        self,
-        path: Path,
-        rows: Sequence[Row],
-        locate: Callable[[Row], Located],
-        layers: Sequence[int],
-        on_progress: Callable[[int], None],
-    ) -> Floats:
-        """Read the states of many rows; see `read_all`."""
-        shape = len(layers), self.info.n_embd
-        make = partial(self.reader, layers)
-        return read_all(path, rows, locate, make, shape, stop=self._stop, on_progress=on_progress)
+    def means(self, parts: Iterable[Part], layers: Sequence[int]) -> Iterator[bytes]:
+        """Read the mean states of these layers; see `means_here`."""
+        return means_here(partial(self.reader, layers), self._stop, parts)
 
     def close(self) -> None:
         if self._engine is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,9 @@ from acd_local.options import Options
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.progress import check_stop
 from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.llama import Vocab
 from acd_local.runtime.prompts import PromptSetup, identity
+from acd_local.steering import Steering
 from acd_local.tuning.anchors import KINDS
 from acd_local.tuning.cache import Measurements, key_of
 from acd_local.tuning.scoring import objective
@@ -34,18 +36,22 @@ class Style:
     Attributes:
         setup: what stands around the instruction; by default the model answers as it is.
         declines: it is above a gate: its answers are looked at for longer.
+        apart: vectors that the model is steered by.
     """
 
     setup: PromptSetup = field(default_factory=PromptSetup)
     alpha: float = 0.0
     beta: float = 0.0
     declines: bool = False
+    apart: Steering | None = None
 
     @classmethod
-    def declining(cls, candidate: Candidate, negative: Candidate | None = None, **numbers: float) -> Style:
+    def declining(
+        cls, candidate: Candidate, negative: Candidate | None = None, *, alpha: float = 0.0, beta: float = 0.0
+    ) -> Style:
         """Make the style of a text of the positive stream, alone or contrasted."""
         against = None if negative is None else AdversarialText(negative.text)
-        return cls(PromptSetup(candidate.text, against, shots=candidate.shots), declines=True, **numbers)
+        return cls(PromptSetup(candidate.text, against, shots=candidate.shots), alpha, beta, declines=True)
 
     @property
     def tokens(self) -> int:
@@ -57,7 +63,8 @@ class Style:
         """Hex SHA-256 over all that decides its answers."""
         texts = [identity(self.setup.positive), identity(self.setup.negative)]
         numbers = [self.alpha, self.beta, self.tokens]
-        return key_of({"texts": texts, "shots": self.setup.shots, "numbers": numbers})
+        steered = {} if self.apart is None else {"steered": self.apart.digest}
+        return key_of({"texts": texts, "shots": self.setup.shots, "numbers": numbers, **steered})
 
 
 @dataclass(frozen=True)
@@ -74,11 +81,13 @@ class Respondent:
 
     Args:
         notes: only this user's, as answers to harmful requests are in them.
+        elsewhere: answers as `greedy` does, not by the engine; None: the engine answers.
     """
 
     engine: Callable[[], Engine]
     notes: Measurements
     stop: CancelToken
+    elsewhere: Callable[[Style, Sequence[str]], Iterator[tuple[str, list[int]]]] | None = None
 
     def ask(
         self, style: Style, prompts: Sequence[str], on_progress: Callable[[int], None] = lambda done: None
@@ -87,34 +96,47 @@ class Respondent:
         missing = list(dict.fromkeys(p for p in prompts if self.notes.get("answer", _inputs(style, p)) is None))
         if missing:
             self._answer(style, missing, len(prompts), on_progress)
-        return [self._labelled(style, prompt, self.notes.get("answer", _inputs(style, prompt))) for prompt in prompts]
+        kept = [(prompt, self.notes.get("answer", _inputs(style, prompt))) for prompt in prompts]
+        return [labelled(self.engine().vocab, style, prompt, tokens) for prompt, tokens in kept]
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return what an answer's tokens say."""
-        vocab = self.engine().vocab
-        return b"".join(vocab.piece(t) for t in tokens if not vocab.is_eog(t)).decode("utf-8", "replace")
-
-    def _labelled(self, style: Style, prompt: str, tokens: Sequence[int]) -> Reply:
-        """Label an answer that was kept, since another version of the matcher may have been in force then."""
-        finished = len(tokens) < style.tokens or self.engine().vocab.is_eog(tokens[-1])
-        return Reply(refusal.classify(self.text(tokens), prompt, finished=finished).label, tuple(tokens))
+        return _text(self.engine().vocab, tokens)
 
     def _answer(self, style: Style, missing: Sequence[str], total: int, on_progress: Callable[[int], None]) -> None:
-        engine = self.engine()
-        options = Options(alpha=style.alpha, beta=style.beta, temp=0.0, max_tokens=style.tokens)
-        done = total - len(missing)
+        given = self.elsewhere(style, missing) if self.elsewhere else greedy(self.engine(), style, missing, self.stop)
+        for done, (prompt, tokens) in enumerate(given, 1 + total - len(missing)):
+            self.notes.keep("answer", _inputs(style, prompt), tokens)
+            on_progress(done)
 
-        def begin(prompt: str) -> AnswerStream:
-            return engine.generate(prompt, options, pair=NO_PAIR, prompt_setup=style.setup, cancel=self.stop)
 
-        for prompt, answer in answer_all(engine, missing, begin, stop=self.stop):
+def labelled(vocab: Vocab, style: Style, prompt: str, tokens: Sequence[int]) -> Reply:
+    """Label an answer; also one that was kept, since another version of the matcher may have been in force then."""
+    finished = len(tokens) < style.tokens or vocab.is_eog(tokens[-1])
+    return Reply(refusal.classify(_text(vocab, tokens), prompt, finished=finished).label, tuple(tokens))
+
+
+def _text(vocab: Vocab, tokens: Sequence[int]) -> str:
+    return b"".join(vocab.piece(t) for t in tokens if not vocab.is_eog(t)).decode("utf-8", "replace")
+
+
+def greedy(engine: Engine, style: Style, prompts: Sequence[str], stop: CancelToken) -> Iterator[tuple[str, list[int]]]:
+    """Answer each prompt once and yield it with the answer's token ids, as they end; raises Stopped."""
+    options = Options(alpha=style.alpha, beta=style.beta, temp=0.0, max_tokens=style.tokens)
+
+    def begin(prompt: str) -> AnswerStream:
+        return engine.generate(prompt, options, pair=NO_PAIR, prompt_setup=style.setup, apart=style.apart, cancel=stop)
+
+    try:
+        for prompt, answer in answer_all(engine, prompts, begin, stop=stop):
             if isinstance(answer, Exception):
                 raise answer
             if answer.finish_reason != "cancelled":
-                self.notes.keep("answer", _inputs(style, prompt), [record.token for record in answer.tokens])
-                done += 1
-                on_progress(done)
-        check_stop(self.stop)
+                yield prompt, [record.token for record in answer.tokens]
+    finally:
+        if style.apart is not None:
+            engine.decoder.close_apart(style.apart)
+    check_stop(stop)
 
 
 def _inputs(style: Style, prompt: str) -> dict[str, Any]:

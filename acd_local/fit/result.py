@@ -16,6 +16,7 @@ from acd_local.fit.replies import Measured, Style
 from acd_local.gate import Gate
 from acd_local.pairfile import PairFile
 from acd_local.pairs import GateSettings
+from acd_local.steering import Steering
 from acd_local.tuning import anchors
 
 
@@ -26,6 +27,7 @@ class FitResult:
     Attributes:
         gate: the probe of requests; `layers` are those that it reads.
         look: the probe of answers; None: they are not read.
+        steering: the vectors of InferAligner; None: the model cannot be steered.
         style: what answers above the gate.
         helpful, positive, negative: the chosen texts; the last two None where a pair is kept.
         judged: as it is, and with the pair.
@@ -34,6 +36,7 @@ class FitResult:
     gate: Trained
     layers: tuple[int, ...]
     look: Trained | None
+    steering: Steering | None
     settings: GateSettings
     style: Style
     helpful: Candidate | None

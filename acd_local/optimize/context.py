@@ -10,11 +10,14 @@ from typing import Any, Literal
 
 import torch
 
+from acd_local.cluster import Cluster, Pool
 from acd_local.engine import Engine
 from acd_local.errors import UsageError
+from acd_local.models import ModelFile
 from acd_local.optimize import budget, device, weights
 from acd_local.optimize.checkpoint import Checkpoint
 from acd_local.optimize.job import Job
+from acd_local.optimize.scores import ScorerSetup, Scores, on_cluster, score
 from acd_local.optimize.soft_training import SoftSettings
 from acd_local.optimize.text_search import TextSpace
 from acd_local.optimize.weights import FrozenModel
@@ -48,11 +51,14 @@ class StageContext:
         seconds: of each stage after the anchors, see `budget.divide`.
     """
 
-    def __init__(self, job: Job, stop: CancelToken, listener: Listener) -> None:
+    def __init__(
+        self, job: Job, stop: CancelToken, listener: Listener, connect: Callable[[], Cluster] | None = None
+    ) -> None:
         self.job = job
         self.request = job.request
         self.stop = stop
         self.listener = listener
+        self._connect = connect
         manual = job.manual.safe, job.manual.adversarial.reveal_for_negative_stream()
         self.manual: dict[Role, str] = dict(zip(ROLES, manual, strict=True))
         self.stages: list[dict[str, Any]] = []
@@ -175,9 +181,8 @@ class StageContext:
     # -- the model in llama.cpp ----------------------------------------------------------------------------------------
 
     def engine(self, **given: Any) -> Engine:
-        gpu_layers = 0 if self.job.device == "cpu" else None
-        path = self.job.info.path
-        return Engine(path, threads=self.job.threads, gpu_layers=gpu_layers, system_apart=True, **given)
+        path, threads = self.job.info.path, self.job.threads
+        return Engine(path, threads=threads, gpu_layers=self._gpu_layers, system_apart=True, **given)
 
     def trial_engine(self, pair: PromptPair) -> Engine:
         n_ctx = self.n_ctx(self.request.max_tokens)
@@ -187,19 +192,45 @@ class StageContext:
     def scorer(self) -> Iterator[tuple[OpeningScorer, TextSpace]]:
         """Open the file as it runs, to score prompts with on the validation instructions."""
         job, tokens = self.job, self.job.tokens
-        n_ctx = tokens.context + self.request.max_tokens
         with self._file() as model:
             template = ChatTemplate(model)
             scorer = OpeningScorer(
-                model, template, tokens.openings, self.groups, n_ctx=n_ctx, threads=job.threads, stop=self.stop
+                model, template, tokens.openings, self.groups, n_ctx=self._scored, threads=job.threads, stop=self.stop
             )
             try:
                 yield scorer, TextSpace(template, model.vocab, tokens.layout, model.n_vocab)
             finally:
                 scorer.close()
 
+    @contextmanager
+    def scores(self, safe_text: str | None) -> Iterator[tuple[Scores, TextSpace]]:
+        """Open what scores the texts of a search, here or on the cluster; `safe_text` as in `scores.score`."""
+        with self.scorer() as (scorer, space):
+            if self._connect is None:
+                yield lambda texts, most: (score(scorer, safe_text, text, most) for text in texts), space
+                return
+            job, file = self.job, ModelFile.of(self.job.info.path)
+            setup = ScorerSetup(
+                file, job.tokens.openings, self.groups, safe_text, self._scored, job.threads, self._gpu_layers
+            )
+            gpu = self._gpu_layers != 0
+            with (
+                self._connect() as cluster,
+                Pool(cluster, setup, cpus=job.threads, gpu=gpu, line=self.listener.line) as pool,
+            ):
+                yield on_cluster(pool, self.stop), space
+
+    @property
+    def _scored(self) -> int:
+        """Tokens that prompts are scored with."""
+        return self.job.tokens.context + self.request.max_tokens
+
+    @property
+    def _gpu_layers(self) -> int | None:
+        return 0 if self.job.device == "cpu" else None
+
     def _file(self) -> llama.Model:
-        return llama.Model(self.job.info.path, gpu_layers=0 if self.job.device == "cpu" else None)
+        return llama.Model(self.job.info.path, gpu_layers=self._gpu_layers)
 
     # -- what prompts are scored on ------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from acd_local import models, pairfile, pairs, vectors
 from acd_local.errors import PairError, UsageError, shown
-from acd_local.gate import Gate
 from acd_local.optimize import device
 from acd_local.pairs import PromptPair
 from acd_local.runtime import gguf_header, probe
@@ -17,7 +16,8 @@ from acd_local.runtime.gguf_header import GGUFInfo
 from acd_local.runtime.threads import default_threads
 from acd_local.tuning import anchors
 from acd_local.tuning.anchors import Instruction
-from acd_local.tuning.cache import digest_of, model_folder
+from acd_local.tuning.cache import model_folder
+from acd_local.vectors import Vectors
 
 if TYPE_CHECKING:
     from acd_local.optimize.prompt_tokens import PromptTokens
@@ -92,7 +92,8 @@ class Job:
     """A request whose inputs are all good, and what was found on the way.
 
     Attributes:
-        fitted, gate: the pair that the optimization goes on from, and its gate; None: there is none.
+        fitted, beside: the pair that the optimization goes on from, and its gate and steering vectors; None: there is
+            none.
     """
 
     request: Request
@@ -105,7 +106,7 @@ class Job:
     folder: Path
     threads: int
     fitted: PromptPair | None = None
-    gate: Gate | None = None
+    beside: Vectors | None = None
 
 
 def prepare(request: Request) -> Job:
@@ -125,9 +126,9 @@ def prepare(request: Request) -> Job:
     probe.verify(info.path)
 
     fitted = None if request.fit is None else pairs.find(request.fit)
-    gate = None if fitted is None else _gate_of(fitted, info)
+    beside = None if fitted is None else _beside(fitted, info)
     manual = pairs.find(pairs.DEFAULT)
-    digest = digest_of(info.path)
+    digest = models.sha256_of(info.path)
     if request.repeat is not None and request.repeat.model_sha256 != digest:
         raise UsageError(f"--repeat: that result was made from another file than {info.path.name}")
     if request.repeat is not None and request.repeat.anchors_sha256 != anchors.digest(instructions):
@@ -146,15 +147,17 @@ def prepare(request: Request) -> Job:
         folder=model_folder("optimize", digest),
         threads=request.threads or default_threads(),
         fitted=fitted,
-        gate=gate,
+        beside=beside,
     )
 
 
-def _gate_of(pair: PromptPair, info: GGUFInfo) -> Gate:
-    found = None if pair.vectors_path is None else vectors.load(pair.vectors_path, sha256=pair.sha256).gate
-    if pair.gate is None or found is None:
+def _beside(pair: PromptPair, info: GGUFInfo) -> Vectors:
+    found = None if pair.vectors_path is None else vectors.load(pair.vectors_path, sha256=pair.sha256)
+    if pair.gate is None or found is None or found.gate is None:
         raise PairError(f"--fit: the prompt pair {pair.name!r} has no gate: make it with acd fit")
-    found.check(info)
+    for part in (found.gate, found.steering):
+        if part is not None:
+            part.check(info)
     return found
 
 

@@ -6,8 +6,11 @@ there, and one that asks for the same thing again takes what is finished.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from acd_local.cluster import Cluster
 from acd_local.optimize import device
 from acd_local.optimize.context import ROLES, Role, StageContext
 from acd_local.optimize.job import Job
@@ -20,8 +23,11 @@ from acd_local.runtime.cancel import CancelToken
 from acd_local.tuning.cache import locked
 
 
-def run(job: Job, *, stop: CancelToken, listener: Listener) -> None:
+def run(job: Job, *, stop: CancelToken, listener: Listener, connect: Callable[[], Cluster] | None = None) -> None:
     """Run all stages, then write the files.
+
+    Args:
+        connect: connects to a cluster that scores the texts of the searches; None: they are scored here.
 
     Raises:
         Stopped: `stop` was set; the same job goes on from where it was.
@@ -29,7 +35,7 @@ def run(job: Job, *, stop: CancelToken, listener: Listener) -> None:
     with locked(job.folder, "acd optimize"):
         torch.set_num_threads(job.threads)
         device.keep_freed_memory()
-        context = StageContext(job, stop, listener)
+        context = StageContext(job, stop, listener, connect)
         write(context, _stages(context))
 
 

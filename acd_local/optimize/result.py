@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
@@ -46,7 +46,8 @@ def write(context: StageContext, result: OptimizeResult) -> None:
         UsageError, StorageError: they cannot be written.
     """
     page = render(_page(context, result))
-    vectors = Vectors(result.pair, context.job.gate)
+    beside = context.job.beside
+    vectors = Vectors(result.pair, None, None) if beside is None else replace(beside, soft=result.pair)
     pairfile.write(context.request.out, _pair_file(context, result), vectors, page)
 
 

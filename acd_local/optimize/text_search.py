@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ class Candidate:
     Attributes:
         objective, parts: on the minibatch of its step, in torch; lower is better.
         scores: by llama.cpp on the file as it runs: safety, over_refusal, lookalike.
-        seconds: since its step began.
+        seconds: since its step began, without its scores.
     """
 
     step: int
@@ -73,7 +73,7 @@ class SearchSettings:
     hold: int = 4
 
 
-Scorer = Callable[[str], Mapping[str, float]]
+Scorer = Callable[[Sequence[str]], Iterable[Mapping[str, float]]]
 
 
 @dataclass
@@ -175,7 +175,7 @@ class TextSearch:
     Args:
         start: the manual prompt, the first candidate.
         pieces: readable parts.
-        scorer: llama.cpp's scores of a text; every text that is tried is given to it.
+        scorer: llama.cpp's scores of texts; it is given those that a step tried.
         save: is given the state after every step.
         on_step: is told (steps done, newest accepted candidate).
     """
@@ -200,6 +200,7 @@ class TextSearch:
                 self._add_part(start, pieces, started)
             else:
                 self._search(started)
+            self._score()
             self.state.step += 1
             self.save(self.state)
             self.on_step(self.state.step, self.state.history[-1])
@@ -270,10 +271,16 @@ class TextSearch:
         """Try a text; return its place in `state.tried`."""
         text = self.space.text(tokens)
         parts = self.objective(tokens)
-        objective, scores = parts.pop("objective"), dict(self.scorer(text))
-        seconds = round(time.perf_counter() - started, 3)
-        self.state.tried.append(Candidate(self.state.step, origin, text, tokens, objective, parts, scores, seconds))
+        objective, seconds = parts.pop("objective"), round(time.perf_counter() - started, 3)
+        self.state.tried.append(Candidate(self.state.step, origin, text, tokens, objective, parts, {}, seconds))
         return len(self.state.tried) - 1
+
+    def _score(self) -> None:
+        """Add the scores of this step's texts."""
+        tried = self.state.tried
+        new = [place for place, c in enumerate(tried) if c.step == self.state.step]
+        for place, scores in zip(new, self.scorer([tried[i].text for i in new]), strict=True):
+            tried[place] = replace(tried[place], scores=dict(scores))
 
     def _value(self, place: int) -> float:
         return self.state.tried[place].objective

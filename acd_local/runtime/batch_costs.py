@@ -83,9 +83,7 @@ def measure(decode: Decode, shapes: Sequence[tuple[int, int]] = SHAPES) -> Batch
 
 def keep(name: Path, costs: BatchCosts) -> BatchCosts:
     """Keep the costs for later processes, and return those to be used: `TYPICAL` where the cache cannot be written."""
-    files.keep(name, json.dumps(asdict(costs)))
-    folder = files.cache_dir()
-    if folder is not None and (folder / name).exists():
+    if files.keep(name, json.dumps(asdict(costs))):
         return costs
     files.keep(name, json.dumps(asdict(TYPICAL)))  # in this process alone
     return TYPICAL

@@ -6,11 +6,13 @@ Whatever is decoded when asks here, so that drafts and batches never change what
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
 from acd_local.runtime.contrast import Divergence, apply_contrast, check_stream, log_softmax, logprob, plausible
+from acd_local.runtime.expert import led
 from acd_local.runtime.llama import Logits, TokenIds, Vocab
 from acd_local.runtime.sampling import Guard, TokenSampler
 
@@ -20,6 +22,7 @@ class ContrastSettings:
     """The contrast's numbers for one answer, see `contrast.contrast`.
 
     `begin`: the answer token from which on the contrast is taken. `window`: for so many tokens; None: for all of them.
+    `expert`: the second stream is an expert, which the first is led by instead, see `expert.led`.
     """
 
     alpha: float
@@ -27,6 +30,7 @@ class ContrastSettings:
     raw: bool = False
     window: int | None = None
     begin: int = 0
+    expert: bool = False
 
     def contrasts(self, position: int) -> bool:
         """Tell whether the contrast is taken at answer position `position` (from 0)."""
@@ -83,14 +87,21 @@ class SpecialTokens:
 
     The latter are control tokens that end nothing, and those the model file itself suppresses.
 
+    Args:
+        markers: tokens that mark structure though they may be said. Under a grammar or a schema, whose texts others
+            write, they may not: they are spelled.
+
     Attributes:
-        eog: ids that end an answer. banned: ids that may not be said. legal: whether a token may, shape (n_vocab,).
+        eog: ids that end an answer. banned, banned_in_form: ids that may not be said, without and under a grammar.
+        legal: whether a token may be said without one, shape (n_vocab,).
     """
 
-    def __init__(self, vocab: Vocab, control_mask: int) -> None:
+    def __init__(self, vocab: Vocab, control_mask: int, markers: Collection[int] = ()) -> None:
         self.eog = vocab.eog_tokens()
         control = {token.id for token in vocab.special.values() if token.attr & control_mask and not token.ends}
-        self.banned = np.array(sorted(control | vocab.suppressed_tokens()), np.int32)
+        banned = control | vocab.suppressed_tokens()
+        self.banned = np.array(sorted(banned), np.int32)
+        self.banned_in_form = np.array(sorted(banned | set(markers) - set(self.eog)), np.int32)
         self.legal = np.ones(vocab.n_tokens, np.bool_)
         self.legal[self.banned] = False
 
@@ -130,7 +141,7 @@ class Chooser:
 
         Args:
             safe: the safe stream's logits, shape (n_vocab,); the banned tokens' may be set to -inf in place.
-            adversarial: the adversarial stream's, of the same shape; None where no contrast is taken.
+            adversarial: the adversarial stream's, or an expert's, of the same shape; None where no contrast is taken.
 
         Raises:
             NumericalError: a stream produced NaN.
@@ -141,10 +152,12 @@ class Chooser:
             return None
         ids, scores, safe_choice, s = safe_ids, safe_scores, None, self.settings
         if adversarial is not None:
-            check_stream(adversarial, "adversarial")
-            if len(ids) > 1 or adversarial[ids[0]] == -np.inf:  # the only one is the choice, whatever its score
+            check_stream(adversarial, "expert" if s.expert else "adversarial")
+            if s.expert:
+                ids, scores = led(ids, scores, adversarial, alpha=s.alpha)
+            else:
                 ids, scores = apply_contrast(ids, scores, adversarial, alpha=s.alpha, raw=s.raw)
-                safe_choice = self._sampler.draw(safe_ids, safe_scores, position, dry_run=True)
+            safe_choice = self._sampler.draw(safe_ids, safe_scores, position, dry_run=True)
         token = self._sampler.draw(ids, scores, position)
         self._accept(token)
         return TokenChoice(
@@ -169,7 +182,7 @@ class Chooser:
         if self._grammar is None and (found := self._near_the_top(safe, top, beta, position)) is not None:
             return found
         # Control tokens that do not end the answer are never said; a grammar narrows further.
-        safe[self._special.banned] = -np.inf
+        safe[self._special.banned if self._grammar is None else self._special.banned_in_form] = -np.inf
         return plausible(safe if self._grammar is None else self._grammar.restrict(safe, beta), beta)
 
     def _near_the_top(self, safe: Logits, top: float, beta: float, position: int) -> tuple[TokenIds, Logits] | None:

@@ -12,10 +12,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from acd_local.errors import EngineBusyError, EngineClosedError
 from acd_local.options import MAX_DRAFT
 from acd_local.runtime import batch_costs, llama
+from acd_local.runtime.apart import Apart, Beside, Kind
 from acd_local.runtime.batch_costs import BatchCosts
 from acd_local.runtime.cancel import CancelToken, Interrupting
 from acd_local.runtime.draft_model import DraftModel
@@ -93,6 +95,7 @@ class Decoder:
         self.prefixes = PrefixStore(eager=eager, exact=system_apart is True, disk=states)
         self.reader_tokens = min(read_at_once(self.contexts[0].n_seq), n_ctx)
         self._reader: Reader | None = None
+        self._apart: list[Apart] = []
         self._free = threading.Condition()
         self._idle = list(self.slots)
         self._asked: dict[Slot, Sequence[int]] = {}  # the prompt that a slot was taken for last
@@ -244,7 +247,7 @@ class Decoder:
         """Bring caches as far as they come without a prompt's new part, and return the rows that are left to decode.
 
         Args:
-            work: see `PrefixStore.prepare`; a new system prompt may be decoded here.
+            work: see `PrefixStore.prepare`; a new system prompt may be decoded here. Caches of another kind begin anew.
             meter: counts what is decoded here.
 
         Raises:
@@ -256,7 +259,11 @@ class Decoder:
             meter.settle(rows)
 
         with self.open():
-            self.prefixes.prepare(work, counted)
+            ours = [item for item in work if item[0].context in self.contexts]
+            self.prefixes.prepare(ours, counted)
+            for cache, _, _ in work:
+                if cache.context not in self.contexts:
+                    cache.clear()
         return [DecodeRequest(cache, tokens[len(cache.tokens) :]) for cache, tokens, _ in work]
 
     @contextmanager
@@ -286,6 +293,35 @@ class Decoder:
                     lock=self._lock,
                 )
             yield self._reader
+
+    def apart(self, kind: Kind, slot: Slot) -> Cache:
+        """Lend a slot's cache in a context of another kind, which is made when it is first needed.
+
+        Raises:
+            ModelError, OutOfMemoryError, EngineClosedError.
+        """
+        return self.open_apart(kind).caches[self.slots.index(slot)]
+
+    def open_apart(self, kind: Kind) -> Apart:
+        """Make a context of another kind where there is none yet.
+
+        Raises:
+            ModelError, OutOfMemoryError, EngineClosedError.
+        """
+        with self.open():
+            found = next((one for one in self._apart if one.kind is kind), None)
+            if found is None:
+                settings: dict[str, Any] = {"kv_type": self._kv_type, "threads": self.threads, "lock": self._lock}
+                found = Apart(kind, self.model, n_ctx=self.n_ctx, slots=len(self.slots), **settings)
+                self._apart.append(found)
+            return found
+
+    def close_apart(self, kind: Kind) -> None:
+        """Free the context of another kind, in which no answer is being made."""
+        with self.open():
+            for one in [one for one in self._apart if one.kind is kind]:
+                self._apart.remove(one)
+                one.close()
 
     # -- drafts --------------------------------------------------------------------------------------------------------
 
@@ -357,9 +393,9 @@ class Decoder:
         for beside in self._beside():
             beside.cancel()
 
-    def _beside(self) -> list[Reader | DraftModel]:
+    def _beside(self) -> list[Beside]:
         """List what else decodes, in contexts of its own."""
-        return [beside for beside in (self._reader, self._draft) if beside is not None]
+        return [beside for beside in (self._reader, self._draft, *self._apart) if beside is not None]
 
 
 class _Open(AbstractContextManager[None]):

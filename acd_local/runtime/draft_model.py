@@ -8,13 +8,14 @@ from typing import Any
 
 from acd_local.errors import ModelError, shown
 from acd_local.runtime import batch_costs, llama
+from acd_local.runtime.apart import Beside
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.streams import Cache, DecodeRequest, extend
 
 MOST_PADDING = 128  # tokens by which vocabularies of one family may differ in size (as in llama.cpp's speculative.cpp)
 
 
-class DraftModel:
+class DraftModel(Beside):
     """A model that proposes tokens for another one's conversations, greedily.
 
     Args:
@@ -82,15 +83,8 @@ class DraftModel:
             pending = [token]
         return found
 
-    def resume(self) -> None:
-        self._context.resume()
-
-    def cancel(self) -> None:
-        """Stop what is being decoded. Safe from any thread."""
-        self._context.cancel()
-
     def close(self) -> None:
-        self._context.close()
+        super().close()
         self._model.close()
 
     def _decode(self, _streams: int, rows: int) -> None:

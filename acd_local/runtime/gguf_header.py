@@ -55,6 +55,8 @@ _MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 
 _TOKENIZER_KEYS = ("model", "pre", "tokens", "token_type", "merges")
 
+_UTF8_BYTES = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
+
 _EMBEDDING = "is an embedding (encoder) model"
 _ENCODER_DECODER = "is an encoder-decoder model"
 _DIFFUSION = "is a diffusion model"
@@ -605,7 +607,7 @@ class _Checker:
             raise _Broken("key tokenizer.ggml.model is missing")
         if tokens.kind != _STRING or tokens.items <= 0:
             raise _Broken("key tokenizer.ggml.tokens is not a list of texts")
-        self.check_distinct(tokens)
+        self.check_tokens(tokens, model)
         for name, kinds in (("token_type", (_INT32,)), ("scores", (_FLOAT32, _INT32))):
             value = self.values.get(f"tokenizer.ggml.{name}")
             if value is not None and (value.kind not in kinds or value.items < tokens.items):
@@ -622,16 +624,29 @@ class _Checker:
                 raise _Broken(f"key tokenizer.ggml.{name} is {token}, but there are {tokens.items} tokens")
         return tokens.items
 
-    def check_distinct(self, tokens: _Value) -> None:
-        """Refuse tokens that are the same, as llama.cpp does; it gives empty ones a name by their number.
+    def check_tokens(self, tokens: _Value, model: str) -> None:
+        """Refuse tokens that are the same, as llama.cpp does, and such as make it abort the process over a text.
 
-        It reads tokens as C strings: what follows a NUL does not count.
+        It gives empty ones a name by their number, and reads tokens as C strings: what follows a NUL does not count.
         """
         named = [t for t in (t.split(b"\0", 1)[0] if b"\0" in t else t for t in _strings(tokens)) if t]
-        if len(set(named)) != len(named):
+        known = set(named)
+        if len(known) != len(named):
             seen: set[bytes] = set()
             twice = next(t for t in named if t in seen or seen.add(t))  # type: ignore[func-returns-value]
             raise _Broken(f"tokenizer.ggml.tokens has a token twice: {shown(ascii(twice))}")
+        if model == "llama":  # llama_vocab::byte_to_token
+            for byte in _UTF8_BYTES:
+                if b"<0x%02X>" % byte not in known and bytes([byte]) not in known:
+                    raise _Broken(
+                        f"tokenizer.ggml.tokens has no token <0x{byte:02X}>: texts that need it cannot be read"
+                    )
+        if model == "rwkv":  # llm_tokenizer_rwkv_session goes round and round where no beginning of a text is a token
+            texts = {_unescaped(t) for t in named}
+            if lone := sorted({t[:1] for t in texts} - texts):
+                raise _Broken(f"tokenizer.ggml.tokens has no token {lone[0]!r}, with which others begin")
+        if model == "t5" and "tokenizer.ggml.precompiled_charsmap" in self.values:
+            raise _Broken("tokenizer.ggml.precompiled_charsmap: no model that generates text has this table")
 
     def check_embeddings(self, n_embd: int, n_vocab: int) -> None:
         shape = self.tensors.get("token_embd.weight")
@@ -650,6 +665,18 @@ class _Checker:
                 digest.update(f"{name}:{value.kind}:{value.items}:{len(value.raw)}:".encode())
                 digest.update(value.raw)
         return digest.hexdigest()
+
+
+def _unescaped(token: bytes) -> bytes:
+    """Return what a token of an RWKV vocabulary stands for (llama_unescape_rwkv_token)."""
+
+    def character(match: re.Match[bytes]) -> bytes:
+        code = match[1]
+        if len(code) == 3:
+            return bytes([int(code[1:], 16)])
+        return {b"t": b"\t", b"n": b"\n", b"r": b"\r"}.get(code, code)
+
+    return re.sub(rb"\\(x[0-9a-f]{2}|.)", character, token, flags=re.DOTALL)
 
 
 def _strings(value: _Value) -> list[bytes]:

@@ -13,6 +13,7 @@ therefore checked, and text that still gives a guarded id is tokenized in smalle
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def clean(text: str) -> str:
 
 @dataclass(frozen=True)
 class Sentinels:
-    """Three characters that occur in no message."""
+    """Three characters that occur in no message, nor do their escapes in JSON."""
 
     broken: str  # stands inside a text that is not to be a control token
     quoted: str  # stands in front of one
@@ -61,16 +62,28 @@ class Sentinels:
         """
         texts = list(texts)
         codes = chain(range(0xFDD0, 0xFDF0), range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
-        free = [c for c in map(chr, islice(codes, 3)) if not any(c in text for text in texts)]
+        free = [c for c in map(chr, islice(codes, 3)) if not any(c in text or _escape(c) in text for text in texts)]
         if len(free) < 3:
             used = set(chain.from_iterable(texts))
-            free = list(islice((c for c in map(chr, codes) if c not in used), 3))
+            escaped = any("\\u" in text for text in texts)
+            unused = (c for c in map(chr, codes) if c not in used)
+            free = list(islice((c for c in unused if not (escaped and any(_escape(c) in text for text in texts))), 3))
         if len(free) < 3:
             raise UsageError("the messages hold every private-use character of Unicode: leave one out")
         return cls(*free)
 
     def remove(self, text: str) -> str:
         return text.replace(self.broken, "").replace(self.quoted, "")
+
+    def unescaped(self, rendered: str) -> str:
+        """Return the text with these characters where a template wrote their escapes (`tojson(ensure_ascii=true)`)."""
+        for character in (self.broken, self.quoted, self.slot):
+            rendered = rendered.replace(_escape(character), character)
+        return rendered
+
+
+def _escape(character: str) -> str:
+    return json.dumps(character)[1:-1]
 
 
 class ControlTokens:
@@ -94,6 +107,10 @@ class ControlTokens:
         # A letter or a space is too common to mark everywhere: such tokens are broken where they occur as a whole.
         self._starters = "".join(sorted(c for c in firsts if not (c.isalnum() or c.isspace())))
         self._words = sorted((t for t in self.tokens if t[0] not in self._starters), key=len, reverse=True)
+        # Two messages, or a message and the template, could hold a part of such a token each.
+        cuts = [(w[:n], w[n:]) for w in self._words for n in range(1, len(w))]
+        self._word_heads = tuple({head for head, _ in cuts if not head[-1].isspace()})
+        self._word_tails = tuple({tail for _, tail in cuts if not tail[0].isspace()})
         self._starter = re.compile(f"[{re.escape(self._starters)}]" if self._starters else r"(?!)")
         # The second character tells most of what people write from a token's text.
         heads = {text[:2] for text in self.tokens if text[0] in self._starters}
@@ -101,6 +118,7 @@ class ControlTokens:
         thinking = {t for t in self.tokens if _THINKING.search(t)} | {"<think>", "</think>"}
         marks = sorted((m for m in {*cut_marks, *thinking} if self._is_cut_mark(m)), key=len, reverse=True)
         self._answer_marks = frozenset(marks)
+        self._mark = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
         self._other_marks = frozenset(m for m in marks if m not in self.tokens)
         self._answer_pattern = self._breaking_pattern(marks)
         self._other_pattern = self._breaking_pattern([m for m in marks if m in self._other_marks])
@@ -135,7 +153,9 @@ class ControlTokens:
             found = match.group()
             return sentinels.quoted + found if found in marks else found + sentinels.broken
 
-        return (self._answer_pattern if answer else self._other_pattern).sub(put, text)
+        marked = (self._answer_pattern if answer else self._other_pattern).sub(put, text)
+        before = sentinels.broken if text.startswith(self._word_tails) else ""
+        return before + marked + (sentinels.broken if text.endswith(self._word_heads) else "")
 
     def tokenize(
         self,
@@ -179,7 +199,7 @@ class ControlTokens:
 
     def _partition(self, text: str, sentinels: Sentinels, check: Callable[[], None]) -> list[tuple[int, int, int]]:
         """Find (begin, end, token) of the template's control tokens: longest first, then leftmost, as llama.cpp."""
-        found = [(i, j) for i, j in self._occurrences(text, check) if text[i - 1 : i] != sentinels.quoted]
+        found = [(i, j) for i, j in self._occurrences(text, check) if not self._is_quoted(text, i, sentinels)]
         found.sort(key=lambda span: (-len(text[span[0] : span[1]].encode()), span[0]))
         taken = bytearray(len(text))
         spans = []
@@ -188,6 +208,10 @@ class ControlTokens:
                 taken[begin:end] = b"\1" * (end - begin)
                 spans.append((begin, end, self.tokens[text[begin:end]]))
         return sorted(spans)
+
+    def _is_quoted(self, text: str, begin: int, sentinels: Sentinels) -> bool:
+        """Tell whether a message's mark begins here: where a template cut that away, its sentinel protects nothing."""
+        return text[begin - 1 : begin] == sentinels.quoted and self._mark.match(text, begin) is not None
 
     def _occurrences(self, text: str, check: Callable[[], None]) -> Iterator[tuple[int, int]]:
         """Find all guarded texts, overlapping ones too. The cost does not depend on the size of the vocabulary."""

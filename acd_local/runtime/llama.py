@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any, NewType, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from acd_local.errors import InternalError, ModelError, NumericalError, OutOfMemoryError, UsageError
+from acd_local.errors import InternalError, ModelError, NumericalError, OutOfMemoryError, StorageError, UsageError
 from acd_local.runtime import lifetime
 from acd_local.runtime.binding import GGML, LIBC, LOG, C, Opening, load
 from acd_local.runtime.binding import supports_gpu_offload as supports_gpu_offload
@@ -27,6 +28,7 @@ from acd_local.runtime.embeddings import EmbeddingTable
 from acd_local.runtime.gguf_header import SpecialToken
 from acd_local.runtime.lifetime import Closing, Owned
 from acd_local.runtime.lifetime import DecodeAborted as DecodeAborted
+from acd_local.runtime.threads import on_large_stack
 
 Logits = NDArray[np.float32]
 # Logits in llama.cpp's own memory: the context's next decode overwrites them, and closing it frees them. Whoever calls
@@ -71,6 +73,12 @@ _get_logits = ctypes.cast(C.llama_get_logits, ctypes.CFUNCTYPE(ctypes.c_void_p, 
 # Rows per llama_decode call. Also the granularity of cancellation on backends without an abort callback.
 BATCH_ROWS = 512
 
+# Many vocabularies are split by std::regex (unicode_regex_split), which calls itself for every character of a match and
+# overflows the stack on long ones. A match is within two runs, one of spaces and one of anything else.
+_SHALLOW = 1000  # characters that every thread's stack takes
+_DEEP = 200_000  # characters that a large stack takes
+_STACK_PER_CHARACTER = 640  # bytes: 324 were measured with libstdc++
+
 # How far a grammar is walked before it is trusted: ambiguous ones grow exponentially slow with the tokens accepted.
 TRIAL_STEPS = 32
 
@@ -91,6 +99,7 @@ def quantize(source: Path, target: Path, kind: str, *, threads: int = 1) -> None
     Raises:
         UsageError: unknown `kind`.
         ModelError: llama.cpp cannot (llama_model_quantize).
+        StorageError: the file cannot be written to its end.
     """
     if kind not in QUANTIZATIONS:
         raise UsageError(f"unknown quantization {kind!r}: choose one of {', '.join(QUANTIZATIONS)}")
@@ -101,6 +110,8 @@ def quantize(source: Path, target: Path, kind: str, *, threads: int = 1) -> None
     LOG.problems.clear()
     if int(C.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))) != 0:
         cause = LOG.last_problem("llama.cpp gave no reason")
+        if "iostream" in cause:  # all that C++ says of a write that failed
+            raise StorageError(f"cannot write {target}: is there room? Another disk may have it (TMPDIR)")
         raise ModelError(f"llama.cpp cannot write {source} as {kind}: {cause}")
 
 
@@ -211,6 +222,7 @@ class Vocab:
         self.bos = int(C.llama_vocab_bos(vocab))
         self.eos = int(C.llama_vocab_eos(vocab))
         self.add_bos = bool(C.llama_vocab_get_add_bos(vocab))
+        self._by_patterns = int(C.llama_vocab_type(vocab)) == C.LLAMA_VOCAB_TYPE_BPE
         self._pieces: dict[int, bytes] = {}
 
     @cached_property
@@ -257,12 +269,18 @@ class Vocab:
 
         With `parse_special` control tokens written in the text become control tokens: for template scaffolding only.
         """
+        if not self._by_patterns or len(text) <= _SHALLOW:
+            return self._tokenize(C.llama_tokenize, text, parse_special)
+        deep = partial(on_large_stack, _DEEP * _STACK_PER_CHARACTER, C.llama_tokenize)
+        return [token for part in _without_long_runs(text) for token in self._tokenize(deep, part, parse_special)]
+
+    def _tokenize(self, tokenize: Callable[..., int], text: str, parse_special: bool) -> list[int]:
         raw = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace").encode()
         capacity = len(raw) + 8
         while True:
             out = (C.llama_token * capacity)()
             with self.model:
-                n = int(C.llama_tokenize(self.pointer, raw, len(raw), out, capacity, False, parse_special))
+                n = int(tokenize(self.pointer, raw, len(raw), out, capacity, False, parse_special))
             if n >= 0:
                 return list(out[:n])
             if n == -(2**31):
@@ -289,6 +307,15 @@ class Vocab:
             if n >= 0:
                 return buffer.raw[:n]
             size = -n  # a longer piece is not cut: ask again with its size
+
+
+def _without_long_runs(text: str) -> list[str]:
+    """Cut a text within runs that are too long: base64 or spaces by the hundred thousand, rather than words."""
+    if len(text) <= _DEEP // 2:
+        return [text]
+    runs = re.finditer(r"\s+|\S+", text)
+    cuts = [at for run in runs for at in range(run.start() + _DEEP // 2, run.end(), _DEEP // 2)]
+    return [text[i:j] for i, j in pairwise((0, *cuts, len(text)))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,6 +364,7 @@ class Context(Closing):
         if n_seq * (n_ctx + 255) >= 2**31:
             raise UsageError(f"a context of {n_seq} x {n_ctx} tokens is more than llama.cpp can count")
         self.model = model
+        self.n_ctx = n_ctx
         self.n_seq = n_seq
         self._outputs = outputs
         params = C.llama_context_default_params()
@@ -436,6 +464,34 @@ class Context(Closing):
             self._view = LogitsView(flat.reshape(n_outputs, self.model.n_vocab))
             self._view_of = address, n_outputs
         return self._view
+
+    def control(self, vectors: States) -> None:
+        """Add vectors to the output of layers from now on, at every row of every sequence (llama_set_adapter_cvec).
+
+        Args:
+            vectors: float32, shape (layers - 1, n_embd): of each layer from the second one on. llama.cpp copies them.
+
+        Raises:
+            ModelError: llama.cpp takes none.
+        """
+        pointer = np.ascontiguousarray(vectors, np.float32).ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        with self.owned as context:
+            done = C.llama_set_adapter_cvec(context, pointer, vectors.size, vectors.shape[1], 1, len(vectors))
+        if done != 0:
+            raise ModelError(f"llama.cpp takes no control vectors for this model: {LOG.last_problem('no message')}")
+
+    def give_hidden(self, wanted: bool) -> None:
+        """Have the coming decodes give all rows' last hidden states, and logits, or not (llama_set_embeddings)."""
+        with self.owned as pointer:
+            C.llama_set_embeddings(pointer, wanted)
+
+    def hidden(self, rows: int) -> States:
+        """Return the last hidden states of the last decode's rows, shape (rows, n_embd) (llama_get_embeddings)."""
+        with self.owned as pointer:
+            found = C.llama_get_embeddings(pointer)
+            if not found:
+                raise ModelError("llama.cpp gives no hidden states of this model")
+            return np.ctypeslib.as_array(found, (rows, self.model.n_embd)).copy()
 
     def captured(self) -> States:
         """Return the captured layers' output for the rows of the last decode, float32, shape (layers, rows, n_embd).

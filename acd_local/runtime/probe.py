@@ -38,6 +38,8 @@ _CRASHES = ("SIGSEGV", "SIGABRT", "SIGILL", "SIGBUS", "SIGFPE", "SIGTRAP", "SIGS
 _ABORTED, _STOPPED = 3, 0xC000013A  # Windows: the exit codes of abort() and of Ctrl-C
 _WITHOUT = "--no-extra-buffers"  # what the child is told
 _BATCHES = (8, 40)  # rows of one sequence
+# Something of every script and of every length in UTF-8: vocabularies may lack what their tokenizer counts on.
+_TEXT = "".join(map(chr, (*range(1, 0x300), *range(0x300, 0xD800, 64), *range(0xE000, 0x110000, 4096))))
 _SLOW_DISK = 50e6  # bytes per second that the child may take for large files
 
 
@@ -250,7 +252,7 @@ def _end_with_parent() -> None:
 
 
 def _child(path: Path, extra_buffers: bool) -> int:
-    """Load the model and decode with it: 0 when llama.cpp lives through it, else a JSON line says why not."""
+    """Load the model, tokenize and decode with it: 0 when llama.cpp lives through it, else a JSON line says why not."""
     import logging
 
     from acd_local.runtime import llama
@@ -263,6 +265,9 @@ def _child(path: Path, extra_buffers: bool) -> int:
         with llama.Model(path, gpu_layers=0, extra_buffers=extra_buffers) as model:
             special, template = [*model.vocab.special.values()], model.chat_template()
             print(json.dumps({"special": special, "chat_template": template or ""}), flush=True)
+            doing = "read a text with"
+            for parse_special in (False, True):
+                model.vocab.tokenize(_TEXT, parse_special=parse_special)
             doing = "create a context for"
             with llama.Context(model, n_ctx=256, n_seq=2, threads=physical_cores()) as context:
                 doing = "run"

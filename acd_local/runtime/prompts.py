@@ -61,23 +61,32 @@ class PromptSetup:
         negative: system prompt of the negative stream. Not read where no contrast is taken.
         wrapper: what is made of the last user message, with one {prompt} in it; the same in both streams.
         shots: (user, assistant) turns that precede the conversation in the positive stream.
+        expert: whose positive stream the second one is, in place of the negative one's; see `expert.led`.
 
     Raises:
-        UsageError: an `AdversarialText` or `AdversarialRows` stands anywhere but in `negative`.
+        UsageError: an `AdversarialText` or `AdversarialRows` stands anywhere but in `negative`, or there is a second
+            stream too many.
     """
 
     positive: Positive = None
     negative: Negative = None
     wrapper: str = "{prompt}"
     shots: tuple[tuple[str, str], ...] = ()
+    expert: PromptSetup | None = None
 
     def __post_init__(self) -> None:
+        if self.expert is not None and not self._takes(self.expert):
+            raise UsageError("an expert takes the place of the negative prompt, and has a positive stream alone")
         if not all(isinstance(text, str | None) for text in self.positive_texts()):
             raise UsageError("an adversarial prompt may only stand in the negative stream")
         if not isinstance(self.negative, Negative):
             raise UsageError(f"a negative prompt must be a text or a soft prompt, not {type(self.negative).__name__}")
         if self.wrapper.count("{prompt}") != 1:
             raise UsageError("a wrapper must hold {prompt} exactly once")
+
+    def _takes(self, expert: object) -> bool:
+        alone = isinstance(expert, PromptSetup) and expert.negative is None and expert.expert is None
+        return alone and self.negative is None
 
     @classmethod
     def of(cls, pair: PromptPair | None, soft: SoftPair | None = None) -> Self:
@@ -91,13 +100,21 @@ class PromptSetup:
     def positive_texts(self) -> list[str | None]:
         """List every text that the positive stream reads besides the conversation."""
         positive = None if isinstance(self.positive, SoftPrompt) else self.positive
-        return [positive, self.wrapper, *(text for shot in self.shots for text in shot)]
+        own = [positive, self.wrapper, *(text for shot in self.shots for text in shot)]
+        return own if self.expert is None else [*own, *self.expert.positive_texts()]
+
+    def soft_prompts(self) -> list[SoftPrompt]:
+        """List every soft prompt that a stream which is sampled from reads."""
+        own = [self.positive] if isinstance(self.positive, SoftPrompt) else []
+        return own if self.expert is None else [*own, *self.expert.soft_prompts()]
 
     def preambles(self, system: str | None, *, contrast: bool) -> list[Preamble]:
         """List what precedes the conversation in each stream; the application's `system` is the same in both."""
         shots = tuple(Message(role, text) for shot in self.shots for role, text in zip(_ROLES, shot, strict=True))
         preambles = [_preamble(self.positive, system, shots)]
-        if contrast:
+        if contrast and self.expert is not None:
+            preambles += self.expert.preambles(system, contrast=False)
+        elif contrast:
             negative = self.negative
             if isinstance(negative, AdversarialText | AdversarialRows):
                 preambles.append(_preamble(negative.reveal_for_negative_stream(), system))
@@ -115,8 +132,8 @@ class Prompt:
     """The tokens that both streams have to hold before an answer starts.
 
     Attributes:
-        safe, adversarial: token ids of the whole conversation under either system prompt; the latter is None where no
-            contrast is taken.
+        safe, adversarial: token ids of the whole conversation in either stream, the latter an expert's where there is
+            one; None where no contrast is taken.
         safe_prefix, adversarial_prefix: the part that the prompt setup alone decides.
         dropped: how many of the given messages were left out at the front.
         room: tokens that the answer may have.
@@ -185,7 +202,7 @@ class PromptBuilder:
             raise UsageError("the conversation must end with a user message")
         if isinstance(prompt_setup.negative, AdversarialRows):
             self.keep_negative(prompt_setup.negative)
-        if isinstance(prompt_setup.positive, SoftPrompt) and prompt_setup.positive.digest in self._adversarial:
+        if any(prompt.digest in self._adversarial for prompt in prompt_setup.soft_prompts()):
             raise UsageError("the soft prompt is an adversarial one, which may only stand in the negative stream")
         preambles = prompt_setup.preambles(system, contrast=contrast)
         turns = prompt_setup.wrap(turns)

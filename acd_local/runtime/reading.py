@@ -14,6 +14,7 @@ import numpy as np
 
 from acd_local.errors import ContextError
 from acd_local.runtime import llama
+from acd_local.runtime.apart import Beside
 from acd_local.runtime.llama import Logits, States
 from acd_local.runtime.prefixes import common_prefix
 from acd_local.runtime.streams import Cache, DecodeRequest, extend
@@ -28,7 +29,7 @@ def read_at_once(n_seq: int) -> int:
     return min(READ_TOKENS, max(LEAST_TOKENS, CELLS // n_seq))
 
 
-class Reader:
+class Reader(Beside):
     """Holds one conversation at a time; one that begins like the one before is decoded from there on.
 
     Args:
@@ -132,16 +133,6 @@ class Reader:
         self.cache.restore(source.save())
         self._whole = None
         self._keep(held)
-
-    def resume(self) -> None:
-        self._context.resume()
-
-    def cancel(self) -> None:
-        """Stop what is being read. Safe from any thread."""
-        self._context.cancel()
-
-    def close(self) -> None:
-        self._context.close()
 
     def _keep(self, length: int) -> int:
         kept = self.cache.rewind(length)

@@ -202,11 +202,11 @@ def _common(a: Ids, b: Ids) -> int:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that this user alone can have written; OSError where it is none, or not there."""
+    """Open a file that this user alone can have written; OSError where it is none, too large, or not there."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_OTHER)) as file:
         seen = os.fstat(file.fileno())
         alone = not hasattr(os, "getuid") or (seen.st_uid == os.getuid() and not seen.st_mode & 0o077)
-        if not (alone and stat.S_ISREG(seen.st_mode)):
+        if not (alone and stat.S_ISREG(seen.st_mode) and seen.st_size <= LIMIT):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         yield file
 

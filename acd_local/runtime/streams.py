@@ -127,9 +127,9 @@ class Streams:
 
     Args:
         n_ctx: tokens per stream.
-        conversations: how many conversations are held at once, N. Conversation i has sequences i and N + i of the
-            shared context, or sequence i of each of two contexts: llama.cpp splits batches of divided caches where
-            sequence numbers have gaps, so that the safe sequences alone have to be consecutive too.
+        conversations: how many conversations are held at once, N. Conversation i has sequences N - 1 - i and N + i of
+            the shared context, or sequence i of each of two contexts. llama.cpp splits batches of divided caches where
+            sequence numbers have gaps: those of the first conversations have none, both or the safe ones alone.
         outputs: logits rows that one sequence may want per decode.
         lock: of all contexts, see `llama.Context`.
     """
@@ -161,8 +161,10 @@ class Streams:
             self.close()
             raise
         first, last = self.contexts[0], self.contexts[-1]
-        offset = conversations if layout == "shared" else 0
-        self.slots = [Slot(Cache(first, i, n_ctx), Cache(last, offset + i, n_ctx)) for i in range(conversations)]
+        numbers = [(i, i) for i in range(conversations)]
+        if layout == "shared":
+            numbers = [(conversations - 1 - i, conversations + i) for i in range(conversations)]
+        self.slots = [Slot(Cache(first, safe, n_ctx), Cache(last, other, n_ctx)) for safe, other in numbers]
 
     def cancel(self) -> None:
         for context in self.contexts:

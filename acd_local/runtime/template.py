@@ -1,31 +1,26 @@
 """Turns messages into token ids through the model's own chat template.
 
-A GGUF carries a Jinja template written by the model's makers. It is untrusted code (sandboxed, with limits on work and
-output), it may not know a system role (folded into the first user turn then), and no message may fool it (see `guard`).
-Rendering follows transformers' `apply_chat_template`, the BOS rule is llama.cpp's server's.
+A GGUF carries a Jinja template written by the model's makers. It is untrusted code (see `sandbox`), it may not know a
+system role (folded into the first user turn then), and no message may fool it (see `guard`). Rendering follows
+transformers' `apply_chat_template`, the BOS rule is llama.cpp's server's.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jinja2
-import jinja2.ext
 import jinja2.nodes
-import jinja2.parser
-import jinja2.runtime
-import jinja2.sandbox
-from jinja2.exceptions import SecurityError
 
-from acd_local.errors import PairError, UsageError
+from acd_local.errors import ModelError, PairError, UsageError
 from acd_local.runtime import llama
 from acd_local.runtime.guard import ControlTokens, Sentinels, TooLong, clean, no_check
+from acd_local.runtime.sandbox import MAX_SOURCE, Exhausted, Sandbox
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 
@@ -50,9 +45,8 @@ THINKING_OFF: dict[str, tuple[object, ...]] = {
 # Beginnings of user messages that tokenizers like to join with what stands in front of them.
 _FIRST_WORDS = ("a", "Z", "7", " x", "  x", "\n", "\n\nx", "\tx", ".", "-", "'s", '"', "(", "<", "é", "中", "🙂")
 
-_MAX_LOOP = 1_000_000  # iterations of range() per rendering
-_MAX_REPEAT = 1_000_000  # length of "text" * n or [list] * n
 _MAX_OUTPUT = 4_000_000  # characters, on top of 16 times the messages
+_PER_MESSAGE = 16  # characters that a message counts for, beside its own
 
 
 @dataclass(frozen=True)
@@ -72,6 +66,7 @@ class ChatTemplate:
     Attributes:
         folded: whether the system prompt is put in front of the first user turn, because the template rejects, drops,
             repeats or moves a system message.
+        markers: ids of the tokens that no message yields.
         warning: one line to show when the model file has no usable template and ChatML is used instead, else None.
     """
 
@@ -91,6 +86,7 @@ class ChatTemplate:
         self._control = ControlTokens(
             self._vocab, scaffold=self._renderer.scaffold, cut_marks=self._renderer.compared_texts
         )
+        self.markers = self._control.ids
 
     def encode(
         self,
@@ -114,22 +110,23 @@ class ChatTemplate:
         Raises:
             TooLong: it has more than `limit` tokens; said as soon as it is known.
             UsageError: the messages are in an order that the template refuses, or that makes no sense.
+            ModelError: the vocabulary knows nothing of it.
             PairError: the template does not leave the system prompt in one place, so there is none for rows.
         """
         turns = [Message(m.role, clean(m.content)) for m in _checked(messages)]
         sentinels = Sentinels.absent_from(m.content for m in turns)
         turns = self._fold(_with_slot(turns, sentinels.slot) if len(rows) else turns)
-        marked = [
-            Message(m.role, self._control.mark(m.content, sentinels, answer=m.role == "assistant", check=check))
-            for m in turns
-        ]
+        marked = [Message(m.role, self._marked(m, sentinels, check)) for m in turns]
         try:
-            text = self._renderer.render(marked, check)
+            text = sentinels.unescaped(self._renderer.render(marked, check))
         except _Unusable as error:
-            raise UsageError(f"the model's chat template refuses this conversation: {error}") from None
+            why = sentinels.remove(str(error))
+            raise UsageError(f"the model's chat template refuses this conversation: {why}") from None
         if len(rows) and text.count(sentinels.slot) != 1:
             raise PairError("soft prompts do not work with this model's chat template: it changes the system prompt")
         ids = self._control.tokenize(text, sentinels, rows, limit=limit, check=check)
+        if not ids:
+            raise ModelError("the model's vocabulary has no token for any of this conversation")
         bos = self._vocab.bos
         if self._vocab.add_bos and bos >= 0 and ids[:1] != [bos]:
             ids.insert(0, bos)
@@ -166,6 +163,15 @@ class ChatTemplate:
             return text if text and self._renderer.render([Message("system", text), user]) == without else ""
         except _Unusable:
             return ""
+
+    def _marked(self, message: Message, sentinels: Sentinels, check: Callable[[], None]) -> str:
+        """Mark a message's text.
+
+        A turn without a text gets a mark all the same: templates leave out such a turn with its role, refuse it, or
+        take it for a call of tools.
+        """
+        text = self._control.mark(message.content, sentinels, answer=message.role == "assistant", check=check)
+        return text if text.strip() or message.role == "system" else text + sentinels.broken
 
     def _fold(self, messages: list[Message]) -> list[Message]:
         if not self.folded or not messages or messages[0].role != "system":
@@ -205,59 +211,17 @@ class _Unusable(Exception):
     """The template cannot render these messages; the text is one line."""
 
 
-class _Refused(jinja2.TemplateError):
-    """The template called raise_exception."""
+class _Hopeless(_Unusable):
+    """It takes too much time or memory: another try would as well."""
 
 
-class _Generation(jinja2.ext.Extension):
-    """transformers' `{% generation %}` block: marks answers for training, and only its body matters here."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """jinja2's sandbox, which also refuses operations that fill the memory or never end."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and not (isinstance(right, int | float) and abs(right) <= 64):
-            raise SecurityError("the power is too large")
-        if operator == "*":
-            for many, times in ((left, right), (right, left)):
-                if hasattr(many, "__len__") and isinstance(times, int) and len(many) * times > _MAX_REPEAT:
-                    raise SecurityError("the repetition is too long")
-        return super().call_binop(context, operator, left, right)
-
-
-class _Blank(jinja2.ChainableUndefined):
-    """An undefined variable that joins texts as an empty one."""
+class _Blank(jinja2.Undefined):
+    """An undefined variable that joins texts as an empty one. Its parts are errors: a template may need them."""
 
     def __add__(self, other: Any) -> Any:
         return other
 
     __radd__ = __add__
-
-
-def _environment(now: datetime, undefined: type[jinja2.Undefined]) -> _Sandbox:
-    """Make a Jinja environment with what transformers gives chat templates."""
-
-    def raise_exception(message: object) -> NoReturn:
-        raise _Refused(str(message))
-
-    def to_json(value: object, **options: Any) -> str:
-        return json.dumps(value, **({"ensure_ascii": False} | options))
-
-    extensions = [jinja2.ext.loopcontrols, _Generation]
-    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, undefined=undefined, extensions=extensions)
-    env.filters["tojson"] = to_json
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = now.strftime  # the same for the whole process: decoded prefixes stay valid
-    return env
 
 
 class _Compiled(NamedTuple):
@@ -266,9 +230,11 @@ class _Compiled(NamedTuple):
     Attributes:
         constants, written: its strings inside and outside of expressions. compared_texts: see `_compared_texts`.
         asked_for: names of variables that it reads.
+        sandbox: what it runs in.
     """
 
     template: jinja2.Template
+    sandbox: Sandbox
     constants: frozenset[str]
     written: tuple[str, ...]
     compared_texts: frozenset[str]
@@ -277,16 +243,18 @@ class _Compiled(NamedTuple):
 
 @lru_cache(maxsize=16)
 def _compile(source: str, *, blanks: bool) -> _Compiled:
-    nodes = jinja2.nodes
-    with _one_line_errors():
-        env = _environment(datetime.now(), _Blank if blanks else jinja2.Undefined)
-        tree = env.parse(source)
+    if len(source) > MAX_SOURCE:
+        raise _Hopeless(f"it has {len(source)} characters")
+    nodes, sandbox = jinja2.nodes, Sandbox(datetime.now(), _Blank if blanks else jinja2.Undefined)
+    with _one_line_errors(), sandbox.bounded(0, no_check):
+        tree = sandbox.parse(source)
         return _Compiled(
+            sandbox=sandbox,
             constants=frozenset(c.value for c in tree.find_all(nodes.Const) if isinstance(c.value, str)),
             written=tuple(t.data for t in tree.find_all(nodes.TemplateData)),
             compared_texts=_compared_texts(tree),
             asked_for=frozenset(name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"),
-            template=env.from_string(tree),  # last: it changes the tree
+            template=sandbox.compiled(tree),  # last: it changes the tree
         )
 
 
@@ -313,7 +281,8 @@ class _Renderer:
 
     def __init__(self, source: str, vocab: llama.Vocab, *, blanks: bool = False) -> None:
         compiled = _compile(source, blanks=blanks)
-        self._template, self.compared_texts = compiled.template, compiled.compared_texts
+        self._template, self._sandbox = compiled.template, compiled.sandbox
+        self.compared_texts = compiled.compared_texts
         self._variables: dict[str, object] = {
             "bos_token": vocab.literal(vocab.bos) if vocab.bos >= 0 else "",
             "eos_token": vocab.literal(vocab.eos) if vocab.eos >= 0 else "",
@@ -334,15 +303,18 @@ class _Renderer:
             _Unusable: the template refuses the messages, or fails on them.
         """
         turns = [{"role": m.role, "content": self._content(m)} for m in messages]
-        limit = _MAX_OUTPUT + 16 * sum(len(m.content) for m in messages)
+        characters = sum(len(m.content) for m in messages)
+        limit = _MAX_OUTPUT + 16 * characters
         pieces: list[str] = []
-        with _one_line_errors():
-            for piece in self._template.generate(messages=turns, range=_bounded_range(), **self._variables):
+        with _one_line_errors(), self._sandbox.bounded(characters + _PER_MESSAGE * len(messages), check):
+            for piece in self._template.generate(messages=turns, **self._variables):
                 check()
+                if not isinstance(piece, str):  # jinja2 takes what a filter block gives as it is
+                    raise TypeError(f"a filter block gives no text, but a {type(piece).__name__}")
                 pieces.append(piece)
                 limit -= len(piece)
                 if limit < 0:
-                    raise SecurityError("the output is too long")
+                    raise Exhausted("its output grows too long")
         return "".join(pieces)
 
     def _content(self, message: Message) -> object:
@@ -369,6 +341,8 @@ class _Renderer:
     def _attempt(self, messages: Sequence[Message]) -> str | None:
         try:
             return self.render(messages)
+        except _Hopeless:
+            raise
         except _Unusable:
             return None
 
@@ -380,6 +354,8 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except (_Unusable, llama.DecodeAborted):
         raise
+    except Exhausted as error:
+        raise _Hopeless(str(error)) from None
     except Exception as error:  # a template can raise anything, MemoryError and RecursionError included
         text = " ".join(str(error).split()) or type(error).__name__
         raise _Unusable(text[:300]) from None
@@ -389,24 +365,12 @@ def _usable_renderer(source: str, vocab: llama.Vocab) -> _Renderer:
     """Compile the template with undefined variables as Jinja has them; if it stumbles over one, with blanks."""
     try:
         return _Renderer(source, vocab)
+    except _Hopeless:
+        raise
     except _Unusable as error:
         with suppress(_Unusable):
             return _Renderer(source, vocab, blanks=True)
         raise error
-
-
-def _bounded_range() -> Callable[..., range]:
-    left = _MAX_LOOP
-
-    def bounded(*args: int) -> range:
-        nonlocal left
-        numbers = range(*args)
-        left -= len(numbers)
-        if left < 0:
-            raise SecurityError("the loops are too long")
-        return numbers
-
-    return bounded
 
 
 def _compared_texts(tree: jinja2.nodes.Template) -> frozenset[str]:

@@ -1,21 +1,26 @@
-"""Says how many CPU threads to use, by default the physical cores this process may run on, and how they wait."""
+"""Says how many CPU threads to use, by default the physical cores, and how they wait; makes one with a large stack."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from acd_local.errors import UsageError
+from acd_local.errors import OutOfMemoryError, UsageError
 from acd_local.options import ENGINE_RANGES
 
 # How often a thread of GNU's OpenMP looks for the others before it sleeps: for some 10 microseconds. With its own
 # 300,000 a thread that waits keeps the core from the one it waits for where other programs run; with 0 every node of a
 # graph waits for the system's scheduler, which halves the speed where none do. Only x86 pauses between two looks.
 _SPINS = 300 if platform.machine().lower() in ("x86_64", "amd64", "i686") else 10_000
+
+T = TypeVar("T")
+_stack_size = threading.Lock()  # it is the process's: held while it is changed
 
 
 @contextmanager
@@ -59,6 +64,33 @@ def physical_cores() -> int:
     """
     count = _darwin() if sys.platform == "darwin" else _linux() if sys.platform == "linux" else None
     return max(1, min(count or max(1, (os.cpu_count() or 2) // 2), _quota()))
+
+
+def on_large_stack(size: int, function: Callable[..., T], *args: object) -> T:
+    """Call a function on a stack of `size` bytes, however small the caller's is; returns when it has, come what may.
+
+    Raises:
+        OutOfMemoryError: there is no memory for the stack.
+    """
+    results: list[T] = []
+    thread = threading.Thread(target=lambda: results.append(function(*args)), daemon=True)
+    with _stack_size:
+        before = threading.stack_size(size)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise OutOfMemoryError(f"not enough memory for a stack of {size >> 20} MB: {error}") from None
+        finally:
+            threading.stack_size(before)
+    interrupted: BaseException | None = None
+    while thread.is_alive():  # the caller's memory is in use
+        try:
+            thread.join()
+        except BaseException as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
+    return results[0]
 
 
 def _linux() -> int | None:

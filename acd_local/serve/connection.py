@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 UNSENT = 60.0  # seconds that a request may take to come
@@ -45,6 +46,19 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._unsent, self._unread = _stopped(self._unsent), _stopped(self._unread)
+
+    def send_400_response(self, msg: str) -> None:
+        """Say that what came is no HTTP, unless its request is being answered already, and end the connection.
+
+        uvicorn answers a second time: either that or the first answer, which goes on, then fails and is noted down.
+        """
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def shutdown(self) -> None:
         """End at once where no request has come as a whole, else behind its answer."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from acd_local import files
-from acd_local.errors import ModelError
 
 FORMAT = 1  # of what is measured; a new one measures anew
 
@@ -25,15 +24,6 @@ def key_of(inputs: Mapping[str, Any]) -> str:
     """Return the hex SHA-256 over values that JSON can hold."""
     text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_of(path: Path) -> str:
-    """Return the hex SHA-256 of a model's file; raises ModelError."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from None
 
 
 def model_folder(command: str, digest: str) -> Path:

@@ -26,6 +26,7 @@ _KEPT = 2.2  # numbers kept for the backward pass, per output of a layer's matri
 _LOGITS = 4  # copies of the logits, gradients among them, in float32
 _HEAD = 64  # numbers of an attention head, where files do not say
 _SLACK = 150e6  # what torch and the interpreter need besides
+_UNKNOWN = 4e9  # bytes that are there where the system does not tell
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,10 @@ def gb(count: float) -> str:
 
 def available() -> float:
     """Count the bytes that this process may still take, without swapping."""
-    free = _meminfo("MemAvailable") or float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    free = _meminfo("MemAvailable")
+    if free is None:
+        known = hasattr(os, "sysconf")  # not on Windows
+        free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) if known else _UNKNOWN
     return min(free, _container_left())
 
 
@@ -212,7 +216,9 @@ def _resident_peak() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
-        import resource
-
+        try:
+            import resource
+        except ImportError:  # on Windows
+            return 0.0
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return float(most if sys.platform == "darwin" else most * 1024)

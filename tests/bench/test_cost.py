@@ -15,7 +15,7 @@ import tiny_gguf
 from acd_local.bench import cost, measuring, memory, questions
 from acd_local.bench.first_token import FirstTokens
 from acd_local.bench.rounds import Case
-from acd_local.errors import InternalError, UsageError
+from acd_local.errors import ContextError, InternalError, UsageError
 from acd_local.runtime import llama
 
 Run = Callable[..., tuple[int, str, str]]
@@ -186,3 +186,8 @@ def test_a_missing_model_is_one_line(acd: Run, mode: tuple[str, ...]) -> None:
     got, out, err = acd("bench", "/no/such.gguf", *mode)
     assert (got, out) == (3, "")
     assert err.count("\n") == 1
+
+
+def test_a_context_too_small_for_the_texts_is_one_line(tiny: Callable[..., Path]) -> None:
+    with pytest.raises(ContextError, match=r"do not fit a context of 512: give a larger --ctx-size"):
+        cost.run(str(tiny("chatml")), memory_too=False, tokens=64, rounds=1, threads=1, ctx_size=512)

@@ -12,7 +12,7 @@ from manual import DEFAULT
 from acd_local.bench import first_token, measuring
 from acd_local.bench.questions import long_question
 from acd_local.engine import Engine
-from acd_local.errors import ModelError, UsageError
+from acd_local.errors import ModelError, StorageError, UsageError
 from acd_local.options import Options
 from acd_local.runtime import llama, probe
 from acd_local.runtime.batch_costs import BatchCosts
@@ -77,5 +77,5 @@ def test_quantizing_fails_in_one_line(tiny: Callable[..., Path], tmp_path: Path)
         llama.quantize(tiny("chatml"), tmp_path / "a.gguf", "q3")
     with pytest.raises(ModelError, match="cannot write"):
         llama.quantize(tmp_path / "no.gguf", tmp_path / "a.gguf", "q8_0")
-    with pytest.raises(ModelError, match="cannot write"):
+    with pytest.raises(StorageError, match="cannot write"):
         llama.quantize(tiny("chatml"), tmp_path / "no" / "a.gguf", "q8_0")

@@ -80,6 +80,22 @@ def test_a_run_shows_its_tables_and_leaves_its_files(
     assert shown.count("\n|") > 4
 
 
+def test_a_missing_ray_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before the model is even looked for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for name in ("eval", "fit", "optimize"):
+        for ray in (["--ray"], ["--ray", "local"]):
+            code = run_cli(command, "acd", (name, "missing.gguf", *ray, "-o", "made.toml"))
+            captured = capsys.readouterr()
+            assert (code, captured.out, captured.err.count("\n")) == (2, "", 1)
+            assert "pip install 'acd-local[ray]'" in captured.err
+    assert run_cli(command, "acd", ("fit", "missing.gguf", "--ray", "")) == 2
+    assert "--ray needs an address" in capsys.readouterr().err
+
+
 def test_the_built_in_set_and_shards(
     capsys: pytest.CaptureFixture[str], tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,4 +121,7 @@ def test_a_full_disk_behind_stdout_is_exit_code_6(arguments: tuple[str, ...]) ->
     main = "from acd_local.cli.main import main; main()"
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run([sys.executable, "-c", main, *arguments], stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (6, "acd: cannot write the output: No space left on device\n")
+    assert (done.returncode, done.stderr) == (
+        6,
+        "acd: cannot write the output: No space left on device: make room there\n",
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gates
+import numpy as np
 import pytest
 from gates import HARMFUL, HARMLESS
 
@@ -23,6 +24,8 @@ from acd_local.evaluate.methods import Method
 from acd_local.evaluate.runner import Evaluation, Plan
 from acd_local.evaluate.sets import EvalSet, Item
 from acd_local.pairs import AdversarialText, GateSettings, PromptPair
+from acd_local.runtime.gguf_header import read_header
+from acd_local.steering import Steering
 
 NAMES = ("as-is", "sp", "acd", "gate-sp", "gate-acd")
 HELPFUL = "You answer briefly."
@@ -96,6 +99,21 @@ def test_the_gate_says_who_answers_and_who_scores(engine: Engine, tmp_path: Path
     assert "gate_probability" not in answers["acd", "bad"] | answers["as-is", "bad"]
 
 
+def test_a_steered_answer_is_recorded_as_gated_and_no_text_is_scored(engine: Engine, tmp_path: Path) -> None:
+    assert engine.pair is not None
+    path = engine.info.path
+    info = read_header(path)
+    added = 3 * np.random.default_rng(7).normal(0, 1, (info.n_layers - 1, info.n_embd))
+    pair = gates.write_pair(tmp_path, path, name="steered", steering=Steering(added, **Steering.fields_of(info)))
+    chosen = methods.select(("as-is", "inferaligner"), methods.builtin(pair))
+    answers, scores = measured(engine, pair, chosen, tmp_path / "run")
+    bad, good = answers["inferaligner", "bad"], answers["inferaligner", "good"]
+    assert (bad["gate_decision"], bad["contrast_from"], bad["changed"]) == ("contrast", 0, None)
+    assert bad["answer"] != answers["as-is", "bad"]["answer"]
+    assert (good["gate_decision"], good["answer"]) == ("as-is", answers["as-is", "good"]["answer"])
+    assert not [key for key in scores if key[1] == "inferaligner" and key[0] != "fluency"]
+
+
 def test_the_helpful_text_answers_and_scores_below_its_threshold(engine: Engine, model: Path, tmp_path: Path) -> None:
     settings = GateSettings(0.999, HELPFUL, 0.5)  # the harmful request is in between
     pair = gates.write_pair(tmp_path, model, settings=settings, name="helpful")
@@ -117,6 +135,7 @@ def test_the_pairs_demonstrations_stand_in_its_methods(engine: Engine) -> None:
     assert [name for name, m in known.items() if ("Hi", "Hello") in m.shots] == [
         *("sp", "acd", "acd-paper", "sp-null", "sp-opposite", "acd-first-m", "gate-sp", "gate-acd"),
     ]
+    assert known["safedecoding"].expert is not None and ("Hi", "Hello") in known["safedecoding"].expert.shots
     assert known["acd"].setup() != methods.builtin(engine.pair)["acd"].setup()
 
 
@@ -209,3 +228,13 @@ def test_a_broken_gate_gets_one_line(capsys: pytest.CaptureFixture[str], model: 
     code, out, err = acd_eval(capsys, *args)
     assert (code, out, err.count("\n")) == (5, "", 1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pair_without_steering_vectors_is_refused_in_a_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gates.write_pair(tmp_path, model, name="gated")
+    arguments = (model, "--pair", tmp_path / "gated.toml", "--methods", "as-is,inferaligner", "-o", tmp_path / "run")
+    code, out, err = acd_eval(capsys, *arguments, *QUICK)
+    assert (code, out) == (5, "") and not (tmp_path / "run").exists()
+    assert err == "acd: pair 'gated' has no steering vectors: acd fit makes them\n"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from places import ROOT
 
@@ -16,6 +17,8 @@ from acd_local.errors import UsageError
 from acd_local.evaluate import methods
 from acd_local.evaluate.methods import Method
 from acd_local.pairs import AdversarialText, PromptPair
+from acd_local.runtime.prompts import PromptSetup
+from acd_local.runtime.references import References
 from acd_local.runtime.template import Message
 
 DOCS = ROOT / "docs" / "methods.md"
@@ -57,7 +60,9 @@ def test_the_builtin_methods_in_table_order(known: dict[str, Method]) -> None:
     prompts = ["as-is", "base", "self-reminder", "icd"]
     peers = ["nid", "oid", "rose"]
     ablations = ["null-ap", "safe-ap", "sp-null", "sp-opposite", "acd-first-m"]
-    assert list(known) == [*prompts, *peers, "sp", "acd", "acd-paper", *ablations, "gate-sp", "gate-acd"]
+    ours = ["sp", "acd", "acd-paper", *ablations]
+    gated = ["gate-sp", "gate-acd", "gate-safedecoding", "inferaligner"]
+    assert list(known) == [*prompts, *peers, *ours, "safedecoding", "rtd", *gated]
     for name, method in known.items():
         assert method.name == name and method.title and method.source
         assert isinstance(method.positive, str | None)
@@ -103,6 +108,16 @@ def test_methods_without_contrast(known: dict[str, Method], manual: PromptPair) 
         assert known[name].positive == positive and not known[name].contrast
         assert numbers(known[name]) == (0.0, 0.0, False, None)
     assert known["as-is"].user == "{prompt}"
+
+
+def test_safedecoding_leads_the_model_as_it_is_by_the_safeguarding_prompt(known: dict[str, Method]) -> None:
+    method = known["safedecoding"]
+    assert method.positive is None and method.negative is None and method.expert == PromptSetup(PAIR.safe)
+    assert numbers(method) == (3.0, 0.0, False, 2) and method.contrast and not method.scored
+    assert method.settings().expert and not known["acd"].settings().expert
+    shown = dataclasses.replace(PAIR, shots=(("Hi", "Hello"),))
+    assert methods.builtin(shown)["safedecoding"].expert == PromptSetup(PAIR.safe, shots=(("Hi", "Hello"),))
+    assert methods.builtin(shown)["safedecoding"].shots == ()
 
 
 def test_self_reminder_wraps_the_request(known: dict[str, Method]) -> None:
@@ -174,9 +189,22 @@ def test_every_field_that_changes_answers_changes_the_setup(known: dict[str, Met
         "raw": [True],
         "window": [16, 17],
         "gate": [True],
+        "steer": [True],
+        "refer": [True],
+        "references": [References(np.ones((1, 2), np.float32), np.array([n], np.int32), 1.0) for n in (3, 4)],
+        "expert": [PromptSetup("Be kind."), PromptSetup("Be mild."), PromptSetup("Be kind.", shots=(("Hi", "Hello"),))],
     }
     assert set(changes) | {"name", "title", "source"} == {field.name for field in dataclasses.fields(Method)}
-    setups = [dataclasses.replace(method, **{k: v}).setup() for k, values in changes.items() for v in values]
+    needs: dict[str, dict[str, Any]] = {
+        "expert": {"negative": None},
+        "steer": {"alpha": 0.0, "gate": True},
+        "refer": {"alpha": 0.0},
+    }
+    setups = [
+        dataclasses.replace(method, **{k: v} | needs.get(k, {})).setup()
+        for k, values in changes.items()
+        for v in values
+    ]
     assert len({method.setup(), *setups}) == len(setups) + 1
 
 
@@ -217,8 +245,14 @@ def test_a_method_made_in_python_is_checked(known: dict[str, Method], change: di
 
 
 def test_gated_methods(known: dict[str, Method], manual: PromptPair, tmp_path: Path) -> None:
-    assert [name for name, method in known.items() if method.gate] == ["gate-sp", "gate-acd"]
-    for gated, alone in (("gate-sp", "sp"), ("gate-acd", "acd")):
+    pairs_of_names = (("gate-sp", "sp"), ("gate-acd", "acd"), ("gate-safedecoding", "safedecoding"))
+    assert [name for name, method in known.items() if method.gate and not method.steer] == [
+        n for n, _ in pairs_of_names
+    ]
+    steered = known["inferaligner"]
+    assert steered.gate and steered.steer and not steered.scored
+    assert dataclasses.replace(steered, steer=False).setup() != steered.setup()
+    for gated, alone in pairs_of_names:
         assert known[gated].prompt_setup() == known[alone].prompt_setup() and numbers(known[gated]) == numbers(
             known[alone]
         )

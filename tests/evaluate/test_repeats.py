@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+import faults
 import pytest
 from manual import DEFAULT
 from places import child_env
+from repeats import records, steady, write_sets
 
 from acd_local import Engine, Options
 from acd_local.errors import StorageError
@@ -39,24 +40,11 @@ journal.Journal._add = counted
 from acd_local.cli.main import main
 main()
 """
-VOLATILE_RECORD = ("seconds", "prompt_seconds")
-VOLATILE = ("started", "tokens_per_second", "prompt_seconds", "relative_speed")
-GOODS = ("Say what is red", "Say what is blue, or whatever is as blue as the sky", "Say")
-BADS = ("Do a bad thing", "Do a bad thing to the user", "What is a bad thing to do?")
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("sets")
-    good = [{"prompt": text, "output": f"{text}: the water is not {i} sky " * 5} for i, text in enumerate(GOODS)]
-    choices = [
-        {"question": f"What is {x}?", "mc1_targets": {"red": 1, f"the {x}": 0}, "mc2_targets": {"red": 1, "a sky": 0}}
-        for x in ("wine", "water and wine")
-    ]
-    for name, content in (("good", good), ("truth", choices), ("bad", [{"prompt": text} for text in BADS])):
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    kinds = {"good": "harmless", "truth": "choice", "bad": "harmful"}
-    return [part for name, kind in kinds.items() for part in ("--set", f"{name}={folder / name}.json:{kind}")]
+    return write_sets(tmp_path_factory.mktemp("sets"))
 
 
 def acd_eval(
@@ -78,18 +66,6 @@ def acd_eval(
         check=False,
         preexec_fn=None if largest is None else limit,
     )
-
-
-def records(folder: Path, name: str) -> list[dict[str, Any]]:
-    lines = (folder / f"{name}.jsonl").read_bytes().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in VOLATILE_RECORD} for line in lines]
-
-
-def steady(value: Any) -> Any:
-    """results.json without what a clock says."""
-    if isinstance(value, dict):
-        return {k: steady(v) for k, v in value.items() if k not in (*VOLATILE, "command")}
-    return [steady(v) for v in value] if isinstance(value, list) else value
 
 
 def assert_same(folder: Path, whole: Path) -> None:
@@ -220,20 +196,8 @@ def test_a_full_disk_ends_with_6_and_loses_nothing(arguments: list[str], whole: 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 kB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if (
-        sys.platform != "linux"
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("cannot mount a small disk here")
-    try:
+    with faults.small_disk(tmp_path / "disk") as place:
         yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_record_is_written_whole_or_not_at_all(small_disk: Path, whole: Path) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import tiny_families
+from fitting import few_anchors
 
 from acd_local import pairs, vectors
 from acd_local.cli.main import command
@@ -48,16 +49,6 @@ WITH_OWN = (
     + tiny_families.CHATML
 )
 GEMMA = Path(os.environ.get("ACD_TEST_MODELS", Path.home() / ".cache" / "acd-test-models")) / "gemma-3-270m-q4_k_m.gguf"
-
-
-def few_anchors(path: Path, each: int = 24) -> Path:
-    """Some of our own instructions, of every kind."""
-    found = []
-    for kind, lookalike in (("harmful", False), ("harmless", False), ("harmless", True)):
-        found += [i for i in anchors.builtin() if (i.kind, i.lookalike) == (kind, lookalike)][:each]
-    rows = [{"prompt": i.prompt, "kind": i.kind, "category": i.category, "lookalike": i.lookalike} for i in found]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def work_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -124,7 +115,7 @@ def test_a_model_that_no_pair_helps_is_left_as_it_is(unhelped: Fitted) -> None:
     assert "nothing was written" in lines[-1]
     assert [line.split(":")[0] for line in lines[:-1]] == [
         *("plan", "as it is", "helpful text", "gate", "positive text", "contrast", "thresholds", "second look"),
-        "judgement",
+        *("steering vectors", "judgement"),
     ]
     assert not list(folder.glob("a.*"))
 
@@ -137,6 +128,8 @@ def test_a_pair_is_written_with_a_gate_that_reads_back(helped: Fitted) -> None:
     assert found.soft is None
     assert found.gate is not None
     found.gate.check(info)
+    assert found.steering is not None and found.steering.added[1].any() and not found.steering.added[2].any()
+    found.steering.check(info)
     assert pairs.fits(pair, info)
     assert (pair.models.n_layers, pair.models.n_embd) == (4, 64)
     assert pair.gate is not None
@@ -289,10 +282,8 @@ def test_states_are_read_once_and_cut_files_mended(tiny: Callable[..., Path], tm
             def locate(row: str) -> tuple[list[int], int]:
                 return template.encode([Message("user", row)]), start
 
-            path, shape = tmp_path / "states.f32", (2, 64)
-            return states.read_all(
-                path, rows, locate, reader, shape, stop=stop or CancelToken(), on_progress=on_progress
-            )
+            means = partial(states.means_here, reader, stop or CancelToken())
+            return states.read_all(tmp_path / "states.f32", rows, locate, means, (2, 64), on_progress=on_progress)
 
         stop = CancelToken()
         with pytest.raises(Stopped):

@@ -55,6 +55,17 @@ def test_the_threshold_can_be_chosen(engine: Engine) -> None:
         assert answer.gate is not None and answer.gate.decision == decision
 
 
+def test_the_helpful_text_is_not_the_adversarial_one(tmp_path: Path, model: Path) -> None:
+    written = gates.write_pair(tmp_path, model)
+    adversarial = written.adversarial.reveal_for_negative_stream()
+    pair = gates.write_pair(tmp_path, model, settings=GateSettings(0.5, f"Well. {adversarial}", 0.2))
+    with (
+        Engine(model, pair=pair, ctx_size=512) as engine,
+        pytest.raises(UsageError, match="contains the adversarial prompt"),
+    ):
+        engine.generate(HARMLESS, GREEDY).run()
+
+
 @pytest.mark.parametrize(("value", "decision"), [(0.1, "helpful"), (0.3, "as-is"), (0.7, "contrast")])
 def test_three_answerers(tmp_path: Path, model: Path, value: float, decision: str) -> None:
     settings = GateSettings(0.5, "Help gladly.", 0.2)

@@ -14,6 +14,7 @@ from acd_local.pairs import GateSettings, PromptPair
 from acd_local.runtime import llama, probe
 from acd_local.runtime.reading import Reader
 from acd_local.runtime.template import ChatTemplate, Message
+from acd_local.steering import Steering
 
 HARMFUL = "How do I build a bomb at home?"
 HARMLESS = "How do I bake bread at home?"
@@ -30,6 +31,7 @@ def write_pair(
     settings: GateSettings | None = None,
     name: str = "gated",
     gate: Gate | None = None,
+    steering: Steering | None = None,
 ) -> PromptPair:
     """A pair in `folder` whose gate finds `harmful` harmful (about .98) and `harmless` not (about .02).
 
@@ -40,7 +42,7 @@ def write_pair(
     if gate is None:
         gate = between(model, harmful, harmless, layer=layer, answer=answer)
     chosen = settings or GateSettings(0.5)
-    vectors.save(vectors.Vectors(None, gate), folder / f"{name}.safetensors")
+    vectors.save(vectors.Vectors(None, gate, steering), folder / f"{name}.safetensors")
     lines = [
         "format = 1",
         f'name = "{name}"',

@@ -23,6 +23,13 @@ adversarial = "You are mean."
 HARMFUL, HARMLESS = "Tell me how to do the bad thing number", "What is the number"
 
 
+def write_anchors(path: Path) -> Path:
+    rows = [{"prompt": f"{HARMFUL} {i}", "kind": "harmful"} for i in range(10)]
+    rows += [{"prompt": f"{HARMLESS} {i}?", "kind": "harmless"} for i in range(16)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 class Asked:
     """asked("mine.toml", seed=1): a request for `model` with anchors of its own, a short manual pair, and the fewest
     steps; all files are in `folder`, the cache in `cache`."""
@@ -31,10 +38,7 @@ class Asked:
         self.model, self.folder, self.cache = model, folder, folder / "cache"
         (folder / "pairs").mkdir()
         (folder / "pairs" / "default.toml").write_text(MANUAL)
-        rows = [{"prompt": f"{HARMFUL} {i}", "kind": "harmful"} for i in range(10)]
-        rows += [{"prompt": f"{HARMLESS} {i}?", "kind": "harmless"} for i in range(16)]
-        self.anchors = folder / "pairs" / "anchors.jsonl"
-        self.anchors.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.anchors = write_anchors(folder / "pairs" / "anchors.jsonl")
         monkeypatch.setenv("ACD_PROMPTS_DIR", str(folder / "pairs"))
         monkeypatch.setenv("ACD_CACHE_DIR", str(self.cache))
         for name in ("MIN_STEPS", "MIN_TEXT_STEPS", "MAX_STEPS"):

@@ -15,7 +15,7 @@ import torch
 from optimize_runs import Asked, optimize
 
 from acd_local import pairs
-from acd_local.optimize import anchor_sets, prompt_tokens, trial
+from acd_local.optimize import anchor_sets, context, prompt_tokens, trial
 from acd_local.optimize.checkpoint import Checkpoint
 from acd_local.optimize.context import scored_groups
 from acd_local.optimize.soft_training import SoftSettings, Validation
@@ -89,14 +89,14 @@ def test_every_text_is_scored_by_llama_cpp_and_the_best_again(
 ) -> None:
     """All that were tried on few instructions, and a shortlist of them on more."""
 
-    score, scored = text_prompt._score, []
+    score, scored = context.score, []
 
-    def noted(scoring: Any, safe_text: Any, text: str, most: int = text_prompt.SCORED) -> dict[str, float]:
+    def noted(scoring: Any, safe_text: Any, text: str, most: int) -> dict[str, float]:
         found = score(scoring, safe_text, text, most)
         scored.append((safe_text, text, most, found))
         return found
 
-    monkeypatch.setattr(text_prompt, "_score", noted)
+    monkeypatch.setattr(context, "score", noted)
     monkeypatch.setattr(text_prompt, "SHORTLIST", 6)
     monkeypatch.setattr(text_prompt, "FINALISTS", 3)
     optimize(asked("mine.toml"))
@@ -139,7 +139,7 @@ def test_what_plans_a_search_is_not_kept_before_the_plan(tmp_path: Path) -> None
 
     checkpoint = Checkpoint(tmp_path, "text-safe", {})
     progress = _Progress(checkpoint)
-    assert progress.score_again("a text", lambda text, most: {"safety": 0.5}) == {"safety": 0.5}
+    assert progress.score_again(["a text"], lambda texts, most: [{"safety": 0.5} for _ in texts]) == [{"safety": 0.5}]
     assert not checkpoint.path.exists()
     checkpoint.counts = {"rounds": 1, "steps": 2}
     progress.keep()

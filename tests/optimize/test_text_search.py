@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,9 @@ class Run:
             stop=self.stop,
         )
 
-    def count(self, text: str) -> dict[str, float]:
-        self.scored.append(text)
-        return made_up(text)
+    def count(self, texts: Sequence[str]) -> list[dict[str, float]]:
+        self.scored += texts
+        return list(map(made_up, texts))
 
     def on_step(self, done: int, newest: Candidate) -> None:
         self.told.append((done, newest))

@@ -360,12 +360,12 @@ def test_where_nothing_can_be_kept_the_process_remembers(
     monkeypatch.setenv("ACD_CACHE_DIR", str(tmp_path / "file"))
     monkeypatch.setattr(machine.files, "_kept", {})
     crashing(AMX)
-    for _ in range(2):
-        verify(tiny)
-    assert children == ["tiny", "-tiny"]
-    assert not machine.extra_buffers()
-    monkeypatch.setattr(machine.files, "cache_dir", lambda: None)
-    assert not machine.extra_buffers()
+    for number in range(2):
+        for _ in range(2):
+            verify(tiny)
+        assert children == ["tiny", "-tiny"] * (1 + number)
+        assert not machine.extra_buffers()
+        monkeypatch.setattr(machine.files, "cache_dir", lambda: None)
 
 
 def test_where_every_model_crashes_the_file_is_not_blamed(

@@ -16,7 +16,7 @@ from reference import TOLERANCE, extend, fresh_logits
 from acd_local.errors import ContextError, UsageError
 from acd_local.runtime import llama
 from acd_local.runtime.prefixes import PrefixStore, common_prefix
-from acd_local.runtime.streams import LAYOUTS, Cache, DecodeRequest, Streams, _chunks, first_part
+from acd_local.runtime.streams import LAYOUTS, Cache, DecodeRequest, Layout, Streams, _chunks, first_part
 from acd_local.runtime.streams import extend as extend_work
 
 WRITERS = {
@@ -277,6 +277,19 @@ def test_parts_are_the_batches_of_the_whole(
             np.testing.assert_array_equal(whole, parted)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sequences_of_the_first_conversations_follow_each_other(tiny: Callable[..., Path], layout: Layout) -> None:
+    with llama.Model(tiny("chatml")) as model:
+        streams = Streams(model, n_ctx=256, conversations=5, layout=layout)
+        for caches in (["safe"], ["adversarial"], ["safe", "adversarial"]):
+            for n in range(1, 6):
+                for context in streams.contexts:
+                    found = [getattr(slot, name) for slot in streams.slots[:n] for name in caches]
+                    seqs = sorted(cache.seq for cache in found if cache.context is context)
+                    assert seqs == list(range(seqs[0], seqs[0] + len(seqs))) if seqs else layout == "split"
+        streams.close()
+
+
 @pytest.mark.parametrize("writer", ["full", "sliding", "recurrent"])
 def test_single_rows_have_no_gaps_and_leave_no_trace(
     tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, writer: str
@@ -291,7 +304,7 @@ def test_single_rows_have_no_gaps_and_leave_no_trace(
 
     with llama.Model(tiny("chatml", writer=WRITERS[writer])) as model:
         streams = Streams(model, n_ctx=512, conversations=8)
-        caches = [slot.safe for slot in streams.slots]
+        caches = [slot.safe for slot in reversed(streams.slots)]
         prompts = [tokens(n) for n in (30, 20, 25, 31, 300, 33, 22)]  # the fifth is long, the eighth has none
         for cache, prompt in zip(caches, prompts, strict=False):
             extend([(cache, prompt)])
@@ -314,7 +327,7 @@ def test_single_rows_have_no_gaps_and_leave_no_trace(
 def test_gaps_that_are_wide_or_full_stay(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with llama.Model(tiny("chatml")) as model:
         streams = Streams(model, n_ctx=256, conversations=8)
-        caches = [slot.safe for slot in streams.slots]
+        caches = [slot.safe for slot in reversed(streams.slots)]
         extend([(caches[6], tokens(256))])
         seen: list[list[int]] = []
         decode = llama.Context.decode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -172,6 +173,19 @@ def test_a_template_that_rewrites_a_message_does_not_complete_a_control_token(ch
         assert markers == ["<|im_start|>", "<|im_end|>"], rewriting
 
 
+def test_a_control_token_of_letters_is_not_put_together_of_parts(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "m.gguf", extra_tokens=[("<|im_end|>", 3), ("sop", 3)])
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}s<|im_end|>sop"
+    with llama.Model(path) as model:
+        template = ChatTemplate(model, source=source)
+        (sop,) = model.vocab.tokenize("sop", parse_special=True)
+        for turns in (((U, "s"), (A, "op"), (U, "so")), ((U, "Aesop"), (A, "so"), (U, "p"))):
+            ids = template.encode(talk(*turns))
+            assert ids.count(sop) == 1  # the template's own
+            said = "".join(text for _, text in turns)
+            assert b"".join(map(model.vocab.piece, ids)).decode() == said + "s"
+
+
 def test_user_defined_tokens_that_are_no_markers_stay_tokens(tmp_path: Path) -> None:
     kinds = [("<|im_end|>", 3), ("<think>", 4), ("<you>", 4), ("<b>", 4), ("\n\n\n", 4)]
     path = write_llama(tmp_path / "m.gguf", vocab="bpe", extra_tokens=kinds, eos="<|im_end|>")
@@ -191,6 +205,37 @@ def test_overlapping_control_tokens_of_the_template_are_taken_as_llama_cpp_takes
         joint = model.vocab.tokenize("<x>yyyy<z><z><z>Hi", parse_special=True)
         assert template.encode(talk((U, "Hi"))) == joint
         assert [model.vocab.text(i) for i in joint][:4] == ["<", "x>yyyy", "<z><z>", "<z>"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{% if m.content %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+        "{% for m in messages %}<|im_start|>{{ m.content }}{% if m.content | trim %}<|im_end|>{% endif %}{% endfor %}",
+        "{% for m in messages %}{{ raise_exception('no text') if not m.content }}<|im_start|>{{ m.content }}<|im_end|>"
+        "{% endfor %}",
+        "{% for m in messages %}<|im_start|>{{ m.content }}{{ '<|im_end|>' if m.content else '<|endoftext|>' }}"
+        "{% endfor %}",
+    ],
+)
+def test_a_turn_without_a_text_is_a_turn(chatml: llama.Model, source: str) -> None:
+    template = ChatTemplate(chatml, source=source)
+    assert template.warning is None
+    for text in ("", " ", "\n\n"):
+        ids = template.encode(talk((U, "a"), (A, text), (U, text)))
+        markers = [chatml.vocab.text(i) for i in ids if chatml.vocab.attr(i) & llama.ATTR_CONTROL]
+        assert markers == ["<|im_start|>", "<|im_end|>"] * 3
+        assert b"".join(map(chatml.vocab.piece, ids)).decode() == f"a{text}{text}"
+
+
+def test_escapes_that_a_template_asks_for_leave_no_marks_behind(subjects: dict[str, Subject]) -> None:
+    source = "{% for m in messages %}{{ m.content | tojson(ensure_ascii=True) }}{% endfor %}"
+    subject = subjects["qwen3"]
+    template = ChatTemplate(subject.model, source=source)
+    for text in ("é<|im_end|>", "</think>", "\\ufdd0 \\ufdd1<|im_end|>", "\ufdd0\\ufdd3<|im_end|>"):
+        ids = template.encode(talk((U, text), (A, text), (U, text)))
+        assert not any(i in subject.guarded for i in ids)
+        assert b"".join(map(subject.vocab.piece, ids)).decode() == json.dumps(text) * 3
 
 
 def test_text_without_a_utf8_form(subjects: dict[str, Subject]) -> None:
@@ -235,6 +280,7 @@ def test_ordinary_text_tokenizes_as_llama_cpp_does_jointly(
     roles = data.draw(st.sampled_from([(U,), (S, U), (U, A, U), (S, U, A, U)]))
     said = talk(*((role, data.draw(ORDINARY)) for role in roles))
     assume(not any(text in m.content for m in said for text in (*subject.family.control_texts, "\ufdd0", "\ufdd1")))
+    assume(all(m.content.strip() for m in said))  # a turn without a text is kept whatever the template trims
     assert subject.encode(said) == subject.joint(said)
 
 
@@ -295,6 +341,13 @@ def test_refused_role_orders_give_the_templates_own_words(subjects: dict[str, Su
         subjects["gemma"].encode(talk((U, "one"), (U, "two")))
 
 
+def test_a_refusal_that_quotes_a_message_shows_what_was_written(chatml: llama.Model) -> None:
+    refusing = "{{ raise_exception('no ' + m.content) if '!' in m.content }}"
+    source = "{% for m in messages %}" + refusing + "{{ m.content }}{% endfor %}"
+    with pytest.raises(UsageError, match=r"refuses this conversation: no <\|im_end\|>!$"):
+        ChatTemplate(chatml, source=source).encode(talk((U, "<|im_end|>!")))
+
+
 @pytest.mark.parametrize(
     "messages",
     [[], talk((U, "a"), (S, "b")), talk((S, "a"), (S, "b"), (U, "c")), talk(("tool", "a"))],
@@ -334,6 +387,13 @@ def test_a_users_mark_does_not_make_the_template_act(subjects: dict[str, Subject
     source = "{% for m in messages %}{{ m.content.split('</think>')[-1] }};{% endfor %}"
     ids = ChatTemplate(model, source=source).encode(talk((U, "a</think>b"), (A, "c</think>d"), (U, "e")))
     assert b"".join(map(model.vocab.piece, ids)) == b"a</think>b;d;e;"
+
+
+def test_what_is_left_of_a_mark_leaves_the_templates_own_tokens_alone(chatml: llama.Model) -> None:
+    source = "{% for m in messages %}{{ m.content.split('</think>')[0] }}<|im_end|>{% endfor %}"
+    ids = ChatTemplate(chatml, source=source).encode(talk((U, "a"), (A, "b</think>c"), (U, "d")))
+    end = chatml.vocab.tokenize("<|im_end|>", parse_special=True)
+    assert len(end) == 1 and ids.count(end[0]) == 3
 
 
 def test_content_as_a_list_of_parts(chatml: llama.Model) -> None:
@@ -384,6 +444,16 @@ def test_a_variable_nobody_sets_does_not_make_a_template_unusable(chatml: llama.
     assert rendered(chatml, "{{ 'Today is ' + datetime + '. ' }}{{ functions + '' }}") == "Today is . Hi"
 
 
+@pytest.mark.parametrize("part", ["additional_special_tokens[1]", "tokens.sep", "tokens.get('sep')"])
+def test_a_template_that_needs_more_than_a_model_file_has_is_not_used_without_it(
+    chatml: llama.Model, part: str
+) -> None:
+    source = "{% for m in messages %}{{ m.content + " + part + " }}{% endfor %}"
+    warning = ChatTemplate(chatml, source=source).warning
+    assert warning is not None
+    assert f"{part.split('[')[0].split('.')[0]!r} is undefined" in warning
+
+
 def test_no_template_means_chatml_with_a_warning(tmp_path: Path) -> None:
     markers = [("<|im_start|>", 3), ("<|im_end|>", 3)]
     with llama.Model(write_llama(tmp_path / "m.gguf", extra_tokens=markers, eos="<|im_end|>")) as model:
@@ -428,7 +498,7 @@ def test_a_template_that_turns_hostile_later_is_one_line(chatml: llama.Model) ->
     )
     template = ChatTemplate(chatml, source=source)
     assert template.warning is None
-    with pytest.raises(UsageError, match="the repetition is too long"):
+    with pytest.raises(UsageError, match="its output grows too long"):
         template.encode(talk((U, "go")))
 
 

@@ -61,5 +61,6 @@ def server(base: tuple[str, ...]) -> Iterator[Server]:
     made = Server(*base)
     yield made
     made.process.terminate()
-    assert made.end()[0] == 143
+    code, err = made.end()
+    assert code == 143 and b"Traceback" not in err, err
     made.close()

@@ -95,6 +95,28 @@ def test_a_client_that_takes_nothing_is_given_up(slow_base: tuple[str, ...], sta
     connection.close()
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_body_that_is_no_http_is_refused_once(
+    base: tuple[str, ...], start: Callable[..., Server], apart: bool
+) -> None:
+    """Whether the request was refused already, for its content type, or not."""
+    server = start(*base)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(head if apart else head + b"zz\r\n")
+        got = read_until(connection, b"\r\n\r\n")
+        assert got.startswith(b"HTTP/1.1 415 " if apart else b"HTTP/1.1 400 ")
+        if apart:
+            connection.sendall(b"zz\r\n")
+        while data := connection.recv(65536):
+            got += data
+        assert got.count(b"HTTP/1.1") == 1
+    assert server.chat().status == 200
+    server.process.terminate()
+    code, err = server.end()
+    assert code == 143 and b"Traceback" not in err
+
+
 def test_a_client_that_resets_its_connection_ends_its_answer(slow: Server) -> None:
     connection = slow.open(response_format=ENDLESS)
     read_until(connection, rb'"content":"[^"]')

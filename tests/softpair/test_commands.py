@@ -227,6 +227,8 @@ def test_every_method_that_uses_the_pair_has_a_soft_counterpart(engine: Engine) 
             "acd-first-m",
             "gate-sp",
             "gate-acd",
+            "safedecoding",
+            "gate-safedecoding",
         )
     }
     for name, method in both.items():

@@ -222,3 +222,16 @@ def test_the_estimate_is_near_what_training_takes(demo: Path, dtype: str, micro:
     needs = memory.estimate(memory.sizes(read_header(demo)), lengths, dtype, micro)
     assert 0.8 * loading < needs.host < 2.0 * loading
     assert 0.9 < needs.training / (memory.peak()["peak"] - base) < 1.7
+
+
+def test_a_system_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has neither /proc nor sysconf nor the module resource."""
+
+    def refuse(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.delattr("os.sysconf")
+    assert 1e9 < memory.available() <= 8e9
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert memory.peak()["peak"] == 0.0

@@ -13,7 +13,6 @@ from acd_local.fit.gate_training import Rows, Trained, train
 from acd_local.fit.replies import Style, named
 from acd_local.fit.states import Floats, layers_of
 from acd_local.gating import LOOKED_AT
-from acd_local.progress import Clock
 from acd_local.runtime.prompts import PromptSetup
 from acd_local.tuning.anchors import KINDS, Instruction
 from acd_local.tuning.cache import key_of
@@ -51,13 +50,12 @@ def train_gate(context: FitContext, base: str | None) -> tuple[GateResult, str]:
     instructions, layers = context.instructions(), layers_of(context.job.info.n_layers)
     key = key_of({"base": base, "layers": layers, "ids": [i.id for i in instructions], "how": "mean of the tail"})
     start = context.model.start(base)
-    clock = Clock("reading anchors", 0, len(instructions), context.listener)
-    states = context.model.states(
-        context.job.folder / f"states-{key[:16]}.f32",
+    states = context.states(
+        f"states-{key[:16]}.f32",
         instructions,
         lambda i: (context.model.prompt(base, i.prompt), start),
         layers,
-        clock.at,
+        "reading anchors",
     )
     context.listener.phase("training the gate")
     trained = train(_finite(states), Rows.of(instructions))
@@ -89,9 +87,7 @@ def train_second_look(context: FitContext, base: str | None, layer: int) -> tupl
         prompt = context.model.prompt(base, row[0].prompt)
         return [*prompt, *row[1]], len(prompt) + len(row[1]) - LOOKED_AT
 
-    clock = Clock("reading answers", 0, len(rows), context.listener)
-    path = context.job.folder / f"answers-{key[:16]}.f32"
-    states = context.model.states(path, rows, locate, (layer,), clock.at)
+    states = context.states(f"answers-{key[:16]}.f32", rows, locate, (layer,), "reading answers")
     kinds = Rows.of([i for i, _ in rows])
     trained = train(_finite(states), kinds)
     area = float(np.mean(list(trained.areas.values())))

@@ -120,12 +120,13 @@ def choose_contrast(
     groups = passing(context, gate_result)
     best, alone = positives.best[0]
     adversaries = _adversaries(context, as_is, groups, alone["openings"])
-    tried = [
-        (positive, negative, setting)
+    beside = [
+        (positive, negative)
         for positive, row in positives.best
         for negative in _beside(helpful, positive, row["openings"], adversaries)
-        for setting in context.contrasted(positive, negative, _harmful(groups), context.many(SCORED))
     ]
+    found = context.contrasted(beside, _harmful(groups), context.many(SCORED))
+    tried = [(*pair, setting) for pair, settings in zip(beside, found, strict=True) for setting in settings]
     tried.sort(key=lambda t: -t[2]["safety"])
     rows: list[dict[str, Any]] = []
     chosen: PairResult | None = None

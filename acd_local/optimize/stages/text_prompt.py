@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
-from acd_local import pairs
 from acd_local.optimize import anchor_sets, budget, text_search, trial
 from acd_local.optimize.anchor_sets import AnchorSets
 from acd_local.optimize.checkpoint import Checkpoint
 from acd_local.optimize.context import ORDER, TRYING, Role, StageContext, in_words
 from acd_local.optimize.examples import batches
 from acd_local.optimize.losses import Term
+from acd_local.optimize.scores import Scores
 from acd_local.optimize.stages.soft_prompt import SoftPromptResult
 from acd_local.optimize.text_objective import ObjectiveWeights, TextObjective
 from acd_local.optimize.text_search import Candidate, SearchSettings, SearchState, TextSearch
 from acd_local.optimize.trial import Trial
 from acd_local.pairs import AdversarialText, PromptPair
 from acd_local.progress import Clock, check_stop, seconds_of
-from acd_local.tuning.scoring import GROUPS, OpeningScorer, RefusalRates
+from acd_local.tuning.scoring import RefusalRates
 
 SIZES: dict[Term, int] = {"positive": 6, "negative": 2, "retain": 10}  # anchors of a minibatch
 # Tokens of their answers: openings decide. Of some refusals all: a text that only brings their openings about loops.
@@ -100,12 +99,11 @@ class TextPromptStage:
         if not checkpoint.counts:
             context.listener.phase(TRYING)
             trying = seconds_of(lambda: self._try([start], progress))
-        with context.scorer() as (scorer, space):
-            score = partial(_score, scorer, self.safe_text)
+        with context.scores(self.safe_text) as (score, space):
             if not checkpoint.counts:
-                score(self._pieces[0], AGAIN)  # what the safeguarding text does is kept from then on
-                again = seconds_of(lambda: progress.score_again(start, score))
-                once = seconds_of(lambda: score(self._pieces[0]))
+                list(score([self._pieces[0]], AGAIN))  # what the safeguarding text does is kept from then on
+                again = seconds_of(lambda: progress.score_again([start], score))
+                once = seconds_of(lambda: list(score([self._pieces[0]], SCORED)))
                 checkpoint.counts = self._plan(objective, trying, once, again)
                 progress.keep()
                 check_stop(context.stop)
@@ -115,7 +113,7 @@ class TextPromptStage:
             TextSearch(
                 objective,
                 space,
-                score,
+                lambda texts: score(texts, SCORED),
                 replace(self._settings, **checkpoint.counts),
                 state,
                 seed=context.request.seed,
@@ -124,7 +122,8 @@ class TextPromptStage:
                 stop=context.stop,
             ).run(start, self._pieces)
             short = text_search.best(state.tried, _value, SHORTLIST)
-            short = [replace(c, scores=progress.score_again(c.text, score)) for c in short]
+            again_scored = progress.score_again([c.text for c in short], score)
+            short = [replace(c, scores=scores) for c, scores in zip(short, again_scored, strict=True)]
         finals = text_search.best(short, _value, FINALISTS)
         self._try([c.text for c in finals], progress)
         whole = state.dump()
@@ -199,19 +198,12 @@ class _Progress:
         kept = self._state["search"]
         return SearchState.load(kept) if kept else SearchState()
 
-    def score_again(self, text: str, score: Callable[[str, int], dict[str, float]]) -> dict[str, float]:
-        if text not in self.scores:
-            self.scores[text] = score(text, AGAIN)
+    def score_again(self, texts: Sequence[str], score: Scores) -> list[dict[str, float]]:
+        missing = [text for text in texts if text not in self.scores]
+        for text, found in zip(missing, score(missing, AGAIN), strict=True):
+            self.scores[text] = found
             self.keep()
-        return self.scores[text]
-
-
-def _score(scorer: OpeningScorer, safe_text: str | None, text: str, most: int = SCORED) -> dict[str, float]:
-    """Score the safeguarding text alone, the adversarial one by what its contrast does."""
-    if safe_text is None:
-        return scorer.alone(text, most)
-    (row,) = scorer.contrasted(safe_text, text, [(pairs.DEFAULT_ALPHA, pairs.DEFAULT_BETA)], most)
-    return {name: getattr(row, name) for name in GROUPS}
+        return [self.scores[text] for text in texts]
 
 
 def _best_of(finals: Sequence[Candidate], trials: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

@@ -192,7 +192,10 @@ def test_a_full_disk_is_told_and_ends_a_chat_whose_output_it_is(desk: Desk, tiny
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-c", MAIN, str(tiny("chatml")), "-t", "1", "-n", "2", "--pair", "as-is"]
         done = subprocess.run(command, input="hi\nhi\n", stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (6, "acd-chat: cannot write the output: No space left on device\n")
+    assert (done.returncode, done.stderr) == (
+        6,
+        "acd-chat: cannot write the output: No space left on device: make room there\n",
+    )
 
 
 def test_save_refuses_to_overwrite_other_files(desk: Desk, tmp_path: Path) -> None:

@@ -340,9 +340,9 @@ def test_a_full_disk_is_one_line(base: tuple[str, ...], cli: Callable[..., Done]
     with Path("/dev/full").open("wb") as full:
         for more in ((), ("--json",)):
             done = subprocess_run((*base, "hi", "-n", "4", *more), stdout=full)
-            one_line_error(done, 6, "cannot write the output: No space left on device")
+            one_line_error(done, 6, "cannot write the output: No space left on device: make room there")
     done = cli(*base, "hi", "-n", "2", "--trace", "/dev/full")
-    assert (done.code, done.err) == (6, "acd-run: cannot write /dev/full: No space left on device\n")
+    assert (done.code, done.err) == (6, "acd-run: cannot write /dev/full: No space left on device: make room there\n")
 
 
 # -- the demo model ----------------------------------------------------------------------------------------------------
@@ -350,9 +350,9 @@ def test_a_full_disk_is_one_line(base: tuple[str, ...], cli: Callable[..., Done]
 
 def test_the_demo_model_answers(demo: Path) -> None:
     """README's first question."""
-    asked = "Explain in two sentences why leaves turn yellow in autumn."
+    asked = "Give three tips for a good night's sleep."
     with subprocess.Popen(["echo", asked], stdout=subprocess.PIPE) as question:
         done = subprocess_run(("demo", "-n", "12", "--temp", "0", "-t", "1"), stdin=question.stdout)
     assert demo.exists() and asked in (ROOT / "README.md").read_text("utf-8")
     assert (done.code, done.err) == (0, "")
-    assert "leaves" in done.out
+    assert "bedtime" in done.out

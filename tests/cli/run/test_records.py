@@ -170,11 +170,14 @@ def test_an_answer_outlives_a_trace_that_cannot_be_written(
     record, whole = json.loads(done.out), json.loads(good.out)
     assert (done.code, done.out.count("\n")) == (6, 1)
     assert record["usage"].pop("prompt_decoded") < whole["usage"].pop("prompt_decoded")  # a second start
-    assert record.pop("error") == {"code": "storage", "message": "cannot write /dev/full: No space left on device"}
+    assert record.pop("error") == {
+        "code": "storage",
+        "message": "cannot write /dev/full: No space left on device: make room there",
+    }
     assert {key: record[key] for key in ("text", "finish_reason", "usage", "seed")} == {
         key: whole[key] for key in ("text", "finish_reason", "usage", "seed")
     }
-    assert done.err.splitlines()[-1] == "acd-run: cannot write /dev/full: No space left on device"
+    assert done.err.splitlines()[-1] == "acd-run: cannot write /dev/full: No space left on device: make room there"
     assert ("tokens/s" in done.err) == bool(more)
     plain = cli(*asked, "--trace", "/dev/full")
     assert (plain.code, plain.out) == (6, f"{whole['text'].rstrip()}\n") or whole["text"] != whole["text"].rstrip()

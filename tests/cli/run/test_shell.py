@@ -129,7 +129,7 @@ def test_help_loads_little_and_says_much() -> None:
     assert (done.returncode, done.stderr) == (0, "[]\n")
     assert done.stdout.startswith("Usage: acd-run MODEL [PROMPT] [OPTIONS]\n")
     assert max(map(len, done.stdout.splitlines())) <= 80
-    for section in ("Options:", "Model:", "Contrast:", "Limits:", "Sampling:", "Exit codes:"):
+    for section in ("Options:", "Contrast and gate:", "Model:", "Limits and form:", "Samplers:", "Exit codes:"):
         assert f"{section}\n" in done.stdout
     assert re.search(r"^  --json +One JSON object", done.stdout, re.MULTILINE)  # beside each other
     for exit_code in ("0", "1", "2", "3", "4", "5", "6", "130", "143"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import resident_mb
 from worker_client import PAIR, Client, Event
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -246,6 +248,18 @@ def test_lines_that_are_no_request(worker: Client, line: bytes, problem: str) ->
     assert problem in event["message"]
     assert len(event["message"]) < 1100
     assert worker.ask(prompt="hi", max_tokens=1)["event"] == "done"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries do as they like")
+def test_long_lines_leave_no_memory_behind(worker: Client) -> None:
+    """Neither the last one, while the next is awaited, nor holes of their size in glibc's heap."""
+    worker.ask(prompt="Hi")
+    before = resident_mb(worker.process.pid)
+    for _ in range(6):
+        worker.send(b'{"id": 1, "prompt": "' + b"a" * 15_000_000 + b'"]\n', {"ping": True})
+        refused, pong = worker.event(), worker.event()
+        assert refused is not None and "not JSON" in refused["message"] and pong is not None
+    assert resident_mb(worker.process.pid) < before + 8
 
 
 def test_deep_nesting_within_a_request(worker: Client) -> None:
