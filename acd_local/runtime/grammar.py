@@ -7,6 +7,7 @@ a few faults abort the process or never return; an application that embeds this 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,8 @@ from acd_local.runtime import child
 from acd_local.runtime.llama import Vocab
 from acd_local.runtime.sampling import GrammarGuard, Guard
 
-TIMEOUT = 10.0  # seconds
+TIMEOUT = 10.0  # seconds of processor time: a machine that is busy refuses no grammar
+PATIENCE = 6  # times as many seconds may go by
 
 
 def from_options(options: Options, vocab: Vocab, model_path: Path) -> Guard | None:
@@ -52,9 +54,13 @@ def check(gbnf: str, model_path: Path) -> None:
     if not child.can_start():
         return
     try:
-        done = child.run_module("acd_local.runtime.grammar", str(model_path.absolute()), text=gbnf, timeout=TIMEOUT)
+        args = "acd_local.runtime.grammar", str(model_path.absolute()), str(TIMEOUT)
+        done = child.run_module(*args, text=gbnf, timeout=PATIENCE * TIMEOUT)
+        endless = sys.platform != "win32" and done.returncode == -signal.SIGPROF
     except TimeoutError:
-        raise UsageError(f"bad grammar: llama.cpp did not finish it within {TIMEOUT:g} s") from None
+        endless = True
+    if endless:
+        raise UsageError(f"bad grammar: llama.cpp did not finish it within {TIMEOUT:g} s")
     if done.returncode != 0:
         said, log = (stream.decode("utf-8", "replace") for stream in (done.stdout, done.stderr))
         raise UsageError(f"bad grammar: {_cause(said, log, done.returncode)}")
@@ -72,6 +78,8 @@ def _cause(stdout: str, stderr: str, code: int) -> str:
 
 
 def _main() -> int:
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_PROF, float(sys.argv[2]))  # its signal ends this process
     from acd_local.runtime.llama import try_grammar
 
     try:

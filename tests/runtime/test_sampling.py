@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from reference import chain_draw
 
 from acd_local.errors import UsageError
 from acd_local.options import Options
-from acd_local.runtime import grammar, llama
+from acd_local.runtime import child, grammar, llama
 from acd_local.runtime.sampling import GrammarGuard, TokenSampler, position_seed
 
 
@@ -260,3 +261,14 @@ def test_a_grammar_that_explodes_is_refused(tiny: Callable[..., Path], monkeypat
     monkeypatch.setattr(grammar, "TIMEOUT", 3.0)
     with pytest.raises(UsageError, match="did not finish it within 3 s"):
         grammar.check('root ::= "x" (("a"?){60} "b"?){60} "c"', tiny("chatml"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on processor time there")
+def test_a_grammar_is_not_refused_for_a_busy_machine(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = child._command
+    starved = ["sh", "-c", 'sleep 2.5; exec "$@"', "sh"]
+    monkeypatch.setattr(child, "_command", lambda *args: [*starved, *command(*args)])
+    monkeypatch.setattr(grammar, "TIMEOUT", 2.0)
+    grammar.check('root ::= "waited for"', tiny("chatml"))
