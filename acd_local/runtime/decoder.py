@@ -439,9 +439,9 @@ class _Decoding(_Open):
             self._leave()
             raise
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *ended: object) -> None:
         self._leave()
-        if kind is not None and issubclass(kind, DecodeAborted):
+        if isinstance(ended[1], DecodeAborted):
             self._decoder._check_not_closed()
 
     def _leave(self) -> None:
