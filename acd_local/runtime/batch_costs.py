@@ -22,6 +22,7 @@ from acd_local.runtime import llama, machine
 
 SIZES = (1, 2, 4, 8, 16)  # rows of each stream
 ROUNDS = 4  # the fastest counts: whatever else the machine does only makes a batch slower
+FOLLOWERS = 3  # on a GPU: single steps until a batch of another shape before them no longer slows them down
 PATIENCE = (
     3.0  # seconds: then no larger batch is tried, and no further round begun; drafts are shorter on slow machines
 )
@@ -55,12 +56,14 @@ class BatchCosts:
 TYPICAL = BatchCosts(0.02, (1.0, 1.6, 2.4, 4.2, 7.0), (1.6, 2.6, 4.4, 7.2, 13.0))
 
 
-def measure(decode: Decode, shapes: Sequence[tuple[int, int]] = SHAPES) -> BatchCosts:
-    """Time batches in turns.
+def measure(decode: Decode, shapes: Sequence[tuple[int, int]] = SHAPES, followers: int = 0) -> BatchCosts:
+    """Time batches in turns, each as it costs among steps of single rows.
 
     Args:
         decode: decodes one batch, and leaves the caches as they were.
         shapes: (streams, rows of each) of what is timed, the smaller ones first.
+        followers: steps behind each batch whose delay counts as its cost. CUDA keeps the graph of a step that is
+            repeated, and needs some steps to have it again.
     """
     decode(1, 1)
     found: dict[tuple[int, int], list[float]] = {}
@@ -69,16 +72,35 @@ def measure(decode: Decode, shapes: Sequence[tuple[int, int]] = SHAPES) -> Batch
         for shape in shapes:
             if number == 0 and found and time.perf_counter() - began > PATIENCE:
                 break
-            started = time.perf_counter()
-            decode(*shape)
-            found.setdefault(shape, []).append(time.perf_counter() - started)
+            found.setdefault(shape, []).append(_timed(decode, *shape, followers))
         shapes = list(found)
         if time.perf_counter() - began > PATIENCE:
             break
-    one = min(found[1, 1])
-    by_streams = [[min(found[shape]) / one for shape in found if shape[0] == streams] for streams in (1, 2)]
+    fastest = {shape: min(times) for shape, times in found.items()}
+    for streams, rows in fastest:
+        if rows > 1:
+            fastest[streams, rows] -= followers * fastest[streams, 1]
+    one = fastest[1, 1]
+    by_streams = [[seconds / one for shape, seconds in fastest.items() if shape[0] == streams] for streams in (1, 2)]
     growing = [tuple(round(float(c), 2) for c in np.maximum.accumulate(costs)) for costs in by_streams]
     return BatchCosts(round(one, 6), *growing)
+
+
+def _timed(decode: Decode, streams: int, rows: int, followers: int) -> float:
+    """Time one batch: a single step behind some of its kind, a larger one with those that follow it."""
+    behind, after = (followers, 0) if rows == 1 else (0, followers)
+    for _ in range(behind):
+        decode(streams, 1)
+    started = time.perf_counter()
+    decode(streams, rows)
+    for _ in range(after):
+        decode(streams, 1)
+    return time.perf_counter() - started
+
+
+def followers() -> int:
+    """Return how many steps have to be measured with each batch by this build of llama.cpp."""
+    return FOLLOWERS if llama.supports_gpu_offload() else 0
 
 
 def keep(name: Path, costs: BatchCosts) -> BatchCosts:
@@ -104,7 +126,7 @@ def kept(name: Path) -> BatchCosts | None:
 def file_for(model: Path, **settings: object) -> Path:
     """Return where a model's costs under `settings` are kept below the cache folder, by machine and llama.cpp."""
     here = {"machine": machine.identity(), "extra_buffers": machine.extra_buffers(), "cpus": os.cpu_count()}
-    settings = {**settings, **here, "offload": llama.supports_gpu_offload()}
+    settings = {**settings, **here, "offload": llama.supports_gpu_offload(), "followers": followers()}
     with suppress(OSError):
         seen = model.stat()
         settings = {**settings, "size": seen.st_size, "changed": seen.st_mtime_ns}

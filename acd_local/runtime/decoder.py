@@ -341,7 +341,9 @@ class Decoder:
         with self.slot((), (), CancelToken()) as slot, self.open():
             for cache in (slot.safe, slot.adversarial):
                 cache.clear()
-            self.costs = batch_costs.keep(self._costs_file, batch_costs.measure(decode))
+            self.costs = batch_costs.keep(
+                self._costs_file, batch_costs.measure(decode, followers=batch_costs.followers())
+            )
         return self.costs
 
     def draft_by(self, model: llama.Model, costs: Path) -> None:

@@ -54,6 +54,20 @@ def test_the_fastest_of_several_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == BatchCosts(0.001, tuple(map(float, SIZES)), tuple(2.0 * size for size in SIZES))
 
 
+def test_where_a_batch_delays_the_steps_behind_it_that_is_its_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, recent = [0.0], list[tuple[int, int]]()
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def decode(streams: int, rows: int) -> None:
+        recent.append((streams, rows))
+        graph_is_there = len(set(recent[-3:])) == 1  # as on CUDA: from the third step of a shape on
+        clock[0] += streams * 1e-3 + (0 if graph_is_there else 2e-3)
+
+    found = batch_costs.measure(decode, followers=3)
+    assert found == BatchCosts(0.001, (1.0, *[7.0] * 4), (2.0, *[8.0] * 4)), "itself and two steps without a graph"
+    assert batch_costs.measure(decode).one[1] == 1.0, "which looking at it alone would not tell"
+
+
 def test_a_slow_model_is_measured_with_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, calls = [0.0], list[int]()
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
