@@ -22,7 +22,7 @@ from acd_local.runtime import llama, machine
 
 SIZES = (1, 2, 4, 8, 16)  # rows of each stream
 ROUNDS = 4  # the fastest counts: whatever else the machine does only makes a batch slower
-FOLLOWERS = 3  # on a GPU: single steps until a batch of another shape before them no longer slows them down
+FOLLOWERS = 3  # on a GPU: single steps until a batch of several rows before them no longer slows them down
 PATIENCE = (
     3.0  # seconds: then no larger batch is tried, and no further round begun; drafts are shorter on slow machines
 )
@@ -39,11 +39,13 @@ class BatchCosts:
         seconds: of that row.
         one, two: of batches with SIZES rows of one stream, and with as many of each of two streams; without the last
             ones where measuring took too long.
+        delays: of the single steps behind a batch of several rows, of one stream and of two.
     """
 
     seconds: float
     one: tuple[float, ...]
     two: tuple[float, ...]
+    delays: tuple[float, float] = (0.0, 0.0)
 
     def table(self, streams: int) -> tuple[float, ...]:
         """List the costs of batches with 1, 2, 3 and so on rows of each of one or two streams."""
@@ -57,49 +59,51 @@ TYPICAL = BatchCosts(0.02, (1.0, 1.6, 2.4, 4.2, 7.0), (1.6, 2.6, 4.4, 7.2, 13.0)
 
 
 def measure(decode: Decode, shapes: Sequence[tuple[int, int]] = SHAPES, followers: int = 0) -> BatchCosts:
-    """Time batches in turns, each as it costs among steps of single rows.
+    """Time batches in turns.
 
     Args:
         decode: decodes one batch, and leaves the caches as they were.
         shapes: (streams, rows of each) of what is timed, the smaller ones first.
-        followers: steps behind each batch whose delay counts as its cost. CUDA keeps the graph of a step that is
-            repeated, and needs some steps to have it again.
+        followers: single steps behind each batch whose delay is timed. CUDA keeps the graph of a step that is repeated,
+            and takes some steps to have it again.
     """
     decode(1, 1)
     found: dict[tuple[int, int], list[float]] = {}
+    behind: dict[int, list[float]] = {1: [], 2: []}
     began = time.perf_counter()
     for number in range(ROUNDS):
-        for shape in shapes:
+        for streams, rows in shapes:
             if number == 0 and found and time.perf_counter() - began > PATIENCE:
                 break
-            found.setdefault(shape, []).append(_timed(decode, *shape, followers))
+            if rows == 1:
+                _timed(decode, streams, 1, followers)  # as among its kind
+            found.setdefault((streams, rows), []).append(_timed(decode, streams, rows))
+            if rows > 1 and followers:
+                behind[streams].append(_timed(decode, streams, 1, followers))
         shapes = list(found)
         if time.perf_counter() - began > PATIENCE:
             break
     fastest = {shape: min(times) for shape, times in found.items()}
-    for streams, rows in fastest:
-        if rows > 1:
-            fastest[streams, rows] -= followers * fastest[streams, 1]
     one = fastest[1, 1]
-    by_streams = [[seconds / one for shape, seconds in fastest.items() if shape[0] == streams] for streams in (1, 2)]
-    growing = [tuple(round(float(c), 2) for c in np.maximum.accumulate(costs)) for costs in by_streams]
-    return BatchCosts(round(one, 6), *growing)
+    grown = [_growing([t / one for shape, t in fastest.items() if shape[0] == streams]) for streams in (1, 2)]
+    late = [min(times) - followers * fastest[streams, 1] if times else 0.0 for streams, times in behind.items()]
+    delays = [round(max(0.0, seconds) / one, 2) for seconds in late]
+    return BatchCosts(round(one, 6), grown[0], grown[1], (delays[0], delays[1]))
 
 
-def _timed(decode: Decode, streams: int, rows: int, followers: int) -> float:
-    """Time one batch: a single step behind some of its kind, a larger one with those that follow it."""
-    behind, after = (followers, 0) if rows == 1 else (0, followers)
-    for _ in range(behind):
-        decode(streams, 1)
+def _growing(costs: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(float(c), 2) for c in np.maximum.accumulate(costs))
+
+
+def _timed(decode: Decode, streams: int, rows: int, times: int = 1) -> float:
     started = time.perf_counter()
-    decode(streams, rows)
-    for _ in range(after):
-        decode(streams, 1)
+    for _ in range(times):
+        decode(streams, rows)
     return time.perf_counter() - started
 
 
 def followers() -> int:
-    """Return how many steps have to be measured with each batch by this build of llama.cpp."""
+    """Return how many steps `measure` has to look at behind each batch with this build of llama.cpp."""
     return FOLLOWERS if llama.supports_gpu_offload() else 0
 
 
@@ -115,9 +119,11 @@ def kept(name: Path) -> BatchCosts | None:
     """Read what `keep` wrote; None: nothing, or nothing that makes sense."""
     try:
         read = json.loads(files.kept(name) or "")
-        costs = BatchCosts(float(read["seconds"]), tuple(map(float, read["one"])), tuple(map(float, read["two"])))
-        numbers = (costs.seconds, *costs.one, *costs.two)
-        good = all(0 < value < 1000 for value in numbers) and 0 < len(costs.one) <= len(SIZES) >= len(costs.two)
+        one, two = tuple(map(float, read["one"])), tuple(map(float, read["two"]))
+        behind_one, behind_two = map(float, read["delays"])
+        costs = BatchCosts(float(read["seconds"]), one, two, (behind_one, behind_two))
+        good = all(0 < value < 1000 for value in (costs.seconds, *one, *two)) and 0 < len(one) <= len(SIZES) >= len(two)
+        good = good and all(0 <= value < 1000 for value in costs.delays)
     except (ValueError, TypeError, LookupError):
         return None
     return costs if good else None
@@ -126,7 +132,7 @@ def kept(name: Path) -> BatchCosts | None:
 def file_for(model: Path, **settings: object) -> Path:
     """Return where a model's costs under `settings` are kept below the cache folder, by machine and llama.cpp."""
     here = {"machine": machine.identity(), "extra_buffers": machine.extra_buffers(), "cpus": os.cpu_count()}
-    settings = {**settings, **here, "offload": llama.supports_gpu_offload(), "followers": followers()}
+    settings = {**settings, **here, "offload": llama.supports_gpu_offload()}
     with suppress(OSError):
         seen = model.stat()
         settings = {**settings, "size": seen.st_size, "changed": seen.st_mtime_ns}
