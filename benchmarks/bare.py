@@ -31,7 +31,8 @@ def main(path: str, *given: str) -> None:
     vocab = C.llama_model_get_vocab(model)
     size, piece = C.llama_vocab_n_tokens(vocab), ctypes.create_string_buffer(256)
     for said in range(n_tokens):
-        assert C.llama_decode(context, C.llama_batch_get_one((C.llama_token * len(ids))(*ids), len(ids))) == 0
+        tokens = (C.llama_token * len(ids))(*ids)
+        assert C.llama_decode(context, C.llama_batch_get_one(tokens, len(ids))) == 0
         if said == 0:
             times.append(time.perf_counter())
         logits = C.llama_get_logits_ith(context, -1)[:size]

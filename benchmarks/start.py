@@ -4,9 +4,10 @@
 
 Every start is a new process, of a file that was checked before and lies in the page cache. The bare program (bare.c,
 or bare.py where there is no C compiler or no header) reads the same chat prompt with the same parameters, and says as
-many tokens. acd-run answers under the model's own pair, with its gate, and under none: "hi" is a harmless request, so
-that the former prompt is the gate's. They are started in turns; ratios are taken round by round. Where acd-run's time
-goes is told by one more start of each kind, see start_trace.py. Run it where nothing else runs.
+many tokens. acd-run answers under the model's own pair, with its gate, and under none, both with the system prompts
+that it keeps on disk and without. "hi" is a harmless request, so that the prompt under the own pair is the gate's. All
+are started in turns; ratios are taken round by round. Where the time goes is told by one more start of each kind, see
+start_trace.py. Run it where nothing else runs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,7 +28,7 @@ from typing import Any
 import llama_cpp
 import script
 
-from acd_local.bench.rounds import Progress, in_turns
+from acd_local.bench.rounds import Progress, in_turns, median
 from acd_local.cli.shell import one_line
 from acd_local.engine import Engine
 from acd_local.errors import InternalError, UsageError
@@ -39,8 +39,8 @@ from acd_local.runtime.template import Message
 
 HERE = Path(__file__).resolve().parent
 TEXT = "hi"
-OWN_PAIR, AS_IS = "acd-run", "acd-run --pair as-is"
 BARE = "bare, the same prompt"
+PAIRS = ("own pair", "as-is")
 ACD_RUN = "import sys; from acd_local.cli.run import main; sys.exit(main())"
 
 
@@ -49,46 +49,44 @@ class Report:
     """A finished comparison.
 
     Attributes:
-        seconds: of every start of acd-run, and of the bare program with the same prompt, by pair. parts: seconds of the
-            parts of one start. bare: what the bare program is.
+        seconds: of every start, by pair and program. parts: seconds of the parts of one start each.
+        bare: what the bare program is.
     """
 
     model: str
     threads: int
     tokens: int
     bare: str
-    seconds: Mapping[str, Mapping[str, Sequence[float]]]
-    parts: Mapping[str, Mapping[str, Mapping[str, float]]]
+    seconds: Mapping[tuple[str, str], Sequence[float]]
+    parts: Mapping[tuple[str, str], Mapping[str, float]]
 
     def summary(self) -> dict[str, Any]:
         """Medians, JSON types."""
         head = {name: getattr(self, name) for name in ("model", "threads", "tokens", "bare")}
-        return head | {"cases": {name: self._case(name) for name in self.seconds}}
+        return head | {"rounds": len(self.seconds[PAIRS[0], BARE]), "cases": list(self._cases())}
 
-    def _case(self, name: str) -> dict[str, Any]:
-        ours, bare = self.seconds[name].values()
-        return {
-            "seconds": round(statistics.median(ours), 4),
-            "bare_seconds": round(statistics.median(bare), 4),
-            "ratio": round(statistics.median(a / b for a, b in zip(ours, bare, strict=True)), 4),
-            "parts": {
-                program: {part: round(seconds, 4) for part, seconds in parts.items()}
-                for program, parts in self.parts[name].items()
-            },
-        }
+    def _cases(self) -> Iterator[dict[str, Any]]:
+        for (pair, program), found in self.seconds.items():
+            yield {
+                "pair": pair,
+                "program": program,
+                "seconds": median(found),
+                "ratio_to_bare": median([a / b for a, b in zip(found, self.seconds[pair, BARE], strict=True)]),
+                "parts": {part: round(seconds, 4) for part, seconds in self.parts[pair, program].items()},
+            }
 
     def lines(self) -> Iterator[str]:
         found = self.summary()
-        rounds = len(next(iter(self.seconds[AS_IS].values())))
-        work = f"{self.threads} threads, {self.tokens} tokens, {rounds} rounds, medians"
+        work = f"{self.threads} threads, {self.tokens} tokens, {found['rounds']} rounds, medians"
         yield f"{one_line(self.model)}: {work}; bare: {self.bare}"
-        yield f"{'':<24}{'seconds':>9}{'bare':>9}{'ratio':>9}"
-        for name, row in found["cases"].items():
-            yield f"{name:<24}{row['seconds']:>9.3f}{row['bare_seconds']:>9.3f}{row['ratio']:>9.3f}"
-        for name, row in found["cases"].items():
-            for program, times in row["parts"].items():
-                parts = ", ".join(f"{part} {1e3 * seconds:.0f}" for part, seconds in times.items())
-                yield f"{name}, ms of one start of {program}: {parts}"
+        yield f"{'':<36}{'seconds':>9}{'over bare':>11}"
+        for row in found["cases"]:
+            name = f"{row['pair']}, {row['program']}"
+            yield f"{name:<36}{row['seconds']:>9.3f}{row['ratio_to_bare']:>11.3f}"
+        yield "milliseconds of one start each:"
+        for row in found["cases"]:
+            parts = ", ".join(f"{part} {1e3 * seconds:.0f}" for part, seconds in row["parts"].items())
+            yield f"{row['pair']}, {row['program']}: {parts}"
 
 
 def run(
@@ -108,28 +106,24 @@ def run(
         path, n, name = engine.info.path, engine.threads, engine.info.name or engine.info.path.name
         gating = engine.gating(engine.pair, Options())
         own = PromptSetup.of(engine.pair) if gating is None else gating.base
-        prompts = {OWN_PAIR: prompt_of(engine, own), AS_IS: prompt_of(engine, PromptSetup())}
+        prompts = dict(zip(PAIRS, (prompt_of(engine, setup) for setup in (own, PromptSetup())), strict=True))
+    given = [path, TEXT, "--no-stdin", "-c", ctx_size, "-t", n, "-n", tokens, "--temp", 0]
+    flags = dict(zip(PAIRS, (["--pair", pair] if pair else [], ["--pair", "as-is"]), strict=True))
+    python, trace = [sys.executable, "-c", ACD_RUN], [sys.executable, HERE / "start_trace.py"]
     with tempfile.TemporaryDirectory(prefix="acd-start-") as folder:
         program, what = bare_program(Path(folder))
         layers, extra = -1 if llama.supports_gpu_offload() else 0, int(machine.extra_buffers())
-        given = [path, TEXT, "--no-stdin", "-c", ctx_size, "-t", n, "-n", tokens, "--temp", 0]
-        pairs = {OWN_PAIR: ["--pair", pair] if pair else [], AS_IS: ["--pair", "as-is"]}
-        ours = {case: [*given, *pairs[case]] for case in prompts}
-        bare = {case: [*program, path, ctx_size, n, layers, extra, tokens, *prompts[case]] for case in prompts}
-        ways = {
-            (case, "acd-run"): partial(seconds_of, [sys.executable, "-c", ACD_RUN, *ours[case]]) for case in prompts
-        }
-        ways |= {(case, BARE): partial(seconds_of, bare[case]) for case in prompts}
-        found = in_turns(ways, rounds, progress, warm_up=True)
-        traced = {
-            case: {"acd-run": [sys.executable, HERE / "start_trace.py", *ours[case]], BARE: bare[case]}
-            for case in prompts
-        }
-        parts = {
-            case: {program: json.loads(start(command).stderr.splitlines()[-1]) for program, command in commands.items()}
-            for case, commands in traced.items()
-        }
-    seconds = {case: {program: found[case, program] for program in ("acd-run", BARE)} for case in prompts}
+        commands: dict[tuple[str, str], list[object]] = {}
+        traced: dict[tuple[str, str], list[object]] = {}
+        for case in PAIRS:
+            bare = [*program, path, ctx_size, n, layers, extra, tokens, *prompts[case]]
+            commands[case, BARE] = traced[case, BARE] = bare
+            for kept, shown in (([], "acd-run"), (["--no-cache"], "acd-run --no-cache")):
+                commands[case, shown] = [*python, *given, *flags[case], *kept]
+                traced[case, shown] = [*trace, *given, *flags[case], *kept]
+        ways = {case: partial(seconds_of, command) for case, command in commands.items()}
+        seconds = in_turns(ways, rounds, progress, warm_up=True)
+        parts = {case: json.loads(start(command).stderr.splitlines()[-1]) for case, command in traced.items()}
     return Report(name, n, tokens, what, seconds, parts)
 
 
@@ -164,7 +158,8 @@ def start(command: Sequence[object]) -> subprocess.CompletedProcess[str]:
     # With Python's caches of compiled modules, as an installed program has them.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     env["PYTHONPATH"] = str(HERE.parent)
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    how: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "stdin": subprocess.DEVNULL}
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, **how)
     if done.returncode:
         raise InternalError(f"{command[0]} failed: {done.stderr.strip() or done.returncode}")
     return done

@@ -165,7 +165,10 @@ def _batch_costs(costs: Mapping[str, Any]) -> str:
     for name, streams in (("one", "one stream"), ("two", "each of two")):
         rows = ", ".join(f"{size}: {cost:g}" for size, cost in zip(SIZES, costs[name], strict=False))
         parts.append(f"of {streams} {rows}")
-    return f"batches in rows of {costs['seconds'] * 1e3:.1f} ms, by their rows {'; '.join(parts)}"
+    line = f"batches in rows of {costs['seconds'] * 1e3:.1f} ms, by their rows {'; '.join(parts)}"
+    if any(costs["delays"]):
+        line += "; single rows behind a larger batch are late by {:g} and {:g}".format(*costs["delays"])
+    return line
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], *, width: int) -> Iterator[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 
 class CancelToken:
@@ -15,7 +15,7 @@ class CancelToken:
 
     def __init__(self) -> None:
         self._set = threading.Event()
-        self._interrupts: list[Callable[[], None]] = []
+        self._interrupts: list[Callable[[], object]] = []
         self._lock = threading.RLock()  # a late interrupt must not hit whoever decodes next
 
     @property
@@ -28,13 +28,23 @@ class CancelToken:
             for interrupt in self._interrupts:
                 interrupt()
 
-    @contextmanager
-    def interrupting(self, interrupt: Callable[[], None]) -> Iterator[None]:
+    def interrupting(self, interrupt: Callable[[], object]) -> Interrupting:
         """Let `set` call `interrupt` while inside. Check `is_set` after entering."""
-        with self._lock:
-            self._interrupts.append(interrupt)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._interrupts.remove(interrupt)
+        return Interrupting([self], interrupt)
+
+
+class Interrupting:
+    """Lets the `set` of any of some tokens call `interrupt`, between entry and exit: of every step of an answer."""
+
+    def __init__(self, tokens: Sequence[CancelToken], interrupt: Callable[[], object]) -> None:
+        self._tokens, self._interrupt = tokens, interrupt
+
+    def __enter__(self) -> None:
+        for token in self._tokens:
+            with token._lock:
+                token._interrupts.append(self._interrupt)
+
+    def __exit__(self, *_: object) -> None:
+        for token in self._tokens:
+            with token._lock, suppress(ValueError):  # the entry was interrupted itself
+                token._interrupts.remove(self._interrupt)

@@ -44,6 +44,7 @@ class ContrastSettings:
 
 
 NO_CONTRAST = ContrastSettings(0.0, 0.0)
+NEAR = (8.0, 12.0, 16.0)  # logits below the best, down to which a draw's candidates are looked for, in turn
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,20 @@ class SpecialTokens:
     Args:
         markers: tokens that mark structure though they may be said. Under a grammar or a schema, whose texts others
             write, they may not: they are spelled.
+
+    Attributes:
+        eog: ids that end an answer. banned, banned_in_form: ids that may not be said, without and under a grammar.
+        legal: whether a token may be said without one, shape (n_vocab,).
     """
 
     def __init__(self, vocab: Vocab, control_mask: int, markers: Collection[int] = ()) -> None:
         self.eog = vocab.eog_tokens()
         control = {token.id for token in vocab.special.values() if token.attr & control_mask and not token.ends}
-        self._banned = frozenset(control | vocab.suppressed_tokens())
-        self.banned = np.array(sorted(self._banned), np.int32)
-        self.banned_in_form = np.array(sorted(self._banned | set(markers) - set(self.eog)), np.int32)
-
-    def is_banned(self, token: int) -> bool:
-        return token in self._banned
+        banned = control | vocab.suppressed_tokens()
+        self.banned = np.array(sorted(banned), np.int32)
+        self.banned_in_form = np.array(sorted(banned | set(markers) - set(self.eog)), np.int32)
+        self.legal = np.ones(vocab.n_tokens, np.bool_)
+        self.legal[self.banned] = False
 
 
 class Chooser:
@@ -173,11 +177,35 @@ class Chooser:
         """
         if self._needs_best_alone(position):
             return self._best(safe)
-        check_stream(safe, "safe")
+        top = check_stream(safe, "safe")
+        beta = 1.0 if self._takes_best(position) else self.settings.beta
+        if self._grammar is None and (found := self._near_the_top(safe, top, beta, position)) is not None:
+            return found
         # Control tokens that do not end the answer are never said; a grammar narrows further.
         safe[self._special.banned if self._grammar is None else self._special.banned_in_form] = -np.inf
-        beta = 1.0 if self._takes_best(position) else self.settings.beta
         return plausible(safe if self._grammar is None else self._grammar.restrict(safe, beta), beta)
+
+    def _near_the_top(self, safe: Logits, top: float, beta: float, position: int) -> tuple[TokenIds, Logits] | None:
+        """Find the plausible tokens without a grammar, by few looks at the vocabulary; None where these do not do.
+
+        Where every token is plausible, those that a draw looks at are enough.
+        """
+        most, depths = 1, (-math.log(beta),) if beta > 0 else NEAR
+        if beta == 0:
+            if self._sampler.most is None or self._logprobs is not None or self.settings.contrasts(position):
+                return None
+            most = self._sampler.most
+        for depth in depths:
+            near = safe >= np.float32(top - depth)
+            if most > 1 and np.count_nonzero(near) < most:
+                continue
+            ids = near.nonzero()[0].astype(np.int32)
+            if not (legal := self._special.legal[ids]).all():
+                ids = ids[legal]
+            scores = safe[ids]
+            if len(ids) >= most and scores.max() == top:
+                return ids, scores
+        return None
 
     def _takes_best(self, position: int) -> bool:
         """Tell whether the safe stream's best token is the choice, so that no other need be looked at."""
@@ -192,7 +220,7 @@ class Chooser:
         best = int(safe.argmax())  # NaN counts as the largest
         if not safe[best] < np.inf:
             check_stream(safe, "safe")
-        if self._special.is_banned(best):
+        if not self._special.legal[best]:
             safe[self._special.banned] = -np.inf
             best = int(safe.argmax())
         ids = np.array([best] if safe[best] > -np.inf else [], np.int32)

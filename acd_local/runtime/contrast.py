@@ -128,11 +128,12 @@ def check_finite(safe: Logits, adversarial: Logits | None) -> None:
         check_stream(adversarial, "adversarial")
 
 
-def check_stream(logits: Logits, stream: str) -> None:
-    """Refuse NaN in one stream, which the error names."""
+def check_stream(logits: Logits, stream: str) -> float:
+    """Return the largest logit of one stream; refuse NaN in it, which the error names."""
     top = float(logits.max())  # passes NaN on: one pass finds both
     if math.isnan(top) or top == math.inf:
         raise NumericalError(f"the {stream} stream produced {top} logits: the model file is damaged or badly quantized")
+    return top
 
 
 # --- Log probabilities ------------------------------------------------------------------------------------------------

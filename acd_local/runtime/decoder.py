@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from acd_local.options import MAX_DRAFT
 from acd_local.runtime import batch_costs, llama
 from acd_local.runtime.apart import Apart, Beside, Kind
 from acd_local.runtime.batch_costs import BatchCosts
-from acd_local.runtime.cancel import CancelToken
+from acd_local.runtime.cancel import CancelToken, Interrupting
 from acd_local.runtime.draft_model import DraftModel
 from acd_local.runtime.drafts import ModelDrafts, PromptLookup, Source
 from acd_local.runtime.lifetime import CLOSED
@@ -126,18 +126,13 @@ class Decoder:
         if self._closed:
             raise EngineClosedError(CLOSED)
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
+    def open(self) -> AbstractContextManager[None]:
         """Keep others from decoding and from closing: whatever touches llama.cpp's memory runs inside.
 
         Raises:
-            EngineClosedError: see `check_open`.
+            EngineClosedError: on entry, see `check_open`.
         """
-        if self.model.owned.foreign:
-            self.check_open()  # instead of waiting for a lock that nobody releases here
-        with self._lock:
-            self._check_not_closed()
-            yield
+        return _Open(self)
 
     def close(self) -> None:
         """Free caches and model, conversations kept on disk where they are to be; nothing in a forked child.
@@ -346,7 +341,9 @@ class Decoder:
         with self.slot((), (), CancelToken()) as slot, self.open():
             for cache in (slot.safe, slot.adversarial):
                 cache.clear()
-            self.costs = batch_costs.keep(self._costs_file, batch_costs.measure(decode))
+            self.costs = batch_costs.keep(
+                self._costs_file, batch_costs.measure(decode, followers=batch_costs.followers())
+            )
         return self.costs
 
     def draft_by(self, model: llama.Model, costs: Path) -> None:
@@ -389,23 +386,9 @@ class Decoder:
 
     # -- who may decode ------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _decoding(self, cancels: Sequence[CancelToken]) -> Iterator[None]:
+    def _decoding(self, cancels: Sequence[CancelToken]) -> AbstractContextManager[None]:
         """Do what `open` does, where any of `cancels` stops the decoding."""
-        with self.open(), ExitStack() as stack:
-            for cancel in cancels:
-                stack.enter_context(cancel.interrupting(self._interrupt))
-            self._streams.resume()
-            for beside in self._beside():
-                beside.resume()
-            self._check_not_closed()  # close() may have asked for a stop just before
-            if any(cancel.is_set for cancel in cancels):
-                raise DecodeAborted
-            try:
-                yield
-            except DecodeAborted:
-                self._check_not_closed()
-                raise
+        return _Decoding(self, cancels)
 
     def _interrupt(self) -> None:
         self._streams.cancel()
@@ -415,6 +398,57 @@ class Decoder:
     def _beside(self) -> list[Beside]:
         """List what else decodes, in contexts of its own."""
         return [beside for beside in (self._reader, self._draft, *self._apart) if beside is not None]
+
+
+class _Open(AbstractContextManager[None]):
+    """Holds a decoder open. A generator would take some ten times as long to enter and leave, at every token."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def __enter__(self) -> None:
+        decoder = self._decoder
+        if decoder.model.owned.foreign:
+            decoder.check_open()  # instead of waiting for a lock that nobody releases here
+        decoder._lock.acquire()
+        if decoder._closed:
+            decoder._lock.release()
+            raise EngineClosedError(CLOSED)
+
+    def __exit__(self, *_: object) -> None:
+        self._decoder._lock.release()
+
+
+class _Decoding(_Open):
+    """Holds a decoder open, and lets any of some tokens stop what it decodes."""
+
+    def __init__(self, decoder: Decoder, cancels: Sequence[CancelToken]) -> None:
+        super().__init__(decoder)
+        self._cancels, self._interrupting = cancels, Interrupting(cancels, decoder._interrupt)
+
+    def __enter__(self) -> None:
+        decoder = self._decoder
+        super().__enter__()
+        try:
+            self._interrupting.__enter__()
+            decoder._streams.resume()
+            for beside in decoder._beside():
+                beside.resume()
+            decoder._check_not_closed()  # close() may have asked for a stop just before
+            if any(cancel.is_set for cancel in self._cancels):
+                raise DecodeAborted
+        except BaseException:
+            self._leave()
+            raise
+
+    def __exit__(self, *ended: object) -> None:
+        self._leave()
+        if isinstance(ended[1], DecodeAborted):
+            self._decoder._check_not_closed()
+
+    def _leave(self) -> None:
+        self._interrupting.__exit__()
+        super().__exit__()
 
 
 class PromptMeter:

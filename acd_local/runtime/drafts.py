@@ -156,6 +156,8 @@ class Drafter:
     def __init__(self, sources: Sequence[Source], costs: BatchCosts, most: int) -> None:
         self._sources = sources
         self._tables = {streams: costs.table(streams)[: most + 1] for streams in (1, 2)}
+        self._delays = costs.delays
+        self._drafting = False  # the last batch held a draft
         self.drafted = self.accepted = 0
 
     def add(self, tokens: Sequence[int]) -> None:
@@ -166,6 +168,7 @@ class Drafter:
     def draft(self, streams: int, most: int) -> Sequence[int]:
         """Propose up to `most` tokens that are to be checked in so many streams; often none."""
         costs = self._tables[streams]
+        delay = 0.0 if self._drafting else self._delays[streams - 1]  # behind a draft it is to come in any case
         best, chosen, length = 1 / costs[0], None, 0
         for source in self._sources:
             rate = source.rate
@@ -173,9 +176,10 @@ class Drafter:
             for k in range(1, 1 + source.available(min(most, len(costs) - 1))):
                 chance *= rate
                 expected += chance
-                promise = expected / (costs[k] + k * source.cost)
+                promise = expected / (costs[k] + delay + k * source.cost)
                 if promise > best:
                     best, chosen, length = promise, source, k
         found = () if chosen is None else chosen.propose(length)
         self.drafted += len(found)
+        self._drafting = bool(found)
         return found

@@ -67,6 +67,9 @@ GGML.ggml_nbytes.restype = ctypes.c_size_t
 GGML.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
 GGML.ggml_backend_tensor_get.restype = None
 
+# llama_get_logits, with an address as its result: the binding's typed pointer would have to be taken apart every time.
+_get_logits = ctypes.cast(C.llama_get_logits, ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p))
+
 # Rows per llama_decode call. Also the granularity of cancellation on backends without an abort callback.
 BATCH_ROWS = 512
 
@@ -399,9 +402,10 @@ class Context(Closing):
         self.n_batch = int(C.llama_n_batch(pointer))
         C.llama_set_abort_callback(pointer, _abort_if_flag_set, ctypes.cast(flag, ctypes.c_void_p))
         self._rows = _BatchRows(self.n_batch, model.embeddings, model.row_positions)
+        self._logits: int | None = None  # where the last decode's are
         self._view = LogitsView(np.empty((0, 0), np.float32))
         self._view_of = (0, 0)
-        self.seconds = 0.0  # spent inside llama.cpp by decode() and logits(), for the benchmark
+        self.seconds = 0.0  # spent inside llama.cpp by decode(), for the benchmark
 
     def decode(self, tokens: Row, seqs: Row, positions: Row, outputs: Row, *, captured_alone: bool = False) -> None:
         """Run one batch of rows, all arguments of shape (rows,), rows <= n_batch (llama_decode).
@@ -416,7 +420,9 @@ class Context(Closing):
                 caches.
             InternalError: more rows of a sequence want logits than the context was made for.
         """
-        self._check_outputs(seqs, outputs)
+        wanted = sum(outputs)
+        if wanted > self._outputs:
+            self._check_outputs(seqs, outputs)
         if self.cancelled:  # not every backend asks the abort callback
             raise DecodeAborted
         with self.owned as pointer:
@@ -426,6 +432,7 @@ class Context(Closing):
             lifetime.note_use()
             started = time.perf_counter()
             result = int(C.llama_decode(pointer, batch))
+            self._logits = _get_logits(pointer) if result == 0 and wanted else None  # waits for the backend
             self.seconds += time.perf_counter() - started
         if self._capture is not None:
             self._capture.check()
@@ -439,23 +446,18 @@ class Context(Closing):
 
     def _check_outputs(self, seqs: Row, outputs: Row) -> None:
         """Refuse rows that are too many: llama.cpp aborts the process where its buffer is too small."""
-        if int(np.sum(outputs)) > self._outputs:
-            most = int(np.bincount(np.asarray(seqs)[np.asarray(outputs, bool)]).max())
-            if most > self._outputs:
-                raise InternalError(f"{most} rows of a sequence want logits, this context was made for {self._outputs}")
+        most = int(np.bincount(np.asarray(seqs)[np.asarray(outputs, bool)]).max())
+        if most > self._outputs:
+            raise InternalError(f"{most} rows of a sequence want logits, this context was made for {self._outputs}")
 
     def logits(self, n_outputs: int) -> LogitsView:
         """Return the last decode's logits, shape (n_outputs, n_vocab), in the order of the rows that asked for them.
 
         Source: llama_get_logits.
         """
-        with self.owned as pointer:
-            started = time.perf_counter()
-            found = C.llama_get_logits(pointer)  # waits for the backend
-            self.seconds += time.perf_counter() - started
-        if not found:
+        self.owned.check()
+        if not (address := self._logits):
             raise InternalError("llama.cpp returned no logits")
-        address = ctypes.cast(found, ctypes.c_void_p).value or 0
         if (address, n_outputs) != self._view_of:  # llama.cpp rarely moves its buffer
             size = n_outputs * self.model.n_vocab
             flat: Logits = np.frombuffer((ctypes.c_float * size).from_address(address), np.float32)  # type: ignore[call-overload]
@@ -719,14 +721,26 @@ class Sampler:
     def clone(self) -> Sampler:
         return Sampler(C.llama_sampler_clone(self._ptr))
 
+    def release(self) -> Any:
+        """Give the llama_sampler to another owner."""
+        pointer, self._ptr = self._ptr, None
+        return pointer
+
     def close(self) -> None:
         if self._ptr:
-            C.llama_sampler_free(self._ptr)
-            self._ptr = None
+            C.llama_sampler_free(self.release())
 
     def __del__(self) -> None:
         if not sys.is_finalizing():
             self.close()
+
+
+def chain(samplers: Sequence[Sampler]) -> Sampler:
+    """Make one sampler of several, which it takes over."""
+    made = Sampler(C.llama_sampler_chain_init(C.llama_sampler_chain_default_params()))
+    for sampler in samplers:
+        C.llama_sampler_chain_add(made.pointer, sampler.release())
+    return made
 
 
 def greedy() -> Sampler:

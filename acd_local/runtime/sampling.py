@@ -34,6 +34,10 @@ class TokenSampler:
         n_ctx: no text is longer than this many tokens; bounds the penalties' windows.
         history: tokens before the answer, for the penalties and DRY, as llama.cpp feeds its samplers the prompt;
             embedding rows (negative ids) are no tokens and are left out.
+
+    Attributes:
+        takes_best: whether a draw is the candidate of the highest score, whatever the others are.
+        most: how many candidates, those of the highest scores, a draw looks at; None: all of them.
     """
 
     def __init__(
@@ -43,7 +47,6 @@ class TokenSampler:
         self._seed = seed
         self._candidates = llama.Candidates(vocab.n_tokens)
         self._penalties: list[llama.Sampler] = []
-        self._truncation: list[llama.Sampler] = []
         self._mirostat: llama.Sampler | None = None
         o = options
         repeat_window, dry_window = min(o.repeat_last_n, n_ctx), min(o.dry_penalty_last_n, n_ctx)  # llama.cpp allocates
@@ -72,10 +75,13 @@ class TokenSampler:
                 if o.mirostat == 1
                 else llama.mirostat_v2(position_seed(seed, 0), o.mirostat_ent, o.mirostat_lr)
             )
-        elif not o.mirostat:
-            self._truncation = _truncation(options)
+        truncation = [] if o.mirostat else _truncation(options)
         self._xtc = o.xtc_probability > 0 and not o.mirostat
-        self._last = [llama.temperature(o.temp)] if o.temp > 0 else [llama.greedy()]
+        self.takes_best = o.temp == 0 and not (self._penalties or truncation or self._xtc)
+        self.most = o.top_k if truncation and o.top_k and not self._penalties else None
+        last = llama.temperature(o.temp) if o.temp > 0 else llama.greedy()
+        self._last = [last] if self._xtc else []
+        self._fixed = llama.chain(truncation if self._xtc else [*truncation, last])
         if self._penalties:
             for token in history:
                 if token >= 0:
@@ -88,20 +94,16 @@ class TokenSampler:
         """
         if len(ids) == 1 and self._mirostat is None:
             return int(ids[0])
+        if self.takes_best:
+            return int(ids[scores.argmax()])
         candidates = self._candidates
         candidates.fill(ids, scores)
         for sampler in self._penalties:
             candidates.apply(sampler)
-        for sampler in self._truncation:
-            candidates.apply(sampler)
+        candidates.apply(self._fixed)
         for sampler in self._per_position(position, dry_run):
             candidates.apply(sampler)
         return candidates.selected()
-
-    @property
-    def takes_best(self) -> bool:
-        """Whether a draw is the candidate of the highest score, whatever the others are."""
-        return self._options.temp == 0 and not (self._penalties or self._truncation or self._xtc)
 
     def accept(self, token: int) -> None:
         """Tell the samplers that remember (penalties, DRY) that `token` was said."""

@@ -195,6 +195,11 @@ def extend(work: DecodeBatch, on_batch: Callable[[int], None] | None = None, *, 
         InternalError: a cache cannot go back to `start`.
         llama.DecodeAborted: cancelled; the caches hold what was finished.
     """
+    if _is_step(work):
+        if on_batch is not None:
+            on_batch(0)
+        rows = _step(work)
+        return [rows[i : i + 1] if views else rows[i : i + 1].copy() for i in range(len(work))]
     for request in work:
         _go_back(request)
         needed = len(request.cache.tokens) + len(request.tokens)
@@ -217,6 +222,33 @@ def extend(work: DecodeBatch, on_batch: Callable[[int], None] | None = None, *, 
             logits[request.cache] = found if views else found.copy()
             at += request.outputs
     return [logits[request.cache] for request in work]
+
+
+def _is_step(work: DecodeBatch) -> bool:
+    """Tell whether this is what most of an answer's batches are: a token in each of some neighbouring sequences."""
+    first = work[0].cache
+    for seq, (cache, tokens, wanted, start) in enumerate(work, first.seq):
+        held = len(cache.tokens)
+        if len(tokens) != 1 or tokens[0] < 0 or wanted is not None or not (start is None or start == held):
+            return False
+        if cache.seq != seq or cache.context is not first.context or held == cache.n_ctx:
+            return False
+    return True
+
+
+def _step(work: DecodeBatch) -> LogitsView:
+    """Do what the rest of `extend` does, with less around it: between two decodes the CPU's cache holds none of it."""
+    caches, tokens = [request.cache for request in work], [request.tokens[0] for request in work]
+    context = caches[0].context
+    try:
+        context.decode(tokens, [c.seq for c in caches], [len(c.tokens) for c in caches], [1] * len(work))
+    except BaseException:
+        for cache in caches:
+            cache.resync()
+        raise
+    for cache, token in zip(caches, tokens, strict=True):
+        cache.tokens.append(token)
+    return context.logits(len(work))
 
 
 def first_part(work: DecodeBatch) -> DecodeBatch | None:
@@ -299,7 +331,9 @@ def _fillers(context: llama.Context, work: DecodeBatch) -> list[tuple[int, int]]
     llama.cpp decodes rows together as long as the numbers of their sequences follow each other: a gap among many
     conversations' single rows costs about as much as a row alone, a row whose logits nobody wants a fifth of that.
     """
-    if not context.model.rewinds or any(len(request.tokens) != 1 or request.tokens[0] < 0 for request in work):
+    if work[-1].cache.seq - work[0].cache.seq < len(work) or not context.model.rewinds:
+        return []
+    if any(len(request.tokens) != 1 or request.tokens[0] < 0 for request in work):
         return []
     most = min(work[0].cache.n_ctx - 1, 256 + max(len(request.cache.tokens) for request in work))
     found: list[tuple[int, int]] = []

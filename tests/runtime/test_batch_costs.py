@@ -17,7 +17,7 @@ from acd_local.runtime import batch_costs, machine
 from acd_local.runtime.batch_costs import SIZES, TYPICAL, BatchCosts
 from acd_local.runtime.cancel import CancelToken
 
-COSTS = BatchCosts(0.01, (1.0, 1.6, 2.4), (1.6, 2.6))
+COSTS = BatchCosts(0.01, (1.0, 1.6, 2.4), (1.6, 2.6), delays=(0.0, 1.5))
 NAME = Path("batchcosts", "x.json")
 
 
@@ -54,6 +54,20 @@ def test_the_fastest_of_several_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == BatchCosts(0.001, tuple(map(float, SIZES)), tuple(2.0 * size for size in SIZES))
 
 
+def test_steps_that_a_batch_delays_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, recent = [0.0], list[tuple[int, int]]()
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def decode(streams: int, rows: int) -> None:
+        recent.append((streams, rows))
+        graph_is_there = len(set(recent[-3:])) == 1  # as on CUDA: from the third step of a shape on
+        clock[0] += streams * 1e-3 + (0 if graph_is_there else 2e-3)
+
+    found = batch_costs.measure(decode, followers=3)
+    assert found == BatchCosts(0.001, (1.0, *[3.0] * 4), (2.0, *[4.0] * 4), delays=(4.0, 4.0))
+    assert batch_costs.measure(decode).delays == (0.0, 0.0)
+
+
 def test_a_slow_model_is_measured_with_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, calls = [0.0], list[int]()
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
@@ -73,16 +87,28 @@ def test_costs_are_kept() -> None:
     assert batch_costs.kept(NAME) == COSTS
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
+def test_what_is_no_table_is_not_taken(text: str) -> None:
+    files.keep(NAME, text)
+    assert batch_costs.kept(NAME) is None
+
+
 @pytest.mark.parametrize(
-    "text",
+    "changed",
     [
-        *("", "{", "[]", "{}", '{"seconds": 1, "one": [1, 2]}', '{"seconds": 0, "one": [1], "two": [1]}'),
-        *('{"seconds": 1, "one": [], "two": []}', '{"seconds": 1, "one": [1, -2], "two": [1]}'),
-        *('{"seconds": 1, "one": [1, "x"], "two": [1]}', '{"seconds": 1, "one": [1, 1, 1, 1, 1, 1], "two": [1]}'),
-        '{"seconds": 1, "one": [1, NaN], "two": [1]}',
+        {"seconds": 0},
+        {"one": []},
+        {"one": [1, -2]},
+        {"one": [1, "x"]},
+        {"one": [1, float("nan")]},
+        {"one": [1] * 6},
+        {"two": None},
+        {"delays": [0]},
+        {"delays": [0, -1]},
     ],
 )
-def test_what_makes_no_sense_is_not_taken(text: str) -> None:
+def test_what_makes_no_sense_is_not_taken(changed: dict[str, object]) -> None:
+    text = json.dumps({"seconds": 1, "one": [1, 2], "two": [1, 2], "delays": [0, 0]} | changed)
     files.keep(NAME, text)
     assert batch_costs.kept(NAME) is None
 
@@ -103,7 +129,7 @@ def test_an_engine_measures_once(tiny: Callable[..., Path], tmp_path: Path) -> N
         assert json.loads(kept.read_text())["one"] == list(engine.decoder.costs.one)
         assert engine.decoder.slots[0].safe.tokens == engine.decoder.slots[0].adversarial.tokens == []
         text = engine.generate("Hi", Options(temp=0.0, max_tokens=8)).run().text
-    kept.write_text(json.dumps({"seconds": 0.5, "one": [1, 1], "two": [1]}))
+    kept.write_text(json.dumps({"seconds": 0.5, "one": [1, 1], "two": [1], "delays": [0, 0]}))
     with Engine(tiny("chatml"), **settings) as engine:  # type: ignore[arg-type]
         assert engine.decoder.costs == BatchCosts(0.5, (1.0, 1.0), (1.0,))
         assert engine.generate("Hi", Options(temp=0.0, max_tokens=8)).run().text == text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -131,6 +132,18 @@ def test_what_always_came_true_is_drafted_as_far_as_allowed() -> None:
     assert list(drafter.draft(1, 15)) == list(range(20, 27))
     assert list(drafter.draft(1, 2)) == [20, 21]
     assert list(drafter.draft(1, 0)) == []
+
+
+def test_a_delay_counts_for_the_first_draft_of_several() -> None:
+    drafter = Drafter([PromptLookup([*range(30), 0, 1, 2])], replace(COSTS, delays=(3.0, 0.0)), 15)
+    assert not drafter.draft(1, 15), "which promises less than it delays"
+    drafter.add([3, 4, 5])
+    assert list(drafter.draft(2, 1)) == [6], "which delays nothing"
+    drafter.add([6, 7])
+    assert drafter.draft(1, 3), "it is to come in any case"
+    assert not drafter.draft(1, 0)
+    drafter.add([10])
+    assert not drafter.draft(1, 2)
 
 
 def test_what_never_came_true_is_not_drafted() -> None:
