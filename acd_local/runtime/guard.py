@@ -86,6 +86,18 @@ def _escape(character: str) -> str:
     return json.dumps(character)[1:-1]
 
 
+def _starts_inside(text: str, word: str) -> bool:
+    """Tell whether a text starts with what ends a word, but for the whole word and for a space."""
+    ends = range(max(1, len(word) - len(text)), len(word))
+    return not text[:1].isspace() and any(word[n] == text[0] and text.startswith(word[n:]) for n in ends)
+
+
+def _ends_inside(text: str, word: str) -> bool:
+    """Tell whether a text ends with what starts a word, but for the whole word and for a space."""
+    starts = range(1, min(len(word), len(text) + 1))
+    return not text[-1:].isspace() and any(word[n - 1] == text[-1] and text.endswith(word[:n]) for n in starts)
+
+
 class ControlTokens:
     """The guarded tokens of a vocabulary, and tokenization that keeps them apart from what people wrote.
 
@@ -107,10 +119,6 @@ class ControlTokens:
         # A letter or a space is too common to mark everywhere: such tokens are broken where they occur as a whole.
         self._starters = "".join(sorted(c for c in firsts if not (c.isalnum() or c.isspace())))
         self._words = sorted((t for t in self.tokens if t[0] not in self._starters), key=len, reverse=True)
-        # Two messages, or a message and the template, could hold a part of such a token each.
-        cuts = [(w[:n], w[n:]) for w in self._words for n in range(1, len(w))]
-        self._word_heads = tuple({head for head, _ in cuts if not head[-1].isspace()})
-        self._word_tails = tuple({tail for _, tail in cuts if not tail[0].isspace()})
         self._starter = re.compile(f"[{re.escape(self._starters)}]" if self._starters else r"(?!)")
         # The second character tells most of what people write from a token's text.
         heads = {text[:2] for text in self.tokens if text[0] in self._starters}
@@ -154,8 +162,9 @@ class ControlTokens:
             return sentinels.quoted + found if found in marks else found + sentinels.broken
 
         marked = (self._answer_pattern if answer else self._other_pattern).sub(put, text)
-        before = sentinels.broken if text.startswith(self._word_tails) else ""
-        return before + marked + (sentinels.broken if text.endswith(self._word_heads) else "")
+        # Two messages, or a message and the template, could hold a part of a word each.
+        before = sentinels.broken if any(_starts_inside(text, word) for word in self._words) else ""
+        return before + marked + (sentinels.broken if any(_ends_inside(text, word) for word in self._words) else "")
 
     def tokenize(
         self,

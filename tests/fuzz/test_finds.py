@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -99,6 +100,26 @@ def test_a_vocabulary_that_knows_nothing_of_a_text(tmp_path: Path) -> None:
         template = ChatTemplate(model, source="{% for m in messages %}{{ m.content }}{% endfor %}")
         with pytest.raises(ModelError, match="no token for any of this"):
             template.encode([Message("user", "abc")])
+
+
+def test_a_control_token_as_long_as_a_book(tmp_path: Path) -> None:
+    """All beginnings and ends of its text took memory by the square of its length."""
+    word = "w" + "o" * 20_000 + "rd"
+
+    def change(model: gguf_tree.Gguf) -> None:
+        tokens(model)[tokens(model).index(b"<s>")] = word.encode()
+
+    with llama.Model(changed(tmp_path / "m.gguf", change), gpu_layers=0) as model:
+        tracemalloc.start()
+        try:
+            template = ChatTemplate(model, source="{% for m in messages %}{{ m.content }}{% endfor %}")
+            read = [Message("user", word[:9_000]), Message("assistant", word[9_000:]), Message("user", "Hi " + word)]
+            ids = template.encode(read)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert 1 not in ids[1:], "the token that begins a text is not said by messages"
+        assert peak < 32 << 20
 
 
 # --- std::regex, which calls itself for each character of a match ---
