@@ -85,7 +85,7 @@ def states(model: Path, layer: int, text: str) -> Any:
             [template.encode([Message("user", word)]) for word in ("a", "Z")],
         )
         start = min(next(i for i, (a, b) in enumerate(zip(tokens, o, strict=False)) if a != b) for o in others)
-        reader = Reader(loaded, [layer], n_ctx=512, threads=2)
+        reader = Reader(loaded, [layer], n_ctx=max(512, len(tokens)), threads=2)
         found = reader.read(tokens, start)
         reader.close()
     return found
