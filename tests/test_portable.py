@@ -94,6 +94,8 @@ serve.main()
 GUARDED = {
     ("files", "os.getuid"): "hasattr",
     ("files", "os.chown"): "hasattr",
+    ("runtime/grammar", "signal.SIGPROF"): "sys.platform",
+    ("runtime/grammar", "signal.setitimer"): "sys.platform",
     ("runtime/states", "os.getuid"): "hasattr",
     ("runtime/threads", "os.sched_getaffinity"): "sys.platform",
     ("tuning/memory", "os.sysconf"): "hasattr",
@@ -103,7 +105,7 @@ ONLY_POSIX = {
     "getsid getuid initgroups killpg lchown mkfifo mknod nice openpty posix_fadvise posix_spawn pread pwrite readv "
     "register_at_fork sched_getaffinity sched_yield sendfile setpgid setsid setuid statvfs sysconf tcgetpgrp ttyname "
     "uname wait wait3 wait4 WIFEXITED WNOHANG",
-    "signal": "SIGALRM SIGCHLD SIGCONT SIGHUP SIGKILL SIGPIPE SIGQUIT SIGSTOP SIGTSTP SIGUSR1 SIGUSR2 SIGWINCH SIGXFSZ "
+    "signal": "SIGALRM SIGCHLD SIGCONT SIGHUP SIGKILL SIGPIPE SIGPROF SIGQUIT SIGSTOP SIGTSTP SIGUSR1 SIGUSR2 SIGWINCH SIGXFSZ "
     "alarm pause pthread_kill pthread_sigmask setitimer siginterrupt sigtimedwait sigwait",
     "socket": "AF_UNIX SO_REUSEPORT",
     "time": "clock_gettime tzset",
