@@ -105,8 +105,8 @@ ONLY_POSIX = {
     "getsid getuid initgroups killpg lchown mkfifo mknod nice openpty posix_fadvise posix_spawn pread pwrite readv "
     "register_at_fork sched_getaffinity sched_yield sendfile setpgid setsid setuid statvfs sysconf tcgetpgrp ttyname "
     "uname wait wait3 wait4 WIFEXITED WNOHANG",
-    "signal": "SIGALRM SIGCHLD SIGCONT SIGHUP SIGKILL SIGPIPE SIGPROF SIGQUIT SIGSTOP SIGTSTP SIGUSR1 SIGUSR2 SIGWINCH SIGXFSZ "
-    "alarm pause pthread_kill pthread_sigmask setitimer siginterrupt sigtimedwait sigwait",
+    "signal": "SIGALRM SIGCHLD SIGCONT SIGHUP SIGKILL SIGPIPE SIGPROF SIGQUIT SIGSTOP SIGTSTP SIGUSR1 SIGUSR2 "
+    "SIGWINCH SIGXFSZ alarm pause pthread_kill pthread_sigmask setitimer siginterrupt sigtimedwait sigwait",
     "socket": "AF_UNIX SO_REUSEPORT",
     "time": "clock_gettime tzset",
 }
