@@ -158,8 +158,14 @@ def start(command: Sequence[object]) -> subprocess.CompletedProcess[str]:
     # With Python's caches of compiled modules, as an installed program has them.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     env["PYTHONPATH"] = str(HERE.parent)
-    how: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "stdin": subprocess.DEVNULL}
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, **how)
+    done = subprocess.run(
+        list(map(str, command)),
+        env=env,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+    )
     if done.returncode:
         raise InternalError(f"{command[0]} failed: {done.stderr.strip() or done.returncode}")
     return done

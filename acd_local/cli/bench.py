@@ -167,7 +167,8 @@ def _batch_costs(costs: Mapping[str, Any]) -> str:
         parts.append(f"of {streams} {rows}")
     line = f"batches in rows of {costs['seconds'] * 1e3:.1f} ms, by their rows {'; '.join(parts)}"
     if any(costs["delays"]):
-        line += "; single rows behind a larger batch are late by {:g} and {:g}".format(*costs["delays"])
+        one, two = costs["delays"]
+        line += f"; single rows behind a larger batch are late by {one:g} and {two:g}"
     return line
 
 

@@ -447,8 +447,10 @@ class _Decoding(_Open):
             self._decoder._check_not_closed()
 
     def _leave(self) -> None:
-        self._interrupting.__exit__()
-        super().__exit__()
+        try:
+            self._interrupting.__exit__()
+        finally:
+            super().__exit__()
 
 
 class PromptMeter:

@@ -17,6 +17,7 @@ from acd_local.bench.first_token import FirstTokens
 from acd_local.bench.rounds import Case
 from acd_local.errors import ContextError, InternalError, UsageError
 from acd_local.runtime import llama
+from acd_local.runtime.batch_costs import BatchCosts
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--tokens", "8", "--rounds", "1", "-t", "1")
@@ -124,6 +125,16 @@ def test_json_holds_all_groups(acd: Run, tiny: Callable[..., Path], tmp_path: Pa
         assert all(case["ratio_to_plain"] > 0 for case in cases)
     assert found["first_token"]["ways"]["plain llama.cpp"]["ratio_to_plain"] == 1
     assert found["batch_costs"]["one"][0] == 1
+
+
+def test_what_a_batch_delays_is_told(acd: Run, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = BatchCosts(0.01, (1.0, 2.0), (1.5, 2.5), delays=(4.5, 5.0))
+    monkeypatch.setattr(cost, "calibrate", lambda *args, **given: costs)
+    code, out, _ = acd("bench", str(tiny("chatml")), "--calibrate", "-t", "1")
+    assert code == 0
+    assert out.rstrip().endswith(
+        "of each of two 1: 1.5, 2: 2.5; single rows behind a larger batch are late by 4.5 and 5"
+    )
 
 
 def test_calibrating_measures_anew_and_keeps_it(

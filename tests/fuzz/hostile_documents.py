@@ -245,16 +245,15 @@ def states(rng: random.Random, folder: Path, model: Path) -> Path:
     made = sorted((cache / "states").iterdir())
     assert len(made) > 1
     for _ in range(rng.choice((1, 1, 2))):
-        path, way = rng.choice(made), rng.randrange(9)
-        if path.stat().st_size > 1 << 30:
-            break  # it was made so large by way 8
+        small = [path for path in made if path.stat().st_size < 1 << 30]  # way 8 makes one larger
+        path, way = rng.choice(small), rng.randrange(9)
         data = path.read_bytes() if path.is_file() else b""
         if way < 4:
             data = garble.raw(rng, data)
         elif way == 4:
             data = data[: rng.randrange(len(data) + 1)]
         elif way == 5:
-            data = rng.choice([one for one in made if one.stat().st_size < 1 << 30]).read_bytes()
+            data = rng.choice(small).read_bytes()
         elif way == 6:
             head = bytearray(data[:80].ljust(80, b"\0"))
             head[72:80] = garble.packed(rng, "<Q", bytes(head[72:80]))  # the number of ids
