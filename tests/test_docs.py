@@ -111,9 +111,8 @@ def test_command_lines_with_the_demo_model_answer(
     asked = [words for _, words in LINES if words[:2] == ["acd-run", "demo"] or words[:3] == ["acd", "pairs", "list"]]
     assert len(asked) > 3
     for name, *words in asked:
-        more = (
-            ["--max-tokens", "8", *(["Hi"] if "-n" in words else [])] if name == "acd-run" else []
-        )  # instead of a pipe
+        piped = name == "acd-run" and words[1].startswith("-")  # no prompt behind the model
+        more = [*(["--max-tokens", "8"] if name == "acd-run" else []), *(["Hi"] if piped else [])]
         monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
         assert run_cli(PROGRAMS[name], name, [*words, *more]) == 0, words
         assert capsys.readouterr().out.strip()
